@@ -1,0 +1,55 @@
+# `make demo` and `make test` need git, make and Python 3.10 to 3.13; nothing else.
+#
+#   PYTHON  the interpreter that makes the environment       (python3)
+#   VENV    where the environment is                         (.venv)
+#   TORCH   what pip is asked for, e.g. TORCH="torch==2.13.0" (whatever torch pip's settings give)
+#
+# To keep pip from downloading the CUDA build, let pip's own settings name an index or a folder with
+# the CPU build (PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS); a file in a find-links folder is preferred.
+
+PYTHON ?= python3
+VENV   ?= .venv
+TORCH  ?=
+
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test check lint types install bench clean
+
+demo: $(STAMP)
+	$(BIN)/cprec compare --model NextItNet --dataset ml-100k
+
+test: $(STAMP) lint types
+	$(BIN)/python -m pytest
+
+check: test
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+install: $(STAMP)
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/objectives.py
+
+# torch first, from a local file where pip's settings offer one; then RecBole without its ray, which
+# has no file for Python 3.12 and later; then the package with everything else RecBole needs.
+$(STAMP): setup.py
+	$(PYTHON) -m venv $(VENV)
+ifeq ($(TORCH),)
+	$(BIN)/python -c "import torch" 2>/dev/null \
+	  || $(BIN)/pip install --quiet --no-index --no-deps torch 2>/dev/null \
+	  || $(BIN)/pip install --quiet torch
+else
+	$(BIN)/pip install --quiet "$(TORCH)"
+endif
+	$(BIN)/pip install --quiet --no-deps recbole==1.2.1
+	$(BIN)/pip install --quiet --editable ".[test]"
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

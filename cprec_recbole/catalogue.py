@@ -1,0 +1,107 @@
+"""`cprec report`: what each choice of ranks, cutoffs and sharing would cost on a catalogue."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from recbole.data import create_dataset
+
+from cprec_recbole.backbones import BACKBONES, build_host
+from cprec_recbole.config import SHARING_SCHEMES, CompressionConfig, CompressionError
+from cprec_recbole.host import recbole_config
+from cprec_recbole.report import Estimate, describe_sharing, estimate
+from cprec_recbole.sharing import sharing_plan, sharing_sets
+
+
+def size_rows(
+    model: str,
+    compression: CompressionConfig,
+    dataset: str | None = None,
+    items: int | None = None,
+    options: dict[str, Any] | None = None,
+    config_files: list[str] | None = None,
+) -> tuple[str, list[dict[str, str]]]:
+    """Sizes of a model, uncompressed and under each choice, without training or building a table.
+
+    Args:
+        model: `NextItNet`, `SASRec` or `GRU4Rec`.
+        compression: the choice that the others vary, one option at a time.
+        dataset: RecBole's name of a data set; `ml-100k` where neither this nor `items` is given.
+        items: or a number of items.
+        options: RecBole options.
+        config_files: RecBole YAML files.
+
+    Returns:
+        A title, and one row of named cells for each choice.
+
+    Raises:
+        CompressionError: fewer than one item, or options that fit no catalogue of that size.
+    """
+    if items is not None and items < 1:
+        raise CompressionError(f"Expected `items` to be 1 or more, but got {items}.")
+    record = next(b for b in BACKBONES if b.host.__name__ == model)
+    config = recbole_config(f"Cp{model}", dataset or "ml-100k", options or {}, config_files)
+    if items is None:
+        n_items = int(create_dataset(config).item_num)
+        title = f"{model} on {dataset or 'ml-100k'} ({n_items - 1:,} items)"
+    else:
+        n_items = items + 1  # and the padding item
+        title = f"{model} for {items:,} items"
+    dim = int(config[record.size_option])
+    host = build_host(record, config, _Catalogue(config["ITEM_ID_FIELD"], n_items))
+    uncompressed = estimate(record, host, CompressionConfig.uncompressed(), n_items, dim)
+    rows = [_row("uncompressed", uncompressed, uncompressed, "")]
+    layers = record.layers(host)
+    for choice in _choices(compression, dim, n_items):
+        found = estimate(record, host, choice, n_items, dim)
+        plan = sharing_plan(choice.sharing, len(layers), record.group)
+        sharing = describe_sharing(choice.sharing, len(layers), len(sharing_sets(layers, plan)))
+        kind = choice.softmax if choice.tied else f"{choice.softmax}, untied"
+        rows.append(_row(kind, found, uncompressed, sharing))
+    return title, rows
+
+
+class _Catalogue:
+    """As much of a dataset as a model's constructor asks for."""
+
+    def __init__(self, iid_field: str, n_items: int) -> None:
+        self.iid_field = iid_field
+        self._n_items = n_items
+
+    def num(self, field: str) -> int:
+        return self._n_items
+
+
+def _choices(base: CompressionConfig, dim: int, n_items: int) -> list[CompressionConfig]:
+    """The given choice, then what varies one option of it; what does not fit is left out."""
+    variations: list[dict[str, Any]] = [{}]
+    variations += [{"sharing": scheme} for scheme in SHARING_SCHEMES if scheme != base.sharing]
+    variations += [{"softmax": "tree" if base.softmax == "full" else "full"}]
+    variations += [{"tied": not base.tied}]
+    if base.cutoffs is None:
+        shares = ((0.05, 0.2), (0.25, 0.5)) if base.ranks is None or len(base.ranks) == 3 else ()
+        variations += [{"cutoffs": share} for share in shares]
+    if base.ranks is None:
+        half = max(1, dim // 2)
+        ladders = ((half, max(1, half // 4), max(1, half // 16)), (dim, half, max(1, half // 2)))
+        fits = base.cutoffs is None or len(base.cutoffs) in (2, 3)
+        variations += [{"ranks": ranks} for ranks in ladders if fits]
+    return [replace(base, **variation) for variation in variations]
+
+
+def _row(kind: str, found: Estimate, uncompressed: Estimate, sharing: str) -> dict[str, str]:
+    plan, sizes = found.plan, found.sizes
+    return {
+        "softmax": kind,
+        "ranks": "/".join(map(str, plan.ranks)),
+        "block ends": "/".join(f"{end:,}" for end in plan.cutoffs),
+        "sharing": sharing,
+        "table": f"{sizes.table:,}",
+        "layers": f"{sizes.layers:,}",
+        "softmax +": f"{sizes.softmax:,}",
+        "parameters": f"{sizes.total:,}",
+        "MB": f"{found.megabytes:,.2f}",
+        "smaller": f"{uncompressed.sizes.total / sizes.total:.1f}x",
+        "MFLOP": f"{found.score_flops / 1e6:,.2f}",
+    }

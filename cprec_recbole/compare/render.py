@@ -1,0 +1,94 @@
+"""A comparison as a table on the terminal and as Markdown."""
+
+from __future__ import annotations
+
+import math
+
+from rich.table import Table
+
+from cprec_recbole.compare.results import ROWS, Comparison, Figure, Row
+
+
+def as_table(comparison: Comparison) -> Table:
+    """The table for a terminal: mean and spread of each contender, and its ratio to the first."""
+    table = Table(title=title(comparison), caption=note(comparison), title_justify="left")
+    for index, cell in enumerate(_header(comparison)):
+        table.add_column(cell, justify="left" if index == 0 else "right", no_wrap=index > 0)
+    for row, label in zip(*_rows(comparison)):
+        table.add_row(label, *row)
+    return table
+
+
+def as_markdown(comparison: Comparison) -> str:
+    """The same table with how to repeat it, for a paper's appendix or an issue."""
+    header = _header(comparison)
+    lines = [
+        f"# {title(comparison)}",
+        "",
+        f"Repeat it with `{comparison.command}`.",
+        "",
+        "| " + " | ".join(header) + " |",
+        "|" + "|".join(["---", *["--:"] * (len(header) - 1)]) + "|",
+    ]
+    lines += [f"| {label} | " + " | ".join(row) + " |" for row, label in zip(*_rows(comparison))]
+    lines += ["", note(comparison), "", "Contenders:", ""]
+    for name, options in comparison.contenders.items():
+        words = ", ".join(f"{key} {value}" for key, value in options.items() if value is not None)
+        lines.append(f"- {name}: {words} ({comparison.sharing(name)})")
+    machine = comparison.environment
+    versions = ", ".join(f"{n} {machine[n]}" for n in ("recbole", "torch", "numpy", "python"))
+    lines += [
+        "",
+        f"On {machine['gpu'] or machine['processor']}, {machine['cores']} cores; {versions}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def title(comparison: Comparison) -> str:
+    """What was compared on what."""
+    data = comparison.dataset
+    model = next(iter(comparison.contenders.values()))["model"].removeprefix("Cp")
+    return f"{model} on {data['name']} ({data['users']:,} users, {data['items']:,} items)"
+
+
+def note(comparison: Comparison) -> str:
+    """What the figures are: which split, how many seeds, what the spread is."""
+    seeds = comparison.seeds
+    over = f"seeds {seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"one seed, {seeds[0]}"
+    spread = "mean ± standard deviation" if len(seeds) > 1 else "no spread; use --seeds 3"
+    users = comparison.dataset["evaluated_users"]
+    return f"Test set, leave one out, {users:,} users, all items ranked; {over} ({spread})."
+
+
+def _header(comparison: Comparison) -> list[str]:
+    first, *others = comparison.contenders
+    return ["", first, *[cell for name in others for cell in (name, "ratio")]]
+
+
+def _rows(comparison: Comparison) -> tuple[list[list[str]], list[str]]:
+    shown = [row for row in ROWS if row.known(comparison)]
+    return [_cells(comparison, row) for row in shown], [row.label for row in shown]
+
+
+def _cells(comparison: Comparison, row: Row) -> list[str]:
+    first, *others = comparison.contenders
+    base = comparison.figure(first, row.quantity)
+    cells = [_write(base, row.form)]
+    for name in others:
+        figure = comparison.figure(name, row.quantity)
+        cells += [_write(figure, row.form), _ratio(figure.mean, base.mean)]
+    return cells
+
+
+def _write(figure: Figure, form: str) -> str:
+    if math.isnan(figure.spread) or figure.spread == 0:
+        return format(figure.mean, form)
+    return f"{figure.mean:{form}} ± {figure.spread:{form}}"
+
+
+def _ratio(value: float, base: float) -> str:
+    """How this compares with the first contender: `x 1.08`, or `÷ 4.9` where it is far smaller."""
+    if base == 0:
+        return "-"
+    ratio = value / base
+    return f"÷ {1 / ratio:.1f}" if 0 < ratio < 0.75 else f"x {ratio:.2f}"

@@ -1,0 +1,184 @@
+"""What a comparison found: every run, and the summary over seeds."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from statistics import mean, median, stdev
+from typing import Any
+
+import torch
+
+FORMAT = 1
+
+
+@dataclass
+class Run:
+    """One contender, trained once.
+
+    Attributes:
+        contender: its name in the comparison.
+        seed: seed of data order and weights.
+        valid: metrics on the validation set at the best epoch.
+        test: metrics on the test set, with the weights of that epoch.
+        valid_curve: the validation metric after each epoch.
+        epoch_seconds: seconds of each training epoch, evaluation not included.
+        parameters: parameters by part.
+        sharing: what the sharing scheme came to.
+        weight_bytes: bytes of the saved weights.
+        checkpoint_bytes: bytes of RecBole's checkpoint, which holds the optimizer's state too.
+        score_ms: median milliseconds to score the catalogue for one user.
+    """
+
+    contender: str
+    seed: int
+    valid: dict[str, float]
+    test: dict[str, float]
+    valid_curve: list[float]
+    epoch_seconds: list[float]
+    parameters: dict[str, int]
+    sharing: str
+    weight_bytes: int
+    checkpoint_bytes: int
+    score_ms: float = math.nan
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure over seeds: mean and sample standard deviation (NaN for one seed)."""
+
+    mean: float
+    spread: float
+
+
+@dataclass
+class Comparison:
+    """All runs of a comparison, and how to repeat it."""
+
+    command: str
+    dataset: dict[str, Any]
+    seeds: list[int]
+    settings: dict[str, Any]
+    contenders: dict[str, dict[str, Any]]
+    environment: dict[str, Any]
+    runs: list[Run] = field(default_factory=list)
+
+    def figure(self, contender: str, quantity: Callable[[Run], float]) -> Figure:
+        """Mean and spread of a quantity over the seeds of one contender."""
+        values = [quantity(run) for run in self.runs if run.contender == contender]
+        return Figure(mean(values), stdev(values) if len(values) > 1 else math.nan)
+
+    def sharing(self, contender: str) -> str:
+        """What the sharing scheme came to for one contender."""
+        return next(run.sharing for run in self.runs if run.contender == contender)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, for JSON: the runs as they are, and the summary that the tables show."""
+        summary = {
+            name: {
+                row.label: {
+                    "mean": (figure := self.figure(name, row.quantity)).mean,
+                    "spread": None if math.isnan(figure.spread) else figure.spread,
+                }
+                for row in ROWS
+                if row.known(self)
+            }
+            for name in self.contenders
+        }
+        plain = {k: v for k, v in asdict(self).items() if k != "runs"}
+        return {
+            "format": FORMAT,
+            **plain,
+            "summary": summary,
+            "runs": [asdict(run) for run in self.runs],
+        }
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the tables: a label, a quantity of a run, and how to write it."""
+
+    label: str
+    quantity: Callable[[Run], float]
+    form: str
+    known: Callable[[Comparison], bool] = lambda comparison: True
+
+
+def _metric_row(metric: str) -> Row:
+    label = metric.upper().replace("HIT", "HR")
+    return Row(
+        label=label,
+        quantity=lambda run: run.test[metric],
+        form=".4f",
+        known=lambda comparison: all(metric in run.test for run in comparison.runs),
+    )
+
+
+ROWS: tuple[Row, ...] = (
+    *(_metric_row(f"{name}@{k}") for k in (5, 20) for name in ("hit", "mrr", "ndcg")),
+    Row("parameters: table", lambda run: run.parameters["table"], ",.0f"),
+    Row("parameters: layers", lambda run: run.parameters["layers"], ",.0f"),
+    Row("parameters: softmax", lambda run: run.parameters["softmax"], ",.0f"),
+    Row("parameters", lambda run: run.parameters["total"], ",.0f"),
+    Row("saved weights (bytes)", lambda run: run.weight_bytes, ",.0f"),
+    Row("RecBole checkpoint (bytes)", lambda run: run.checkpoint_bytes, ",.0f"),
+    Row("seconds an epoch", lambda run: median(run.epoch_seconds), ".2f"),
+    Row("epochs to the best", lambda run: 1 + run.valid_curve.index(max(run.valid_curve)), ".1f"),
+    Row("ms to score a user", lambda run: run.score_ms, ".2f"),
+)
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware."""
+    packages = ("cprec_recbole", "recbole", "torch", "numpy", "pandas")
+    return {
+        "python": platform.python_version(),
+        **{name: _version(name) for name in packages},
+        "system": platform.system(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def save(text: str, path: Path) -> None:
+    """Write a file beside its place and rename it, so that a crash leaves the old one whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(beside, path)
+    except BaseException:
+        os.unlink(beside)
+        raise
+
+
+def as_json(comparison: Comparison) -> str:
+    """The comparison as JSON."""
+    return json.dumps(comparison.as_dict(), indent=2, allow_nan=False, default=str) + "\n"
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(
+            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+        )
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

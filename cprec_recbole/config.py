@@ -1,0 +1,265 @@
+"""The options of a compression: every default and every rule is here."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
+from numbers import Integral, Real
+from typing import Any
+
+SHARING_SCHEMES = ("none", "cross_layer", "cross_block", "adjacent_layer", "adjacent_block")
+SOFTMAXES = ("full", "tree")
+OBJECTIVES = ("all_positions", "last_position")
+
+DEFAULT_BLOCKS = 3  # CpRec, section 3.2: three to five blocks are enough
+RANK_STEP = 4  # each block has a quarter of the rank of the one before (the authors' d, d/4, d/16)
+HEAD_SHARE = 0.1  # a small head is what compresses; see the table in docs/method.md
+
+
+class CompressionError(ValueError):
+    """An option, a model or an input that cannot be used; nothing has been changed."""
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """Ranks and cutoffs that fit one catalogue and one embedding size.
+
+    Attributes:
+        ranks: rank of each block, `[n_blocks]`, never rising.
+        cutoffs: end of each block in popularity order, `[n_blocks]`; the last is `n_items`.
+        dim: size `d` of an item vector.
+    """
+
+    ranks: tuple[int, ...]
+    cutoffs: tuple[int, ...]
+    dim: int
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Rows of each block, `[n_blocks]`; the head's include the padding row."""
+        return tuple(end - start for start, end in zip((0, *self.cutoffs), self.cutoffs))
+
+    @property
+    def n_items(self) -> int:
+        """Items of the catalogue, padding included."""
+        return self.cutoffs[-1]
+
+    @property
+    def n_parameters(self) -> int:
+        """Parameters of the block embedding: `sum k_j r_j + r_j d` (no projection at full rank)."""
+        return sum(
+            size * rank + (rank * self.dim if rank != self.dim else 0)
+            for size, rank in zip(self.sizes, self.ranks)
+        )
+
+
+@dataclass(frozen=True)
+class CompressionConfig:
+    """What to compress, and how. The same words are the keys in YAML and on the command line.
+
+    Args:
+        ranks: rank of each block from head to tail, e.g. `(64, 16, 4)`; at most the embedding size
+            and never rising. None: `d, d/4, d/16`.
+        cutoffs: where the blocks end when items are ordered by falling popularity: rows
+            (`(400, 900)`, the padding row counted) or shares of the items (`(0.1, 0.3)`). The end
+            of the catalogue may be left out. None: a head of 10%, the others in equal ratio.
+        sharing: which layers use the same parameters, one of `none`, `cross_layer`, `cross_block`,
+            `adjacent_layer`, `adjacent_block` (CpRec, section 3.3).
+        softmax: `full` (one flat softmax over the factorised table) or `tree` (the paper's: the
+            head block and one cluster for each other block).
+        tied: True: the softmax reads the block embedding's own factors. False: it has its own.
+        training: `all_positions` predicts the next item at every position of a sequence in one
+            pass, as the papers do; `last_position` is RecBole's row for every prefix.
+
+    Raises:
+        CompressionError: an option that breaks a rule; the message names it.
+    """
+
+    ranks: tuple[int, ...] | None = None
+    cutoffs: tuple[int, ...] | tuple[float, ...] | None = None
+    sharing: str = "cross_block"
+    softmax: str = "full"
+    tied: bool = True
+    training: str = "all_positions"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ranks", _checked_ranks(self.ranks))
+        object.__setattr__(self, "cutoffs", _checked_cutoffs(self.cutoffs))
+        _check_choice("sharing", self.sharing, SHARING_SCHEMES)
+        _check_choice("softmax", self.softmax, SOFTMAXES)
+        _check_choice("training", self.training, OBJECTIVES)
+        if not isinstance(self.tied, bool):
+            raise CompressionError(f"Expected `tied` to be True or False, but got {self.tied!r}.")
+        if self.ranks is not None and self.cutoffs is not None:
+            _check_block_count(self.ranks, self.cutoffs)
+
+    @classmethod
+    def option_names(cls) -> tuple[str, ...]:
+        """The names of all options, as used in Python, YAML and on the command line."""
+        return tuple(field.name for field in fields(cls))
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> CompressionConfig:
+        """Build from a mapping; an unknown name is an error that offers the nearest known one."""
+        reject_unknown(options, cls.option_names())
+        return cls(**options)
+
+    @classmethod
+    def uncompressed(cls, training: str = "all_positions") -> CompressionConfig:
+        """The setting that loses nothing: one block of full rank, no sharing, tied full softmax."""
+        return cls(cutoffs=(), sharing="none", softmax="full", tied=True, training=training)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The options as plain values, for JSON and for `config_dict`."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    def plan(self, dim: int, n_items: int) -> BlockPlan:
+        """Fit ranks and cutoffs to an embedding size and a catalogue.
+
+        Args:
+            dim: size `d` of an item vector.
+            n_items: items of the catalogue, padding included.
+
+        Raises:
+            CompressionError: a rank above `dim`, or blocks that do not fit the catalogue.
+        """
+        if self.ranks is not None:
+            n_blocks = len(self.ranks)
+        elif self.cutoffs is not None:
+            n_blocks = len(_inner_cutoffs(self.cutoffs, n_items)) + 1
+        else:
+            n_blocks = DEFAULT_BLOCKS
+        ranks = self.ranks or tuple(max(1, dim // RANK_STEP**j) for j in range(n_blocks))
+        if ranks[0] > dim:
+            raise CompressionError(
+                f"Expected `ranks` to be at most the embedding size {dim}, but got {list(ranks)}."
+            )
+        if n_items < n_blocks + 1:
+            raise CompressionError(
+                f"Expected `ranks` to have at most one block for each of the {n_items - 1} items, "
+                f"but got {n_blocks} blocks; use fewer ranks."
+            )
+        return BlockPlan(ranks, self._fitted_cutoffs(n_blocks, n_items), dim)
+
+    def _fitted_cutoffs(self, n_blocks: int, n_items: int) -> tuple[int, ...]:
+        if self.cutoffs is None:
+            shares = [HEAD_SHARE ** (1 - j / (n_blocks - 1)) for j in range(n_blocks - 1)]
+            return (*_rows_of_shares(shares, n_items), n_items)
+        inner = _inner_cutoffs(self.cutoffs, n_items)
+        if len(inner) != n_blocks - 1:
+            raise CompressionError(
+                f"Expected `cutoffs` to have {n_blocks - 1} entries below the {n_items} items for "
+                f"{n_blocks} ranks, but got {list(self.cutoffs)}."
+            )
+        return (*inner, n_items)
+
+
+def reject_unknown(names: Iterable[str], known: Sequence[str]) -> None:
+    """Raise a CompressionError for the first name that is not among the known ones."""
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean `{near[0]}`?" if near else "."
+            raise CompressionError(
+                f"Expected an option out of {', '.join(known)}, but got `{name}`{hint}"
+            )
+
+
+def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise CompressionError(
+            f"Expected `{name}` to be one of {', '.join(choices)}, but got {value!r}.{hint}"
+        )
+
+
+def _as_tuple(name: str, value: object) -> tuple[Any, ...]:
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
+        raise CompressionError(f"Expected `{name}` to be a list of numbers, but got {value!r}.")
+    return tuple(value)
+
+
+def _checked_ranks(value: object) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    ranks = _as_tuple("ranks", value)
+    if not ranks:
+        raise CompressionError("Expected `ranks` to have an entry for each block, but got [].")
+    for rank in ranks:
+        if not isinstance(rank, Integral) or isinstance(rank, bool) or rank < 1:
+            raise CompressionError(
+                f"Expected `ranks` to be positive whole numbers, but got {list(ranks)}."
+            )
+    if any(later > earlier for earlier, later in pairwise(ranks)):
+        raise CompressionError(
+            f"Expected `ranks` not to rise from head to tail, but got {list(ranks)}; popular items "
+            "come first and have the highest rank."
+        )
+    return tuple(int(rank) for rank in ranks)
+
+
+def _checked_cutoffs(value: object) -> tuple[int, ...] | tuple[float, ...] | None:
+    if value is None:
+        return None
+    cutoffs = _as_tuple("cutoffs", value)
+    whole = all(isinstance(c, Integral) and not isinstance(c, bool) for c in cutoffs)
+    shares = all(isinstance(c, Real) and not isinstance(c, Integral) for c in cutoffs)
+    if not (whole or shares):
+        raise CompressionError(
+            "Expected `cutoffs` to be whole numbers of rows or shares between 0 and 1, but got "
+            f"{list(cutoffs)}."
+        )
+    if any(later <= earlier for earlier, later in pairwise(cutoffs)):
+        raise CompressionError(f"Expected `cutoffs` to rise, but got {list(cutoffs)}.")
+    if whole:
+        if cutoffs and cutoffs[0] < 2:
+            raise CompressionError(
+                "Expected `cutoffs` to start at 2 or above (the padding row and one item), but got "
+                f"{list(cutoffs)}."
+            )
+        return tuple(int(c) for c in cutoffs)
+    if not all(0 < c < 1 for c in cutoffs):  # also refuses NaN
+        raise CompressionError(
+            f"Expected `cutoffs` given as shares to lie between 0 and 1, but got {list(cutoffs)}."
+        )
+    return tuple(float(c) for c in cutoffs)
+
+
+def _check_block_count(ranks: Sequence[int], cutoffs: Sequence[float]) -> None:
+    allowed = {len(ranks) - 1} if _are_shares(cutoffs) else {len(ranks) - 1, len(ranks)}
+    if len(cutoffs) not in allowed:
+        raise CompressionError(
+            f"Expected `cutoffs` to have {len(ranks) - 1} entries for {len(ranks)} ranks (the end "
+            f"of the catalogue may be left out), but got {list(cutoffs)}."
+        )
+
+
+def _are_shares(cutoffs: Sequence[float]) -> bool:
+    return any(isinstance(c, float) for c in cutoffs)
+
+
+def _inner_cutoffs(cutoffs: Sequence[float], n_items: int) -> tuple[int, ...]:
+    """The cutoffs before the end of the catalogue, as rows."""
+    if _are_shares(cutoffs):
+        return _rows_of_shares(cutoffs, n_items)
+    rows = tuple(int(c) for c in cutoffs)
+    if rows and rows[-1] > n_items:
+        raise CompressionError(
+            f"Expected `cutoffs` to end at most at the {n_items} items of the catalogue (padding "
+            f"included), but got {list(rows)}."
+        )
+    return rows[:-1] if rows and rows[-1] == n_items else rows
+
+
+def _rows_of_shares(shares: Sequence[float], n_items: int) -> tuple[int, ...]:
+    """Shares of the real items as rows; every block keeps at least one item."""
+    rows: list[int] = []
+    for j, share in enumerate(shares):
+        lowest = rows[-1] + 1 if rows else 2
+        highest = n_items - (len(shares) - j)
+        rows.append(max(lowest, min(highest, 1 + math.floor(share * (n_items - 1) + 0.5))))
+    return tuple(rows)

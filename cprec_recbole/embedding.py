@@ -1,0 +1,168 @@
+"""The block embedding: popular items get a high rank, the long tail a low one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cprec_recbole.partition import PADDING, Partition
+
+
+class Block(nn.Module):
+    """The factors of one block: its items' vectors are `weight @ projection`.
+
+    Args:
+        size: items `k` in the block.
+        rank: rank `r` of the block.
+        dim: size `d` of an item vector. Where `r == d` there is no projection.
+    """
+
+    def __init__(self, size: int, rank: int, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size, rank))
+        self.projection = nn.Parameter(torch.empty(rank, dim)) if rank != dim else None
+
+    def into_rank(self, hidden: Tensor) -> Tensor:
+        """Hidden states in the block's own space, `[..., d] -> [..., r]`."""
+        return hidden if self.projection is None else hidden @ self.projection.T
+
+    def out_of_rank(self, codes: Tensor) -> Tensor:
+        """Rows of the block as item vectors, `[..., r] -> [..., d]`."""
+        return codes if self.projection is None else codes @ self.projection
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Products with the block's items, `[..., d] -> [..., k]`, without a `[k, d]` table."""
+        return self.into_rank(hidden) @ self.weight.T
+
+    def squared_norm(self) -> Tensor:
+        """Squared Frobenius norm of `weight @ projection`, from the two `[r, r]` Gram matrices."""
+        if self.projection is None:
+            return self.weight.square().sum()
+        return ((self.weight.T @ self.weight) * (self.projection @ self.projection.T)).sum()
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        size, rank = self.weight.shape
+        return f"{size}, rank={rank}"
+
+
+class BlockEmbedding(nn.Module):
+    """An item table `[n_items, d]` kept as low-rank blocks by popularity (CpRec, section 3.2).
+
+    Item x in row g of block j has the vector `W_j[g] P_j`. A drop-in for the `nn.Embedding` of a
+    RecBole model: call it with item ids. Row 0 of the head is the padding item; look-ups of it
+    get no gradient, as with `nn.Embedding(padding_idx=0)`.
+
+    Args:
+        partition: which item is where.
+        ranks: rank of each block, `[n_blocks]`.
+        dim: size `d` of an item vector.
+
+    Use `blocks[j].weight` and `blocks[j].projection` for a block's own factors.
+    """
+
+    def __init__(self, partition: Partition, ranks: Sequence[int], dim: int) -> None:
+        super().__init__()
+        self.partition = partition
+        self.dim = dim
+        self.factors = nn.ModuleList(
+            Block(size, rank, dim) for size, rank in zip(partition.sizes, ranks)
+        )
+        self.reset_parameters(std=1 / math.sqrt(dim))
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The blocks from head to tail; the factors that a tied softmax reads too."""
+        return cast("list[Block]", list(self.factors))
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Rank of each block, `[n_blocks]`."""
+        return tuple(block.weight.shape[1] for block in self.blocks)
+
+    @torch.no_grad()
+    def reset_parameters(self, std: float) -> None:
+        """Draw factors whose products have entries of standard deviation `std`.
+
+        The rows have that spread themselves, and projections orthogonal rows of length
+        sqrt(d / r). So a block of any rank starts with vectors as long as a full table's, and an
+        optimizer that moves every parameter equally (Adam) moves them equally fast.
+        """
+        for block in self.blocks:
+            block.weight.normal_(0.0, std)
+            if block.projection is not None:
+                nn.init.orthogonal_(block.projection, gain=self._gain(block))
+        self.blocks[0].weight[PADDING] = 0.0
+
+    @torch.no_grad()
+    def approximate(self, table: Tensor, counts: Tensor) -> None:
+        """Take the best factors of a given table: a truncated SVD of each block.
+
+        Lossless where a block's rank is d. Elsewhere it minimises the squared error of each
+        block's vectors, each weighted by how often its item occurs.
+
+        Args:
+            table: item vectors in id order, `[n_items, d]`.
+            counts: training interactions of each id, `[n_items]`.
+        """
+        partition = self.partition
+        order = partition.item_at.long()
+        for block, start, end in zip(self.blocks, partition.starts, partition.cutoffs):
+            items = order[start:end].to(table.device)
+            rows = table[items]
+            if block.projection is not None:
+                basis = _principal_rows(rows, counts[items], block.projection.shape[0])
+                gain = self._gain(block)  # as in a fresh block: training goes on equally fast
+                block.projection.copy_(basis * gain)
+                rows = rows @ basis.T / gain
+            block.weight.copy_(rows)
+
+    def _gain(self, block: Block) -> float:
+        return math.sqrt(self.dim / block.weight.shape[1])
+
+    def forward(self, items: Tensor) -> Tensor:
+        """Vectors of item ids, `[...] -> [..., d]`."""
+        positions = self.partition.positions(items)
+        vectors = torch.zeros((), dtype=self.blocks[0].weight.dtype, device=items.device)
+        for j, (block, start, end) in enumerate(
+            zip(self.blocks, self.partition.starts, self.partition.cutoffs)
+        ):
+            # every block looks up every position, clamped into its rows, and what is not its own
+            # becomes zero: cheap at low rank, and no round trip to the host to count items
+            here = (positions >= start) & (positions < end)
+            rows = (positions - start).clamp(0, end - start - 1)
+            codes = F.embedding(rows, block.weight, padding_idx=PADDING if j == 0 else None)
+            part = block.out_of_rank(torch.where(here.unsqueeze(-1), codes, 0.0))
+            vectors = vectors + part
+        return vectors
+
+    def dense(self) -> Tensor:
+        """The whole table in id order, `[n_items, d]`. For tests and small catalogues only."""
+        by_position = torch.cat([block.out_of_rank(block.weight) for block in self.blocks])
+        return by_position[self.partition.position_of]
+
+    def norm(self) -> Tensor:
+        """Frobenius norm of the whole table, `[]`, without building it."""
+        return torch.stack([block.squared_norm() for block in self.blocks]).sum().sqrt()
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return f"dim={self.dim}, ranks={list(self.ranks)}"
+
+
+def _principal_rows(rows: Tensor, counts: Tensor, rank: int) -> Tensor:
+    """The `rank` orthonormal directions that carry most of the weighted rows, `[rank, d]`.
+
+    Eigenvectors of the `[d, d]` Gram matrix: the right singular vectors, also where a block has
+    fewer rows than d. Items that never occurred count as seen once.
+    """
+    weights = counts.to(rows.device, torch.float64).clamp(min=1)
+    rows = rows.double()
+    gram = rows.T @ (rows * weights.unsqueeze(1))
+    basis = torch.linalg.eigh(gram).eigenvectors  # by rising eigenvalue
+    return basis.flip(1)[:, :rank].T.float()

@@ -1,0 +1,227 @@
+"""CpNextItNet, CpSASRec and CpGRU4Rec: RecBole's methods on top of a block embedding, a backbone
+and a softmax."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from recbole.data.interaction import Interaction
+from recbole.model.abstract_recommender import SequentialRecommender
+from torch import Tensor
+
+from cprec_recbole.backbones import GRU4REC, NEXTITNET, SASREC, Backbone, Host, build_host
+from cprec_recbole.config import CompressionConfig, CompressionError
+from cprec_recbole.embedding import BlockEmbedding
+from cprec_recbole.partition import Partition
+from cprec_recbole.recommend import pad_histories
+from cprec_recbole.sequences import NEXT_ITEMS, item_counts
+from cprec_recbole.sharing import share, sharing_plan
+from cprec_recbole.softmax import FullSoftmax, build_softmax
+from cprec_recbole.topk import TopK
+
+_HOST_ATTRIBUTES = (
+    *("USER_ID", "ITEM_ID", "ITEM_SEQ", "ITEM_SEQ_LEN", "POS_ITEM_ID", "NEG_ITEM_ID"),
+    *("max_seq_length", "n_items", "device"),
+)
+
+
+class CompressedRecommender(SequentialRecommender):
+    """A sequential recommender whose table, softmax and layers are compressed (CpRec).
+
+    Made of three parts: `backbone` (RecBole's own model, its item table replaced by a
+    BlockEmbedding, its layers shared), that `table`, and the softmax `head`. Built by RecBole from
+    a config and a dataset, or by `compress()` from a model.
+
+    Raises:
+        CompressionError: an option that does not fit; the message names it.
+    """
+
+    record: ClassVar[Backbone]
+
+    def __init__(self, config: Any, dataset: Any) -> None:
+        super().__init__(config, dataset)
+        self.compression = compression_of(config)
+        plan = self.compression.plan(config[self.record.size_option], self.n_items)
+        check_objective(self.compression, config["loss_type"])
+        counts = item_counts(dataset)
+        host = build_host(self.record, config, dataset)
+        host.n_items = self.n_items
+        table = BlockEmbedding(Partition.from_counts(counts, plan.cutoffs), plan.ranks, plan.dim)
+        std = self.record.table_std(host, self.n_items)
+        table.reset_parameters(std)
+        self.assemble(host, table, average=False)
+        if self.head.table is not table:
+            self.head.table.reset_parameters(std)
+        self.train_item_counts = counts
+
+    @classmethod
+    def from_host(
+        cls, host: Host, table: BlockEmbedding, compression: CompressionConfig, counts: np.ndarray
+    ) -> CompressedRecommender:
+        """Build around a model and the table that replaces its own; for `compress()`.
+
+        Args:
+            host: a RecBole model of this class's record, without a table; it becomes a part.
+            table: the block embedding that takes the table's place.
+            compression: the options; layers that share start from the mean of those they replace.
+            counts: training interactions of each item id, `[n_items]`.
+        """
+        model = cls.__new__(cls)
+        super(SequentialRecommender, model).__init__()  # parts only: there is no config to read
+        for name in _HOST_ATTRIBUTES:
+            setattr(model, name, getattr(host, name))
+        model.compression = compression
+        model.assemble(host, table, average=True)
+        model.train_item_counts = counts
+        return model
+
+    def assemble(self, host: Host, table: BlockEmbedding, *, average: bool) -> None:
+        """Put the parts together: table into host, layers shared, softmax on top."""
+        host.item_embedding = table
+        layers = self.record.layers(host)
+        plan = sharing_plan(self.compression.sharing, len(layers), self.record.group)
+        share(layers, plan, average=average)
+        self.loss_type = host.loss_type
+        self.backbone = host
+        softmax_table = table
+        if not self.compression.tied:
+            softmax_table = BlockEmbedding(table.partition, table.ranks, table.dim)
+        self.head = build_softmax(self.compression.softmax, softmax_table)
+
+    @property
+    def table(self) -> BlockEmbedding:
+        """The item table: what the backbone looks items up in."""
+        return self.backbone.item_embedding
+
+    def hidden_states(self, item_seq: Tensor) -> Tensor:
+        """Hidden state at every position, `[B, L] -> [B, L, d]`; position t sees items up to t."""
+        return self.record.hidden_states(self.backbone, item_seq)
+
+    def forward(self, item_seq: Tensor, item_seq_len: Tensor) -> Tensor:
+        """Hidden state that predicts the next item, `[B, L], [B] -> [B, d]`."""
+        if self.record.reads_last_column and self.compression.training == "last_position":
+            return self.hidden_states(item_seq)[:, -1]  # as RecBole trains and reads this model
+        longest = int(item_seq_len.max())  # what follows is padding, and no position sees it
+        return self.gather_indexes(self.hidden_states(item_seq[:, :longest]), item_seq_len - 1)
+
+    def calculate_loss(self, interaction: Interaction) -> Tensor:
+        """Training loss of a batch, `[]`: every position of a window, or the last of a prefix."""
+        item_seq, lengths = interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN]
+        if NEXT_ITEMS in interaction:
+            longest = int(lengths.max())
+            targets = interaction[NEXT_ITEMS][:, :longest]
+            real = targets != 0
+            hidden = self.hidden_states(item_seq[:, :longest])[real]  # [N, d]
+            target = targets[real]  # [N]
+            negative = self._negatives(target)
+        else:
+            hidden = self.forward(item_seq, lengths)
+            target = interaction[self.POS_ITEM_ID]
+            negative = interaction[self.NEG_ITEM_ID] if self.loss_type == "BPR" else None
+        loss = self._softmax_loss(hidden, target, negative)
+        if self.record.penalty is not None:
+            loss = loss + self.record.penalty(self.backbone)
+        return loss
+
+    def full_sort_predict(self, interaction: Interaction) -> Tensor:
+        """Score of every item in RecBole's id order, `[B, n_items]`."""
+        return self.head.scores(self._last_hidden(interaction))
+
+    def predict(self, interaction: Interaction) -> Tensor:
+        """Score of one item for each row, `[B]`."""
+        items = interaction[self.ITEM_ID].unsqueeze(1)
+        return self.head.score(self._last_hidden(interaction), items).squeeze(1)
+
+    @torch.no_grad()
+    def recommend(
+        self,
+        item_seq: Tensor | Sequence[int] | Sequence[Sequence[int]],
+        k: int = 20,
+        exclude_seen: bool = False,
+    ) -> TopK:
+        """The k best next items, exact, best first, equal scores by lower id.
+
+        Args:
+            item_seq: one history of item ids, oldest first, or several: a list of lists of any
+                lengths, or a tensor `[B, L]` with 0 as padding. Of a history longer than the
+                model's limit the newest items count.
+            k: how many items.
+            exclude_seen: leave out the items of the history itself, also those beyond the limit.
+
+        Returns:
+            TopK: items `[B, k]` and their scores `[B, k]`; one history is a batch of one.
+
+        Raises:
+            CompressionError: an empty history, an id outside the catalogue, or k above what may
+                be recommended.
+        """
+        if isinstance(k, bool) or not isinstance(k, int | np.integer) or not 0 < k < self.n_items:
+            raise CompressionError(
+                f"Expected `k` to be between 1 and the {self.n_items - 1} items, but got {k!r}."
+            )
+        device = self.table.partition.item_at.device
+        histories, seen = pad_histories(item_seq, self.n_items, self.max_seq_length)
+        lengths = (histories != 0).sum(1)
+        was_training = self.training
+        self.eval()
+        try:
+            hidden = self.forward(histories.to(device), lengths.to(device))
+            return self.head.topk(hidden, int(k), seen.to(device) if exclude_seen else None)
+        finally:
+            self.train(was_training)
+
+    def _last_hidden(self, interaction: Interaction) -> Tensor:
+        return self.forward(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN])
+
+    def _softmax_loss(self, hidden: Tensor, target: Tensor, negative: Tensor | None) -> Tensor:
+        if self.loss_type == "BPR" and isinstance(self.head, FullSoftmax) and negative is not None:
+            return self.head.pairwise_loss(hidden, target, negative)
+        return self.head.loss(hidden, target)
+
+    def _negatives(self, target: Tensor) -> Tensor | None:
+        """One item for each target, uniform over all others, as RecBole's sampler draws them."""
+        if self.loss_type != "BPR":
+            return None
+        drawn = torch.randint(1, self.n_items - 1, target.shape, device=target.device)
+        return drawn + (drawn >= target)
+
+
+class CpNextItNet(CompressedRecommender):
+    """NextItNet (WSDM 2019), compressed."""
+
+    record = NEXTITNET
+
+
+class CpSASRec(CompressedRecommender):
+    """SASRec (ICDM 2018), compressed."""
+
+    record = SASREC
+
+
+class CpGRU4Rec(CompressedRecommender):
+    """GRU4Rec (DLRS 2016), compressed."""
+
+    record = GRU4REC
+
+
+MODELS: tuple[type[CompressedRecommender], ...] = (CpNextItNet, CpSASRec, CpGRU4Rec)
+
+
+def compression_of(config: Any) -> CompressionConfig:
+    """The compression options of a RecBole config; what it does not name keeps its default."""
+    names = CompressionConfig.option_names()
+    return CompressionConfig(**{name: config[name] for name in names if name in config})
+
+
+def check_objective(compression: CompressionConfig, loss_type: str) -> None:
+    """Raise a CompressionError where softmax and loss contradict each other."""
+    if loss_type not in ("CE", "BPR"):
+        raise CompressionError(f"Expected `loss_type` to be CE or BPR, but got {loss_type!r}.")
+    if loss_type == "BPR" and compression.softmax == "tree":
+        raise CompressionError(
+            "Expected `loss_type` to be CE with `softmax: tree`, which is a probability and has no "
+            "pairwise score, but got BPR; use `softmax: full` for BPR."
+        )

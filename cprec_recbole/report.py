@@ -1,0 +1,132 @@
+"""What a model costs, by part: parameters, bytes and operations. Nothing here trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from cprec_recbole.backbones import Backbone
+from cprec_recbole.config import BlockPlan, CompressionConfig
+from cprec_recbole.models import CompressedRecommender
+from cprec_recbole.sharing import sharing_plan, sharing_sets
+
+BYTES_PER_FLOAT = 4
+
+
+@dataclass(frozen=True)
+class PartSizes:
+    """Parameters of each part; what several places use is counted once, where it is first used.
+
+    Attributes:
+        table: the item table, which a tied softmax reads too.
+        layers: everything between the table and the softmax.
+        softmax: what the softmax has of its own: clusters, untied factors.
+    """
+
+    table: int
+    layers: int
+    softmax: int
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return self.table + self.layers + self.softmax
+
+    def as_dict(self) -> dict[str, int]:
+        """The parts and their total, for JSON."""
+        return {**asdict(self), "total": self.total}
+
+
+def part_sizes(model: nn.Module) -> PartSizes:
+    """Parameters by part of a compressed model or of RecBole's own."""
+    if isinstance(model, CompressedRecommender):
+        table, head = list(model.table.parameters()), list(model.head.parameters())
+    else:
+        table, head = list(model.item_embedding.parameters()), []  # type: ignore[union-attr]
+    known = {id(p) for p in table}
+    softmax = [p for p in head if id(p) not in known]
+    known |= {id(p) for p in softmax}
+    layers = [p for p in model.parameters() if id(p) not in known]
+    return PartSizes(_count(table), _count(layers), _count(softmax))
+
+
+def shared_layers(model: CompressedRecommender) -> str:
+    """How many sets of layer parameters are left, in words; says so where nothing is shared."""
+    layers = model.record.layers(model.backbone)
+    plan = sharing_plan(model.compression.sharing, len(layers), model.record.group)
+    return describe_sharing(model.compression.sharing, len(layers), len(sharing_sets(layers, plan)))
+
+
+def describe_sharing(scheme: str, n_layers: int, n_sets: int) -> str:
+    """A scheme and what it came to, e.g. `cross_block 2/20`: two of twenty layers are kept."""
+    nothing = ", nothing to share" if n_sets == n_layers and scheme != "none" else ""
+    return f"{scheme} {n_sets}/{n_layers}{nothing}"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one choice of options would cost, without building its table.
+
+    Attributes:
+        sizes: parameters by part.
+        plan: ranks and cutoffs.
+        score_flops: floating point operations to score the whole catalogue for one user, one
+            multiplication and one addition counted as two; the layers are not included.
+    """
+
+    sizes: PartSizes
+    plan: BlockPlan
+    score_flops: int
+
+    @property
+    def megabytes(self) -> float:
+        """All parameters as float32, in 10^6 bytes."""
+        return self.sizes.total * BYTES_PER_FLOAT / 1e6
+
+
+def estimate(
+    record: Backbone, host: Any, compression: CompressionConfig, n_items: int, dim: int
+) -> Estimate:
+    """Count what a compression of a model would leave; exact, and as cheap for any catalogue.
+
+    Args:
+        record: the model's record.
+        host: RecBole's model, built for a catalogue of any size.
+        compression: the options.
+        n_items: items of the catalogue, padding included.
+        dim: size of an item vector.
+    """
+    plan = compression.plan(dim, n_items)
+    layers = record.layers(host)
+    sets = sharing_sets(layers, sharing_plan(compression.sharing, len(layers), record.group))
+    dropped = sum(
+        getattr(module, name).numel()
+        for members in sets
+        for i in members[1:]
+        for module, name in layers[i]
+    )
+    own = {id(p) for p in host.item_embedding.parameters()}
+    in_layers = _count(p for p in host.parameters() if id(p) not in own) - dropped
+    clusters = (len(plan.ranks) - 1) * dim if compression.softmax == "tree" else 0
+    softmax = clusters + (0 if compression.tied else plan.n_parameters)
+    sizes = PartSizes(plan.n_parameters, in_layers, softmax)
+    return Estimate(sizes, plan, 2 * (plan.n_parameters + clusters))
+
+
+def layer_flops(model: CompressedRecommender, item_seq: Tensor) -> int:
+    """Floating point operations from a history to its hidden state, `item_seq [1, L]`."""
+    was_training = model.training
+    model.eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.hidden_states(item_seq)
+    model.train(was_training)
+    return int(counter.get_total_flops())
+
+
+def _count(parameters: Iterable[Tensor]) -> int:
+    return sum(p.numel() for p in parameters)

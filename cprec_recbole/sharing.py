@@ -1,0 +1,78 @@
+"""Sharing layers under a scheme (CpRec, section 3.3): a pure plan, then shared parameters."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from cprec_recbole.config import SHARING_SCHEMES, CompressionError
+
+# One layer is a list of parameter slots: the module that owns a parameter, and its name there.
+Slot = tuple[nn.Module, str]
+Layer = Sequence[Slot]
+
+
+def sharing_plan(scheme: str, n_layers: int, group: int) -> tuple[int, ...]:
+    """The parameter set s(i) that each layer uses, `[n_layers]`.
+
+    Args:
+        scheme: `none`, `cross_layer`, `cross_block`, `adjacent_layer` or `adjacent_block`.
+        n_layers: layers in the stack.
+        group: layers `g` of one residual block.
+
+    >>> sharing_plan("cross_block", n_layers=8, group=2)
+    (0, 1, 0, 1, 0, 1, 0, 1)
+    """
+    rules = {
+        "none": lambda i: i,
+        "cross_layer": lambda i: 0,
+        "cross_block": lambda i: i % group,
+        "adjacent_layer": lambda i: i // 2,
+        "adjacent_block": lambda i: (i // (2 * group)) * group + i % group,
+    }
+    if scheme not in rules:
+        raise CompressionError(
+            f"Expected `sharing` to be one of {', '.join(SHARING_SCHEMES)}, but got {scheme!r}."
+        )
+    return tuple(rules[scheme](i) for i in range(n_layers))
+
+
+def sharing_sets(layers: Sequence[Layer], plan: Sequence[int]) -> list[list[int]]:
+    """Layers that will use one set of parameters, as lists of layer indices.
+
+    A layer joins only layers of its own shape: a first GRU layer with a narrower input keeps
+    its own parameters.
+    """
+    sets: dict[tuple, list[int]] = defaultdict(list)
+    for index, (layer, key) in enumerate(zip(layers, plan)):
+        shapes = tuple(getattr(module, name).shape for module, name in layer)
+        sets[key, shapes].append(index)
+    return list(sets.values())
+
+
+@torch.no_grad()
+def share(layers: Sequence[Layer], plan: Sequence[int], *, average: bool) -> int:
+    """Make the layers of each set use the very same parameters; returns how many sets are left.
+
+    The shared object is one `nn.Parameter` that several modules hold, so a step moves all of
+    them. Copying equal values into each layer would look the same and come apart at once.
+
+    Args:
+        layers: the parameter slots of each layer; normalisation layers are not among them.
+        plan: the set of each layer, from `sharing_plan`.
+        average: True: start from the mean of the parameters that are replaced (trained models).
+            False: keep those of the first layer (fresh ones, where a mean would only shrink).
+    """
+    sets = sharing_sets(layers, plan)
+    for members in sets:
+        for slots in zip(*(layers[i] for i in members)):
+            parameters = [getattr(module, name) for module, name in slots]
+            shared = parameters[0]
+            if average and len(parameters) > 1:
+                shared.copy_(torch.stack(list(parameters)).mean(0))
+            for module, name in slots:
+                setattr(module, name, shared)
+    return len(sets)

@@ -1,0 +1,190 @@
+"""The softmax over a factorised table, flat or as a two-level tree (CpRec, section 3.2)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cprec_recbole.embedding import Block, BlockEmbedding
+from cprec_recbole.partition import PADDING
+from cprec_recbole.topk import TopK, dense_topk
+
+
+class SoftmaxHead(nn.Module, ABC):
+    """Scores, probabilities and loss over a block embedding.
+
+    The padding item is never a target and has no probability.
+
+    Args:
+        table: the factors that the softmax reads; the model's own block embedding when tied.
+    """
+
+    def __init__(self, table: BlockEmbedding) -> None:
+        super().__init__()
+        self.table = table
+
+    @property
+    def head(self) -> Block:
+        """The block of the most popular items."""
+        return self.table.blocks[0]
+
+    @property
+    def tails(self) -> list[Block]:
+        """The other blocks, in popularity order."""
+        return self.table.blocks[1:]
+
+    @abstractmethod
+    def loss(self, hidden: Tensor, target: Tensor) -> Tensor:
+        """Mean negative log-likelihood of target ids, `[N, d], [N] -> []`."""
+
+    @abstractmethod
+    def log_prob(self, hidden: Tensor) -> Tensor:
+        """Log-probability of every item in id order, `[B, d] -> [B, n_items]`; -inf for padding."""
+
+    @abstractmethod
+    def scores(self, hidden: Tensor) -> Tensor:
+        """Score of every item in id order, `[B, d] -> [B, n_items]`; ranks as `log_prob` does."""
+
+    @abstractmethod
+    def score(self, hidden: Tensor, items: Tensor) -> Tensor:
+        """Scores of given ids, `[B, d], [B, m] -> [B, m]`; equal to those columns of `scores`."""
+
+    def topk(self, hidden: Tensor, k: int, exclude: Tensor | None = None) -> TopK:
+        """The k best items of each row, exact, with their `scores`.
+
+        Args:
+            hidden: hidden states, `[B, d]`.
+            k: how many items to return.
+            exclude: item ids that must not be returned, `[B, m]`; 0 excludes nothing.
+
+        Raises:
+            CompressionError: fewer than k items are left in some row.
+        """
+        return dense_topk(self.scores(hidden), k, exclude)
+
+
+class FullSoftmax(SoftmaxHead):
+    """One flat softmax over all items: `softmax(h . W_j[g] P_j)`.
+
+    Computed as `(h P_j^T) W_j^T`, never through a materialised table. Its scores are the logits,
+    so that with one block of full rank they equal RecBole's own.
+    """
+
+    def loss(self, hidden: Tensor, target: Tensor) -> Tensor:
+        """See SoftmaxHead.loss."""
+        positions = self.table.partition.positions(target)
+        return F.cross_entropy(self._logits(hidden)[:, 1:], positions - 1)
+
+    def pairwise_loss(self, hidden: Tensor, target: Tensor, negative: Tensor) -> Tensor:
+        """RecBole's BPR: mean `-log sigmoid(target - negative)`, `[N, d], [N], [N] -> []`."""
+        pair = self.score(hidden, torch.stack([target, negative], dim=1))
+        return -F.logsigmoid(pair[:, 0] - pair[:, 1]).mean()
+
+    def log_prob(self, hidden: Tensor) -> Tensor:
+        """See SoftmaxHead.log_prob."""
+        real = F.log_softmax(self._logits(hidden)[:, 1:], dim=1)
+        return self.table.partition.by_item(F.pad(real, (1, 0), value=-torch.inf))
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """Logits of every item in id order, `[B, d] -> [B, n_items]`, padding included."""
+        return self.table.partition.by_item(self._logits(hidden))
+
+    def score(self, hidden: Tensor, items: Tensor) -> Tensor:
+        """See SoftmaxHead.score."""
+        return torch.einsum("bd,bmd->bm", hidden, self.table(items))
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """Logits in popularity order, `[B, d] -> [B, n_items]`."""
+        blocks = [self.head, *self.tails]
+        return torch.cat([block.logits(hidden) for block in blocks], dim=1)
+
+
+class TreeSoftmax(SoftmaxHead):
+    """The paper's two-level softmax: the head's items and one cluster for each other block.
+
+    With p the softmax over head items and clusters, a head item has `log p(x)` and an item of
+    block j has `log p(cluster_j) + log softmax_j(x)`. A target's loss reads the head and at most
+    one more block. Equal to `torch.nn.AdaptiveLogSoftmaxWithLoss` given the same weights. Its
+    scores are the log-probabilities.
+
+    Args:
+        table: the factors that the softmax reads; the model's own block embedding when tied.
+    """
+
+    def __init__(self, table: BlockEmbedding) -> None:
+        super().__init__(table)
+        self.clusters = nn.Parameter(torch.empty(len(self.tails), table.dim))
+        nn.init.normal_(self.clusters, std=0.02)
+
+    @torch.no_grad()
+    def average_clusters(self, counts: Tensor) -> None:
+        """Point each cluster at the count-weighted mean of its items, `counts [n_items]` by id."""
+        partition = self.table.partition
+        order = partition.item_at.long().to(counts.device)
+        for j, block in enumerate(self.tails, start=1):
+            rows = order[partition.starts[j] : partition.cutoffs[j]]
+            weights = counts[rows].to(block.weight).clamp(min=1)
+            self.clusters[j - 1] = block.out_of_rank(weights @ block.weight / weights.sum())
+
+    def loss(self, hidden: Tensor, target: Tensor) -> Tensor:
+        """See SoftmaxHead.loss."""
+        partition = self.table.partition
+        positions = partition.positions(target)
+        blocks = partition.blocks(positions)
+        in_head = blocks == 0
+        first_cluster = self.head.weight.shape[0] - 1
+        branch = torch.where(in_head, positions - 1, first_cluster + blocks - 1)
+        nll = F.cross_entropy(self._branch_logits(hidden), branch, reduction="none")
+        for j, block in enumerate(self.tails, start=1):
+            rows = (blocks == j).nonzero().squeeze(1)
+            if len(rows):
+                inside = positions[rows] - partition.starts[j]
+                logits = block.logits(hidden[rows])
+                nll = nll.index_add(0, rows, F.cross_entropy(logits, inside, reduction="none"))
+        return nll.mean()
+
+    def log_prob(self, hidden: Tensor) -> Tensor:
+        """See SoftmaxHead.log_prob."""
+        branches = F.log_softmax(self._branch_logits(hidden), dim=1)
+        first_cluster = self.head.weight.shape[0] - 1
+        parts = [F.pad(branches[:, :first_cluster], (1, 0), value=-torch.inf)]
+        for j, block in enumerate(self.tails):
+            cluster = branches[:, first_cluster + j, None]
+            parts.append(cluster + F.log_softmax(block.logits(hidden), dim=1))
+        return self.table.partition.by_item(torch.cat(parts, dim=1))
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """Log-probability of every item in id order, `[B, d] -> [B, n_items]`."""
+        return self.log_prob(hidden)
+
+    def score(self, hidden: Tensor, items: Tensor) -> Tensor:
+        """See SoftmaxHead.score. Reads the head and those blocks that hold one of the items."""
+        partition = self.table.partition
+        positions = partition.positions(items)
+        blocks = partition.blocks(positions)
+        branches = F.log_softmax(self._branch_logits(hidden), dim=1)
+        first_cluster = self.head.weight.shape[0] - 1
+        branch = torch.where(blocks == 0, positions - 1, first_cluster + blocks - 1)
+        scores = branches.gather(1, branch.clamp(min=0))
+        for j, block in enumerate(self.tails, start=1):
+            here = blocks == j
+            rows = here.any(1).nonzero().squeeze(1)
+            if len(rows):
+                inside = F.log_softmax(block.logits(hidden[rows]), dim=1)
+                column = (positions[rows] - partition.starts[j]).clamp(0, inside.shape[1] - 1)
+                part = torch.where(here[rows], inside.gather(1, column), 0.0)
+                scores = scores.index_add(0, rows, part)
+        return scores.masked_fill(items == PADDING, -torch.inf)
+
+    def _branch_logits(self, hidden: Tensor) -> Tensor:
+        """Logits of the head's items, then of the clusters, `[B, d] -> [B, k_1 - 1 + n - 1]`."""
+        items = self.head.into_rank(hidden) @ self.head.weight[1:].T
+        return torch.cat([items, hidden @ self.clusters.T], dim=1)
+
+
+def build_softmax(kind: str, table: BlockEmbedding) -> SoftmaxHead:
+    """The softmax of that name (`full` or `tree`) over a table."""
+    return {"full": FullSoftmax, "tree": TreeSoftmax}[kind](table)
