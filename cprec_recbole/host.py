@@ -38,11 +38,24 @@ def recbole_config(
     argv = sys.argv
     sys.argv = argv[:1] or [""]
     try:
-        return Config(
+        config = Config(
             model, dataset, config_file_list=config_files or None, config_dict=dict(options)
         )
     finally:
         sys.argv = argv
+    _check_dataset(config)
+    return config
+
+
+def _check_dataset(config: Config) -> None:
+    """RecBole offers to download a data set that it does not find, where it knows the name."""
+    folder, name = config["data_path"], config["dataset"]
+    known = Path(recbole.__file__).parent / "properties" / "dataset" / "url.yaml"
+    if not os.path.isdir(folder) and name not in yaml.safe_load(known.read_text(encoding="utf-8")):
+        raise CompressionError(
+            "Expected `dataset` to be ml-100k, or the name of a folder in `data_path` that holds "
+            f"{name}.inter, but {folder} does not exist."
+        )
 
 
 @contextmanager

@@ -1,0 +1,167 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+import cprec_recbole
+from cprec_recbole import CompressionConfig, CompressionError, compress
+from cprec_recbole.report import part_sizes
+from cprec_recbole.sequences import item_counts
+from tests.builders import SCHEMES, train_a_step
+
+LOSSLESS = {"ranks": [16], "sharing": "none", "softmax": "full"}
+
+
+@pytest.fixture(params=["fresh", "trained"])
+def model(request, world, host_name):
+    model = world.model(host_name)
+    if request.param == "trained":
+        for _ in range(3):
+            train_a_step(model, world.batch(host_name), lr=0.5)
+    return model.eval()
+
+
+def test_with_nothing_to_lose_the_scores_are_the_originals(world, host_name, model):
+    small = compress(model, **LOSSLESS)
+    assert type(small).__name__ == f"Cp{host_name}"
+    batch = world.evaluation_batch(host_name)
+    torch.testing.assert_close(small.full_sort_predict(batch), model.full_sort_predict(batch))
+    torch.testing.assert_close(small.predict(batch), model.predict(batch))
+
+
+def test_full_rank_in_three_blocks_loses_nothing_either(world, host_name, model):
+    small = compress(model, ranks=[16, 16, 16], cutoffs=[6, 20], sharing="none", softmax="full")
+    batch = world.evaluation_batch(host_name)
+    torch.testing.assert_close(small.full_sort_predict(batch), model.full_sort_predict(batch))
+
+
+def test_the_padding_item_keeps_its_vector(host_name, model):
+    small = compress(model, ranks=[16, 4], cutoffs=[5])
+    torch.testing.assert_close(small.table(torch.tensor(0)), model.item_embedding.weight[0])
+
+
+def test_the_original_is_left_bit_for_bit(world, host_name, model):
+    before = copy.deepcopy(model.state_dict())
+    names = [name for name, _ in model.named_modules()]
+    small = compress(model, ranks=[16, 4, 1], sharing="cross_block")
+    train_a_step(small, world.batch(host_name), lr=1.0)
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[key], before[key]) for key in before)
+    assert [name for name, _ in model.named_modules()] == names
+    pointers = {p.data_ptr() for p in model.parameters()}
+    assert not pointers & {p.data_ptr() for p in small.parameters()}
+
+
+@pytest.mark.parametrize("softmax", ["full", "tree"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_choice_compresses_trains_and_recommends(world, host_name, softmax, scheme):
+    model = world.model(host_name)
+    small = compress(
+        model, ranks=[16, 4, 1], sharing=scheme, softmax=softmax, tied=softmax == "full"
+    )
+    for training in ("all_positions", "last_position"):
+        batch = world.batch(f"Cp{host_name}", training=training)
+        assert np.isfinite(train_a_step(small, batch))
+    assert small.recommend([1, 2, 3], 5).items.shape == (1, 5)
+    if scheme != "none":
+        assert part_sizes(small).layers < part_sizes(model).layers
+    assert part_sizes(small).table < part_sizes(model).table
+
+
+def test_an_untied_softmax_starts_from_the_same_table(host_name, model):
+    small = compress(model, ranks=[16, 4, 1], tied=False)
+    torch.testing.assert_close(small.head.table.dense(), small.table.dense())
+    assert small.head.table.blocks[0].weight is not small.table.blocks[0].weight
+
+
+def test_mode_and_dtype_are_kept(world, host_name):
+    model = world.model(host_name).double()
+    small = compress(model.train(), ranks=[16, 4])
+    assert small.training
+    assert {p.dtype for p in small.parameters()} == {torch.float64}
+    assert not compress(model.eval(), ranks=[16, 4]).training
+
+
+def test_a_config_and_options_by_name_mean_the_same(host_name, model):
+    config = CompressionConfig(ranks=(16, 4), sharing="cross_layer", training="last_position")
+    a, b = compress(model, config), compress(model, ranks=[16, 4], sharing="cross_layer")
+    assert a.compression == b.compression
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
+
+
+def test_counts_come_from_a_dataset_an_array_or_memory(world, host_name):
+    train = world.loaders(world.config(host_name))[0]._dataset
+    model = world.model(host_name)
+    counts = item_counts(train)
+    for given in (None, train, counts, torch.tensor(counts), counts.tolist()):
+        small = compress(model, ranks=[16, 4], item_counts=given)
+        order = small.table.partition.item_at.tolist()[1:]
+        assert order == sorted(order, key=lambda i: (-counts[i], i))
+
+
+def refused(model, match, **options):
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(CompressionError, match=match):
+        compress(model, **options)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values()))
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"ranks": [4, 16]}, "`ranks` not to rise"),
+        ({"ranks": [32]}, "at most the embedding size 16"),
+        ({"ranks": [16, 0]}, "`ranks` to be positive"),
+        ({"ranks": [16, 4], "cutoffs": [500]}, "`cutoffs` to end at most at the"),
+        ({"cutoffs": [20, 10]}, "`cutoffs` to rise"),
+        ({"sharing": "cross"}, "`sharing` to be one of"),
+        ({"softmax": "sampled"}, "`softmax` to be one of"),
+        ({"rankz": [16]}, "got `rankz`; did you mean `ranks`"),
+        ({"config": {"ranks": [16]}}, "`config` to be a CompressionConfig, but got dict"),
+        ({"config": CompressionConfig(), "tied": False}, "but got both: config and tied"),
+        ({"item_counts": [1, 2, 3]}, r"`item_counts` to have one entry .*\[3\]"),
+        ({"item_counts": "many"}, "`item_counts` to be a RecBole dataset or numbers"),
+        ({"item_counts": "negative"}, "`item_counts`"),
+    ],
+)
+def test_bad_options_are_named_before_anything_changes(world, host_name, options, match):
+    refused(world.model(host_name), match, **options)
+
+
+def test_counts_must_be_counts(world, host_name):
+    model = world.model(host_name)
+    for wrong in (-1.0, float("nan")):
+        refused(model, "zero or above", item_counts=np.full(model.n_items, wrong))
+
+
+def test_missing_counts_are_named(world, host_name):
+    model = world.model(host_name)
+    del model.train_item_counts  # as if built before the plugin
+    refused(model, "Expected `item_counts` for a model that was built before")
+
+
+def test_compressing_twice_is_refused(world, host_name):
+    small = compress(world.model(host_name), ranks=[16, 4])
+    refused(small, f"`model` to be uncompressed, but got Cp{host_name}", ranks=[16])
+
+
+def test_other_models_and_subclasses_are_refused(world, host_name):
+    with pytest.raises(CompressionError, match="NextItNet, SASRec, GRU4Rec, but got Linear"):
+        compress(torch.nn.Linear(2, 2))
+    model = world.model(host_name)
+    model.__class__ = type("Changed", (type(model),), {})
+    refused(model, "but got Changed")
+
+
+def test_a_model_that_diverged_is_refused(world, host_name):
+    model = world.model(host_name)
+    with torch.no_grad():
+        model.item_embedding.weight[3, 1] = float("nan")
+    with pytest.raises(CompressionError, match="finite weights"):
+        compress(model, ranks=[16, 4])
+
+
+def test_the_public_names_are_there():
+    assert all(hasattr(cprec_recbole, name) for name in cprec_recbole.__all__)

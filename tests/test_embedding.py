@@ -1,0 +1,93 @@
+import numpy as np
+import pytest
+import torch
+
+from cprec_recbole import BlockEmbedding, Partition
+from tests.builders import block_embedding
+from tests.oracles import item_vector
+
+GRID = [
+    ((5, 4, 6), (8, 3, 1), 8),
+    ((2, 1, 1), (8, 8, 2), 8),  # one-item blocks; a second block of full rank
+    ((7,), (4,), 4),  # one block: a plain table
+    ((7,), (2,), 4),  # one block, one low rank for all
+    ((3, 9), (3, 3), 5),  # a head with a projection; a rank above the rows of the head
+]
+
+
+@pytest.mark.parametrize(("sizes", "ranks", "dim"), GRID)
+def test_vectors_are_row_times_projection(sizes, ranks, dim):
+    table = block_embedding(sizes, ranks, dim)
+    ids = torch.arange(sum(sizes))
+    expected = torch.stack([item_vector(table, i) for i in ids.tolist()])
+    torch.testing.assert_close(table(ids), expected)
+    torch.testing.assert_close(table.dense(), expected)
+    torch.testing.assert_close(table(ids.view(1, -1, 1)), expected.view(1, len(ids), 1, dim))
+    torch.testing.assert_close(table.norm(), expected.norm())
+
+
+def test_no_projection_at_full_rank():
+    table = block_embedding((4, 5), (6, 2), 6)
+    assert table.blocks[0].projection is None
+    assert sum(p.numel() for p in table.parameters()) == 4 * 6 + 5 * 2 + 2 * 6
+
+
+@pytest.mark.parametrize(("sizes", "ranks", "dim"), GRID)
+def test_gradients_are_those_of_the_definition(sizes, ranks, dim):
+    table = block_embedding(sizes, ranks, dim)
+    ids = torch.randint(1, sum(sizes), (20,))
+    weights = torch.randn(20, dim)
+    found = torch.autograd.grad((table(ids) * weights).sum(), list(table.parameters()))
+    vectors = torch.stack([item_vector(table, i) for i in ids.tolist()])
+    expected = torch.autograd.grad(
+        (vectors * weights).sum(), list(table.parameters()), allow_unused=True
+    )
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a, torch.zeros_like(a) if b is None else b)
+
+
+def test_looking_up_padding_teaches_nothing_and_every_real_item_learns():
+    table = block_embedding((3, 4, 5), (4, 2, 1), 4)
+    table(torch.zeros(6, dtype=torch.int64)).sum().backward()
+    assert all(block.weight.grad.abs().sum() == 0 for block in table.blocks)
+    table(torch.arange(12)).sum().backward()
+    head, *tails = (block.weight.grad.abs().sum(1) for block in table.blocks)
+    assert head[0] == 0  # row 0 of the head is padding; row 0 of a tail is a real item
+    assert (head[1:] > 0).all()
+    assert all((tail > 0).all() for tail in tails)
+
+
+def test_a_fresh_table_has_the_spread_it_was_asked_for_and_a_zero_padding_row():
+    partition = Partition.from_counts(np.arange(3000)[::-1].copy(), [1000, 2000, 3000])
+    table = BlockEmbedding(partition, (64, 16, 4), 64)
+    table.reset_parameters(std=0.02)
+    vectors = table.dense().detach()
+    assert vectors[0].abs().sum() == 0
+    for start in (0, 1000, 2000):
+        spread = vectors[partition.item_at[start + 1 : start + 1000].long()].std()
+        assert spread == pytest.approx(0.02, rel=0.05)
+
+
+def test_full_rank_takes_a_table_without_loss():
+    table = block_embedding((5, 4, 6), (8, 8, 8), 8)
+    given = torch.randn(15, 8)
+    table.approximate(given, torch.ones(15))
+    assert torch.equal(table.dense(), given)
+
+
+def test_low_rank_takes_the_weighted_least_squares_optimum():
+    table = block_embedding((6, 20), (8, 3), 8)
+    given, counts = torch.randn(26, 8), torch.randint(1, 50, (26,)).float()
+    table.approximate(given, counts)
+    tail = table.partition.item_at[6:].long()
+    weighted = counts[tail].sqrt().unsqueeze(1) * given[tail]
+    error = (counts[tail].sqrt().unsqueeze(1) * (table.dense()[tail] - given[tail])).square().sum()
+    smallest = torch.linalg.svdvals(weighted.double())[3:].square().sum()  # Eckart-Young
+    assert error.item() == pytest.approx(smallest.item(), rel=1e-4)
+
+
+def test_a_block_with_fewer_rows_than_its_rank_is_exact():
+    table = block_embedding((4, 2), (8, 5), 8)
+    given = torch.randn(6, 8)
+    table.approximate(given, torch.zeros(6))  # items that never occurred count as seen once
+    torch.testing.assert_close(table.dense(), given)
