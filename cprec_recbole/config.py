@@ -16,7 +16,12 @@ OBJECTIVES = ("all_positions", "last_position")
 
 DEFAULT_BLOCKS = 3  # CpRec, section 3.2: three to five blocks are enough
 RANK_STEP = 4  # each block has a quarter of the rank of the one before (the authors' d, d/4, d/16)
-HEAD_SHARE = 0.1  # a small head is what compresses; see the table in docs/method.md
+# The head: a tenth of the items, since a small head is what compresses; but not below 400 items,
+# which costs quality where there is little to save, nor above a quarter (docs/method.md, "Where to
+# cut": MovieLens-100K, three seeds, heads of 168 and 420 items).
+HEAD_SHARE = 0.1
+HEAD_ITEMS = 400
+LARGEST_HEAD_SHARE = 0.25
 
 
 class CompressionError(ValueError):
@@ -65,7 +70,8 @@ class CompressionConfig:
             and never rising. None: `d, d/4, d/16`.
         cutoffs: where the blocks end when items are ordered by falling popularity: rows
             (`(400, 900)`, the padding row counted) or shares of the items (`(0.1, 0.3)`). The end
-            of the catalogue may be left out. None: a head of 10%, the others in equal ratio.
+            of the catalogue may be left out. None: a head of 10% of the items (at least 400 items,
+            at most 25%), the other cutoffs in equal ratio.
         sharing: which layers use the same parameters, one of `none`, `cross_layer`, `cross_block`,
             `adjacent_layer`, `adjacent_block` (CpRec, section 3.3).
         softmax: `full` (one flat softmax over the factorised table) or `tree` (the paper's: the
@@ -146,7 +152,8 @@ class CompressionConfig:
 
     def _fitted_cutoffs(self, n_blocks: int, n_items: int) -> tuple[int, ...]:
         if self.cutoffs is None:
-            shares = [HEAD_SHARE ** (1 - j / (n_blocks - 1)) for j in range(n_blocks - 1)]
+            head = min(LARGEST_HEAD_SHARE, max(HEAD_SHARE, HEAD_ITEMS / (n_items - 1)))
+            shares = [head ** (1 - j / (n_blocks - 1)) for j in range(n_blocks - 1)]
             return (*_rows_of_shares(shares, n_items), n_items)
         inner = _inner_cutoffs(self.cutoffs, n_items)
         if len(inner) != n_blocks - 1:

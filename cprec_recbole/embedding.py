@@ -162,7 +162,7 @@ def _principal_rows(rows: Tensor, counts: Tensor, rank: int) -> Tensor:
     fewer rows than d. Items that never occurred count as seen once.
     """
     weights = counts.to(rows.device, torch.float64).clamp(min=1)
-    rows = rows.double()
-    gram = rows.T @ (rows * weights.unsqueeze(1))
+    exact = rows.double()
+    gram = exact.T @ (exact * weights.unsqueeze(1))
     basis = torch.linalg.eigh(gram).eigenvectors  # by rising eigenvalue
-    return basis.flip(1)[:, :rank].T.float()
+    return basis.flip(1)[:, :rank].T.to(rows.dtype)

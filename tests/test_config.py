@@ -65,9 +65,16 @@ def test_the_end_of_the_catalogue_may_be_left_out():
 
 
 def test_defaults_are_the_papers_ranks_and_a_small_head():
-    plan = CompressionConfig().plan(64, 1001)
+    plan = CompressionConfig().plan(64, 10_001)
     assert plan.ranks == (64, 16, 4)
-    assert plan.cutoffs == (101, 317, 1001)
+    assert plan.cutoffs == (1001, 3163, 10_001)
+
+
+@pytest.mark.parametrize(("items", "head"), [(800, 200), (1682, 400), (3400, 400), (50_000, 5000)])
+def test_the_default_head_is_a_tenth_within_bounds(items, head):
+    plan = CompressionConfig().plan(64, items + 1)
+    assert plan.cutoffs[0] == head + 1  # and the padding row
+    assert plan.cutoffs[1] == pytest.approx((head * items) ** 0.5, abs=2)  # equal ratio
 
 
 def test_shares_count_items_and_not_the_padding_row():

@@ -1,0 +1,196 @@
+import json
+import math
+
+import pytest
+import torch
+from rich.console import Console
+
+from cprec_recbole import CompressionConfig, CompressionError
+from cprec_recbole.cli import main, recbole_options
+from cprec_recbole.compare import Experiment, as_markdown, as_table, contenders, save
+from cprec_recbole.compare.results import Comparison, Run, as_json
+from tests.builders import SMALL
+
+CHEAP = {"epochs": 2, "train_batch_size": 512, "MAX_ITEM_LIST_LENGTH": 8}
+
+
+def cheap(world, model):
+    return {
+        **CHEAP,
+        **SMALL[model],
+        "data_path": world.data_path,
+        "load_col": {"inter": ["user_id", "item_id", "timestamp"]},
+    }
+
+
+@pytest.fixture(scope="module")
+def comparison(world):
+    columns = contenders("SASRec", CompressionConfig(ranks=(16, 4, 1)), with_stock=True)
+    experiment = Experiment(columns, world.name, seeds=2, options=cheap(world, "SASRec"))
+    seen = []
+    result = experiment.run("cprec compare", lambda *epoch: seen.append(epoch))
+    assert [(name, seed, epoch) for name, seed, epoch, _ in seen] == [
+        (name, seed, epoch)
+        for seed in (2020, 2021)
+        for name in ("uncompressed", "compressed", "RecBole's own")
+        for epoch in (0, 1)
+    ]
+    return result
+
+
+def test_every_contender_is_trained_with_every_seed(comparison):
+    assert [(run.contender, run.seed) for run in comparison.runs] == [
+        (name, seed) for seed in comparison.seeds for name in comparison.contenders
+    ]
+    for run in comparison.runs:
+        assert len(run.epoch_seconds) == len(run.valid_curve) == 2
+        assert set(run.test) == {f"{m}@{k}" for m in ("hit", "mrr", "ndcg") for k in (5, 20)}
+        assert run.score_ms > 0
+        assert run.parameters["total"] == sum(
+            run.parameters[part] for part in ("table", "layers", "softmax")
+        )
+        # RecBole's checkpoint holds Adam's two moments beside the weights
+        assert run.checkpoint_bytes > 2 * run.weight_bytes > 8 * run.parameters["total"]
+
+
+def test_the_uncompressed_column_has_recboles_own_size(comparison):
+    sizes = {run.contender: run.parameters for run in comparison.runs}
+    assert sizes["uncompressed"] == sizes["RecBole's own"]
+    assert sizes["compressed"]["table"] < sizes["uncompressed"]["table"]
+    assert sizes["compressed"]["layers"] < sizes["uncompressed"]["layers"]
+
+
+def test_the_same_seed_gives_the_same_figures(world):
+    columns = contenders("GRU4Rec", CompressionConfig(ranks=(16, 4, 1)))
+    results = [
+        Experiment(columns, world.name, options=cheap(world, "GRU4Rec")).run("", lambda *e: None)
+        for _ in range(2)
+    ]
+    for a, b in zip(results[0].runs, results[1].runs):
+        assert (a.test, a.valid_curve) == (b.test, b.valid_curve)
+
+
+def test_json_holds_what_a_sceptic_would_ask_for(comparison):
+    found = json.loads(as_json(comparison))
+    assert found["seeds"] == [2020, 2021]
+    assert found["command"] == "cprec compare"
+    assert found["settings"]["epochs"] == 2
+    assert found["contenders"]["compressed"]["ranks"] == [16, 4, 1]
+    assert found["environment"]["torch"] == torch.__version__.split("+")[0] or torch.__version__
+    assert {"processor", "cores", "recbole", "numpy", "python"} <= set(found["environment"])
+    values = [run["test"]["ndcg@20"] for run in found["runs"] if run["contender"] == "compressed"]
+    assert found["summary"]["compressed"]["NDCG@20"]["mean"] == pytest.approx(sum(values) / 2)
+    assert found["summary"]["compressed"]["NDCG@20"]["spread"] == pytest.approx(
+        abs(values[0] - values[1]) / math.sqrt(2)
+    )
+
+
+def test_tables_show_mean_spread_and_ratio():
+    def run(contender, seed, ndcg, total):
+        parts = {"table": total - 10, "layers": 10, "softmax": 0, "total": total}
+        return Run(
+            contender, seed, {}, {"ndcg@20": ndcg}, [ndcg], [2.0], parts, "none 1/1", 4, 12, 1.0
+        )
+
+    comparison = Comparison(
+        command="cprec compare --model SASRec",
+        dataset={"name": "made-up", "users": 5, "items": 9, "evaluated_users": 5},
+        seeds=[1, 2],
+        settings={},
+        contenders={"uncompressed": {"model": "CpSASRec"}, "compressed": {"model": "CpSASRec"}},
+        environment={"gpu": None, "processor": "P", "cores": 2}
+        | dict.fromkeys(("recbole", "torch", "numpy", "python"), "1"),
+        runs=[
+            run("uncompressed", 1, 0.10, 1000),
+            run("uncompressed", 2, 0.12, 1000),
+            run("compressed", 1, 0.11, 200),
+            run("compressed", 2, 0.11, 200),
+        ],
+    )
+    text = as_markdown(comparison)
+    assert "| NDCG@20 | 0.1100 ± 0.0141 | 0.1100 | x 1.00 |" in text
+    assert "| parameters | 1,000 | 200 | ÷ 5.0 |" in text
+    assert "HR@5" not in text  # a metric that was not measured has no row
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(as_table(comparison))
+    assert "0.1100 ± 0.0141" in console.export_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"seeds": 0}, "`seeds` to be 1 or more, but got 0"),
+        ({"options": {"epoch": 3}}, "got `epoch`; did you mean `epochs`"),
+        ({"dataset": "no-such-data"}, "`dataset` to be ml-100k, or the name of a folder"),
+        ({"config_files": ["missing.yaml"]}, "`config` to be a YAML file, but missing.yaml"),
+    ],
+)
+def test_bad_experiments_are_refused_before_training(arguments, match):
+    columns = contenders("SASRec", CompressionConfig())
+    with pytest.raises(CompressionError, match=match):
+        Experiment(columns, **{"dataset": "ml-100k", **arguments})
+
+
+def test_the_command_writes_its_files_and_prints_the_table(world, tmp_path, capsys):
+    options = {**cheap(world, "SASRec"), "epochs": 1}
+    status = main(
+        [
+            *("compare", "--model", "SASRec", "--dataset", world.name, "--out", str(tmp_path)),
+            *("--ranks", "16,4,1", "--softmax", "tree", "--length", "10"),
+            *(
+                f"--{key}={value}"
+                for key, value in options.items()
+                if key != "MAX_ITEM_LIST_LENGTH"
+            ),
+        ]
+    )
+    assert status == 0
+    printed = capsys.readouterr().out
+    assert "NDCG@20" in printed
+    assert "seconds an epoch" in printed
+    found = json.loads((tmp_path / "compare.json").read_text())
+    assert found["settings"]["MAX_ITEM_LIST_LENGTH"] == 10
+    assert found["contenders"]["compressed"]["softmax"] == "tree"
+    assert found["command"].startswith("cprec compare --model SASRec --dataset made-up")
+    assert "NDCG@20" in (tmp_path / "compare.md").read_text()
+    assert {path.name for path in tmp_path.iterdir()} == {"compare.json", "compare.md"}
+
+
+def test_the_report_command_prints_sizes(capsys):
+    assert main(["report", "SASRec", "--items", "100000", "--ranks", "64,8"]) == 0
+    printed = capsys.readouterr().out
+    assert "SASRec for 100,000 items" in printed
+    assert "64/8" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["report", "SASRec", "--ranks", "8,16"], "`ranks` not to rise"),
+        (["report", "SASRec", "--sharing", "all"], "`sharing` to be one of"),
+        (["compare", "--model", "SASRec", "--epoch=3"], "did you mean `epochs`"),
+        (["compare", "--model", "SASRec", "epochs=3"], "Expected options as --name=value"),
+        (["compare", "--model", "SASRec", "--epochs"], "Expected a value for --epochs"),
+        (["compare", "--model", "SASRec", "--softmax=tree", "--loss_type=BPR"], "`loss_type`"),
+    ],
+)
+def test_the_command_says_in_one_line_what_is_wrong(arguments, words, capsys):
+    assert main(arguments) == 2
+    printed = capsys.readouterr().err
+    assert words in printed
+    assert printed.startswith("cprec: ")
+    assert printed.count("\n") == 1
+
+
+def test_recbole_options_are_read_as_yaml():
+    options = recbole_options(["--epochs=3", "--metrics=[Hit]", "--learning_rate", "0.01", "--x=a"])
+    assert options == {"epochs": 3, "metrics": ["Hit"], "learning_rate": 0.01, "x": "a"}
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "compare.json"
+    save("old", path)
+    with pytest.raises(UnicodeEncodeError):
+        save("new \ud800", path)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]

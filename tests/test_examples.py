@@ -1,0 +1,63 @@
+"""The examples and the published configurations run as they are written, with fewer epochs."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cprec_recbole.config import CompressionConfig
+from cprec_recbole.host import recbole_config
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "recbole_configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "printed"),
+    [
+        ("quickstart.py", ["--epochs=1", "--block_num=1"], "recommended films: ["),
+        ("compress_trained.py", ["--epochs=1", "--MAX_ITEM_LIST_LENGTH=5"], "compressed: "),
+        ("compare.py", ["1"], "NDCG@20"),
+    ],
+)
+def test_an_example_runs(script, arguments, printed, tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / script), *arguments],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert printed in done.stdout
+
+
+def test_every_example_is_run():
+    assert {path.name for path in (ROOT / "examples").glob("*.py")} == {
+        "quickstart.py",
+        "compress_trained.py",
+        "compare.py",
+    }
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_configuration_is_one_that_recbole_takes(path):
+    model, dataset = path.stem.split("_")
+    assert (model, dataset) in {
+        (f"Cp{m}", d) for m in ("NextItNet", "SASRec", "GRU4Rec") for d in ("ml-100k", "ml-1m")
+    }
+    options = yaml.safe_load(path.read_text())
+    config = recbole_config(model, "ml-100k", {}, [str(path)])
+    for key, value in options.items():
+        assert config[key] == value
+    names = CompressionConfig.option_names()
+    assert set(options) & set(names), "a configuration that compresses nothing"
+    defaults = recbole_config(model, "ml-100k", {})
+    same = [key for key, value in options.items() if defaults[key] == value]
+    assert same == [], "only what differs from the defaults belongs into a configuration"
+
+
+def test_there_is_a_configuration_for_every_model_and_data_set():
+    assert len(CONFIGS) == 6

@@ -1,0 +1,148 @@
+"""RecBole's own functions with our models, and what the rest of the process sees."""
+
+import importlib
+import io
+import subprocess
+import sys
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import recbole.quick_start
+import torch
+from recbole.trainer import Trainer
+
+import cprec_recbole
+from cprec_recbole import CompressionError
+from cprec_recbole.report import part_sizes
+from tests.builders import SMALL
+
+# all that these change is the cost of the test
+CHEAP = {"epochs": 1, "MAX_ITEM_LIST_LENGTH": 5, "show_progress": False, "state": "ERROR"}
+
+
+@pytest.fixture
+def alone(monkeypatch, tmp_path):
+    """RecBole reads this process's command line and writes into the current folder."""
+    monkeypatch.setattr(sys, "argv", ["test"])
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["CpNextItNet", "CpSASRec", "CpGRU4Rec", "SASRec"])
+def test_recbole_runs_it_on_movielens_and_loads_it_again(alone, name):
+    small = SMALL[name.removeprefix("Cp")]
+    result = recbole.quick_start.run_recbole(
+        model=name, dataset="ml-100k", config_dict={**CHEAP, **small}
+    )
+    assert 0 < result["test_result"]["ndcg@10"] < 1
+    (file,) = (alone / "saved").glob(f"{name}-*.pth")
+    config, model, _, _, _, test = recbole.quick_start.load_data_and_model(str(file))
+    trainer = Trainer(config, model)
+    again = trainer.evaluate(test, load_best_model=True, model_file=str(file))
+    assert again == result["test_result"]
+    trainer.resume_checkpoint(str(file))
+    assert trainer.start_epoch == 1
+    if name.startswith("Cp"):
+        stored = torch.load(file, weights_only=False)["state_dict"]
+        assert all(torch.equal(stored[key], value) for key, value in model.state_dict().items())
+        assert part_sizes(model).total < model.n_items * 16  # smaller than the table alone
+
+
+def test_options_come_from_the_command_line_too(alone, monkeypatch, world):
+    monkeypatch.setattr(
+        sys, "argv", ["test", "--ranks=[8, 2]", "--softmax=tree", "--cutoffs=[0.2]"]
+    )
+    from recbole.config import Config
+
+    config = Config(model="CpSASRec", dataset="ml-100k")
+    assert (config["ranks"], config["softmax"], config["cutoffs"]) == ([8, 2], "tree", [0.2])
+    assert config["sharing"] == "cross_block"
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"rank": [64, 16]}, "got `rank`; did you mean `ranks`"),
+        ({"sharng": "none"}, "did you mean `sharing`"),
+        ({"sharing": "all"}, "`sharing` to be one of"),
+        ({"ranks": [16, 64]}, "`ranks` not to rise"),
+        ({"training": "every"}, "`training` to be one of"),
+    ],
+)
+def test_a_bad_option_stops_before_any_data_is_read(world, options, match):
+    with pytest.raises(CompressionError, match=match):
+        world.config("CpSASRec", **options)
+
+
+def test_unrelated_options_of_recboles_are_left_alone(world):
+    assert world.config("CpSASRec", my_own_option=3)["my_own_option"] == 3
+
+
+def test_negative_samples_asked_for_by_hand_are_still_recboles_error(world):
+    with pytest.raises(ValueError, match="train_neg_sample_args"):
+        world.config("SASRec", train_neg_sample_args={"distribution": "uniform"})
+    assert world.config("SASRec", loss_type="BPR")["train_neg_sample_args"]["sample_num"] == 1
+
+
+def test_missing_values_are_filled_on_current_pandas(world, tmp_path):
+    folder = tmp_path / "gaps"
+    folder.mkdir()
+    lines = ["user_id:token\titem_id:token\trating:float\ttimestamp:float"]
+    lines += [f"u{u}\ti{i}\t{'' if i == 2 else i}\t{i}" for u in range(3) for i in range(6)]
+    (folder / "gaps.inter").write_text("\n".join(lines) + "\n")
+    from recbole.data import create_dataset
+
+    from cprec_recbole.host import recbole_config
+
+    columns = {"inter": ["user_id", "item_id", "rating", "timestamp"]}
+    config = recbole_config("SASRec", "gaps", {"data_path": str(tmp_path), "load_col": columns})
+    ratings = create_dataset(config).inter_feat["rating"]
+    assert ratings.isna().sum() == 0
+    assert ratings.iloc[2] == pytest.approx(np.mean([0, 1, 3, 4, 5]))
+
+
+def test_importing_and_registering_twice_changes_nothing():
+    from recbole.config import Config
+
+    before = Config._load_internal_config_dict
+    importlib.reload(cprec_recbole)
+    importlib.import_module("cprec_recbole.plugin").register()
+    assert Config._load_internal_config_dict is before
+    assert recbole.quick_start.run_recbole is cprec_recbole.run_recbole
+
+
+def test_torch_load_elsewhere_still_refuses_pickled_code():
+    file = io.BytesIO()
+    torch.save({"x": Fraction(1, 2)}, file)
+    file.seek(0)
+    with pytest.raises(Exception, match="Weights only load failed"):
+        torch.load(file)
+
+
+OUTSIDE = """
+import sys
+import numpy, torch
+names, load = set(dir(numpy)), torch.load
+import cprec_recbole
+from recbole.config import Config
+sys.argv = ["test"]
+Config(model="CpSASRec", dataset="ml-100k")
+assert not set(dir(numpy)) - names - {"f2py", "testing", "ctypeslib", "ma", "matlib"}
+assert not hasattr(numpy, "float"), "RecBole's names were put back into NumPy for everybody"
+assert torch.load is load
+assert not torch.is_anomaly_enabled(), "RecBole's sine.py turned anomaly detection on"
+ray = sys.modules.get("ray")
+assert ray is None or hasattr(ray, "__file__"), "the stand-in for ray is visible"
+print("clean")
+"""
+
+
+def test_the_process_outside_recbole_is_left_as_it_was(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", OUTSIDE],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.stdout.strip() == "clean", done.stderr

@@ -1,0 +1,78 @@
+import pytest
+import torch
+
+from cprec_recbole import CompressionConfig, CompressionError
+from cprec_recbole.backbones import build_host
+from cprec_recbole.catalogue import size_rows
+from cprec_recbole.report import describe_sharing, estimate, layer_flops, part_sizes, shared_layers
+from tests.builders import SCHEMES
+
+
+def count(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("softmax", ["full", "tree"])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_an_estimate_is_what_a_built_model_has(world, host_name, softmax, tied, scheme):
+    options = {"ranks": [16, 4, 1], "sharing": scheme, "softmax": softmax, "tied": tied}
+    model = world.model(f"Cp{host_name}", **options)
+    config = world.config(f"Cp{host_name}")
+    dataset = world.loaders(config)[0]._dataset
+    host = build_host(model.record, config, dataset)
+    found = estimate(model.record, host, CompressionConfig(**options), model.n_items, 16)
+    assert found.sizes == part_sizes(model)
+    assert found.sizes.total == count(model)
+
+
+def test_parts_of_recboles_own_model_add_up(world, host_name):
+    model = world.model(host_name)
+    sizes = part_sizes(model)
+    assert sizes.table == model.n_items * 16
+    assert sizes.softmax == 0
+    assert sizes.total == count(model)
+
+
+def test_uncompressed_has_the_parameters_of_recboles_own(world, host_name):
+    ours = world.model(f"Cp{host_name}", **CompressionConfig.uncompressed().as_dict())
+    assert part_sizes(ours) == part_sizes(world.model(host_name))
+
+
+def test_a_scheme_that_shares_nothing_says_so(world):
+    model = world.model("CpSASRec", n_layers=1, sharing="cross_block", ranks=[16])
+    assert shared_layers(model) == "cross_block 1/1, nothing to share"
+    assert describe_sharing("none", 4, 4) == "none 4/4"
+    assert describe_sharing("cross_block", 20, 2) == "cross_block 2/20"
+
+
+def test_nextitnet_at_recboles_defaults_is_smaller_than_the_promise():
+    """Ranks 64/16/4 and cross_block on MovieLens-100K: at least 4.5 times fewer parameters."""
+    _, rows = size_rows("NextItNet", CompressionConfig(ranks=(64, 16, 4), sharing="cross_block"))
+    assert rows[0]["parameters"] == "361,472"
+    assert float(rows[1]["smaller"].rstrip("x")) >= 4.5
+
+
+def test_sizes_of_a_million_items_need_no_table():
+    title, rows = size_rows("SASRec", CompressionConfig(), items=10_000_000)
+    assert title == "SASRec for 10,000,000 items"
+    assert rows[0]["table"] == "640,000,064"
+    assert {row["sharing"].split()[0] for row in rows[1:]} == set(SCHEMES)
+
+
+def test_a_choice_of_ones_own_is_varied_without_contradiction():
+    own = CompressionConfig(ranks=(32, 8), cutoffs=(0.2,), softmax="tree")
+    _, rows = size_rows("GRU4Rec", own, items=500)
+    assert {row["ranks"] for row in rows[1:]} == {"32/8"}
+    assert rows[1]["softmax"] == "tree"
+
+
+def test_no_items_are_refused():
+    with pytest.raises(CompressionError, match="`items` to be 1 or more, but got 0"):
+        size_rows("SASRec", CompressionConfig(), items=0)
+
+
+def test_flops_of_the_layers_grow_with_the_history(world):
+    model = world.model("CpNextItNet", ranks=[16])
+    short, long = (layer_flops(model, torch.ones(1, n, dtype=torch.int64)) for n in (4, 8))
+    assert long == 2 * short > 0
