@@ -91,6 +91,8 @@ def _compare(options: argparse.Namespace, passed_on: dict[str, Any], command: st
                 label = f"{contender}, seed {seed}"
                 tasks[key] = progress.add_task(label, total=experiment.epochs, score="")
             progress.update(tasks[key], completed=epoch + 1, score=f"{score:.4f}")
+            if not console.is_terminal:  # a log shows no bars: a line an epoch
+                console.print(f"{contender}, seed {seed}, epoch {epoch + 1}: valid {score:.4f}")
 
         comparison = experiment.run(command, on_epoch)
         _finish(progress, tasks)

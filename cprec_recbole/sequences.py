@@ -73,8 +73,9 @@ class PositionsDataset(SequentialDataset):
         return [train, *others]
 
     def item_counts(self) -> np.ndarray:
-        """Training interactions of each item id, `[n_items]`, first items of a history included."""
-        return self._item_counts
+        """Interactions of each item id in this split, `[n_items]`; first items of a history count
+        where the split holds its first target."""
+        return self._item_counts if hasattr(self, "_item_counts") else self._count_items()
 
     def targets_per_row(self) -> float:
         """Mean number of predictions that a training row asks for."""
@@ -86,13 +87,9 @@ class PositionsDataset(SequentialDataset):
             return rows
         starts, ends = rows[_START], rows[_END]
         rows[self.iid_field + self.config["LIST_SUFFIX"]] = self._gather(starts, ends)
-        if self._windows_of(rows):
+        if NEXT_ITEMS in rows:
             rows[NEXT_ITEMS] = self._gather(starts + 1, ends + 1)
         return rows
-
-    @staticmethod
-    def _windows_of(rows: Interaction) -> bool:
-        return NEXT_ITEMS in rows
 
     def _gather(self, starts: Tensor, ends: Tensor) -> Tensor:
         """Item ids of `sequence[start:end]`, padded on the right, `[B] -> [B, max length]`."""
@@ -157,7 +154,7 @@ def item_counts(dataset: Any) -> np.ndarray:
     Args:
         dataset: a RecBole dataset, best the training split that a model is built with.
     """
-    if isinstance(dataset, PositionsDataset) and hasattr(dataset, "_item_counts"):
+    if isinstance(dataset, PositionsDataset) and hasattr(dataset, "_sequence"):
         return dataset.item_counts()
     feat, n_items = dataset.inter_feat, dataset.item_num
     counts = np.bincount(np.asarray(feat[dataset.iid_field]), minlength=n_items)

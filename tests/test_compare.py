@@ -76,6 +76,7 @@ def test_json_holds_what_a_sceptic_would_ask_for(comparison):
     assert found["command"] == "cprec compare"
     assert found["settings"]["epochs"] == 2
     assert found["contenders"]["compressed"]["ranks"] == [16, 4, 1]
+    assert found["configuration"]["uncompressed"]["learning_rate"] == 0.001
     assert found["environment"]["torch"] == torch.__version__.split("+")[0] or torch.__version__
     assert {"processor", "cores", "recbole", "numpy", "python"} <= set(found["environment"])
     values = [run["test"]["ndcg@20"] for run in found["runs"] if run["contender"] == "compressed"]
@@ -98,6 +99,7 @@ def test_tables_show_mean_spread_and_ratio():
         seeds=[1, 2],
         settings={},
         contenders={"uncompressed": {"model": "CpSASRec"}, "compressed": {"model": "CpSASRec"}},
+        configuration={},
         environment={"gpu": None, "processor": "P", "cores": 2}
         | dict.fromkeys(("recbole", "torch", "numpy", "python"), "1"),
         runs=[

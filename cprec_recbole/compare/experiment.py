@@ -128,6 +128,7 @@ class Experiment:
             seeds=self.seeds,
             settings={**self.options, "config_files": self.config_files},
             contenders={c.name: {"model": c.model, **c.options} for c in self.columns},
+            configuration={c.name: _shown(self._config(c, None)) for c in self.columns},
             environment=environment(),
             runs=runs,
         )
@@ -242,6 +243,12 @@ def _saved_bytes(state: dict[str, Any]) -> int:
 
 def _plain(result: Any) -> dict[str, float]:
     return {name: float(value) for name, value in (result or {}).items()}
+
+
+def _shown(config: Config) -> dict[str, Any]:
+    """All options that RecBole used, but the folders of this machine."""
+    folders = ("data_path", "checkpoint_dir")
+    return {k: v for k, v in sorted(config.final_config_dict.items()) if k not in folders}
 
 
 def _known_options(config: Config) -> list[str]:

@@ -67,6 +67,7 @@ class Comparison:
     seeds: list[int]
     settings: dict[str, Any]
     contenders: dict[str, dict[str, Any]]
+    configuration: dict[str, dict[str, Any]]
     environment: dict[str, Any]
     runs: list[Run] = field(default_factory=list)
 
