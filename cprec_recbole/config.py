@@ -137,7 +137,7 @@ class CompressionConfig:
         elif self.cutoffs is not None:
             n_blocks = len(_inner_cutoffs(self.cutoffs, n_items)) + 1
         else:
-            n_blocks = DEFAULT_BLOCKS
+            n_blocks = max(1, min(DEFAULT_BLOCKS, n_items - 1))
         ranks = self.ranks or tuple(max(1, dim // RANK_STEP**j) for j in range(n_blocks))
         if ranks[0] > dim:
             raise CompressionError(

@@ -46,6 +46,11 @@ class CompressedRecommender(SequentialRecommender):
         self.compression = compression_of(config)
         plan = self.compression.plan(config[self.record.size_option], self.n_items)
         check_objective(self.compression, config["loss_type"])
+        if config["loss_type"] == "BPR" and self.n_items < 3:
+            raise CompressionError(
+                "Expected `loss_type` to be CE for a catalogue of one item, which has no negative, "
+                "but got BPR."
+            )
         counts = item_counts(dataset)
         host = build_host(self.record, config, dataset)
         host.n_items = self.n_items

@@ -66,6 +66,11 @@ class PositionsDataset(SequentialDataset):
     def build(self) -> list[SequentialDataset]:
         """Split as RecBole does; where every position is trained, training rows become windows."""
         train, *others = super().build()
+        if not len(train):
+            raise CompressionError(
+                "Expected the training split to hold a target with a history before it, but it is "
+                "empty; users need at least two interactions, and four to be in every split."
+            )
         if self.config["benchmark_filename"] is None:
             train._item_counts = train._count_items()
             if self._windows:

@@ -77,6 +77,11 @@ def test_the_default_head_is_a_tenth_within_bounds(items, head):
     assert plan.cutoffs[1] == pytest.approx((head * items) ** 0.5, abs=2)  # equal ratio
 
 
+def test_a_tiny_catalogue_has_fewer_blocks_unless_asked_for():
+    assert CompressionConfig().plan(64, 2).ranks == (64,)
+    assert CompressionConfig().plan(64, 3).sizes == (2, 1)
+
+
 def test_shares_count_items_and_not_the_padding_row():
     assert CompressionConfig(cutoffs=[0.25, 0.5]).plan(64, 101).cutoffs == (26, 51, 101)
 

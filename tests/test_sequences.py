@@ -4,6 +4,7 @@ import torch
 
 from cprec_recbole import CompressionError
 from cprec_recbole.sequences import NEXT_ITEMS, PositionsDataLoader, item_counts
+from tests.builders import World
 from tests.oracles import windows
 
 FIELDS = ("user_id", "item_id", "item_id_list", "item_length")
@@ -94,6 +95,15 @@ def test_a_batch_holds_about_as_many_predictions_as_train_batch_size(world):
     sizes = [int(batch[NEXT_ITEMS].count_nonzero()) for batch in train]
     assert np.mean(sizes[:-1]) == pytest.approx(64, rel=0.2)
     assert sum(sizes) == int(train._dataset.inter_feat["item_length"].sum())
+
+
+def test_an_empty_training_split_is_named(tmp_path):
+    (tmp_path / "made-up").mkdir()
+    lines = ["user_id:token\titem_id:token\ttimestamp:float", "u1\ti1\t1", "u2\ti2\t1"]
+    (tmp_path / "made-up" / "made-up.inter").write_text("\n".join(lines) + "\n")
+    world = World(str(tmp_path))
+    with pytest.raises(CompressionError, match="training split to hold a target"):
+        world.loaders(world.config("CpSASRec"))
 
 
 def test_windows_of_files_that_hold_prefixes_are_refused(world):
