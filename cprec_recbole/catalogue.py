@@ -8,8 +8,13 @@ from typing import Any
 from recbole.data import create_dataset
 
 from cprec_recbole.backbones import BACKBONES, build_host
-from cprec_recbole.config import SHARING_SCHEMES, CompressionConfig, CompressionError
-from cprec_recbole.host import recbole_config
+from cprec_recbole.config import (
+    SHARING_SCHEMES,
+    CompressionConfig,
+    CompressionError,
+    reject_unknown,
+)
+from cprec_recbole.host import known_options, recbole_config, whole_number
 from cprec_recbole.report import Estimate, describe_sharing, estimate
 from cprec_recbole.sharing import sharing_plan, sharing_sets
 
@@ -48,7 +53,8 @@ def size_rows(
     else:
         n_items = items + 1  # and the padding item
         title = f"{model} for {items:,} items"
-    dim = int(config[record.size_option])
+    reject_unknown(options or {}, known_options(config))
+    dim = whole_number(config, record.size_option)
     host = build_host(record, config, _Catalogue(config["ITEM_ID_FIELD"], n_items))
     uncompressed = estimate(record, host, CompressionConfig.uncompressed(), n_items, dim)
     rows = [_row("uncompressed", uncompressed, uncompressed, "")]
@@ -79,14 +85,13 @@ def _choices(base: CompressionConfig, dim: int, n_items: int) -> list[Compressio
     variations += [{"sharing": scheme} for scheme in SHARING_SCHEMES if scheme != base.sharing]
     variations += [{"softmax": "tree" if base.softmax == "full" else "full"}]
     variations += [{"tied": not base.tied}]
-    if base.cutoffs is None:
-        shares = ((0.05, 0.2), (0.25, 0.5)) if base.ranks is None or len(base.ranks) == 3 else ()
-        variations += [{"cutoffs": share} for share in shares]
-    if base.ranks is None:
+    three_blocks = len(base.plan(dim, n_items).ranks) == 3
+    if three_blocks and base.cutoffs is None:
+        variations += [{"cutoffs": shares} for shares in ((0.05, 0.2), (0.25, 0.5))]
+    if three_blocks and base.ranks is None:
         half = max(1, dim // 2)
         ladders = ((half, max(1, half // 4), max(1, half // 16)), (dim, half, max(1, half // 2)))
-        fits = base.cutoffs is None or len(base.cutoffs) in (2, 3)
-        variations += [{"ranks": ranks} for ranks in ladders if fits]
+        variations += [{"ranks": ranks} for ranks in ladders]
     return [replace(base, **variation) for variation in variations]
 
 

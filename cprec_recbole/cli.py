@@ -26,6 +26,7 @@ from cprec_recbole.config import (
     CompressionConfig,
     CompressionError,
 )
+from cprec_recbole.host import read_options
 
 MODELS = tuple(backbone.host.__name__ for backbone in BACKBONES)
 TABLE_WIDTH = 140
@@ -74,6 +75,7 @@ def _compare(options: argparse.Namespace, passed_on: dict[str, Any], command: st
     logging.getLogger("recbole").setLevel(logging.ERROR)
     experiment = Experiment(columns, options.dataset, options.seeds, passed_on, options.config)
     out = Path(options.out)
+    _make_folder(out)
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -133,8 +135,22 @@ def _console() -> Console:
 
 
 def _compression(options: argparse.Namespace) -> CompressionConfig:
-    given = {name: getattr(options, name) for name in CompressionConfig.option_names()}
-    return CompressionConfig(**{name: value for name, value in given.items() if value is not None})
+    """The compression options: the files', then the command line's."""
+    names = CompressionConfig.option_names()
+    found: dict[str, Any] = {}
+    for file in options.config:
+        found |= {name: value for name, value in read_options(file).items() if name in names}
+    given = {name: getattr(options, name) for name in names}
+    return CompressionConfig(**found | {k: v for k, v in given.items() if v is not None})
+
+
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CompressionError(
+            f"Expected `out` to be a folder that can be written, but got {out}: {error.strerror}."
+        ) from error
 
 
 def _parser() -> argparse.ArgumentParser:

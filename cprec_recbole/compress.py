@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cprec_recbole.backbones import Host, find_backbone
-from cprec_recbole.config import CompressionConfig, CompressionError
+from cprec_recbole.config import CompressionConfig, CompressionError, reject_unknown
 from cprec_recbole.embedding import BlockEmbedding
 from cprec_recbole.models import MODELS, CompressedRecommender, check_objective
 from cprec_recbole.partition import Partition
@@ -36,9 +36,8 @@ def compress(
         model: RecBole's NextItNet, SASRec or GRU4Rec.
         config: the options as one object; or name them one by one instead, e.g.
             `compress(model, ranks=[64, 16, 4], sharing="cross_block")`. See CompressionConfig for
-            `ranks`, `cutoffs`, `sharing`, `softmax`, `tied` and `training`. Here `training` is
-            `last_position` unless named, which is how RecBole trains and reads these models; what
-            a dataset asks for while training on decides anyway.
+            `ranks`, `cutoffs`, `sharing`, `softmax` and `tied`. The result reads a history as the
+            model does, whatever the object's `training`; how it is trained on is the loader's.
         item_counts: how often each item occurs in training: a RecBole dataset (the training
             split), or an array `[n_items]`. May be left out for a model that was built after
             `import cprec_recbole`, which remembers them.
@@ -56,9 +55,14 @@ def compress(
             "original model with the new options."
         )
     record = find_backbone(model)
+    if not isinstance(model.item_embedding, nn.Embedding):
+        raise CompressionError(
+            f"Expected `model` to have its own item table, but this {type(model).__name__} has a "
+            f"{type(model.item_embedding).__name__}: it is a part of a compressed model."
+        )
     compression = _options(config, options)
     check_objective(compression, str(model.loss_type))
-    table: Tensor = model.item_embedding.weight  # type: ignore[union-attr,assignment]
+    table: Tensor = model.item_embedding.weight
     n_items, dim = table.shape
     plan = compression.plan(dim, n_items)
     counts = _checked_counts(item_counts, model, n_items)
@@ -83,7 +87,9 @@ def compress(
 
 def _options(config: CompressionConfig | None, options: dict[str, Any]) -> CompressionConfig:
     if config is None:
-        return CompressionConfig.from_options({"training": "last_position", **options})
+        names = [name for name in CompressionConfig.option_names() if name != "training"]
+        reject_unknown(options, names)
+        return CompressionConfig(**options)
     if not isinstance(config, CompressionConfig):
         raise CompressionError(
             f"Expected `config` to be a CompressionConfig, but got {type(config).__name__}; name "
@@ -108,9 +114,9 @@ def _checked_counts(item_counts: Any, model: nn.Module, n_items: int) -> np.ndar
     if hasattr(item_counts, "inter_feat"):
         item_counts = count_items(item_counts)
     elif isinstance(item_counts, Tensor):
-        item_counts = item_counts.detach().cpu().numpy()
+        item_counts = item_counts.detach().cpu().double().numpy()
     try:
-        counts = np.asarray(item_counts, dtype=np.float64)
+        counts = np.array(item_counts, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise CompressionError(
             f"Expected `item_counts` to be a RecBole dataset or numbers [{n_items}], but got "

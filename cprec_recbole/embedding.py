@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cprec_recbole.config import CompressionError
 from cprec_recbole.partition import PADDING, Partition
 
 
@@ -68,6 +69,11 @@ class BlockEmbedding(nn.Module):
 
     def __init__(self, partition: Partition, ranks: Sequence[int], dim: int) -> None:
         super().__init__()
+        if len(ranks) != len(partition.sizes) or not all(0 < rank <= dim for rank in ranks):
+            raise CompressionError(
+                f"Expected `ranks` to be {len(partition.sizes)} numbers from 1 to {dim}, but got "
+                f"{list(ranks)}."
+            )
         self.partition = partition
         self.dim = dim
         self.factors = nn.ModuleList(

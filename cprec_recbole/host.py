@@ -30,21 +30,58 @@ def recbole_config(
         config_files: YAML files.
 
     Raises:
-        CompressionError: no such data set, or no such file.
+        CompressionError: no such data set, no such file, or options that RecBole refuses.
     """
     for file in config_files or []:
-        if not os.path.isfile(file):
-            raise CompressionError(f"Expected `config` to be a YAML file, but {file} is none.")
+        read_options(file)
     argv = sys.argv
     sys.argv = argv[:1] or [""]
     try:
         config = Config(
             model, dataset, config_file_list=config_files or None, config_dict=dict(options)
         )
+    except CompressionError:
+        raise
+    except (ValueError, TypeError, KeyError, NotImplementedError, RuntimeError) as error:
+        raise CompressionError(f"RecBole refuses these options: {error}") from error
     finally:
         sys.argv = argv
     _check_dataset(config)
     return config
+
+
+def read_options(file: str) -> dict[str, Any]:
+    """The options of a RecBole YAML file.
+
+    Raises:
+        CompressionError: no file, or none that holds names and values.
+    """
+    try:
+        options = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise CompressionError(
+            f"Expected `config` to be a YAML file, but {file} is none: {reason}"
+        ) from error
+    if not isinstance(options, dict):
+        raise CompressionError(f"Expected `config` to hold names and values, but {file} does not.")
+    return options
+
+
+def whole_number(config: Config, name: str, lowest: int = 1) -> int:
+    """An option that has to be a whole number, `lowest` or more; else a CompressionError."""
+    value = config[name]
+    if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
+        raise CompressionError(
+            f"Expected `{name}` to be a whole number, {lowest} or more, but got {value!r}."
+        )
+    return value
+
+
+def known_options(config: Config) -> list[str]:
+    """The names of all options that RecBole or this package knows for a model."""
+    arguments = [name for names in config.parameters.values() for name in names]
+    return sorted({*config.internal_config_dict, *arguments})
 
 
 def _check_dataset(config: Config) -> None:

@@ -3,7 +3,7 @@ and a softmax."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -40,6 +40,7 @@ class CompressedRecommender(SequentialRecommender):
     """
 
     record: ClassVar[Backbone]
+    reads_last_column: bool  # of a padded batch, as its host does, even where that is padding
 
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
@@ -51,6 +52,10 @@ class CompressedRecommender(SequentialRecommender):
                 "Expected `loss_type` to be CE for a catalogue of one item, which has no negative, "
                 "but got BPR."
             )
+        _check_negatives(self.compression, config)
+        self.reads_last_column = (
+            self.record.reads_last_column and self.compression.training == "last_position"
+        )
         counts = item_counts(dataset)
         host = build_host(self.record, config, dataset)
         host.n_items = self.n_items
@@ -79,6 +84,7 @@ class CompressedRecommender(SequentialRecommender):
         for name in _HOST_ATTRIBUTES:
             setattr(model, name, getattr(host, name))
         model.compression = compression
+        model.reads_last_column = cls.record.reads_last_column
         model.assemble(host, table, average=True)
         model.train_item_counts = counts
         return model
@@ -107,7 +113,7 @@ class CompressedRecommender(SequentialRecommender):
 
     def forward(self, item_seq: Tensor, item_seq_len: Tensor) -> Tensor:
         """Hidden state that predicts the next item, `[B, L], [B] -> [B, d]`."""
-        if self.record.reads_last_column and self.compression.training == "last_position":
+        if self.reads_last_column:
             return self.hidden_states(item_seq)[:, -1]  # as RecBole trains and reads this model
         longest = int(item_seq_len.max())  # what follows is padding, and no position sees it
         return self.gather_indexes(self.hidden_states(item_seq[:, :longest]), item_seq_len - 1)
@@ -130,6 +136,30 @@ class CompressedRecommender(SequentialRecommender):
         if self.record.penalty is not None:
             loss = loss + self.record.penalty(self.backbone)
         return loss
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As nn.Module does, but a state of a model that shares less is refused.
+
+        Raises:
+            CompressionError: places that share a parameter here hold different values there, or
+                `assign=True`, which would replace the shared parameter in each place.
+        """
+        if assign:
+            raise CompressionError(
+                "Expected `assign` to be False, but got True, which would undo tying and sharing."
+            )
+        first: dict[int, str] = {}
+        for name, parameter in self.named_parameters(remove_duplicate=False):
+            other = first.setdefault(id(parameter), name)
+            both = name in state_dict and other in state_dict
+            if both and not torch.equal(state_dict[name], state_dict[other]):
+                raise CompressionError(
+                    "Expected `state_dict` to be of a model with the same `sharing` and `tied`, "
+                    f"but {other} and {name}, one parameter here, differ there."
+                )
+        return super().load_state_dict(state_dict, strict=strict)
 
     def full_sort_predict(self, interaction: Interaction) -> Tensor:
         """Score of every item in RecBole's id order, `[B, n_items]`."""
@@ -219,6 +249,18 @@ def compression_of(config: Any) -> CompressionConfig:
     """The compression options of a RecBole config; what it does not name keeps its default."""
     names = CompressionConfig.option_names()
     return CompressionConfig(**{name: config[name] for name in names if name in config})
+
+
+def _check_negatives(compression: CompressionConfig, config: Any) -> None:
+    """Negatives at every position are drawn by the model, and only as RecBole does by default."""
+    wanted = config["train_neg_sample_args"]
+    plain = (wanted["distribution"], wanted["sample_num"], bool(wanted["dynamic"]))
+    drawn_here = config["loss_type"] == "BPR" and compression.training == "all_positions"
+    if drawn_here and plain != ("uniform", 1, False):
+        raise CompressionError(
+            "Expected `train_neg_sample_args` to be one uniform negative with `training: "
+            f"all_positions`, but got {wanted}; use `training: last_position`."
+        )
 
 
 def check_objective(compression: CompressionConfig, loss_type: str) -> None:

@@ -32,7 +32,7 @@ class Partition(nn.Module):
     def __init__(self, item_at: Tensor, cutoffs: Sequence[int]) -> None:
         super().__init__()
         self.cutoffs = tuple(int(c) for c in cutoffs)
-        if any(b <= a for a, b in zip((1, *self.cutoffs), self.cutoffs)):
+        if not self.cutoffs or any(b <= a for a, b in zip((1, *self.cutoffs), self.cutoffs)):
             raise CompressionError(f"Expected `cutoffs` to rise from 2, but got {cutoffs}.")
         if self.cutoffs[-1] != len(item_at):
             raise CompressionError(
@@ -71,8 +71,8 @@ class Partition(nn.Module):
         return tuple(end - start for start, end in zip(self.starts, self.cutoffs))
 
     def positions(self, items: Tensor) -> Tensor:
-        """Position of each item id in popularity order, `[...] -> [...]`."""
-        return self.position_of[items]
+        """Position of each item id in popularity order, `[...] -> [...]`; IndexError outside."""
+        return self.position_of.index_select(0, items.reshape(-1)).view(items.shape)
 
     def blocks(self, positions: Tensor) -> Tensor:
         """Block of each position, `[...] -> [...]`."""

@@ -64,13 +64,16 @@ def _as_rows(item_seq: Tensor | History | Sequence[History]) -> list[object]:
 
 def _checked(history: object, n_items: int) -> Tensor:
     """One history as ids without padding, `[length]`."""
+    if isinstance(history, np.ndarray):  # of any byte order, reversed or not
+        history = history.tolist()
     try:
         ids = torch.as_tensor(history)
     except (TypeError, ValueError, RuntimeError) as error:
         raise CompressionError(
             f"Expected `item_seq` to hold whole numbers, but got {history!r}."
         ) from error
-    if ids.ndim != 1 or (len(ids) and (ids.is_floating_point() or ids.dtype == torch.bool)):
+    fractional = ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool
+    if ids.ndim != 1 or (len(ids) and fractional):
         raise CompressionError(f"Expected `item_seq` to hold item ids, but got {history!r}.")
     ids = ids.cpu().long()
     outside = ids[(ids < 0) | (ids >= n_items)]

@@ -114,8 +114,8 @@ class PositionsDataset(SequentialDataset):
     def _count_items(self) -> np.ndarray:
         """Targets of the training rows, and the first item of each history that has one."""
         ends = self.inter_feat[_END].numpy()
-        has_first = self.inter_feat[self.item_list_length_field].numpy() == 1
-        seen = np.concatenate([ends, ends[has_first] - 1])
+        first = _first_targets(self.inter_feat, self.uid_field, self.item_list_length_field)
+        seen = np.concatenate([ends, ends[first] - 1])
         return np.bincount(self._sequence.numpy()[seen], minlength=self.item_num)
 
     def _into_windows(self) -> Interaction:
@@ -163,11 +163,18 @@ def item_counts(dataset: Any) -> np.ndarray:
         return dataset.item_counts()
     feat, n_items = dataset.inter_feat, dataset.item_num
     counts = np.bincount(np.asarray(feat[dataset.iid_field]), minlength=n_items)
-    length = getattr(dataset, "item_list_length_field", None)
+    length = getattr(dataset, "item_list_length_field", "")
     item_list = dataset.iid_field + dataset.config["LIST_SUFFIX"]
     if (
         length in feat and item_list in feat
     ):  # prefix rows: the first item of a history is no target
-        has_first = feat[length] == 1
-        counts += np.bincount(np.asarray(feat[item_list][has_first][:, 0]), minlength=n_items)
+        first = _first_targets(feat, dataset.uid_field, length)
+        counts += np.bincount(np.asarray(feat[item_list])[first, 0], minlength=n_items)
     return counts
+
+
+def _first_targets(rows: Interaction, uid_field: str, length_field: str) -> np.ndarray:
+    """Rows whose history is a user's very first item: of rows in order of time, a user's first with
+    a history of one. (Under a limit of one item every row has such a history.)"""
+    short = np.flatnonzero(np.asarray(rows[length_field]) == 1)
+    return short[np.unique(np.asarray(rows[uid_field])[short], return_index=True)[1]]

@@ -126,8 +126,9 @@ class TreeSoftmax(SoftmaxHead):
         order = partition.item_at.long().to(counts.device)
         for j, block in enumerate(self.tails, start=1):
             rows = order[partition.starts[j] : partition.cutoffs[j]]
-            weights = counts[rows].to(block.weight).clamp(min=1)
-            self.clusters[j - 1] = block.out_of_rank(weights @ block.weight / weights.sum())
+            weights = counts[rows].double().clamp(min=1)  # sums of counts overflow half precision
+            mean = (weights / weights.sum()).to(block.weight.device) @ block.weight.double()
+            self.clusters[j - 1] = block.out_of_rank(mean.to(block.weight.dtype))
 
     def loss(self, hidden: Tensor, target: Tensor) -> Tensor:
         """See SoftmaxHead.loss."""

@@ -11,6 +11,7 @@ from cprec_recbole.compare import Experiment, as_markdown, as_table, contenders,
 from cprec_recbole.compare.results import Comparison, Run, as_json
 from tests.builders import SMALL
 
+UNI = {"split": {"RS": [0.8, 0.1, 0.1]}, "mode": {"valid": "uni10", "test": "uni10"}}
 CHEAP = {"epochs": 2, "train_batch_size": 512, "MAX_ITEM_LIST_LENGTH": 8}
 
 
@@ -75,6 +76,7 @@ def test_json_holds_what_a_sceptic_would_ask_for(comparison):
     assert found["seeds"] == [2020, 2021]
     assert found["command"] == "cprec compare"
     assert found["settings"]["epochs"] == 2
+    assert found["dataset"]["evaluation"]["split"] == {"LS": "valid_and_test"}
     assert found["contenders"]["compressed"]["ranks"] == [16, 4, 1]
     assert found["configuration"]["uncompressed"]["learning_rate"] == 0.001
     assert found["environment"]["torch"] == torch.__version__.split("+")[0] or torch.__version__
@@ -90,12 +92,12 @@ def test_tables_show_mean_spread_and_ratio():
     def run(contender, seed, ndcg, total):
         parts = {"table": total - 10, "layers": 10, "softmax": 0, "total": total}
         return Run(
-            contender, seed, {}, {"ndcg@20": ndcg}, [ndcg], [2.0], parts, "none 1/1", 4, 12, 1.0
+            contender, seed, {}, {"ndcg@20": ndcg}, [ndcg], 1, [2.0], parts, "none 1/1", 4, 12, 1.0
         )
 
     comparison = Comparison(
         command="cprec compare --model SASRec",
-        dataset={"name": "made-up", "users": 5, "items": 9, "evaluated_users": 5},
+        dataset={"name": "made-up", "users": 5, "items": 9, "test_cases": 5, "evaluation": UNI},
         seeds=[1, 2],
         settings={},
         contenders={"uncompressed": {"model": "CpSASRec"}, "compressed": {"model": "CpSASRec"}},
@@ -113,6 +115,7 @@ def test_tables_show_mean_spread_and_ratio():
     assert "| NDCG@20 | 0.1100 ± 0.0141 | 0.1100 | x 1.00 |" in text
     assert "| parameters | 1,000 | 200 | ÷ 5.0 |" in text
     assert "HR@5" not in text  # a metric that was not measured has no row
+    assert "split {'RS': [0.8, 0.1, 0.1]}, mode uni10, 5 cases; seeds 1 to 2" in text
     console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(as_table(comparison))
     assert "0.1100 ± 0.0141" in console.export_text()
@@ -125,12 +128,54 @@ def test_tables_show_mean_spread_and_ratio():
         ({"options": {"epoch": 3}}, "got `epoch`; did you mean `epochs`"),
         ({"dataset": "no-such-data"}, "`dataset` to be ml-100k, or the name of a folder"),
         ({"config_files": ["missing.yaml"]}, "`config` to be a YAML file, but missing.yaml"),
+        ({"options": {"epochs": 0}}, "`epochs` to be a whole number, 1 or more, but got 0"),
+        ({"options": {"eval_step": 0}}, "`eval_step` to be a whole number, 1 or more, but got 0"),
+        ({"options": {"topk": [10]}}, "`valid_metric` to be one of Hit@10.*got NDCG@20"),
+        ({"options": {"metrics": ["Hits"]}}, "RecBole refuses these options: .*Hits"),
+        ({"options": {"seed": "abc"}}, "`seed`"),
     ],
 )
 def test_bad_experiments_are_refused_before_training(arguments, match):
     columns = contenders("SASRec", CompressionConfig())
     with pytest.raises(CompressionError, match=match):
         Experiment(columns, **{"dataset": "ml-100k", **arguments})
+
+
+def test_blocks_that_do_not_fit_the_catalogue_are_refused_before_training(world):
+    for wrong in ({"ranks": (128, 16)}, {"cutoffs": (500, 900)}):
+        columns = contenders("SASRec", CompressionConfig(**wrong))
+        experiment = Experiment(columns, world.name, options=cheap(world, "SASRec"))
+        with pytest.raises(CompressionError, match="|".join(wrong)):
+            experiment.run("", lambda *epoch: pytest.fail("trained"))
+
+
+def test_files_win_over_the_defaults_and_options_over_the_files(world, tmp_path):
+    file = tmp_path / "own.yaml"
+    file.write_text("epochs: 7\ntopk: [10]\nvalid_metric: MRR@10\n")
+    columns = contenders("SASRec", CompressionConfig())
+    experiment = Experiment(columns, "ml-100k", 1, {"epochs": 3}, [str(file)])
+    config = experiment._config(columns[1], None)
+    assert (config["epochs"], config["topk"], config["stopping_step"]) == (3, [10], 5)
+
+
+def test_the_commands_read_compression_options_from_files(tmp_path, capsys):
+    file = tmp_path / "own.yaml"
+    file.write_text("ranks: [32, 8]\nsharing: none\nsoftmax: tree\n")
+    assert (
+        main(["report", "SASRec", "--items=1000", "--config", str(file), "--sharing=cross_layer"])
+        == 0
+    )
+    first = next(line for line in capsys.readouterr().out.splitlines() if "32/8" in line)
+    assert "tree" in first
+    assert "cross_layer 1/2" in first
+
+
+def test_evaluating_every_second_epoch_counts_epochs(world):
+    columns = contenders("GRU4Rec", CompressionConfig(ranks=(16, 4)))[1:]
+    options = {**cheap(world, "GRU4Rec"), "epochs": 4, "eval_step": 2}
+    run = Experiment(columns, world.name, options=options).run("", lambda *epoch: None).runs[0]
+    assert len(run.valid_curve) == 2
+    assert run.best_epoch == 2 * (1 + max(range(2), key=lambda i: (run.valid_curve[i], i)))
 
 
 def test_the_command_writes_its_files_and_prints_the_table(world, tmp_path, capsys):
@@ -173,6 +218,9 @@ def test_the_report_command_prints_sizes(capsys):
         (["compare", "--model", "SASRec", "--epoch=3"], "did you mean `epochs`"),
         (["compare", "--model", "SASRec", "epochs=3"], "Expected options as --name=value"),
         (["compare", "--model", "SASRec", "--epochs"], "Expected a value for --epochs"),
+        (["compare", "--model", "SASRec", "--out", __file__], "`out` to be a folder"),
+        (["compare", "--model", "SASRec", "--config", __file__], "`config` to be a YAML file"),
+        (["report", "SASRec", "--hidden_size=abc"], "`hidden_size`"),
         (["compare", "--model", "SASRec", "--softmax=tree", "--loss_type=BPR"], "`loss_type`"),
     ],
 )

@@ -30,6 +30,13 @@ def test_with_nothing_to_lose_the_scores_are_the_originals(world, host_name, mod
     torch.testing.assert_close(small.predict(batch), model.predict(batch))
 
 
+def test_a_config_object_reads_histories_as_the_original_too(world, host_name, model):
+    batch = world.evaluation_batch(host_name)
+    for config in (CompressionConfig(**LOSSLESS), CompressionConfig.uncompressed()):
+        found = compress(model, config).full_sort_predict(batch)
+        torch.testing.assert_close(found, model.full_sort_predict(batch))
+
+
 def test_full_rank_in_three_blocks_loses_nothing_either(world, host_name, model):
     small = compress(model, ranks=[16, 16, 16], cutoffs=[6, 20], sharing="none", softmax="full")
     batch = world.evaluation_batch(host_name)
@@ -85,7 +92,7 @@ def test_mode_and_dtype_are_kept(world, host_name):
 
 
 def test_a_config_and_options_by_name_mean_the_same(host_name, model):
-    config = CompressionConfig(ranks=(16, 4), sharing="cross_layer", training="last_position")
+    config = CompressionConfig(ranks=(16, 4), sharing="cross_layer")
     a, b = compress(model, config), compress(model, ranks=[16, 4], sharing="cross_layer")
     assert a.compression == b.compression
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
@@ -121,6 +128,7 @@ def refused(model, match, **options):
         ({"rankz": [16]}, "got `rankz`; did you mean `ranks`"),
         ({"config": {"ranks": [16]}}, "`config` to be a CompressionConfig, but got dict"),
         ({"config": CompressionConfig(), "tied": False}, "but got both: config and tied"),
+        ({"training": "all_positions"}, "got `training`"),
         ({"item_counts": [1, 2, 3]}, r"`item_counts` to have one entry .*\[3\]"),
         ({"item_counts": "many"}, "`item_counts` to be a RecBole dataset or numbers"),
         ({"item_counts": "negative"}, "`item_counts`"),
@@ -145,6 +153,14 @@ def test_missing_counts_are_named(world, host_name):
 def test_compressing_twice_is_refused(world, host_name):
     small = compress(world.model(host_name), ranks=[16, 4])
     refused(small, f"`model` to be uncompressed, but got Cp{host_name}", ranks=[16])
+    refused(small.backbone, "part of a compressed model", ranks=[16], item_counts=[1])
+
+
+def test_clusters_of_a_half_precision_model_are_finite(world, host_name):
+    model = world.model(host_name).half()
+    small = compress(model, ranks=[16, 4], softmax="tree", item_counts=[10**6] * model.n_items)
+    assert torch.isfinite(small.head.clusters).all()
+    assert small.head.clusters.abs().sum() > 0
 
 
 def test_other_models_and_subclasses_are_refused(world, host_name):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from cprec_recbole import BlockEmbedding, Partition
+from cprec_recbole import BlockEmbedding, CompressionError, Partition
 from tests.builders import block_embedding
 from tests.oracles import item_vector
 
@@ -30,6 +30,12 @@ def test_no_projection_at_full_rank():
     table = block_embedding((4, 5), (6, 2), 6)
     assert table.blocks[0].projection is None
     assert sum(p.numel() for p in table.parameters()) == 4 * 6 + 5 * 2 + 2 * 6
+
+
+@pytest.mark.parametrize("ranks", [(8,), (8, 4, 2), (9, 4), (8, 0)])
+def test_ranks_that_do_not_fit_the_blocks_are_refused(ranks):
+    with pytest.raises(CompressionError, match="`ranks` to be 2 numbers from 1 to 8"):
+        block_embedding((4, 5), ranks, 8)
 
 
 @pytest.mark.parametrize(("sizes", "ranks", "dim"), GRID)

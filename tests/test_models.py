@@ -4,6 +4,7 @@ import copy
 import io
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
@@ -239,6 +240,41 @@ def test_bpr_trains_on_every_position_and_on_the_last(world, host_name):
         assert drawn.min() >= 1
         assert drawn.max() < model.n_items
         assert (drawn != torch.arange(1, model.n_items)).all()
+
+
+@pytest.mark.parametrize(
+    "wanted", [{"distribution": "popularity"}, {"sample_num": 3}, {"dynamic": True}]
+)
+def test_negatives_that_are_not_drawn_at_every_position_are_refused(world, wanted):
+    options = {"loss_type": "BPR", "train_neg_sample_args": {"distribution": "uniform", **wanted}}
+    with pytest.raises(CompressionError, match="`train_neg_sample_args` to be one uniform"):
+        world.model("CpSASRec", **options)
+    assert world.model("CpSASRec", training="last_position", **options).loss_type == "BPR"
+
+
+def test_a_state_that_shares_less_is_refused(world, host_name):
+    shared = world.model(f"Cp{host_name}", sharing="cross_layer", **BLOCKS)
+    for options in ({"sharing": "none"}, {"sharing": "cross_layer", "tied": False}):
+        other = world.model(f"Cp{host_name}", **options, **BLOCKS)
+        with pytest.raises(CompressionError, match="same `sharing` and `tied`"):
+            shared.load_state_dict(other.state_dict())
+    with pytest.raises(CompressionError, match="`assign`"):
+        shared.load_state_dict(shared.state_dict(), assign=True)
+
+
+def test_ids_outside_the_catalogue_are_an_index_error(world, host_name):
+    model = world.model(f"Cp{host_name}", **BLOCKS)
+    for outside in (-1, model.n_items):
+        with pytest.raises(IndexError):
+            model.table(torch.tensor([[1, outside]]))
+
+
+def test_histories_may_be_any_whole_numbers(world, host_name):
+    model = world.model(f"Cp{host_name}", **BLOCKS)
+    expected = model.recommend([3, 2, 1], 5).items
+    backwards = np.array([1, 2, 3])[::-1]
+    for item_seq in (backwards, backwards.astype(">i8"), (3, 2, 1), torch.tensor([0, 3, 2, 1])):
+        assert torch.equal(model.recommend(item_seq, 5).items, expected)
 
 
 def test_bpr_with_the_tree_is_refused(world, host_name):

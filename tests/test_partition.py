@@ -27,7 +27,7 @@ def test_positions_and_items_are_inverse(counts, data):
     assert torch.equal(partition.by_item(partition.item_at.float()), ids.float())
 
 
-@pytest.mark.parametrize("cutoffs", [[3, 7], [3], [4, 3, 6], [1, 6]])
+@pytest.mark.parametrize("cutoffs", [[3, 7], [3], [4, 3, 6], [1, 6], []])
 def test_cutoffs_that_do_not_fit_are_refused(cutoffs):
     with pytest.raises(CompressionError, match="cutoffs"):
         Partition(torch.arange(6), cutoffs)

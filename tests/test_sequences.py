@@ -89,6 +89,15 @@ def test_counts_are_those_of_the_training_interactions(world, model, training):
     assert item_counts(dataset).tolist() == expected.tolist()
 
 
+@pytest.mark.parametrize("model", ["CpSASRec", "SASRec"])
+def test_a_limit_of_one_item_counts_the_same(world, model):
+    counts = [
+        item_counts(world.loaders(world.config(model, MAX_ITEM_LIST_LENGTH=n))[0]._dataset)
+        for n in (1, 8)
+    ]
+    assert counts[0].tolist() == counts[1].tolist()
+
+
 def test_a_batch_holds_about_as_many_predictions_as_train_batch_size(world):
     train = world.loaders(world.config("CpSASRec", train_batch_size=64))[0]
     assert isinstance(train, PositionsDataLoader)

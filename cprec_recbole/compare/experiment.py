@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -20,20 +21,11 @@ from recbole.utils import get_model, init_seed
 
 from cprec_recbole.compare.results import Comparison, Run, environment
 from cprec_recbole.config import CompressionConfig, CompressionError, reject_unknown
-from cprec_recbole.host import recbole_config, working_directory
-from cprec_recbole.models import CompressedRecommender
+from cprec_recbole.host import known_options, recbole_config, whole_number, working_directory
+from cprec_recbole.models import CompressedRecommender, compression_of
 from cprec_recbole.report import part_sizes, shared_layers
 
-# What the paper reports, with a budget of epochs that two cores can afford in minutes. For figures
-# to publish: --seeds 3 --epochs=50 --stopping_step=10.
-SETTINGS: dict[str, Any] = {
-    "metrics": ["Hit", "MRR", "NDCG"],
-    "topk": [5, 20],
-    "valid_metric": "NDCG@20",
-    "epochs": 15,
-    "stopping_step": 5,
-    "show_progress": False,
-}
+SETTINGS = Path(__file__).with_name("settings.yaml")
 SCORE_REPEATS = 50
 
 
@@ -76,14 +68,16 @@ class Experiment:
     """Contenders, trained and measured one after the other for each seed.
 
     Args:
-        columns: the contenders; the first is what the others are measured against.
+        columns: the contenders; the first is what the others are measured against. Their own
+            options win over everything.
         dataset: RecBole's name of the data set.
         seeds: how many seeds; they count up from RecBole's `seed`.
-        options: RecBole options for all contenders, over `SETTINGS`.
-        config_files: RecBole YAML files, below `options`.
+        options: RecBole options for all contenders; they win over the files.
+        config_files: RecBole YAML files; they win over `settings.yaml` beside this module.
 
     Raises:
-        CompressionError: an option that RecBole does not know, or fewer than one seed.
+        CompressionError: an option that RecBole does not know or refuses, or that leaves nothing to
+            measure.
     """
 
     def __init__(
@@ -98,12 +92,14 @@ class Experiment:
             raise CompressionError(f"Expected `seeds` to be 1 or more, but got {seeds}.")
         self.columns = columns
         self.dataset = dataset
-        self.options = {**SETTINGS, **(options or {})}
+        self.options = options or {}
         self.config_files = config_files or []
-        first = self._config(columns[0], None)
-        reject_unknown(options or {}, _known_options(first))
-        self.seeds = [int(first["seed"]) + i for i in range(seeds)]
-        self.epochs = int(first["epochs"])
+        configs = [self._config(column, None) for column in columns]  # each is checked by this
+        reject_unknown(self.options, known_options(configs[0]))
+        for config in configs:
+            _check_measurable(config)
+        self.seeds = [whole_number(configs[0], "seed", lowest=0) + i for i in range(seeds)]
+        self.epochs = whole_number(configs[0], "epochs")
 
     def run(self, command: str, on_epoch: Callable[[str, int, int, float], None]) -> Comparison:
         """Train every contender with every seed.
@@ -111,7 +107,11 @@ class Experiment:
         Args:
             command: what to write down as the way to repeat this.
             on_epoch: called after each epoch with contender, seed, epoch and validation score.
+
+        Raises:
+            CompressionError: blocks that do not fit the catalogue; before any training.
         """
+        self._check_plans()
         runs: list[Run] = []
         description: dict[str, Any] = {}
         for seed in self.seeds:
@@ -133,11 +133,22 @@ class Experiment:
             runs=runs,
         )
 
+    def _check_plans(self) -> None:
+        """Whether every contender's blocks fit the catalogue."""
+        for column in self.columns:
+            config = self._config(column, None)
+            if column is self.columns[0]:
+                n_items = int(create_dataset(config).item_num)
+            record = getattr(config.model_class, "record", None)
+            if record is not None:
+                compression_of(config).plan(whole_number(config, record.size_option), n_items)
+
     def _config(self, column: Contender, seed: int | None) -> Config:
         options = {**self.options, **column.options}
         if seed is not None:
             options["seed"] = seed
-        return recbole_config(column.model, self.dataset, options, self.config_files)
+        files = [str(SETTINGS), *self.config_files]
+        return recbole_config(column.model, self.dataset, options, files)
 
     def _train(
         self, column: Contender, config: Config, on_epoch: Callable[[str, int, int, float], None]
@@ -166,6 +177,7 @@ class Experiment:
             valid=_plain(trainer.best_valid_result),
             test=_plain(test),
             valid_curve=trainer.valid_scores,
+            best_epoch=trainer.best_epoch(),
             epoch_seconds=trainer.epoch_seconds,
             parameters=part_sizes(model).as_dict(),
             sharing=shared_layers(model) if isinstance(model, CompressedRecommender) else "none",
@@ -177,7 +189,8 @@ class Experiment:
             "name": self.dataset,
             "users": int(dataset.user_num) - 1,
             "items": int(dataset.item_num) - 1,
-            "evaluated_users": len(test_data._dataset),
+            "test_cases": len(test_data._dataset),
+            "evaluation": config["eval_args"],
         }
         return run, model, users, described
 
@@ -186,6 +199,8 @@ class _MeasuredTrainer(Trainer):
     """RecBole's trainer with a clock around its training epochs, and without its event files."""
 
     tensorboard: Any
+    eval_step: int
+    valid_metric_bigger: bool
 
     def __init__(self, config: Config, model: torch.nn.Module) -> None:
         super().__init__(config, model)
@@ -204,6 +219,12 @@ class _MeasuredTrainer(Trainer):
         score, result = super()._valid_epoch(*args, **kwargs)
         self.valid_scores.append(float(score))
         return score, result
+
+    def best_epoch(self) -> int:
+        """The epoch whose weights were kept, counted from 1; of equal ones the last."""
+        sign = 1 if self.valid_metric_bigger else -1
+        best = max(range(len(self.valid_scores)), key=lambda i: (sign * self.valid_scores[i], i))
+        return (best + 1) * self.eval_step
 
 
 class _NoTensorboard:
@@ -251,6 +272,13 @@ def _shown(config: Config) -> dict[str, Any]:
     return {k: v for k, v in sorted(config.final_config_dict.items()) if k not in folders}
 
 
-def _known_options(config: Config) -> list[str]:
-    arguments = [name for names in config.parameters.values() for name in names]
-    return sorted({*config.internal_config_dict, *arguments})
+def _check_measurable(config: Config) -> None:
+    """Raise a CompressionError where no epoch would be trained or none evaluated."""
+    for name in ("epochs", "eval_step"):
+        whole_number(config, name)
+    measured = [f"{metric}@{k}" for metric in config["metrics"] for k in config["topk"]]
+    if config["valid_metric"].lower() not in [name.lower() for name in measured]:
+        raise CompressionError(
+            f"Expected `valid_metric` to be one of {', '.join(measured)} (by `metrics`, `topk`), "
+            f"but got {config['valid_metric']}."
+        )

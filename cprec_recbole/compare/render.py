@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from rich.table import Table
 
-from cprec_recbole.compare.results import ROWS, Comparison, Figure, Row
+from cprec_recbole.compare.results import Comparison, Figure, Row
 
 
 def as_table(comparison: Comparison) -> Table:
@@ -56,8 +57,16 @@ def note(comparison: Comparison) -> str:
     seeds = comparison.seeds
     over = f"seeds {seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"one seed, {seeds[0]}"
     spread = "mean ± standard deviation" if len(seeds) > 1 else "no spread; use --seeds 3"
-    users = comparison.dataset["evaluated_users"]
-    return f"Test set, leave one out, {users:,} users, all items ranked; {over} ({spread})."
+    cases = f"{comparison.dataset['test_cases']:,} cases"
+    return f"Test set: {_evaluation(comparison.dataset['evaluation'])}, {cases}; {over} ({spread})."
+
+
+def _evaluation(arguments: dict[str, Any]) -> str:
+    """RecBole's `eval_args` in words: how the data was split, and what was ranked."""
+    split, mode = arguments["split"], arguments["mode"]
+    parts = "leave one out" if "LS" in split else f"split {split}"
+    test = mode["test"] if isinstance(mode, dict) else mode
+    return f"{parts}, {'all items ranked' if test == 'full' else f'mode {test}'}"
 
 
 def _header(comparison: Comparison) -> list[str]:
@@ -66,8 +75,8 @@ def _header(comparison: Comparison) -> list[str]:
 
 
 def _rows(comparison: Comparison) -> tuple[list[list[str]], list[str]]:
-    shown = [row for row in ROWS if row.known(comparison)]
-    return [_cells(comparison, row) for row in shown], [row.label for row in shown]
+    rows = comparison.rows()
+    return [_cells(comparison, row) for row in rows], [row.label for row in rows]
 
 
 def _cells(comparison: Comparison, row: Row) -> list[str]:

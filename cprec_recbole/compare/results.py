@@ -28,7 +28,8 @@ class Run:
         seed: seed of data order and weights.
         valid: metrics on the validation set at the best epoch.
         test: metrics on the test set, with the weights of that epoch.
-        valid_curve: the validation metric after each epoch.
+        valid_curve: the validation metric after each evaluation.
+        best_epoch: the epoch whose weights were kept, counted from 1.
         epoch_seconds: seconds of each training epoch, evaluation not included.
         parameters: parameters by part.
         sharing: what the sharing scheme came to.
@@ -42,6 +43,7 @@ class Run:
     valid: dict[str, float]
     test: dict[str, float]
     valid_curve: list[float]
+    best_epoch: int
     epoch_seconds: list[float]
     parameters: dict[str, int]
     sharing: str
@@ -76,6 +78,10 @@ class Comparison:
         values = [quantity(run) for run in self.runs if run.contender == contender]
         return Figure(mean(values), stdev(values) if len(values) > 1 else math.nan)
 
+    def rows(self) -> list[Row]:
+        """The rows of the tables: the metrics that were measured, then sizes and times."""
+        return [*(_metric_row(metric) for metric in self.runs[0].test), *COSTS]
+
     def sharing(self, contender: str) -> str:
         """What the sharing scheme came to for one contender."""
         return next(run.sharing for run in self.runs if run.contender == contender)
@@ -88,8 +94,7 @@ class Comparison:
                     "mean": (figure := self.figure(name, row.quantity)).mean,
                     "spread": None if math.isnan(figure.spread) else figure.spread,
                 }
-                for row in ROWS
-                if row.known(self)
+                for row in self.rows()
             }
             for name in self.contenders
         }
@@ -109,7 +114,6 @@ class Row:
     label: str
     quantity: Callable[[Run], float]
     form: str
-    known: Callable[[Comparison], bool] = lambda comparison: True
 
 
 def _metric_row(metric: str) -> Row:
@@ -118,12 +122,10 @@ def _metric_row(metric: str) -> Row:
         label=label,
         quantity=lambda run: run.test[metric],
         form=".4f",
-        known=lambda comparison: all(metric in run.test for run in comparison.runs),
     )
 
 
-ROWS: tuple[Row, ...] = (
-    *(_metric_row(f"{name}@{k}") for k in (5, 20) for name in ("hit", "mrr", "ndcg")),
+COSTS: tuple[Row, ...] = (
     Row("parameters: table", lambda run: run.parameters["table"], ",.0f"),
     Row("parameters: layers", lambda run: run.parameters["layers"], ",.0f"),
     Row("parameters: softmax", lambda run: run.parameters["softmax"], ",.0f"),
@@ -131,7 +133,7 @@ ROWS: tuple[Row, ...] = (
     Row("saved weights (bytes)", lambda run: run.weight_bytes, ",.0f"),
     Row("RecBole checkpoint (bytes)", lambda run: run.checkpoint_bytes, ",.0f"),
     Row("seconds an epoch", lambda run: median(run.epoch_seconds), ".2f"),
-    Row("epochs to the best", lambda run: 1 + run.valid_curve.index(max(run.valid_curve)), ".1f"),
+    Row("epochs to the best", lambda run: run.best_epoch, ".1f"),
     Row("ms to score a user", lambda run: run.score_ms, ".2f"),
 )
 
