@@ -48,6 +48,7 @@ else
 	$(BIN)/pip install --quiet "$(TORCH)"
 endif
 	$(BIN)/pip install --quiet --no-deps recbole==1.2.1
+	@echo "pip may say that recbole's ray is not installed: that is meant, see README.md, Install"
 	$(BIN)/pip install --quiet --editable ".[test]"
 	touch $(STAMP)
 

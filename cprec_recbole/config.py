@@ -17,8 +17,8 @@ OBJECTIVES = ("all_positions", "last_position")
 DEFAULT_BLOCKS = 3  # CpRec, section 3.2: three to five blocks are enough
 RANK_STEP = 4  # each block has a quarter of the rank of the one before (the authors' d, d/4, d/16)
 # The head: a tenth of the items, since a small head is what compresses; but not below 400 items,
-# which costs quality where there is little to save, nor above a quarter (docs/method.md, "Where to
-# cut": MovieLens-100K, three seeds, heads of 168 and 420 items).
+# which seems to cost quality where there is little to save, nor above a quarter. The figures, and
+# how far they carry, are in docs/method.md, "Where to cut".
 HEAD_SHARE = 0.1
 HEAD_ITEMS = 400
 LARGEST_HEAD_SHARE = 0.25
@@ -74,8 +74,9 @@ class CompressionConfig:
             at most 25%), the other cutoffs in equal ratio.
         sharing: which layers use the same parameters, one of `none`, `cross_layer`, `cross_block`,
             `adjacent_layer`, `adjacent_block` (CpRec, section 3.3).
-        softmax: `full` (one flat softmax over the factorised table) or `tree` (the paper's: the
-            head block and one cluster for each other block).
+        softmax: `full` (one flat softmax over the factorised table; the more accurate so far, see
+            docs/method.md) or `tree` (the paper's: the head block and one cluster for each other
+            block; the cheaper one on a large catalogue).
         tied: True: the softmax reads the block embedding's own factors. False: it has its own.
         training: `all_positions` predicts the next item at every position of a sequence in one
             pass, as the papers do; `last_position` is RecBole's row for every prefix.

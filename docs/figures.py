@@ -10,7 +10,7 @@ from string import Template
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart
 COLOURS = {"table": "#0072B2", "layers": "#E69F00", "softmax": "#009E73"}
-WIDTH, LEFT, BAR, GAP = 760, 130, 34, 62
+WIDTH, LEFT, BAR, GAP = 800, 130, 34, 62
 PAGE = Template("""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 $width $height" \
 font-family="system-ui, sans-serif" font-size="14" role="img" aria-label="$title">
 <rect width="$width" height="$height" fill="#ffffff"/>
@@ -25,7 +25,7 @@ def main() -> None:
     found = json.loads(Path(source).read_text(encoding="utf-8"))
     summary = found["summary"]
     largest = max(row["parameters"]["mean"] for row in summary.values())
-    scale = (WIDTH - LEFT - 210) / largest
+    scale = (WIDTH - LEFT - 240) / largest
     marks = []
     for index, (name, row) in enumerate(summary.items()):
         y = 78 + index * GAP

@@ -102,7 +102,7 @@ def test_tables_show_mean_spread_and_ratio():
         settings={},
         contenders={"uncompressed": {"model": "CpSASRec"}, "compressed": {"model": "CpSASRec"}},
         configuration={},
-        environment={"gpu": None, "processor": "P", "cores": 2}
+        environment={"gpu": None, "processor": "P", "cores": 2, "torch_threads": 1}
         | dict.fromkeys(("recbole", "torch", "numpy", "python"), "1"),
         runs=[
             run("uncompressed", 1, 0.10, 1000),

@@ -36,12 +36,7 @@ def as_markdown(comparison: Comparison) -> str:
     for name, options in comparison.contenders.items():
         words = ", ".join(f"{key} {value}" for key, value in options.items() if value is not None)
         lines.append(f"- {name}: {words} ({comparison.sharing(name)})")
-    machine = comparison.environment
-    versions = ", ".join(f"{n} {machine[n]}" for n in ("recbole", "torch", "numpy", "python"))
-    lines += [
-        "",
-        f"On {machine['gpu'] or machine['processor']}, {machine['cores']} cores; {versions}.",
-    ]
+    lines += ["", f"On {_machine(comparison.environment)}."]
     return "\n".join(lines) + "\n"
 
 
@@ -59,6 +54,14 @@ def note(comparison: Comparison) -> str:
     spread = "mean ± standard deviation" if len(seeds) > 1 else "no spread; use --seeds 3"
     cases = f"{comparison.dataset['test_cases']:,} cases"
     return f"Test set: {_evaluation(comparison.dataset['evaluation'])}, {cases}; {over} ({spread})."
+
+
+def _machine(environment: dict[str, Any]) -> str:
+    """Hardware and versions in words."""
+    versions = ", ".join(f"{n} {environment[n]}" for n in ("recbole", "torch", "numpy", "python"))
+    hardware = environment["gpu"] or environment["processor"]
+    threads = f"torch threads {environment['torch_threads']}"
+    return f"{hardware}, cores {environment['cores']}, {threads}; {versions}"
 
 
 def _evaluation(arguments: dict[str, Any]) -> str:
