@@ -12,7 +12,14 @@ from typing import Any
 
 import yaml
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Table
 
 from cprec_recbole.backbones import BACKBONES
@@ -84,19 +91,20 @@ def _compare(options: argparse.Namespace, passed_on: dict[str, Any], command: st
         TimeElapsedColumn(),
         console=console,
     ) as progress:
-        tasks: dict[tuple[str, int], Any] = {}
+        tasks: dict[tuple[str, int], TaskID] = {}
+
+        def on_run(contender: str, seed: int) -> None:
+            _finish(progress, tasks)
+            label = f"{contender}, seed {seed}"
+            tasks[contender, seed] = progress.add_task(label, total=experiment.epochs, score="-")
 
         def on_epoch(contender: str, seed: int, epoch: int, score: float) -> None:
-            key = (contender, seed)
-            if key not in tasks:
-                _finish(progress, tasks)
-                label = f"{contender}, seed {seed}"
-                tasks[key] = progress.add_task(label, total=experiment.epochs, score="")
-            progress.update(tasks[key], completed=epoch + 1, score=f"{score:.4f}")
+            shown = f"{score:.4f}"
+            progress.update(tasks[contender, seed], completed=epoch + 1, score=shown)
             if not console.is_terminal:  # a log shows no bars: a line an epoch
-                console.print(f"{contender}, seed {seed}, epoch {epoch + 1}: valid {score:.4f}")
+                console.print(f"{contender}, seed {seed}, epoch {epoch + 1}: valid {shown}")
 
-        comparison = experiment.run(command, on_epoch)
+        comparison = experiment.run(command, on_epoch, on_run)
         _finish(progress, tasks)
     save(as_json(comparison), out / "compare.json")
     save(as_markdown(comparison), out / "compare.md")
@@ -105,10 +113,11 @@ def _compare(options: argparse.Namespace, passed_on: dict[str, Any], command: st
     return 0
 
 
-def _finish(progress: Progress, tasks: dict[tuple[str, int], Any]) -> None:
+def _finish(progress: Progress, tasks: dict[tuple[str, int], TaskID]) -> None:
     """Early stopping ends a run before its last epoch; its bar is full all the same."""
     for task in tasks.values():
         progress.update(task, total=progress.tasks[task].completed)
+        progress.stop_task(task)
 
 
 def _report(options: argparse.Namespace, passed_on: dict[str, Any], command: str) -> int:

@@ -101,12 +101,18 @@ class Experiment:
         self.seeds = [whole_number(configs[0], "seed", lowest=0) + i for i in range(seeds)]
         self.epochs = whole_number(configs[0], "epochs")
 
-    def run(self, command: str, on_epoch: Callable[[str, int, int, float], None]) -> Comparison:
+    def run(
+        self,
+        command: str,
+        on_epoch: Callable[[str, int, int, float], None],
+        on_run: Callable[[str, int], None] = lambda contender, seed: None,
+    ) -> Comparison:
         """Train every contender with every seed.
 
         Args:
             command: what to write down as the way to repeat this.
             on_epoch: called after each epoch with contender, seed, epoch and validation score.
+            on_run: called before each training with contender and seed.
 
         Raises:
             CompressionError: blocks that do not fit the catalogue; before any training.
@@ -117,6 +123,7 @@ class Experiment:
         for seed in self.seeds:
             trained: list[tuple[Run, torch.nn.Module, Interaction]] = []
             for column in self.columns:
+                on_run(column.name, seed)
                 config = self._config(column, seed)
                 run, model, users, description = self._train(column, config, on_epoch)
                 trained.append((run, model, users))

@@ -12,7 +12,13 @@ from cprec_recbole.compare.results import Comparison, Figure, Row
 
 def as_table(comparison: Comparison) -> Table:
     """The table for a terminal: mean and spread of each contender, and its ratio to the first."""
-    table = Table(title=title(comparison), caption=note(comparison), title_justify="left")
+    sharing = ", ".join(f"{name} {comparison.sharing(name)}" for name in comparison.contenders)
+    table = Table(
+        title=title(comparison),
+        caption=f"{note(comparison)}\nSets of layer parameters kept / layers: {sharing}.",
+        title_justify="left",
+        caption_justify="left",
+    )
     for index, cell in enumerate(_header(comparison)):
         table.add_column(cell, justify="left" if index == 0 else "right", no_wrap=index > 0)
     for row, label in zip(*_rows(comparison)):
