@@ -210,8 +210,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_compression(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("compression")
-    group.add_argument("--ranks", type=_value, metavar="64,16,4")
-    group.add_argument("--cutoffs", type=_value, metavar="400,900 or 0.1,0.3")
+    group.add_argument("--ranks", type=_numbers, metavar="64,16,4")
+    group.add_argument("--cutoffs", type=_numbers, metavar="400,900 or 0.1,0.3")
     group.add_argument("--sharing", metavar="{" + ",".join(SHARING_SCHEMES) + "}")
     group.add_argument("--softmax", metavar="{" + ",".join(SOFTMAXES) + "}")
     group.add_argument("--tied", type=_value, metavar="{true,false}")
@@ -227,6 +227,12 @@ def _value(text: str) -> Any:
     except yaml.YAMLError as error:
         raise CompressionError(f"Expected a value as in YAML, but got {text!r}.") from error
     return value
+
+
+def _numbers(text: str) -> Any:
+    """A list of numbers; one number is a list of one."""
+    value = _value(text)
+    return [value] if isinstance(value, int | float) else value
 
 
 if __name__ == "__main__":

@@ -232,6 +232,12 @@ def test_the_command_says_in_one_line_what_is_wrong(arguments, words, capsys):
     assert printed.count("\n") == 1
 
 
+def test_one_rank_is_a_list_of_one(capsys):
+    assert main(["report", "SASRec", "--items=1000", "--ranks=64"]) == 0
+    assert main(["report", "SASRec", "--items=1000", "--ranks=128"]) == 2
+    assert "`ranks` to be at most the embedding size 64" in capsys.readouterr().err
+
+
 def test_recbole_options_are_read_as_yaml():
     options = recbole_options(["--epochs=3", "--metrics=[Hit]", "--learning_rate", "0.01", "--x=a"])
     assert options == {"epochs": 3, "metrics": ["Hit"], "learning_rate": 0.01, "x": "a"}
