@@ -74,9 +74,9 @@ class CompressionConfig:
             at most 25%), the other cutoffs in equal ratio.
         sharing: which layers use the same parameters, one of `none`, `cross_layer`, `cross_block`,
             `adjacent_layer`, `adjacent_block` (CpRec, section 3.3).
-        softmax: `full` (one flat softmax over the factorised table; the more accurate on test so
-            far, see docs/method.md) or `tree` (the paper's: the head block and one cluster for each other
-            block; the cheaper one on a large catalogue).
+        softmax: `full` (one flat softmax over the factorised table; so far the more accurate one
+            on test, see docs/method.md) or `tree` (the paper's: the head block and one cluster for
+            each other block; the cheaper one on a large catalogue).
         tied: True: the softmax reads the block embedding's own factors. False: it has its own.
         training: `all_positions` predicts the next item at every position of a sequence in one
             pass, as the papers do; `last_position` is RecBole's row for every prefix.
