@@ -36,7 +36,8 @@ def pad_histories(
     for index, row in enumerate(rows):
         if not len(row):
             raise CompressionError(
-                f"Expected every history of `item_seq` to hold an item, but got none in {index}."
+                "Expected every history of `item_seq` to hold an item, but history "
+                f"{index} is empty."
             )
     padded = torch.full((len(rows), max_length), PADDING)
     for target, row in zip(padded, rows):
