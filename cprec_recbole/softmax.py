@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cprec_recbole.config import CompressionError
 from cprec_recbole.embedding import Block, BlockEmbedding
+from cprec_recbole.index import Snapshot
 from cprec_recbole.partition import PADDING
-from cprec_recbole.topk import TopK, dense_topk
+from cprec_recbole.search import Found, search
+from cprec_recbole.topk import Barred, TopK, allowed_positions, check_k
 
 
 class SoftmaxHead(nn.Module, ABC):
@@ -25,6 +29,7 @@ class SoftmaxHead(nn.Module, ABC):
     def __init__(self, table: BlockEmbedding) -> None:
         super().__init__()
         self.table = table
+        self._snapshot: Snapshot | None = None
 
     @property
     def head(self) -> Block:
@@ -52,18 +57,91 @@ class SoftmaxHead(nn.Module, ABC):
     def score(self, hidden: Tensor, items: Tensor) -> Tensor:
         """Scores of given ids, `[B, d], [B, m] -> [B, m]`; equal to those columns of `scores`."""
 
-    def topk(self, hidden: Tensor, k: int, exclude: Tensor | None = None) -> TopK:
-        """The k best items of each row, exact, with their `scores`.
+    def topk(
+        self,
+        hidden: Tensor,
+        k: int,
+        exclude: Tensor | None = None,
+        allowed: Tensor | None = None,
+    ) -> TopK:
+        """The k best items of each row, exact, with their `scores`; equal scores by lower item id.
+
+        Never builds `[B, n_items]`. Reads every row of the table in pieces, unless `build_index`
+        was called: then it skips groups of rows that cannot hold one of the best.
 
         Args:
             hidden: hidden states, `[B, d]`.
             k: how many items to return.
-            exclude: item ids that must not be returned, `[B, m]`; 0 excludes nothing.
+            exclude: item ids that must not be returned, `[B, m]`, or `[m]` for all rows; 0 excludes
+                nothing.
+            allowed: the only item ids that may be returned, `[m]`; every item if left out.
 
         Raises:
-            CompressionError: fewer than k items are left in some row.
+            CompressionError: hidden states that are not finite numbers, ids outside the catalogue,
+                nothing allowed, or k above what is left for some row.
         """
-        return dense_topk(self.scores(hidden), k, exclude)
+        return self.search(hidden, k, exclude, allowed).topk
+
+    @torch.no_grad()
+    def search(
+        self,
+        hidden: Tensor,
+        k: int,
+        exclude: Tensor | None = None,
+        allowed: Tensor | None = None,
+    ) -> Found:
+        """As `topk`, and what it took: the share of the tail's rows that were read."""
+        if hidden.ndim != 2 or hidden.shape[1] != self.table.dim:
+            raise CompressionError(
+                f"Expected `hidden` to be of shape [B, {self.table.dim}], but got "
+                f"{list(hidden.shape)}."
+            )
+        if not hidden.isfinite().all():
+            raise CompressionError(
+                "Expected `hidden` to hold finite numbers, but found NaN or infinity; the model "
+                "diverged in training, or its input is damaged."
+            )
+        partition = self.table.partition
+        barred = Barred.from_ids(exclude, len(hidden), partition)
+        places = None if allowed is None else allowed_positions(allowed, partition)
+        k = check_k(k, barred.least_left(len(hidden), partition.n_items, places))
+        return search(self._current().weights, hidden, k, barred, places)
+
+    def build_index(self) -> None:
+        """Prepare `topk` to skip most of the tail: sort its rows into groups with bounds.
+
+        It takes seconds for a million items and about as much memory as the tail. It is no part of
+        the model's state, and dropped when weights change; then `topk` reads all rows again.
+
+        Raises:
+            CompressionError: weights that are not finite numbers.
+        """
+        self._snapshot = Snapshot(self.table, self._clusters, indexed=True)
+
+    @property
+    def is_indexed(self) -> bool:
+        """Whether there is an index of the weights as they are."""
+        snapshot = self._snapshot
+        return bool(
+            snapshot and snapshot.indexed and snapshot.is_current(self.table, self._clusters)
+        )
+
+    def drop_index(self) -> None:
+        """Forget the index and free its memory."""
+        self._snapshot = None
+
+    @property
+    def _clusters(self) -> Tensor | None:
+        return None
+
+    def _current(self) -> Snapshot:
+        snapshot = self._snapshot
+        if snapshot is None or not snapshot.is_current(self.table, self._clusters):
+            self._snapshot = snapshot = Snapshot(self.table, self._clusters, indexed=False)
+        return snapshot
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_snapshot": None}  # copies and pickles start without an index
 
 
 class FullSoftmax(SoftmaxHead):
@@ -118,6 +196,10 @@ class TreeSoftmax(SoftmaxHead):
         super().__init__(table)
         self.clusters = nn.Parameter(torch.empty(len(self.tails), table.dim))
         nn.init.normal_(self.clusters, std=0.02)
+
+    @property
+    def _clusters(self) -> Tensor:
+        return self.clusters
 
     @torch.no_grad()
     def average_clusters(self, counts: Tensor) -> None:

@@ -1,14 +1,16 @@
-"""Exact top-k over a catalogue."""
+"""What a top-k search returns, and which items it must not return."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cprec_recbole.config import CompressionError
-from cprec_recbole.partition import PADDING
+from cprec_recbole.partition import PADDING, Partition
 
 
 class TopK(NamedTuple):
@@ -23,26 +25,127 @@ class TopK(NamedTuple):
     scores: Tensor
 
 
-def dense_topk(scores: Tensor, k: int, exclude: Tensor | None = None) -> TopK:
-    """The k best real items of each row of a dense score matrix.
+@dataclass(frozen=True)
+class Barred:
+    """Items that a row must not get, as pairs sorted by row, then position; no pair twice.
 
-    Args:
-        scores: score of every item in id order, `[B, n_items]`.
-        k: how many to return.
-        exclude: item ids that must not be returned, `[B, m]`; 0 excludes nothing.
+    Attributes:
+        rows: row of the batch, `[M]`.
+        positions: position of the item in popularity order, `[M]`.
+    """
+
+    rows: Tensor
+    positions: Tensor
+
+    @classmethod
+    def nothing(cls, device: torch.device) -> Barred:
+        """Every item may be returned."""
+        none = torch.empty(0, dtype=torch.int64, device=device)
+        return cls(none, none)
+
+    @classmethod
+    def from_ids(cls, exclude: Tensor | None, n_rows: int, partition: Partition) -> Barred:
+        """Check ids to exclude, `[B, m]` or `[m]` for all rows; 0 excludes nothing.
+
+        Raises:
+            CompressionError: another shape, ids that are no whole numbers or outside the catalogue.
+        """
+        if exclude is None:
+            return cls.nothing(partition.position_of.device)
+        shapes = (f"[{n_rows}, m]", "[m]")
+        if exclude.ndim not in (1, 2) or (exclude.ndim == 2 and len(exclude) != n_rows):
+            raise CompressionError(
+                f"Expected `exclude` to be item ids of shape {' or '.join(shapes)}, but got "
+                f"{list(exclude.shape)}."
+            )
+        ids = _checked_ids("exclude", exclude, partition.n_items)
+        ids = ids.to(partition.position_of.device).expand(n_rows, -1)
+        rows = torch.arange(n_rows, device=ids.device).unsqueeze(1).expand_as(ids)
+        keys = (rows * partition.n_items + partition.positions(ids)).flatten().unique()
+        keys = keys[keys % partition.n_items != PADDING]
+        return cls(keys // partition.n_items, keys % partition.n_items)
+
+    def least_left(self, n_rows: int, n_items: int, allowed: Tensor | None) -> int:
+        """The fewest items that any row has left."""
+        rows, left = self.rows, n_items - 1
+        if allowed is not None:
+            rows, left = rows[torch.isin(self.positions, allowed)], len(allowed)
+        if not len(rows):
+            return left
+        return left - int(torch.bincount(rows, minlength=n_rows).max())
+
+    def pick(self, rows: Tensor, n_rows: int) -> Barred:
+        """Those of some rows out of `n_rows`, numbered as they come; of a row that comes more than
+        once, the first is meant."""
+        if not len(self.rows):
+            return self
+        number = rows.new_full((n_rows,), len(rows))
+        number.scatter_reduce_(0, rows, torch.arange(len(rows), device=rows.device), "amin")
+        numbers = number[self.rows]
+        here = numbers < len(rows)
+        return Barred(numbers[here], self.positions[here])
+
+    def of_rows(self, start: int, end: int) -> Barred:
+        """Those of rows `start` to `end`, numbered from 0."""
+        if not len(self.rows):
+            return self
+        bounds = torch.tensor([start, end], device=self.rows.device)
+        first, last = torch.searchsorted(self.rows, bounds).tolist()
+        return Barred(self.rows[first:last] - start, self.positions[first:last])
+
+    def hit(self, rows: Tensor, positions: Tensor, n_items: int) -> Tensor:
+        """Which of some (row, position) pairs are barred, `[C], [C] -> [C]`."""
+        if not len(self.rows):
+            return torch.zeros_like(rows, dtype=torch.bool)
+        keys, wanted = self.rows * n_items + self.positions, rows * n_items + positions
+        at = torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)
+        return keys[at] == wanted
+
+
+def allowed_positions(allowed: Tensor, partition: Partition) -> Tensor:
+    """Positions of the ids that may be recommended, sorted, each once, `[m] -> [<= m]`.
 
     Raises:
-        CompressionError: fewer than k items are left in some row.
+        CompressionError: no id but 0, another shape, or ids outside the catalogue.
     """
-    allowed = torch.ones_like(scores, dtype=torch.bool)
-    if exclude is not None:
-        allowed.scatter_(1, exclude, False)
-    allowed[:, PADDING] = False
-    left = int(allowed.sum(1).min()) if len(scores) else k
-    if not 1 <= k <= left:
+    if allowed.ndim != 1:
         raise CompressionError(
-            f"Expected `k` to be from 1 to the {left} items that may be recommended, but got {k}."
+            f"Expected `allowed` to be item ids of shape [m], but got {list(allowed.shape)}."
         )
-    masked = scores.masked_fill(~allowed, -torch.inf)
-    ranked, order = masked.sort(dim=1, descending=True, stable=True)
-    return TopK(order[:, :k], ranked[:, :k])
+    ids = _checked_ids("allowed", allowed, partition.n_items).to(partition.position_of.device)
+    positions = partition.positions(ids[ids != PADDING]).unique()
+    if not len(positions):
+        raise CompressionError(
+            "Expected `allowed` to hold at least one item, but it is empty; leave it out to allow "
+            "every item."
+        )
+    return positions
+
+
+def check_k(k: object, left: int) -> int:
+    """A number of results that can be given.
+
+    Raises:
+        CompressionError: no whole number, or not from 1 to the items that are left.
+    """
+    whole = isinstance(k, Integral) and not isinstance(k, bool)
+    if not whole or not 1 <= k <= left:  # type: ignore[operator]
+        raise CompressionError(
+            f"Expected `k` to be from 1 to the {left} items that may be recommended, but got {k!r}."
+        )
+    return int(k)  # type: ignore[call-overload]
+
+
+def _checked_ids(name: str, ids: Tensor, n_items: int) -> Tensor:
+    if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
+        raise CompressionError(
+            f"Expected `{name}` to hold item ids, whole numbers, but got {ids.dtype}."
+        )
+    if ids.numel():
+        low, high = (int(bound) for bound in ids.aminmax())
+        if low < 0 or high >= n_items:
+            raise CompressionError(
+                f"Expected `{name}` to hold item ids from 0 to {n_items - 1}, but got "
+                f"{low if low < 0 else high}."
+            )
+    return ids.to(torch.int64)

@@ -1,0 +1,275 @@
+"""What the search reads: each block's rows, plain or sorted into groups with bounds.
+
+A logit is `h . (W[g] P) = z . W[g]` with the query `z = P h`. Rows that lie close together have
+logits that lie close together, so that a few numbers for each group bound all of its logits: the
+lower the rank, the tighter.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cprec_recbole.config import CompressionError
+from cprec_recbole.embedding import Block
+from cprec_recbole.partition import PADDING
+
+_GROUP_VALUES = 256  # numbers to a group: 64 rows of rank 4, 16 of rank 16
+_BRANCHES = 256  # of the tree of groups, by which the rows of a batch are put in order
+_LOG2_E = math.log2(math.e)
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What is known of the rows of each group.
+
+    Attributes:
+        ball: centre and radius, `[G, r + 1]`.
+        box: middle and half of the widths along each axis, `[G, 2 r]`.
+        log_sizes: log2 of the number of rows, `[G, 1]`.
+    """
+
+    ball: Tensor
+    box: Tensor
+    log_sizes: Tensor
+
+    @classmethod
+    def of(cls, rows: Tensor, real: Tensor) -> Bounds:
+        """Bounds of grouped rows, `[G, s, r]`; rows not marked real, `[G, s]`, are copies."""
+        sizes = real.sum(1, keepdim=True)
+        weights = real.unsqueeze(2).to(rows.dtype)
+        centres = (rows * weights).sum(1) / sizes
+        radius = ((rows - centres.unsqueeze(1)).norm(dim=2) * real).amax(1, keepdim=True)
+        low, high = rows.amin(1), rows.amax(1)
+        middle, half = (low + high) / 2, (high - low) / 2
+        # wider by what rounding may do to the products
+        error = (2 * rows.shape[2] + 8) * torch.finfo(rows.dtype).eps
+        radius += error * (radius + centres.norm(dim=1, keepdim=True))
+        half += error * (half + middle.abs())
+        ball, box = torch.cat([centres, radius], dim=1), torch.cat([middle, half], dim=1)
+        return cls(ball, box, sizes.log2().to(rows.dtype))
+
+    def above(self, query: Tensor) -> Tensor:
+        """A number that no logit of the group exceeds, `[r, B] -> [G, B]`.
+
+        The smaller of `z . centre + |z| radius` and of the same for the box, whose half widths
+        meet the absolute values of z.
+        """
+        length = query.norm(dim=0, keepdim=True)
+        upper = self.ball @ torch.cat([query, length])
+        return torch.minimum(upper, self.box @ torch.cat([query, query.abs()]), out=upper)
+
+    def log_sum_below(self, query: Tensor) -> Tensor:
+        """A number that the log of the summed exponentials of all rows is not below, `[B]`.
+
+        By Jensen a group of n rows sums to at least `n exp(z . centre)`.
+        """
+        mean = torch.addmm(self.log_sizes, self.ball[:, :-1], query * _LOG2_E)
+        peak = mean.amax(0)
+        return (peak + mean.sub_(peak).exp2_().sum(0).log2()).double() / _LOG2_E
+
+
+class Strip(ABC):
+    """Rows that the search reads, in one space.
+
+    Attributes:
+        codes: the rows, `[N, r]`.
+        basis: brings a hidden state into the space of the rows, `[d, r]`, float64.
+        rounding: what rounding may change in a logit, for hidden states of length one.
+        n_items: how many items the rows stand for.
+    """
+
+    def __init__(self, codes: Tensor, basis: Tensor, longest: float) -> None:
+        self.codes = codes
+        self.basis = basis
+        self.n_items = len(codes)
+        # |error of z . w| <= r u |z| |w| for a product summed in any order (Higham, Accuracy and
+        # Stability, section 3.1); the few more are for z and w, which are rounded themselves
+        error = (basis.shape[1] + 4) * torch.finfo(codes.dtype).eps / 2
+        self.rounding = error * longest * float(torch.linalg.matrix_norm(basis, 2))
+
+    def query(self, hidden: Tensor) -> Tensor:
+        """What the rows are multiplied by, `[B, d] -> [r, B]`; hidden states in float64."""
+        return (hidden @ self.basis).to(self.codes.dtype).T.contiguous()
+
+    @abstractmethod
+    def positions(self, rows: Tensor) -> Tensor:
+        """Positions in popularity order of some rows, `[...] -> [...]`."""
+
+    @abstractmethod
+    def find(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Which of some positions are in here, and their rows, `[M] -> [M] bool, [M']`."""
+
+
+class PlainStrip(Strip):
+    """A block's own rows, not copied (but for half precision); the padding row left out.
+
+    Args:
+        block: the factors.
+        start: position of the block's first row.
+        dtype: float32 or float64, in which logits are computed.
+
+    Raises:
+        CompressionError: weights that are not finite numbers.
+    """
+
+    def __init__(self, block: Block, start: int, dtype: torch.dtype) -> None:
+        skip = 1 if start == PADDING else 0
+        codes = block.weight.detach()[skip:].to(dtype)
+        super().__init__(codes, _basis(block), _longest(codes, block))
+        self.start = start + skip
+
+    def positions(self, rows: Tensor) -> Tensor:
+        """See Strip.positions."""
+        return rows + self.start
+
+    def find(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """See Strip.find."""
+        inside = self.holds(positions)
+        return inside, positions[inside] - self.start
+
+    def holds(self, positions: Tensor) -> Tensor:
+        """Which of some positions are in here, `[...] -> [...]`."""
+        return (positions >= self.start) & (positions < self.start + self.n_items)
+
+
+class PickedStrip(Strip):
+    """Some rows of a plain strip, copied; for searches in a part of the catalogue.
+
+    Args:
+        whole: the strip to pick from.
+        positions: which, sorted, each once, `[m]`; those of other blocks are passed over.
+    """
+
+    def __init__(self, whole: PlainStrip, positions: Tensor) -> None:
+        inside, rows = whole.find(positions)
+        super().__init__(whole.codes[rows], whole.basis, 0.0)
+        self.rounding = whole.rounding
+        self._positions = positions[inside]
+
+    def positions(self, rows: Tensor) -> Tensor:
+        """See Strip.positions."""
+        return self._positions[rows]
+
+    def find(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """See Strip.find."""
+        if not self.n_items:
+            return torch.zeros_like(positions, dtype=torch.bool), positions[:0]
+        at = torch.searchsorted(self._positions, positions).clamp(max=self.n_items - 1)
+        inside = self._positions[at] == positions
+        return inside, at[inside]
+
+
+class GroupedStrip(Strip):
+    """A copy of a block's rows, sorted into groups of near ones, with bounds for each group.
+
+    Rows have one more column: 0, or -inf where a row only fills up its group. A query has a one
+    there, so that such a row's logit is -inf.
+
+    Attributes:
+        group: rows to a group.
+        bounds: of the groups.
+    """
+
+    def __init__(self, whole: PlainStrip) -> None:
+        axes, basis = _principal_axes(whole.codes, whole.basis)
+        dtype = whole.codes.dtype
+        moved = (whole.codes.double() @ axes).to(dtype)
+        order, real = group_rows(moved, _GROUP_VALUES // max(4, moved.shape[1]))
+        rows = moved[order]
+        filler = torch.where(real, 0.0, -torch.inf).to(dtype)
+        codes = torch.cat([rows, filler.unsqueeze(2)], dim=2).flatten(0, 1)
+        super().__init__(codes, basis, float(rows.norm(dim=2).max()))
+        self.n_items = whole.n_items
+        self.group = order.shape[1]
+        self.bounds = Bounds.of(rows, real)
+        # means of groups that follow each other, which are branches of the tree
+        self._branches = self.bounds.ball[:, :-1].view(min(len(order), _BRANCHES), -1, rows.shape[2])
+        self._branches = self._branches.mean(1)
+        self._start = whole.start
+        slots = torch.arange(order.numel(), device=codes.device, dtype=torch.int32)
+        self._row_of = torch.empty(self.n_items, dtype=torch.int32, device=codes.device)
+        self._row_of[order[real]] = slots.view(order.shape)[real]
+        own = torch.where(real, order + whole.start, PADDING)
+        self._positions = own.flatten().to(torch.int32)
+
+    def query(self, hidden: Tensor) -> Tensor:
+        """As Strip.query, and a last row of ones, `[B, d] -> [r + 1, B]`."""
+        query = super().query(hidden)
+        return torch.cat([query, query.new_ones(1, query.shape[1])])
+
+    def by_likeness(self, query: Tensor) -> Tensor:
+        """Rows of a batch so that those near each other look for near items, `[r + 1, B] -> [B]`:
+        by the branch of the tree of groups that suits them best."""
+        return (self._branches @ query[:-1]).argmax(0).argsort()
+
+    def positions(self, rows: Tensor) -> Tensor:
+        """See Strip.positions; 0, the padding item, for a row that only fills up."""
+        return self._positions[rows].long()
+
+    def find(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """See Strip.find."""
+        inside = (positions >= self._start) & (positions < self._start + self.n_items)
+        return inside, self._row_of[positions[inside] - self._start].long()
+
+
+def group_rows(rows: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Sort rows into equal groups of near ones, `[N, r] -> [G, s], [G, s]` with `s <= size`.
+
+    All rows are halved at the median of their principal direction, both halves likewise, and so on:
+    a balanced tree, whose leaves are the groups. An odd half gets one of its rows twice.
+
+    Returns:
+        The rows of each group, and which of them are real: of each row exactly one is.
+    """
+    depth = max(0, math.ceil(math.log2(len(rows) / size)))
+    order = torch.arange(len(rows), device=rows.device).unsqueeze(0)
+    for _ in range(depth):
+        members = rows[order]
+        members = members - members.mean(1, keepdim=True)
+        direction = torch.linalg.eigh(members.transpose(1, 2) @ members).eigenvectors[:, :, -1:]
+        order = order.gather(1, (members @ direction).squeeze(2).argsort(dim=1))
+        if order.shape[1] % 2:
+            order = torch.cat([order, order[:, -1:]], dim=1)
+        order = order.reshape(2 * len(order), -1)
+    slots = torch.arange(order.numel(), device=rows.device)
+    first = slots.new_full((len(rows),), order.numel())
+    first.scatter_reduce_(0, order.flatten(), slots, "amin")
+    return order, (first[order.flatten()] == slots).view(order.shape)
+
+
+def _basis(block: Block) -> Tensor:
+    if block.projection is None:
+        size = block.weight.shape[1]
+        return torch.eye(size, dtype=torch.float64, device=block.weight.device)
+    return block.projection.detach().T.double()
+
+
+def _principal_axes(codes: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """A change of coordinates, `[r, r]`, and the basis that goes with it, `[d, r]`.
+
+    In the new coordinates a row is as long as its item vector, so that bounds are not stretched by
+    how training shared out the length between the factors, and the axes are the rows' principal
+    ones, along which boxes are tight.
+    """
+    orthonormal, triangular = torch.linalg.qr(basis)
+    vectors = codes.double() @ triangular.T
+    centred = vectors - vectors.mean(0)
+    axes = torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(1)
+    return triangular.T @ axes, orthonormal @ axes
+
+
+def _longest(codes: Tensor, block: Block) -> float:
+    longest = float(codes.norm(dim=1).max()) if len(codes) else 0.0
+    projection = block.projection
+    finite = math.isfinite(longest) and (projection is None or bool(projection.isfinite().all()))
+    if not finite:
+        raise CompressionError(
+            "Expected the weights of the item table to be finite numbers, but found NaN or "
+            "infinity; the training diverged, or the checkpoint is damaged."
+        )
+    return longest
