@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cprec_recbole.embedding import BlockEmbedding
 from cprec_recbole.settle import Weights
-from cprec_recbole.strips import GroupedStrip, PlainStrip
+from cprec_recbole.strips import GroupedStrip, PlainStrip, Strip
 
 _MAX_RANK = 32  # above it bounds skip too little to be worth a copy of the rows
 _MIN_ROWS = 1024  # below it reading is quicker than looking at bounds
-_SAMPLES = 32  # numbers of each parameter that are compared; see `_fingerprint`
+_SAMPLES = 32  # numbers of each parameter that are compared; see `_Mark`
 
 
 class Snapshot:
@@ -21,7 +21,7 @@ class Snapshot:
 
     Args:
         table: the factors.
-        clusters: a tree's, `[n_blocks - 1, d]`; None for a flat softmax.
+        tree: the head that has `clusters`, `[n_blocks - 1, d]`; None for a flat softmax.
         indexed: whether to sort the tails' rows into groups with bounds. It takes a few seconds and
             about as much memory as the tails for a million items.
 
@@ -29,41 +29,57 @@ class Snapshot:
         CompressionError: weights that are not finite numbers.
     """
 
-    def __init__(self, table: BlockEmbedding, clusters: Tensor | None, indexed: bool) -> None:
-        self.indexed = indexed
-        self._sources = [*table.parameters(), table.partition.item_at]
-        self._sources += [] if clusters is None else [clusters]
-        self._taken = _fingerprint(self._sources)
+    def __init__(self, table: BlockEmbedding, tree: nn.Module | None, indexed: bool) -> None:
+        self.table, self.indexed = table, indexed
+        owners = [*table.blocks, *([tree] if tree else [])]
+        kept = [(owner._parameters, name) for owner in owners for name in owner._parameters]
+        kept.append((table.partition._buffers, "item_at"))
+        self._marks = [_Mark(place, name) for place, name in kept if place[name] is not None]
         dtype = table.blocks[0].weight.dtype
         dtype = dtype if dtype == torch.float64 else torch.float32
         blocks = zip(table.blocks, table.partition.starts)
         whole = [PlainStrip(block, start, dtype) for block, start in blocks]
-        few = [not indexed or strip.n_items < _MIN_ROWS for strip in whole]
-        strips = [
-            strip if plain or strip.codes.shape[1] > _MAX_RANK else GroupedStrip(strip)
-            for strip, plain in zip(whole, few)
+        strips: list[Strip] = [
+            GroupedStrip(strip) if indexed and _is_worth_it(strip) else strip for strip in whole
         ]
+        clusters = tree._parameters["clusters"] if tree else None
         exact = None if clusters is None else clusters.detach().double()
         self.weights = Weights(table.partition, whole, exact, strips)
 
-    def is_current(self, table: BlockEmbedding, clusters: Tensor | None) -> bool:
+    def is_current(self, table: BlockEmbedding) -> bool:
         """Whether the head still has the weights that this was made from."""
-        sources = [*table.parameters(), table.partition.item_at]
-        sources += [] if clusters is None else [clusters]
-        same = len(sources) == len(self._sources)
-        same = same and all(a is b for a, b in zip(sources, self._sources))
-        return same and _fingerprint(sources) == self._taken
+        return table is self.table and all(mark.fits() for mark in self._marks)
 
 
-def _fingerprint(tensors: Sequence[Tensor]) -> list[object]:
-    """What differs after a change: PyTorch counts changes in place, and a sample of the numbers
-    shows most of those made through `.data`, which are not counted."""
-    return [
-        (
-            tensor.data_ptr(),
-            tensor.dtype,
-            0 if tensor.is_inference() else tensor._version,
-            tensor.detach().flatten()[:: max(1, tensor.numel() // _SAMPLES)].tolist(),
+class _Mark:
+    """By what to tell that a tensor of a module changed: PyTorch counts changes in place, and a
+    sample of its bytes shows most of those made through `.data`, which are not counted."""
+
+    def __init__(self, place: Mapping[str, Tensor | None], name: str) -> None:
+        self._place, self._name, self._tensor = place, name, place[name]
+        tensor = place[name]
+        assert tensor is not None
+        self._address, self._version = tensor.data_ptr(), _version(tensor)
+        self._window = None
+        if tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.numel():
+            step = max(1, tensor.numel() // _SAMPLES) * tensor.element_size()
+            flat = tensor.detach().view(-1).view(torch.uint8)
+            self._window = flat.numpy()[::step]  # shares the tensor's memory
+            self._bytes = self._window.tobytes()
+
+    def fits(self) -> bool:
+        tensor = self._place[self._name]
+        return (
+            tensor is self._tensor
+            and tensor.data_ptr() == self._address
+            and _version(tensor) == self._version
+            and (self._window is None or self._window.tobytes() == self._bytes)
         )
-        for tensor in tensors
-    ]
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _is_worth_it(strip: PlainStrip) -> bool:
+    return strip.n_items >= _MIN_ROWS and strip.codes.shape[1] <= _MAX_RANK

@@ -167,8 +167,8 @@ class Reader:
     def _barred_of(self, groups: Tensor) -> tuple[Tensor, Tensor]:
         """Barred rows as they lie in some groups read after one another."""
         rows, columns = self._barred
-        if not len(rows):
-            return rows, columns
+        if not len(rows) or not len(groups):
+            return rows[:0], columns[:0]
         at = torch.searchsorted(groups, rows // self.group).clamp(max=len(groups) - 1)
         inside = groups[at] == rows // self.group
         return (at * self.group + rows % self.group)[inside], columns[inside]

@@ -1,13 +1,14 @@
-"""Scores in float64: what decides where two places are closer than rounding errors.
+"""Into order: what decides where two places are closer than rounding errors.
 
-Rounded to the model's precision and sorted with equal scores by lower item id, they are the
-definition of the result; the search is a fast way to it.
+Scores in float64, rounded to the model's precision and sorted with equal ones by lower item id, are
+the definition of a search's result; the search itself is a fast way to it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -45,8 +46,128 @@ class Weights:
         """Items of the catalogue, padding included."""
         return self.partition.n_items
 
+    @cached_property
+    def joint_basis(self) -> Tensor:
+        """The bases of all blocks beside each other, `[d, sum r]`."""
+        return torch.cat([strip.basis for strip in self.whole], dim=1)
 
-def dense_topk(
+
+class Rows:
+    """Some rows of a batch that are searched together.
+
+    In a block, score = logit + offset. A flat softmax has no offsets; a tree's are minus the head's
+    normaliser, and a cluster's log-probability minus its block's normaliser.
+
+    Args:
+        weights: the head's.
+        strips: what to search, a strip for each block.
+        hidden: hidden states in float64, `[B, d]`.
+        k: how many items.
+        barred: what each row must not get.
+        allowed: positions that the strips are limited to; None for all.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        strips: Sequence[Strip],
+        hidden: Tensor,
+        k: int,
+        barred: Barred,
+        allowed: Tensor | None,
+    ) -> None:
+        self.weights, self.strips, self.hidden, self.k = weights, strips, hidden, k
+        self.barred, self.allowed = barred, allowed
+        self.n_rows = len(hidden)
+        self.is_tree = weights.clusters is not None
+        self.tail_rows = 0  # products of a row of the tail and a row of the batch
+        # twice what rounding may change in a logit, and in an offset, as two scores are compared
+        rounding = 2 * max(strip.rounding for strip in strips)
+        self.slack = (torch.linalg.vector_norm(hidden, dim=1) * rounding).to(weights.dtype)
+        if weights.clusters is not None:
+            self.branches = hidden @ weights.clusters.T  # [B, n_blocks - 1]
+            self.offsets = hidden.new_zeros(len(strips), len(hidden))
+            self.blur = torch.zeros_like(self.slack)
+
+    def queries(self) -> Sequence[Tensor]:
+        """What the rows of each strip are multiplied by."""
+        if self.strips is not self.weights.whole:
+            return [strip.query(self.hidden) for strip in self.strips]
+        joint = (self.hidden @ self.weights.joint_basis).to(self.weights.dtype).T.contiguous()
+        return joint.split([strip.basis.shape[1] for strip in self.strips])
+
+    def offset(self, j: int, rows: Tensor, log_sum: Tensor) -> Tensor:
+        """Keep and return a block's offset, given the log of its summed exponentials, `[B]`."""
+        if j == 0:
+            branches = torch.cat([log_sum.double().unsqueeze(1), self.branches[rows]], dim=1)
+            offset = -torch.logsumexp(branches, 1)
+        else:
+            offset = self.branches[rows, j - 1] + self.offsets[0, rows] - log_sum.double()
+        self.offsets[j, rows] = offset
+        rounded = offset.to(self.weights.dtype)
+        self.blur[rows] += 8 * torch.finfo(rounded.dtype).eps * rounded.abs()
+        return rounded
+
+    def doubt(self, rows: Tensor | slice = slice(None)) -> Tensor:
+        """Scores that are closer than this may be in either order, `[B]`."""
+        return self.slack[rows] + self.blur[rows] if self.is_tree else self.slack[rows]
+
+    def settle(self, result: TopK, rows: Tensor, positions: Tensor, real: Tensor) -> None:
+        """Put some rows of a result in order by float64 scores.
+
+        Args:
+            result: it is changed in place.
+            rows: which.
+            positions: among which the best of each row are, `[B, m]`.
+            real: which of those count, `[B, m]`.
+        """
+        if not len(rows):
+            return
+        exact = self._exact_scores(rows, positions).masked_fill(~real, -torch.inf)
+        items = self.weights.partition.item_at[positions].long()
+        by_id = items.argsort(dim=1)
+        exact, items = exact.gather(1, by_id), items.gather(1, by_id)
+        best, at = exact.to(self.weights.dtype).sort(dim=1, descending=True, stable=True)
+        result.items[rows] = items.gather(1, at[:, : self.k])
+        result.scores[rows] = best[:, : self.k]
+        if self.is_tree:
+            # normalisers are sums in the model's precision: that may matter between two blocks, and
+            # inside one to which number a score is rounded
+            gap = exact.sort(dim=1, descending=True).values.diff(dim=1)[:, : self.k].neg()
+            blocks = self.weights.partition.blocks(positions.gather(1, by_id).gather(1, at))
+            across = (blocks.diff(dim=1) != 0)[:, : self.k]
+            units = torch.finfo(best.dtype).eps * best[:, : gap.shape[1]].abs()
+            unsure = (gap > 0) & (gap <= 4 * units) | across & (gap <= self.blur[rows, None])
+            self.sort_exactly(result, rows[unsure.any(1)])
+
+    def sort_exactly(self, result: TopK, rows: Tensor) -> None:
+        """Replace some rows of a result by those of a sort of all float64 scores."""
+        if len(rows):
+            barred = self.barred.pick(rows, len(self.hidden))
+            exact = sort_topk(self.weights, self.hidden[rows], self.k, barred, self.allowed)
+            result.items[rows], result.scores[rows] = exact.items, exact.scores
+
+    def _exact_scores(self, rows: Tensor, positions: Tensor) -> Tensor:
+        """Scores of some positions in float64, `[B], [B, m] -> [B, m]`."""
+        widest = max(strip.basis.shape[1] for strip in self.weights.whole)
+        size = max(1, PIECE // 2 // (widest * positions.shape[1]))
+        parts = []
+        for some, places in zip(rows.split(size), positions.split(size)):
+            scores = self.hidden.new_full(places.shape, -torch.inf)
+            for j, strip in enumerate(self.weights.whole):
+                if not strip.n_items:
+                    continue
+                codes = strip.codes[(places - strip.start).clamp(0, strip.n_items - 1)]
+                query = (self.hidden[some] @ strip.basis).unsqueeze(1)
+                part = (codes.double() * query).sum(2)
+                if self.is_tree:
+                    part += self.offsets[j, some].unsqueeze(1)
+                scores = torch.where(strip.holds(places), part, scores)
+            parts.append(scores)
+        return torch.cat(parts)
+
+
+def sort_topk(
     weights: Weights, hidden: Tensor, k: int, barred: Barred, allowed: Tensor | None
 ) -> TopK:
     """The k best items of each row by a stable sort of all scores in float64.
@@ -58,48 +179,22 @@ def dense_topk(
         barred: what each row must not get.
         allowed: positions of the only items that rows may get; None for all.
     """
-    size = max(1, PIECE // 4 // weights.n_items)
     parts = []
+    size = max(1, PIECE // 4 // weights.n_items)
     for start in range(0, len(hidden), size):
-        scores = _dense_scores(weights, hidden[start : start + size])
+        scores = _exact_scores_of_all(weights, hidden[start : start + size])
         if allowed is not None:
             others = torch.ones(weights.n_items, dtype=torch.bool, device=scores.device)
             scores[:, others.index_fill(0, allowed, False)] = -torch.inf
         some = barred.of_rows(start, start + len(scores))
         scores[some.rows, some.positions] = -torch.inf
-        by_item = scores.to(weights.dtype)[:, weights.partition.position_of]
+        by_item = weights.partition.by_item(scores.to(weights.dtype))
         best, items = by_item.sort(dim=1, descending=True, stable=True)
         parts.append((items[:, :k], best[:, :k]))
     return TopK(*(torch.cat(part) for part in zip(*parts)))
 
 
-def exact_scores(weights: Weights, hidden: Tensor, offsets: Tensor, positions: Tensor) -> Tensor:
-    """Scores of some positions, in float64, `[B, d], [n_blocks, B], [B, m] -> [B, m]`.
-
-    Args:
-        weights: the head's.
-        hidden: hidden states, float64.
-        offsets: score less logit in each block.
-        positions: in popularity order.
-    """
-    rank = max(strip.basis.shape[1] for strip in weights.whole)
-    size = max(1, PIECE // 2 // (rank * positions.shape[1]))
-    parts = []
-    for rows in torch.arange(len(hidden), device=hidden.device).split(size):
-        scores = hidden.new_full((len(rows), positions.shape[1]), -torch.inf)
-        for j, strip in enumerate(weights.whole):
-            inside = strip.holds(positions[rows])
-            at = (positions[rows] - strip.start).clamp(0, max(0, strip.n_items - 1))
-            if not strip.n_items:
-                continue
-            query = (hidden[rows] @ strip.basis).unsqueeze(1)
-            logits = (strip.codes[at].double() * query).sum(2)
-            scores = torch.where(inside, logits + offsets[j, rows].unsqueeze(1), scores)
-        parts.append(scores)
-    return torch.cat(parts)
-
-
-def _dense_scores(weights: Weights, hidden: Tensor) -> Tensor:
+def _exact_scores_of_all(weights: Weights, hidden: Tensor) -> Tensor:
     """Scores by position, in float64, `[B, d] -> [B, n_items]`; -inf for padding."""
     logits = [
         torch.cat([hidden @ strip.basis @ rows.double().T for rows in strip.codes.split(PIECE)], 1)

@@ -116,28 +116,26 @@ class SoftmaxHead(nn.Module, ABC):
         Raises:
             CompressionError: weights that are not finite numbers.
         """
-        self._snapshot = Snapshot(self.table, self._clusters, indexed=True)
+        self._snapshot = Snapshot(self.table, self._tree, indexed=True)
 
     @property
     def is_indexed(self) -> bool:
         """Whether there is an index of the weights as they are."""
         snapshot = self._snapshot
-        return bool(
-            snapshot and snapshot.indexed and snapshot.is_current(self.table, self._clusters)
-        )
+        return snapshot is not None and snapshot.indexed and snapshot.is_current(self.table)
 
     def drop_index(self) -> None:
         """Forget the index and free its memory."""
         self._snapshot = None
 
     @property
-    def _clusters(self) -> Tensor | None:
+    def _tree(self) -> TreeSoftmax | None:
         return None
 
     def _current(self) -> Snapshot:
         snapshot = self._snapshot
-        if snapshot is None or not snapshot.is_current(self.table, self._clusters):
-            self._snapshot = snapshot = Snapshot(self.table, self._clusters, indexed=False)
+        if snapshot is None or not snapshot.is_current(self.table):
+            self._snapshot = snapshot = Snapshot(self.table, self._tree, indexed=False)
         return snapshot
 
     def __getstate__(self) -> dict[str, Any]:
@@ -198,8 +196,8 @@ class TreeSoftmax(SoftmaxHead):
         nn.init.normal_(self.clusters, std=0.02)
 
     @property
-    def _clusters(self) -> Tensor:
-        return self.clusters
+    def _tree(self) -> TreeSoftmax:
+        return self
 
     @torch.no_grad()
     def average_clusters(self, counts: Tensor) -> None:

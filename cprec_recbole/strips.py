@@ -19,7 +19,7 @@ from cprec_recbole.embedding import Block
 from cprec_recbole.partition import PADDING
 
 _GROUP_VALUES = 256  # numbers to a group: 64 rows of rank 4, 16 of rank 16
-_BRANCHES = 256  # of the tree of groups, by which the rows of a batch are put in order
+_BRANCH = 64  # groups that are looked at only where bounds of all of them together allow it
 _LOG2_E = math.log2(math.e)
 
 
@@ -52,6 +52,10 @@ class Bounds:
         half += error * (half + middle.abs())
         ball, box = torch.cat([centres, radius], dim=1), torch.cat([middle, half], dim=1)
         return cls(ball, box, sizes.log2().to(rows.dtype))
+
+    def of_groups(self, groups: Tensor) -> Bounds:
+        """Those of some groups."""
+        return Bounds(self.ball[groups], self.box[groups], self.log_sizes[groups])
 
     def above(self, query: Tensor) -> Tensor:
         """A number that no logit of the group exceeds, `[r, B] -> [G, B]`.
@@ -173,6 +177,8 @@ class GroupedStrip(Strip):
     Attributes:
         group: rows to a group.
         bounds: of the groups.
+        branch: groups to a branch of the tree that they are the leaves of.
+        branch_bounds: of all rows of each branch.
     """
 
     def __init__(self, whole: PlainStrip) -> None:
@@ -187,9 +193,9 @@ class GroupedStrip(Strip):
         self.n_items = whole.n_items
         self.group = order.shape[1]
         self.bounds = Bounds.of(rows, real)
-        # means of groups that follow each other, which are branches of the tree
-        self._branches = self.bounds.ball[:, :-1].view(min(len(order), _BRANCHES), -1, rows.shape[2])
-        self._branches = self._branches.mean(1)
+        self.branch = min(_BRANCH, len(order))  # both are powers of two
+        branches = rows.view(-1, self.branch * self.group, rows.shape[2])
+        self.branch_bounds = Bounds.of(branches, real.view(len(branches), -1))
         self._start = whole.start
         slots = torch.arange(order.numel(), device=codes.device, dtype=torch.int32)
         self._row_of = torch.empty(self.n_items, dtype=torch.int32, device=codes.device)
@@ -205,7 +211,17 @@ class GroupedStrip(Strip):
     def by_likeness(self, query: Tensor) -> Tensor:
         """Rows of a batch so that those near each other look for near items, `[r + 1, B] -> [B]`:
         by the branch of the tree of groups that suits them best."""
-        return (self._branches @ query[:-1]).argmax(0).argsort()
+        return (self.branch_bounds.ball[:, :-1] @ query[:-1]).argmax(0).argsort()
+
+    def groups_of(self, branches: Tensor) -> Tensor:
+        """The groups of some branches, `[m] -> [m branch]`."""
+        within = torch.arange(self.branch, device=branches.device)
+        return (branches.unsqueeze(1) * self.branch + within).flatten()
+
+    def bounds_of(self, groups: Tensor) -> Bounds:
+        """Bounds of some groups, sorted, each once."""
+        every = len(groups) == len(self.bounds.ball)
+        return self.bounds if every else self.bounds.of_groups(groups)
 
     def positions(self, rows: Tensor) -> Tensor:
         """See Strip.positions; 0, the padding item, for a row that only fills up."""
