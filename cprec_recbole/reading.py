@@ -53,7 +53,7 @@ class Reader:
     """
 
     def __init__(self, strip: Strip, query: Tensor, barred: Barred, group: int) -> None:
-        self.strip, self.query = strip, query
+        self.strip, self.query, self._factor = strip, query, strip.factor(query)
         self.group = strip.group if isinstance(strip, GroupedStrip) else group
         self.n_groups = -(-len(strip.codes) // self.group)
         self.rows_read = 0
@@ -110,7 +110,7 @@ class Reader:
         """
         found, columns = (maxima >= floor).nonzero().unbind(1)
         found = found if groups is None else groups[found]
-        per_piece = max(1, PIECE // (self.group * len(self.query)))
+        per_piece = max(1, PIECE // (self.group * len(self._factor)))
         nothing = found[:0]
         parts, total = [Candidates(nothing, nothing, self.query.new_empty(0))], 0
         for some, here in zip(found.split(per_piece), columns.split(per_piece)):
@@ -129,7 +129,7 @@ class Reader:
         else:
             codes = self.strip.codes[rows.clamp(max=n_rows - 1).flatten()]
             codes = codes.view(-1, self.group, rank)
-        logits = torch.bmm(codes, self.query.T[columns].unsqueeze(2)).squeeze(2)
+        logits = torch.bmm(codes, self._factor.T[columns].unsqueeze(2)).squeeze(2)
         logits = logits.masked_fill_(rows >= n_rows, -torch.inf)
         pair, slot = (logits >= floor[columns].unsqueeze(1)).nonzero().unbind(1)
         positions = self.strip.positions(rows[pair, slot])
@@ -156,7 +156,7 @@ class Reader:
             else:
                 some = groups[first : first + per_piece]
                 part = codes.view(-1, size, codes.shape[1])[some].flatten(0, 1)
-            piece = torch.mm(part, self.query, out=buffer[: len(part)])
+            piece = torch.mm(part, self._factor, out=buffer[: len(part)])
             self.rows_read += len(part)
             here = slice(cuts[i], cuts[i + 1])
             barred = rows[here] - first * size, columns[here]

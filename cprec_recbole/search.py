@@ -7,6 +7,8 @@ sort, equal scores by lower item id, whatever the batch, the pieces or the index
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -21,7 +23,6 @@ from cprec_recbole.topk import Barred, TopK
 
 _SORTED = 2**15, 2**18  # items, or scores, that are sooner sorted than searched
 _SPARE = 8  # items beyond the k-th that are looked at when all scores are sorted
-_SORT_GROUP = 16  # scores of which the best is looked at first
 _ROWS = 256  # rows of a batch that are searched together
 _LANES = 32  # rows of a batch that read the same groups; fewer leave vector units idle
 _GROUP = 64  # rows of a plain strip of which only the sum is kept
@@ -46,32 +47,60 @@ def search(
 
     Args:
         weights: the head's.
-        hidden: hidden states, finite, `[B, d]`.
+        hidden: hidden states, `[B, d]`.
         k: at most as many as each row has items left.
         barred: what each row must not get.
         allowed: positions of the only items that rows may get, sorted; None for all.
+
+    Raises:
+        CompressionError: hidden states that are not finite numbers.
     """
+    hidden = hidden.double()
+    longest = float(torch.linalg.vector_norm(hidden))
+    if not math.isfinite(longest):
+        raise CompressionError(
+            "Expected `hidden` to hold finite numbers, but found NaN or infinity; the model "
+            "diverged in training, or its input is damaged."
+        )
     n_rows = len(hidden)
-    if not n_rows:
-        nothing = torch.empty(0, k, device=hidden.device)
-        return Found(TopK(nothing.long(), nothing.to(weights.dtype)), 0.0)
     n_items = weights.n_items - 1 if allowed is None else len(allowed)
     is_sorted = n_items <= _SORTED[0] or n_items * n_rows <= _SORTED[1] or 16 * k > n_items
     most = max(1, 2 * PIECE // n_items) if is_sorted else max(1, min(_ROWS, 2**18 // k))
     strips: Sequence[Strip] = weights.whole if is_sorted else weights.indexed
     if allowed is not None:
         strips = [PickedStrip(strip, allowed) for strip in weights.whole]
-    size = -(-n_rows // -(-n_rows // most))  # in parts of equal size
+    way = _Sorted if is_sorted else _Searched
+    size = -(-n_rows // max(1, -(-n_rows // most)))  # parts of equal size
     parts, tail_rows = [], 0
-    for start in range(0, n_rows, size):
-        part = hidden[start : start + size].double()
-        some = barred.of_rows(start, start + len(part)) if size < n_rows else barred
-        rows = (_Sorted if is_sorted else _Searched)(weights, strips, part, k, some, allowed)
+    for start in range(0, n_rows, max(1, size)):
+        part = hidden[start : start + size] if size < n_rows else hidden
+        some = barred.of_rows(start, start + size) if size < n_rows else barred
+        rows = way(weights, strips, part, longest, k, some, allowed)
         parts.append(rows.topk())
         tail_rows += rows.tail_rows
-    n_tail = sum(strip.n_items for strip in weights.whole[1:])
+    if not parts:
+        parts = [TopK(hidden.new_empty(0, k).long(), hidden.new_empty(0, k).to(weights.dtype))]
     topk = parts[0] if len(parts) == 1 else TopK(*(torch.cat(part) for part in zip(*parts)))
-    return Found(topk, tail_rows / max(1, n_tail * n_rows))
+    return Found(topk, tail_rows / max(1, n_rows * weights.n_tail))
+
+
+def search_one(weights: Weights, hidden: Tensor, k: int) -> TopK | None:
+    """One row in a small catalogue under a flat softmax, where a step costs as much as all of the
+    arithmetic: in as few steps as it takes.
+
+    None where that is not the case, or two places are too close to be sure.
+    """
+    if weights.clusters is not None or weights.n_items > _SORTED[0] or len(hidden) != 1:
+        return None
+    basis, ranks, rounding = weights.joint_basis
+    queries = torch.mm(hidden.to(basis.dtype), basis).split_with_sizes(ranks, 1)
+    blocks = [torch.mm(query, strip.columns) for query, strip in zip(queries, weights.whole)]
+    best, columns = torch.cat(blocks, dim=1).topk(min(k + 1, weights.n_items - 1))
+    values = best[0].tolist()
+    gap = min(map(operator.sub, values, values[1:]), default=math.inf)
+    if not gap > rounding * float(torch.linalg.vector_norm(hidden)):  # nor if it is not a number
+        return None
+    return TopK(weights.real_items.take(columns[:, :k]), best[:, :k])
 
 
 class _Sorted(Rows):
@@ -79,46 +108,48 @@ class _Sorted(Rows):
 
     def topk(self) -> TopK:
         """The result."""
-        sizes = [strip.n_items for strip in self.strips]
+        k, sizes = self.k, [strip.n_items for strip in self.strips]
         n_items = sum(sizes)
-        group = _SORT_GROUP if self.n_rows > 1 and n_items > 8 * _SORT_GROUP * self.k else 1
-        fill = -n_items % group
-        scores = self.hidden.new_empty((n_items + fill, self.n_rows), dtype=self.weights.dtype)
-        *blocks, rest = scores.split([*sizes, fill])
-        rest.fill_(-torch.inf)
+        scores = self.hidden.new_empty((self.n_rows, n_items), dtype=self.weights.dtype)
+        blocks = torch.split_with_sizes(scores, sizes, dim=1)
         for strip, query, block in zip(self.strips, self.queries(), blocks):
-            torch.mm(strip.codes, query, out=block)
+            torch.mm(query, strip.columns, out=block)
+        self.tail_rows = (n_items - sizes[0]) * self.n_rows
         if self.is_tree:
             self._into_log_probabilities(blocks)
         if self.barred.rows.numel():
             for strip, block in zip(self.strips, blocks):
                 inside, rows = strip.find(self.barred.positions)
-                block[rows, self.barred.rows[inside]] = -torch.inf
-        self.tail_rows = sum(sizes[1:]) * self.n_rows
+                block[self.barred.rows[inside], rows] = -torch.inf
         # a few more than asked for, which are enough to settle all but long ties
-        best, rows = _best_rows(scores, min(self.k + _SPARE, n_items), group)
-        rows = rows.T
-        positions = rows + 1 if self.allowed is None else self.allowed[rows]
-        items = self.weights.partition.item_at[positions[:, : self.k]].long()
-        doubt = self.doubt()
-        close = (best[: self.k + 1].diff(dim=0) >= -doubt).any(0)
-        result = TopK(items, best[: self.k].T)
-        if close.any():
-            result = TopK(items, result.scores.clone())
-            many = close & (best[-1] >= best[self.k - 1] - doubt) & (len(best) < n_items)
-            some = (close & ~many).nonzero().squeeze(1)
-            self.settle(result, some, positions[some], best.T[some] > -torch.inf)
-            self.sort_exactly(result, many.nonzero().squeeze(1))
+        best, columns = scores.topk(min(k + _SPARE, n_items), dim=1)
+        result = TopK(self.items(self._positions(columns[:, :k])), best[:, :k])
+        gaps = best[:, : min(k, n_items - 1)] - best[:, 1 : k + 1]
+        if not gaps.numel() or float(gaps.amin()) > self.rounding * self.longest + self.most_blur():
+            return result
+        doubt = self.doubt().unsqueeze(1)
+        close = (gaps <= doubt).any(1)
+        many = close & (best[:, -1:] >= best[:, k - 1 : k] - doubt).squeeze(1)
+        if best.shape[1] == n_items:
+            many.fill_(False)
+        some = (close & ~many).nonzero().squeeze(1)
+        result = TopK(result.items, result.scores.clone())
+        self.settle(result, some, self._positions(columns[some]), best[some] > -torch.inf)
+        self.sort_exactly(result, many.nonzero().squeeze(1))
         return result
+
+    def _positions(self, columns: Tensor) -> Tensor:
+        """Positions in popularity order of columns of all strips beside each other."""
+        return columns + 1 if self.allowed is None else self.allowed[columns]
 
     def _into_log_probabilities(self, blocks: Sequence[Tensor]) -> None:
         everyone = torch.arange(self.n_rows, device=self.hidden.device)
         for j, block in enumerate(blocks):
             if self.allowed is None:
-                log_sum = block.logsumexp(0)
+                log_sum = block.logsumexp(1)
             else:
                 log_sum = _log_sum(self.weights.whole[j], self.hidden)
-            block += self.offset(j, everyone, log_sum)
+            block += self.offset(j, everyone, log_sum).unsqueeze(1)
 
 
 class _Searched(Rows):
@@ -127,63 +158,60 @@ class _Searched(Rows):
     def topk(self) -> TopK:
         """The result."""
         if self.n_rows > 1:  # fill the lanes; what the last row gets more than once is dropped
-            self._widen(-self.n_rows % _LANES)
-        self.codes = self.queries()
+            self.widen(-self.n_rows % _LANES)
+        self.columns = [query.T.contiguous() for query in self.queries()]  # [r, B]
         self.best = self.slack.new_full((self.k, len(self.hidden)), -torch.inf)
         self.found: list[tuple[Tensor, Tensor, Tensor]] = []  # rows, positions, scores
         everyone = torch.arange(len(self.hidden), device=self.hidden.device)
         try:
             for j, strip in enumerate(self.strips):
-                if not isinstance(strip, GroupedStrip):
-                    self._read_whole(j, everyone)
-                    continue
-                lanes = strip.by_likeness(self.codes[j]).split(_LANES)
-                if not self.is_tree:
-                    for rows in lanes:
-                        self._read_near(j, strip, rows)
-                    continue
-                rows = torch.cat([self._worth_opening(j, strip, rows) for rows in lanes])
-                if len(rows):
-                    fill = -len(rows) % _LANES if self.n_rows > 1 else 0
-                    self._read_whole(j, torch.cat([rows, rows[-1:].expand(fill)]), len(rows))
+                if isinstance(strip, GroupedStrip):
+                    self._read_grouped(j, strip)
+                else:
+                    self._read_whole(j, everyone, self.n_rows)
         except TooManyCandidates:
             rows = self.hidden[: self.n_rows]
             return sort_topk(self.weights, rows, self.k, self.barred, self.allowed)
         return self._rank(*(torch.cat(part) for part in zip(*self.found)))
 
-    def _widen(self, n: int) -> None:
-        spare = self.hidden[-1:].expand(n, -1)
-        n_rows = self.n_rows
-        wide = torch.cat([self.hidden, spare])
-        super().__init__(self.weights, self.strips, wide, self.k, self.barred, self.allowed)
-        self.n_rows = n_rows
+    # -- reading -----------------------------------------------------------------------------------
 
-    def _read_whole(self, j: int, rows: Tensor, n_real: int | None = None) -> None:
+    def _read_whole(self, j: int, rows: Tensor, n_real: int) -> None:
         """Read all of a block for some rows of the batch; those after `n_real` only fill lanes."""
         reader = self._reader(j, rows)
-        offset: Tensor | float = 0.0
+        offset = self.slack.new_zeros(len(rows))
         if not self.is_tree:
             maxima = reader.maxima()
         elif self.allowed is None:
             maxima, log_sum = reader.maxima_and_log_sum()
             offset = self.offset(j, rows, log_sum)
         else:
-            maxima, offset = reader.maxima(), self.offset(j, rows, _log_sum(self.weights.whole[j], self.hidden[rows]))
-        n_real = len(rows) if n_real is None else n_real
-        rows, maxima = rows[:n_real], maxima[:, :n_real]
-        offset = offset if isinstance(offset, float) else offset[:n_real]
+            maxima = reader.maxima()
+            offset = self.offset(j, rows, _log_sum(self.weights.whole[j], self.hidden[rows]))
+        rows, maxima, offset = rows[:n_real], maxima[:, :n_real], offset[:n_real]
         self._raise_floor(rows, maxima + offset)
         self._keep(j, reader, rows, maxima, offset)
 
+    def _read_grouped(self, j: int, strip: GroupedStrip) -> None:
+        """Read those groups of a block that may hold one of the best."""
+        lanes = strip.by_likeness(self.columns[j]).split(_LANES)
+        if not self.is_tree:
+            for rows in lanes:
+                self._read_near(j, strip, rows)
+            return
+        rows = torch.cat([self._worth_opening(j, strip, rows) for rows in lanes])
+        if len(rows):
+            fill = -len(rows) % _LANES if self.n_rows > 1 else 0
+            self._read_whole(j, torch.cat([rows, rows[-1:].expand(fill)]), len(rows))
+
     def _read_near(self, j: int, strip: GroupedStrip, rows: Tensor) -> None:
         """Read the groups of a block that may hold one of the best of any of these rows."""
-        reader = self._reader(j, rows)
-        query, floor = reader.query[:-1], self._floor(rows)
-        branches = _reaching(strip.branch_bounds.above(query), floor)
+        reader, floor = self._reader(j, rows), self._floor(rows)
+        branches = _reaching(strip.branch_bounds.above(reader.query), floor)
         if not len(branches):
             return
         groups = strip.groups_of(branches)
-        upper = strip.bounds_of(groups).above(query)
+        upper = strip.bounds_of(groups).above(reader.query)
         # the most promising groups first, to raise the floor for the others
         lowest = torch.where(floor == -torch.inf, upper.amin(0), floor)
         first = _reaching(upper, torch.maximum(floor, (3 * upper.amax(0) + lowest) / 4))
@@ -191,7 +219,7 @@ class _Searched(Rows):
             return
         self._raise_floor(rows, reader.logits_or_maxima(groups[first]))
         groups = groups[_reaching(upper, self._floor(rows))]
-        self._keep(j, reader, rows, reader.maxima(groups), 0.0, groups)
+        self._keep(j, reader, rows, reader.maxima(groups), floor.new_zeros(len(rows)), groups)
 
     def _worth_opening(self, j: int, strip: GroupedStrip, rows: Tensor) -> Tensor:
         """Those rows for which a block of a tree may hold one of the best.
@@ -199,15 +227,14 @@ class _Searched(Rows):
         Scores need the block's normaliser, and that all of the block. It is at least what the
         bounds say, which is enough to see that an item will not do.
         """
-        reader = self._reader(j, rows)
-        query, floor = reader.query[:-1], self._floor(rows)
-        offset = self.offset(j, rows, strip.branch_bounds.log_sum_below(query))
-        branches = _reaching(strip.branch_bounds.above(query), floor - offset)
+        reader, floor = self._reader(j, rows), self._floor(rows)
+        offset = self.offset(j, rows, strip.branch_bounds.log_sum_below(reader.query))
+        branches = _reaching(strip.branch_bounds.above(reader.query), floor - offset)
         if not len(branches):
             return rows[:0]
-        floor = floor - self.offset(j, rows, strip.bounds.log_sum_below(query))
+        floor = floor - self.offset(j, rows, strip.bounds.log_sum_below(reader.query))
         groups = strip.groups_of(branches)
-        groups = groups[_reaching(strip.bounds_of(groups).above(query), floor)]
+        groups = groups[_reaching(strip.bounds_of(groups).above(reader.query), floor)]
         best = reader.maxima(groups)
         self._count(j, reader, len(rows))
         return rows[(best >= floor).any(0)]
@@ -217,7 +244,7 @@ class _Searched(Rows):
         n_rows, rank = self.strips[j].codes.shape
         group = max(1, min(round((2 * n_rows / (self.k * rank)) ** 0.5), n_rows // (8 * self.k)))
         barred = self.barred.pick(rows, len(self.hidden))
-        return Reader(self.strips[j], self.codes[j][:, rows], barred, group)
+        return Reader(self.strips[j], self.columns[j][:, rows], barred, group)
 
     def _floor(self, rows: Tensor) -> Tensor:
         """What an item must reach to be among the k best, but for rounding, `[B]`."""
@@ -234,17 +261,18 @@ class _Searched(Rows):
         reader: Reader,
         rows: Tensor,
         maxima: Tensor,
-        offset: Tensor | float,
+        offset: Tensor,
         groups: Tensor | None = None,
     ) -> None:
         """Collect the items of a block that may be among the best, given its groups' maxima."""
         columns, positions, logits = reader.above(maxima, self._floor(rows) - offset, groups)
-        scores = logits + (offset if isinstance(offset, float) else offset[columns])
-        self.found.append((rows[columns], positions, scores))
+        self.found.append((rows[columns], positions, logits + offset[columns]))
         self._count(j, reader, len(rows))
 
     def _count(self, j: int, reader: Reader, n_rows: int) -> None:
         self.tail_rows += reader.rows_read * n_rows if j else 0
+
+    # -- into order --------------------------------------------------------------------------------
 
     def _rank(self, rows: Tensor, positions: Tensor, scores: Tensor) -> TopK:
         """The best of candidates, `[C], [C], [C]`, among which are the best of all items."""
@@ -270,8 +298,7 @@ class _Searched(Rows):
         places = positions.new_zeros(self.n_rows, width)
         places[rows, column] = positions[order]
         best, at = table.topk(min(self.k + 1, width), dim=1)
-        items = self.weights.partition.item_at[places.gather(1, at[:, : self.k])].long()
-        result = TopK(items, best[:, : self.k].contiguous())
+        result = TopK(self.items(places.gather(1, at[:, : self.k])), best[:, : self.k].contiguous())
         doubt = self.doubt(slice(self.n_rows)).unsqueeze(1)
         close = (best[:, :-1] - best[:, 1:] <= doubt).any(1)
         close = (close & ~many).nonzero().squeeze(1)
@@ -280,27 +307,12 @@ class _Searched(Rows):
         return result
 
 
-def _log_sum(strip: Strip, hidden: Tensor) -> Tensor:
-    """Log of the summed exponentials of a strip's logits, `[B, d] -> [B]`."""
-    nothing = Barred.nothing(hidden.device)
-    return Reader(strip, strip.query(hidden), nothing, _GROUP).maxima_and_log_sum()[1]
-
-
 def _reaching(upper: Tensor, floor: Tensor) -> Tensor:
     """Groups with a bound that reaches the floor of some row, `[G, B], [B] -> [G']`."""
     return ((upper - floor).amax(1) >= 0).nonzero().squeeze(1)
 
 
-def _best_rows(scores: Tensor, k: int, group: int) -> tuple[Tensor, Tensor]:
-    """The k best of each column and their rows, `[N, B] -> [k, B], [k, B]`.
-
-    By the best of each group of rows first: the k best are in the k groups that are best so.
-    """
-    if group == 1:
-        return scores.topk(k, dim=0)
-    grouped = scores.view(-1, group, scores.shape[1])
-    groups = grouped.amax(1).topk(k, dim=0).indices  # [k, B]
-    columns = torch.arange(scores.shape[1], device=scores.device)
-    some = grouped.transpose(1, 2)[groups, columns].transpose(1, 2)  # [k, group, B]
-    best, at = some.flatten(0, 1).topk(k, dim=0)
-    return best, groups.gather(0, at // group) * group + at % group
+def _log_sum(strip: Strip, hidden: Tensor) -> Tensor:
+    """Log of the summed exponentials of a strip's logits, `[B, d] -> [B]`."""
+    query, nothing = strip.query(hidden).T.contiguous(), Barred.nothing(hidden.device)
+    return Reader(strip, query, nothing, _GROUP).maxima_and_log_sum()[1]

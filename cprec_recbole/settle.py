@@ -36,20 +36,34 @@ class Weights:
     clusters: Tensor | None
     indexed: Sequence[Strip]
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
         """The precision of the first pass, and of scores."""
         return self.whole[0].codes.dtype
 
-    @property
+    @cached_property
     def n_items(self) -> int:
         """Items of the catalogue, padding included."""
         return self.partition.n_items
 
     @cached_property
-    def joint_basis(self) -> Tensor:
-        """The bases of all blocks beside each other, `[d, sum r]`."""
-        return torch.cat([strip.basis for strip in self.whole], dim=1)
+    def real_items(self) -> Tensor:
+        """Item ids in popularity order without padding, `[n_items - 1]`."""
+        return self.partition.item_at[1:].long()
+
+    @cached_property
+    def n_tail(self) -> int:
+        """Items outside the head."""
+        return sum(strip.n_items for strip in self.whole[1:])
+
+    @cached_property
+    def joint_basis(self) -> tuple[Tensor, list[int], float]:
+        """The bases of all blocks beside each other in the model's precision, `[d, sum r]`, their
+        ranks, and twice what rounding may change in a logit that is computed with them."""
+        bases = [strip.basis for strip in self.whole]
+        ranks = [basis.shape[1] for basis in bases]
+        rounding = 2 * max(strip.joint_rounding for strip in self.whole)
+        return torch.cat(bases, dim=1).to(self.dtype), ranks, rounding
 
 
 class Rows:
@@ -62,6 +76,7 @@ class Rows:
         weights: the head's.
         strips: what to search, a strip for each block.
         hidden: hidden states in float64, `[B, d]`.
+        longest: a number that none of their norms exceeds.
         k: how many items.
         barred: what each row must not get.
         allowed: positions that the strips are limited to; None for all.
@@ -72,29 +87,46 @@ class Rows:
         weights: Weights,
         strips: Sequence[Strip],
         hidden: Tensor,
+        longest: float,
         k: int,
         barred: Barred,
         allowed: Tensor | None,
     ) -> None:
-        self.weights, self.strips, self.hidden, self.k = weights, strips, hidden, k
+        self.weights, self.strips, self.k = weights, strips, k
         self.barred, self.allowed = barred, allowed
         self.n_rows = len(hidden)
-        self.is_tree = weights.clusters is not None
         self.tail_rows = 0  # products of a row of the tail and a row of the batch
-        # twice what rounding may change in a logit, and in an offset, as two scores are compared
-        rounding = 2 * max(strip.rounding for strip in strips)
-        self.slack = (torch.linalg.vector_norm(hidden, dim=1) * rounding).to(weights.dtype)
-        if weights.clusters is not None:
-            self.branches = hidden @ weights.clusters.T  # [B, n_blocks - 1]
-            self.offsets = hidden.new_zeros(len(strips), len(hidden))
-            self.blur = torch.zeros_like(self.slack)
+        self.is_tree = weights.clusters is not None
+        # twice what rounding may change in a logit, as two are compared
+        self.rounding = 2 * max(strip.rounding for strip in strips)
+        self.longest = longest
+        self._set_hidden(hidden)
+
+    def _set_hidden(self, hidden: Tensor) -> None:
+        self.hidden = hidden
+        if self.weights.clusters is not None:
+            self.branches = hidden @ self.weights.clusters.T  # [B, n_blocks - 1]
+            self.offsets = hidden.new_zeros(len(self.strips), len(hidden))
+            # twice what rounding may change in the offsets
+            self.blur = hidden.new_zeros(len(hidden), dtype=self.weights.dtype)
+
+    def widen(self, n: int) -> None:
+        """Repeat the last row; `n_rows` stays what it was."""
+        self._set_hidden(torch.cat([self.hidden, self.hidden[-1:].expand(n, -1)]))
+
+    @cached_property
+    def slack(self) -> Tensor:
+        """Logits that are closer than this may be in either order, `[B]`."""
+        lengths = torch.linalg.vector_norm(self.hidden, dim=1)
+        return (lengths * self.rounding).to(self.weights.dtype)
 
     def queries(self) -> Sequence[Tensor]:
-        """What the rows of each strip are multiplied by."""
-        if self.strips is not self.weights.whole:
-            return [strip.query(self.hidden) for strip in self.strips]
-        joint = (self.hidden @ self.weights.joint_basis).to(self.weights.dtype).T.contiguous()
-        return joint.split([strip.basis.shape[1] for strip in self.strips])
+        """Hidden states in the space of each strip, `[B, r]`."""
+        return [strip.query(self.hidden) for strip in self.strips]
+
+    def items(self, positions: Tensor) -> Tensor:
+        """Item ids of positions in popularity order."""
+        return self.weights.partition.item_at[positions].long()
 
     def offset(self, j: int, rows: Tensor, log_sum: Tensor) -> Tensor:
         """Keep and return a block's offset, given the log of its summed exponentials, `[B]`."""
@@ -112,6 +144,10 @@ class Rows:
         """Scores that are closer than this may be in either order, `[B]`."""
         return self.slack[rows] + self.blur[rows] if self.is_tree else self.slack[rows]
 
+    def most_blur(self) -> float:
+        """The largest doubt that offsets add."""
+        return float(self.blur.amax()) if self.is_tree else 0.0
+
     def settle(self, result: TopK, rows: Tensor, positions: Tensor, real: Tensor) -> None:
         """Put some rows of a result in order by float64 scores.
 
@@ -124,7 +160,7 @@ class Rows:
         if not len(rows):
             return
         exact = self._exact_scores(rows, positions).masked_fill(~real, -torch.inf)
-        items = self.weights.partition.item_at[positions].long()
+        items = self.items(positions)
         by_id = items.argsort(dim=1)
         exact, items = exact.gather(1, by_id), items.gather(1, by_id)
         best, at = exact.to(self.weights.dtype).sort(dim=1, descending=True, stable=True)

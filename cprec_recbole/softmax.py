@@ -13,7 +13,7 @@ from cprec_recbole.config import CompressionError
 from cprec_recbole.embedding import Block, BlockEmbedding
 from cprec_recbole.index import Snapshot
 from cprec_recbole.partition import PADDING
-from cprec_recbole.search import Found, search
+from cprec_recbole.search import Found, search, search_one
 from cprec_recbole.topk import Barred, TopK, allowed_positions, check_k
 
 
@@ -96,16 +96,15 @@ class SoftmaxHead(nn.Module, ABC):
                 f"Expected `hidden` to be of shape [B, {self.table.dim}], but got "
                 f"{list(hidden.shape)}."
             )
-        if not hidden.isfinite().all():
-            raise CompressionError(
-                "Expected `hidden` to hold finite numbers, but found NaN or infinity; the model "
-                "diverged in training, or its input is damaged."
-            )
-        partition = self.table.partition
+        partition, weights = self.table.partition, self._current().weights
+        if exclude is None and allowed is None:
+            quick = search_one(weights, hidden, check_k(k, partition.n_items - 1))
+            if quick is not None:
+                return Found(quick, 1.0)
         barred = Barred.from_ids(exclude, len(hidden), partition)
         places = None if allowed is None else allowed_positions(allowed, partition)
         k = check_k(k, barred.least_left(len(hidden), partition.n_items, places))
-        return search(self._current().weights, hidden, k, barred, places)
+        return search(weights, hidden, k, barred, places)
 
     def build_index(self) -> None:
         """Prepare `topk` to skip most of the tail: sort its rows into groups with bounds.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from cprec_recbole.partition import PADDING
 
 _GROUP_VALUES = 256  # numbers to a group: 64 rows of rank 4, 16 of rank 16
 _BRANCH = 64  # groups that are looked at only where bounds of all of them together allow it
+_FEW_ROWS = 2**15
 _LOG2_E = math.log2(math.e)
 
 
@@ -83,7 +85,9 @@ class Strip(ABC):
     Attributes:
         codes: the rows, `[N, r]`.
         basis: brings a hidden state into the space of the rows, `[d, r]`, float64.
-        rounding: what rounding may change in a logit, for hidden states of length one.
+        rounding: what rounding may change in a logit, for hidden states of length one, if queries
+            are computed in float64.
+        joint_rounding: the same if they are computed in the model's precision.
         n_items: how many items the rows stand for.
     """
 
@@ -93,12 +97,25 @@ class Strip(ABC):
         self.n_items = len(codes)
         # |error of z . w| <= r u |z| |w| for a product summed in any order (Higham, Accuracy and
         # Stability, section 3.1); the few more are for z and w, which are rounded themselves
-        error = (basis.shape[1] + 4) * torch.finfo(codes.dtype).eps / 2
-        self.rounding = error * longest * float(torch.linalg.matrix_norm(basis, 2))
+        unit = torch.finfo(codes.dtype).eps / 2
+        dim, rank = basis.shape
+        spread = float(torch.linalg.matrix_norm(basis, 2))
+        self.rounding = (rank + 4) * unit * longest * spread
+        self.joint_rounding = self.rounding + dim * unit * longest * float(basis.norm())
 
     def query(self, hidden: Tensor) -> Tensor:
-        """What the rows are multiplied by, `[B, d] -> [r, B]`; hidden states in float64."""
-        return (hidden @ self.basis).to(self.codes.dtype).T.contiguous()
+        """Hidden states in the space of the rows, `[B, d] -> [B, r]`; hidden in float64."""
+        return (hidden @ self.basis).to(self.codes.dtype)
+
+    def factor(self, query: Tensor) -> Tensor:
+        """What the rows are multiplied by, `[r, B] -> [r, B]`."""
+        return query
+
+    @cached_property
+    def columns(self) -> Tensor:
+        """The rows as columns, `[r, N]`; a copy, which multiplies sooner, if there are few."""
+        few = len(self.codes) <= _FEW_ROWS
+        return self.codes.T.contiguous() if few else self.codes.T
 
     @abstractmethod
     def positions(self, rows: Tensor) -> Tensor:
@@ -152,7 +169,7 @@ class PickedStrip(Strip):
     def __init__(self, whole: PlainStrip, positions: Tensor) -> None:
         inside, rows = whole.find(positions)
         super().__init__(whole.codes[rows], whole.basis, 0.0)
-        self.rounding = whole.rounding
+        self.rounding, self.joint_rounding = whole.rounding, whole.joint_rounding
         self._positions = positions[inside]
 
     def positions(self, rows: Tensor) -> Tensor:
@@ -203,15 +220,14 @@ class GroupedStrip(Strip):
         own = torch.where(real, order + whole.start, PADDING)
         self._positions = own.flatten().to(torch.int32)
 
-    def query(self, hidden: Tensor) -> Tensor:
-        """As Strip.query, and a last row of ones, `[B, d] -> [r + 1, B]`."""
-        query = super().query(hidden)
+    def factor(self, query: Tensor) -> Tensor:
+        """As Strip.factor, with a last row of ones, `[r, B] -> [r + 1, B]`."""
         return torch.cat([query, query.new_ones(1, query.shape[1])])
 
     def by_likeness(self, query: Tensor) -> Tensor:
-        """Rows of a batch so that those near each other look for near items, `[r + 1, B] -> [B]`:
-        by the branch of the tree of groups that suits them best."""
-        return (self.branch_bounds.ball[:, :-1] @ query[:-1]).argmax(0).argsort()
+        """Rows of a batch so that those near each other look for near items, `[r, B] -> [B]`: by
+        the branch of the tree of groups that suits them best."""
+        return (self.branch_bounds.ball[:, :-1] @ query).argmax(0).argsort()
 
     def groups_of(self, branches: Tensor) -> Tensor:
         """The groups of some branches, `[m] -> [m branch]`."""
