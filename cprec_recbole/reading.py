@@ -30,7 +30,7 @@ class Candidates(NamedTuple):
 
     Attributes:
         columns: row of the batch, `[C]`.
-        positions: position of the item in popularity order, `[C]`.
+        positions: position of the item in popularity order, `[C]`; 0 is none.
         logits: its logit, `[C]`.
     """
 
@@ -61,13 +61,16 @@ class Reader:
         order = rows.argsort()
         self._barred = rows[order], barred.rows[inside][order]
 
-    def logits_or_maxima(self, groups: Tensor) -> Tensor:
-        """All logits of some groups of a grouped strip, `[G] -> [G s, B]`, barred ones -inf; where
-        that is too much, the best of each group, `[G, B]`."""
-        if len(groups) * self.group * self.query.shape[1] > PIECE:
-            return self.maxima(groups)
+    def n_logits(self, groups: Tensor | None = None) -> int:
+        """Logits of all groups, or of some."""
+        n_groups = self.n_groups if groups is None else len(groups)
+        return n_groups * self.group * self.query.shape[1]
+
+    def logits(self, groups: Tensor | None = None) -> Tensor:
+        """All logits of all groups, or of some if grouped, `[G s, B]`; barred ones are -inf."""
         nothing = self.query.new_empty(0, self.query.shape[1])
-        return torch.cat([nothing, *(piece for piece, _ in self._pieces(groups))])
+        pieces = [piece.clone() for piece, _ in self._pieces(groups)]
+        return pieces[0] if len(pieces) == 1 else torch.cat([nothing, *pieces])
 
     def maxima(self, groups: Tensor | None = None) -> Tensor:
         """Best logit that is not barred of each group, or of some if grouped, `[G, B]`."""
@@ -97,13 +100,16 @@ class Reader:
             peak = higher
         return torch.cat(maxima), peak.double() + total.log()
 
-    def above(self, maxima: Tensor, floor: Tensor, groups: Tensor | None = None) -> Candidates:
-        """All items with a logit that is not below a floor, `[G, B], [B]`; barred ones too.
+    def among(self, logits: Tensor, floor: Tensor, groups: Tensor | None = None) -> Candidates:
+        """The items whose logits are not below a floor, `[G s, B], [B]`; of `groups`, if not of
+        all."""
+        at, columns = (logits >= floor).nonzero().unbind(1)
+        rows = at if groups is None else groups[at // self.group] * self.group + at % self.group
+        positions = self.strip.positions(rows)
+        return Candidates(columns, positions, logits[at, columns])
 
-        Args:
-            maxima: best logit of each group.
-            floor: of each row of the batch.
-            groups: which groups the maxima belong to, if not all.
+    def above(self, maxima: Tensor, floor: Tensor, groups: Tensor | None = None) -> Candidates:
+        """The same, given only the best logit of each group, `[G, B]`; barred items too.
 
         Raises:
             TooManyCandidates: more than `PIECE` of them.
@@ -132,10 +138,9 @@ class Reader:
         logits = torch.bmm(codes, self._factor.T[columns].unsqueeze(2)).squeeze(2)
         logits = logits.masked_fill_(rows >= n_rows, -torch.inf)
         pair, slot = (logits >= floor[columns].unsqueeze(1)).nonzero().unbind(1)
-        positions = self.strip.positions(rows[pair, slot])
-        real = (positions != PADDING) & (rows[pair, slot] < n_rows)
-        pair, slot = pair[real], slot[real]
-        return Candidates(columns[pair], positions[real], logits[pair, slot])
+        rows = rows[pair, slot]
+        positions = self.strip.positions(rows).masked_fill_(rows >= n_rows, PADDING)
+        return Candidates(columns[pair], positions, logits[pair, slot])
 
     def _pieces(
         self, groups: Tensor | None, *, bar: bool = True

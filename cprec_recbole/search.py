@@ -16,15 +16,17 @@ import torch
 from torch import Tensor
 
 from cprec_recbole.config import CompressionError
-from cprec_recbole.reading import Reader, TooManyCandidates
+from cprec_recbole.partition import PADDING
+from cprec_recbole.reading import Candidates, Reader, TooManyCandidates
 from cprec_recbole.settle import PIECE, Rows, Weights, sort_topk
-from cprec_recbole.strips import GroupedStrip, PickedStrip, Strip
+from cprec_recbole.strips import GroupedStrip, PickedStrip, Reach, Strip
 from cprec_recbole.topk import Barred, TopK
 
 _SORTED = 2**15, 2**18  # items, or scores, that are sooner sorted than searched
 _SPARE = 8  # items beyond the k-th that are looked at when all scores are sorted
 _ROWS = 256  # rows of a batch that are searched together
 _LANES = 32  # rows of a batch that read the same groups; fewer leave vector units idle
+_FEW = 2**18  # logits that are sooner looked at again than computed again
 _GROUP = 64  # rows of a plain strip of which only the sum is kept
 
 
@@ -153,22 +155,26 @@ class _Sorted(Rows):
 
 
 class _Searched(Rows):
-    """The head is read, then what of the other blocks may hold one of the best."""
+    """The head is read, then what of the other blocks may hold one of the best.
+
+    Arrays have the batch last, in lanes: its rows, filled up with rows of zeros that want nothing.
+    """
 
     def topk(self) -> TopK:
         """The result."""
-        if self.n_rows > 1:  # fill the lanes; what the last row gets more than once is dropped
-            self.widen(-self.n_rows % _LANES)
+        lanes = self.n_rows + (-self.n_rows % _LANES if self.n_rows > 1 else 0)
+        self._widen(lanes + (_LANES if self.n_rows > 1 else 0))
         self.columns = [query.T.contiguous() for query in self.queries()]  # [r, B]
         self.best = self.slack.new_full((self.k, len(self.hidden)), -torch.inf)
+        self.best[:, self.n_rows :] = torch.inf
         self.found: list[tuple[Tensor, Tensor, Tensor]] = []  # rows, positions, scores
         everyone = torch.arange(len(self.hidden), device=self.hidden.device)
         try:
             for j, strip in enumerate(self.strips):
                 if isinstance(strip, GroupedStrip):
-                    self._read_grouped(j, strip)
+                    self._read_grouped(j, strip, everyone)
                 else:
-                    self._read_whole(j, everyone, self.n_rows)
+                    self._read_whole(j, everyone[:lanes])
         except TooManyCandidates:
             rows = self.hidden[: self.n_rows]
             return sort_topk(self.weights, rows, self.k, self.barred, self.allowed)
@@ -176,68 +182,89 @@ class _Searched(Rows):
 
     # -- reading -----------------------------------------------------------------------------------
 
-    def _read_whole(self, j: int, rows: Tensor, n_real: int) -> None:
-        """Read all of a block for some rows of the batch; those after `n_real` only fill lanes."""
-        reader = self._reader(j, rows)
-        offset = self.slack.new_zeros(len(rows))
+    def _read_whole(self, j: int, rows: Tensor) -> None:
+        """Read all of a block for some rows of the batch."""
+        reader, offset = self._reader(j, rows), None
+        if not self.is_tree and reader.n_logits() <= _FEW:
+            logits = reader.logits()
+            self._raise_floor(rows, logits)
+            self._keep(j, rows, reader, reader.among(logits, self._floor(rows)))
+            return
         if not self.is_tree:
-            maxima = reader.maxima()
-        elif self.allowed is None:
-            maxima, log_sum = reader.maxima_and_log_sum()
-            offset = self.offset(j, rows, log_sum)
+            maxima = scores = reader.maxima()
         else:
-            maxima = reader.maxima()
-            offset = self.offset(j, rows, _log_sum(self.weights.whole[j], self.hidden[rows]))
-        rows, maxima, offset = rows[:n_real], maxima[:, :n_real], offset[:n_real]
-        self._raise_floor(rows, maxima + offset)
-        self._keep(j, reader, rows, maxima, offset)
+            if self.allowed is None:
+                maxima, log_sum = reader.maxima_and_log_sum()
+            else:
+                maxima, log_sum = reader.maxima(), _log_sum(self.weights.whole[j], self.hidden[rows])
+            offset = self.offset(j, rows, log_sum)
+            scores = maxima + offset
+        self._raise_floor(rows, scores)
+        floor = self._floor(rows) if offset is None else self._floor(rows) - offset
+        self._keep(j, rows, reader, reader.above(maxima, floor), offset)
 
-    def _read_grouped(self, j: int, strip: GroupedStrip) -> None:
+    def _read_grouped(self, j: int, strip: GroupedStrip, everyone: Tensor) -> None:
         """Read those groups of a block that may hold one of the best."""
-        lanes = strip.by_likeness(self.columns[j]).split(_LANES)
-        if not self.is_tree:
-            for rows in lanes:
-                self._read_near(j, strip, rows)
+        query, floor = self.columns[j], self._floor(everyone)
+        reach = Reach.of(query)
+        if self.is_tree:  # its normaliser is at least this
+            floor = floor - self.offset(j, everyone, strip.branches.log_sum_below(query))
+        upper = strip.branches.above(reach)
+        rows = ((upper - floor).amax(0) >= 0).nonzero().squeeze(1)
+        if not len(rows):
             return
-        rows = torch.cat([self._worth_opening(j, strip, rows) for rows in lanes])
-        if len(rows):
-            fill = -len(rows) % _LANES if self.n_rows > 1 else 0
-            self._read_whole(j, torch.cat([rows, rows[-1:].expand(fill)]), len(rows))
+        # rows that look for near items beside each other, for they read the same groups
+        rows = self._filled(rows[upper[:, rows].argmax(0).argsort()])
+        opened = [
+            self._read_near(j, strip, some, Reach(reach.ball[:, some], reach.box[:, some]))
+            for some in rows.split(_LANES)
+        ]
+        if self.is_tree:
+            rows = torch.cat(opened)
+            if len(rows):
+                self._read_whole(j, self._filled(rows))
 
-    def _read_near(self, j: int, strip: GroupedStrip, rows: Tensor) -> None:
-        """Read the groups of a block that may hold one of the best of any of these rows."""
-        reader, floor = self._reader(j, rows), self._floor(rows)
-        branches = _reaching(strip.branch_bounds.above(reader.query), floor)
-        if not len(branches):
-            return
-        groups = strip.groups_of(branches)
-        upper = strip.bounds_of(groups).above(reader.query)
-        # the most promising groups first, to raise the floor for the others
-        lowest = torch.where(floor == -torch.inf, upper.amin(0), floor)
-        first = _reaching(upper, torch.maximum(floor, (3 * upper.amax(0) + lowest) / 4))
-        if not len(first):
-            return
-        self._raise_floor(rows, reader.logits_or_maxima(groups[first]))
-        groups = groups[_reaching(upper, self._floor(rows))]
-        self._keep(j, reader, rows, reader.maxima(groups), floor.new_zeros(len(rows)), groups)
+    def _read_near(self, j: int, strip: GroupedStrip, rows: Tensor, reach: Reach) -> Tensor:
+        """Read the groups of a block that may hold one of the best of any of these rows.
 
-    def _worth_opening(self, j: int, strip: GroupedStrip, rows: Tensor) -> Tensor:
-        """Those rows for which a block of a tree may hold one of the best.
-
-        Scores need the block's normaliser, and that all of the block. It is at least what the
-        bounds say, which is enough to see that an item will not do.
+        In a tree scores need the block's normaliser, and that all of the block. What bounds say
+        of it is enough to see that an item will not do; the rows where one may are returned.
         """
         reader, floor = self._reader(j, rows), self._floor(rows)
-        offset = self.offset(j, rows, strip.branch_bounds.log_sum_below(reader.query))
-        branches = _reaching(strip.branch_bounds.above(reader.query), floor - offset)
-        if not len(branches):
+        if self.is_tree:
+            floor = floor - self.offset(j, rows, strip.bounds.log_sum_below(reader.query))
+        upper = strip.bounds.above(reach)
+        groups = _reaching(upper, floor)
+        if not len(groups):
             return rows[:0]
-        floor = floor - self.offset(j, rows, strip.bounds.log_sum_below(reader.query))
-        groups = strip.groups_of(branches)
-        groups = groups[_reaching(strip.bounds_of(groups).above(reader.query), floor)]
-        best = reader.maxima(groups)
-        self._count(j, reader, len(rows))
-        return rows[(best >= floor).any(0)]
+        if self.is_tree:
+            self._count(j, reader, rows)
+            return rows[(reader.maxima(groups) >= floor).any(0)]
+        if reader.n_logits(groups) > _FEW:  # the most promising first, to raise the floor
+            lowest = torch.where(floor == -torch.inf, upper.amin(0), floor)
+            first = _reaching(upper, torch.maximum(floor, (3 * upper.amax(0) + lowest) / 4))
+            few = reader.n_logits(first) <= PIECE
+            self._raise_floor(rows, reader.logits(first) if few else reader.maxima(first))
+            floor = self._floor(rows)
+            groups = _reaching(upper, floor)
+        if reader.n_logits(groups) > _FEW:
+            found = reader.above(reader.maxima(groups), floor, groups)
+        else:
+            found = reader.among(reader.logits(groups), floor, groups)
+        self._keep(j, rows, reader, found)
+        return rows[:0]
+
+    def _widen(self, n: int) -> None:
+        """Add rows of zeros; `n_rows` stays what it was."""
+        if n > len(self.hidden):
+            zeros = self.hidden.new_zeros(n - len(self.hidden), self.hidden.shape[1])
+            self.set_hidden(torch.cat([self.hidden, zeros]))
+
+    def _filled(self, rows: Tensor) -> Tensor:
+        """Rows of the batch, and enough others that want nothing to fill the last lane."""
+        fill = -len(rows) % _LANES if self.n_rows > 1 else 0
+        others = torch.arange(len(self.hidden) - fill, len(self.hidden), device=rows.device)
+        return torch.cat([rows[rows < self.n_rows], others]) if fill else rows
 
     def _reader(self, j: int, rows: Tensor) -> Reader:
         # larger groups mean fewer maxima to sort, and more rows to read again for each of the best
@@ -256,27 +283,22 @@ class _Searched(Rows):
         self.best[:, rows] = best.topk(self.k, dim=0).values
 
     def _keep(
-        self,
-        j: int,
-        reader: Reader,
-        rows: Tensor,
-        maxima: Tensor,
-        offset: Tensor,
-        groups: Tensor | None = None,
+        self, j: int, rows: Tensor, reader: Reader, found: Candidates, offset: Tensor | None = None
     ) -> None:
-        """Collect the items of a block that may be among the best, given its groups' maxima."""
-        columns, positions, logits = reader.above(maxima, self._floor(rows) - offset, groups)
-        self.found.append((rows[columns], positions, logits + offset[columns]))
-        self._count(j, reader, len(rows))
+        """Collect items that may be among the best."""
+        columns, positions, logits = found
+        scores = logits if offset is None else logits + offset[columns]
+        self.found.append((rows[columns], positions, scores))
+        self._count(j, reader, rows)
 
-    def _count(self, j: int, reader: Reader, n_rows: int) -> None:
-        self.tail_rows += reader.rows_read * n_rows if j else 0
+    def _count(self, j: int, reader: Reader, rows: Tensor) -> None:
+        self.tail_rows += reader.rows_read * len(rows) if j else 0
 
     # -- into order --------------------------------------------------------------------------------
 
     def _rank(self, rows: Tensor, positions: Tensor, scores: Tensor) -> TopK:
         """The best of candidates, `[C], [C], [C]`, among which are the best of all items."""
-        real = (rows < self.n_rows) & ~self.barred.hit(rows, positions, self.weights.n_items)
+        real = (positions != PADDING) & ~self.barred.hit(rows, positions, self.weights.n_items)
         rows, positions, scores = rows[real], positions[real], scores[real]
         counts = torch.bincount(rows, minlength=self.n_rows)
         if int(counts.min()) < self.k:

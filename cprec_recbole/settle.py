@@ -100,19 +100,16 @@ class Rows:
         # twice what rounding may change in a logit, as two are compared
         self.rounding = 2 * max(strip.rounding for strip in strips)
         self.longest = longest
-        self._set_hidden(hidden)
+        self.set_hidden(hidden)
 
-    def _set_hidden(self, hidden: Tensor) -> None:
+    def set_hidden(self, hidden: Tensor) -> None:
+        """Take other hidden states."""
         self.hidden = hidden
         if self.weights.clusters is not None:
             self.branches = hidden @ self.weights.clusters.T  # [B, n_blocks - 1]
             self.offsets = hidden.new_zeros(len(self.strips), len(hidden))
             # twice what rounding may change in the offsets
             self.blur = hidden.new_zeros(len(hidden), dtype=self.weights.dtype)
-
-    def widen(self, n: int) -> None:
-        """Repeat the last row; `n_rows` stays what it was."""
-        self._set_hidden(torch.cat([self.hidden, self.hidden[-1:].expand(n, -1)]))
 
     @cached_property
     def slack(self) -> Tensor:

@@ -11,6 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,9 +21,27 @@ from cprec_recbole.embedding import Block
 from cprec_recbole.partition import PADDING
 
 _GROUP_VALUES = 256  # numbers to a group: 64 rows of rank 4, 16 of rank 16
-_BRANCH = 64  # groups that are looked at only where bounds of all of them together allow it
+_BRANCH = 64  # groups to a branch of their tree
 _FEW_ROWS = 2**15
 _LOG2_E = math.log2(math.e)
+
+
+class Reach(NamedTuple):
+    """What bounds are multiplied by, for queries `z`.
+
+    Attributes:
+        ball: z and its length, `[r + 1, B]`.
+        box: z and its absolute values, `[2 r, B]`.
+    """
+
+    ball: Tensor
+    box: Tensor
+
+    @classmethod
+    def of(cls, query: Tensor) -> Reach:
+        """Of queries, `[r, B]`."""
+        length = torch.linalg.vector_norm(query, dim=0, keepdim=True)
+        return cls(torch.cat([query, length]), torch.cat([query, query.abs()]))
 
 
 @dataclass(frozen=True)
@@ -55,19 +74,14 @@ class Bounds:
         ball, box = torch.cat([centres, radius], dim=1), torch.cat([middle, half], dim=1)
         return cls(ball, box, sizes.log2().to(rows.dtype))
 
-    def of_groups(self, groups: Tensor) -> Bounds:
-        """Those of some groups."""
-        return Bounds(self.ball[groups], self.box[groups], self.log_sizes[groups])
-
-    def above(self, query: Tensor) -> Tensor:
-        """A number that no logit of the group exceeds, `[r, B] -> [G, B]`.
+    def above(self, reach: Reach) -> Tensor:
+        """A number that no logit of the group exceeds, `[G, B]`.
 
         The smaller of `z . centre + |z| radius` and of the same for the box, whose half widths
         meet the absolute values of z.
         """
-        length = query.norm(dim=0, keepdim=True)
-        upper = self.ball @ torch.cat([query, length])
-        return torch.minimum(upper, self.box @ torch.cat([query, query.abs()]), out=upper)
+        upper = self.ball @ reach.ball
+        return torch.minimum(upper, self.box @ reach.box, out=upper)
 
     def log_sum_below(self, query: Tensor) -> Tensor:
         """A number that the log of the summed exponentials of all rows is not below, `[B]`.
@@ -194,8 +208,7 @@ class GroupedStrip(Strip):
     Attributes:
         group: rows to a group.
         bounds: of the groups.
-        branch: groups to a branch of the tree that they are the leaves of.
-        branch_bounds: of all rows of each branch.
+        branches: bounds of branches of the tree that the groups are the leaves of.
     """
 
     def __init__(self, whole: PlainStrip) -> None:
@@ -210,9 +223,9 @@ class GroupedStrip(Strip):
         self.n_items = whole.n_items
         self.group = order.shape[1]
         self.bounds = Bounds.of(rows, real)
-        self.branch = min(_BRANCH, len(order))  # both are powers of two
-        branches = rows.view(-1, self.branch * self.group, rows.shape[2])
-        self.branch_bounds = Bounds.of(branches, real.view(len(branches), -1))
+        n_branches = max(1, len(order) // _BRANCH)  # both are powers of two
+        branches = rows.view(n_branches, -1, rows.shape[2])
+        self.branches = Bounds.of(branches, real.view(n_branches, -1))
         self._start = whole.start
         slots = torch.arange(order.numel(), device=codes.device, dtype=torch.int32)
         self._row_of = torch.empty(self.n_items, dtype=torch.int32, device=codes.device)
@@ -223,21 +236,6 @@ class GroupedStrip(Strip):
     def factor(self, query: Tensor) -> Tensor:
         """As Strip.factor, with a last row of ones, `[r, B] -> [r + 1, B]`."""
         return torch.cat([query, query.new_ones(1, query.shape[1])])
-
-    def by_likeness(self, query: Tensor) -> Tensor:
-        """Rows of a batch so that those near each other look for near items, `[r, B] -> [B]`: by
-        the branch of the tree of groups that suits them best."""
-        return (self.branch_bounds.ball[:, :-1] @ query).argmax(0).argsort()
-
-    def groups_of(self, branches: Tensor) -> Tensor:
-        """The groups of some branches, `[m] -> [m branch]`."""
-        within = torch.arange(self.branch, device=branches.device)
-        return (branches.unsqueeze(1) * self.branch + within).flatten()
-
-    def bounds_of(self, groups: Tensor) -> Bounds:
-        """Bounds of some groups, sorted, each once."""
-        every = len(groups) == len(self.bounds.ball)
-        return self.bounds if every else self.bounds.of_groups(groups)
 
     def positions(self, rows: Tensor) -> Tensor:
         """See Strip.positions; 0, the padding item, for a row that only fills up."""
