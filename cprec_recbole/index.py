@@ -12,7 +12,7 @@ from cprec_recbole.settle import Weights
 from cprec_recbole.strips import GroupedStrip, PlainStrip, Strip
 
 _MAX_RANK = 32  # above it bounds skip too little to be worth a copy of the rows
-_MIN_ROWS = 1024  # below it reading is quicker than looking at bounds
+_MIN_ROWS = 2**14  # below it reading is quicker than looking at bounds
 _SAMPLES = 32  # numbers of each parameter that are compared; see `_Mark`
 
 

@@ -154,8 +154,15 @@ class Rows:
             positions: among which the best of each row are, `[B, m]`.
             real: which of those count, `[B, m]`.
         """
-        if not len(rows):
-            return
+        if len(rows):
+            unsure = self._order(result, rows, positions, real)
+            if self.is_tree and unsure.any():
+                rows, positions, real = rows[unsure], positions[unsure], real[unsure]
+                self._refine_offsets(rows, positions)
+                self._order(result, rows, positions, real)
+
+    def _order(self, result: TopK, rows: Tensor, positions: Tensor, real: Tensor) -> Tensor:
+        """As `settle`; returns where errors of the offsets could change the order, `[B] bool`."""
         exact = self._exact_scores(rows, positions).masked_fill(~real, -torch.inf)
         items = self.items(positions)
         by_id = items.argsort(dim=1)
@@ -163,15 +170,23 @@ class Rows:
         best, at = exact.to(self.weights.dtype).sort(dim=1, descending=True, stable=True)
         result.items[rows] = items.gather(1, at[:, : self.k])
         result.scores[rows] = best[:, : self.k]
-        if self.is_tree:
-            # normalisers are sums in the model's precision: that may matter between two blocks, and
-            # inside one to which number a score is rounded
-            gap = exact.sort(dim=1, descending=True).values.diff(dim=1)[:, : self.k].neg()
-            blocks = self.weights.partition.blocks(positions.gather(1, by_id).gather(1, at))
-            across = (blocks.diff(dim=1) != 0)[:, : self.k]
-            units = torch.finfo(best.dtype).eps * best[:, : gap.shape[1]].abs()
-            unsure = (gap > 0) & (gap <= 4 * units) | across & (gap <= self.blur[rows, None])
-            self.sort_exactly(result, rows[unsure.any(1)])
+        if not self.is_tree:
+            return torch.zeros_like(rows, dtype=torch.bool)
+        # normalisers are sums in the model's precision: that may matter between two blocks, and
+        # inside one to which number a score is rounded
+        gap = -exact.sort(dim=1, descending=True).values.diff(dim=1)[:, : self.k]
+        blocks = self.weights.partition.blocks(positions.gather(1, by_id).gather(1, at))
+        across = (blocks.diff(dim=1) != 0)[:, : self.k]
+        units = torch.finfo(best.dtype).eps * best[:, : gap.shape[1]].abs()
+        unsure = (gap > 0) & (gap <= 4 * units) | across & (gap <= self.blur[rows, None])
+        return unsure.any(1)
+
+    def _refine_offsets(self, rows: Tensor, positions: Tensor) -> None:
+        """Compute in float64 the offsets of a tree's blocks that hold some of the positions."""
+        hidden = self.hidden[rows]
+        for j, strip in enumerate(self.weights.whole):
+            if j == 0 or strip.holds(positions).any():
+                self.offset(j, rows, exact_log_sum(strip, hidden))
 
     def sort_exactly(self, result: TopK, rows: Tensor) -> None:
         """Replace some rows of a result by those of a sort of all float64 scores."""
@@ -225,6 +240,14 @@ def sort_topk(
         best, items = by_item.sort(dim=1, descending=True, stable=True)
         parts.append((items[:, :k], best[:, :k]))
     return TopK(*(torch.cat(part) for part in zip(*parts)))
+
+
+def exact_log_sum(strip: Strip, hidden: Tensor) -> Tensor:
+    """Log of the summed exponentials of a strip's logits in float64, `[B, d] -> [B]`."""
+    query = hidden @ strip.basis
+    pieces = strip.codes.split(max(1, PIECE // 2 // len(hidden)))
+    sums = [torch.logsumexp(query @ codes.double().T, dim=1) for codes in pieces]
+    return torch.logsumexp(torch.stack(sums, dim=1), dim=1)
 
 
 def _exact_scores_of_all(weights: Weights, hidden: Tensor) -> Tensor:
