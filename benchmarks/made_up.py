@@ -2,15 +2,20 @@
 
 What a search can skip depends on the weights, so benchmarks need trained ones; no public data set
 has ten million items. Here popularity follows Zipf's law, every item belongs to one of about
-`sqrt(n_items)` topics, and a user moves between a few topics. A GRU over a block embedding learns to
-predict the next item by a sampled softmax (with the correction for popularity), each step touching
-only the rows that it uses, so that ten million items train in minutes.
+`sqrt(n_items)` topics, and a user moves between a few topics. A GRU over a block embedding learns
+to predict the next item by a sampled softmax (with the correction for popularity), each step
+touching only the rows that it uses, so that ten million items train in minutes.
+
+    python benchmarks/made_up.py full|tree ITEMS ...    # train them into benchmarks/cache/
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +25,10 @@ from cprec_recbole.embedding import BlockEmbedding
 from cprec_recbole.partition import Partition
 from cprec_recbole.softmax import SoftmaxHead, TreeSoftmax, build_softmax
 
+DIM, RANKS = 64, (64, 16, 4)
+STEPS, BATCH, N_NEGATIVES = 2000, 256, 1024
+N_STATES = 4096  # hidden states that are kept
+CACHE = Path(__file__).parent / "cache"
 LENGTH = 12  # items of a session
 STAY, SWITCH = 0.75, 0.15  # of steps that stay in the topic, or move to another of the user's
 
@@ -35,6 +44,7 @@ class Catalogue:
 
     @classmethod
     def of_size(cls, n_items: int, generator: torch.Generator) -> Catalogue:
+        """A catalogue with topics drawn at random."""
         n_topics = round(math.sqrt(n_items))
         topic = torch.randint(n_topics, (n_items - 1,), generator=generator)
         by_topic = topic.argsort(stable=True)
@@ -44,6 +54,7 @@ class Catalogue:
 
     @property
     def n_topics(self) -> int:
+        """How many topics there are."""
         return len(self.starts) - 1
 
     def sessions(self, n: int, generator: torch.Generator) -> Tensor:
@@ -55,7 +66,10 @@ class Catalogue:
             luck = torch.rand(n, generator=generator)
             other = favourites[torch.arange(n), torch.randint(3, (n,), generator=generator)]
             current = torch.where(luck > 1 - SWITCH, other, current)
-            low, high = self.cumulative[self.starts[current]], self.cumulative[self.starts[current + 1]]
+            low, high = (
+                self.cumulative[self.starts[current]],
+                self.cumulative[self.starts[current + 1]],
+            )
             anywhere = (luck > STAY) & (luck <= 1 - SWITCH)
             low = torch.where(anywhere, 0.0, low)
             high = torch.where(anywhere, self.cumulative[-1], high)
@@ -74,6 +88,7 @@ class Encoder(nn.Module):
         self.dense = nn.Linear(2 * dim, dim)
 
     def forward(self, vectors: Tensor) -> Tensor:
+        """Hidden states at every position."""
         return self.dense(self.gru(vectors)[0])
 
 
@@ -85,6 +100,7 @@ class RowAdagrad:
         self.squares = torch.zeros(len(weight))
 
     def step(self, rows: Tensor, gradient: Tensor) -> None:
+        """Move some rows, `[m], [m, r]`."""
         self.squares[rows] += gradient.square().mean(1)
         rate = self.lr / (self.squares[rows].sqrt() + 1e-8)
         self.weight.data.index_add_(0, rows, gradient * rate.unsqueeze(1), alpha=-1.0)
@@ -93,30 +109,25 @@ class RowAdagrad:
 class Trainer:
     """Trains a head and an encoder on sessions of a catalogue with sampled negatives."""
 
-    def __init__(
-        self, kind: str, catalogue: Catalogue, cutoffs: list[int], ranks: list[int], dim: int
-    ) -> None:
-        partition = Partition(torch.arange(catalogue.n_items), cutoffs)
-        self.catalogue = catalogue
-        self.table = BlockEmbedding(partition, ranks, dim)
-        self.head = build_softmax(kind, self.table)
-        self.encoder = Encoder(dim)
+    def __init__(self, catalogue: Catalogue, head: SoftmaxHead) -> None:
+        self.catalogue, self.head, self.table = catalogue, head, head.table
+        self.encoder = Encoder(head.table.dim)
         self.rows = [RowAdagrad(block.weight, lr=0.05) for block in self.table.blocks]
         small = [b.projection for b in self.table.blocks if b.projection is not None]
-        small += [self.head.clusters] if isinstance(self.head, TreeSoftmax) else []
+        small += [head.clusters] if isinstance(head, TreeSoftmax) else []
         self.adam = torch.optim.Adam([*self.encoder.parameters(), *small], lr=2e-3)
 
-    def step(self, sessions: Tensor, n_negatives: int, generator: torch.Generator) -> float:
+    def step(self, sessions: Tensor, generator: torch.Generator) -> float:
         """One step on `[B, LENGTH]` sessions; returns the loss."""
         partition = self.table.partition
         negatives = [
-            self._draw(start, end, n_negatives, generator)
+            self._draw(start, end, N_NEGATIVES, generator)
             for start, end in zip(partition.starts, partition.cutoffs)
         ]
         used, inverse = torch.cat([sessions.flatten(), *negatives]).unique(return_inverse=True)
         blocks = partition.blocks(used)
         vectors, leaves = self._vectors(used, blocks)
-        inputs, *drawn = inverse.split([sessions.numel(), *[n_negatives] * len(negatives)])
+        inputs, *drawn = inverse.split([sessions.numel(), *[N_NEGATIVES] * len(negatives)])
         inputs = inputs.view(sessions.shape)
         hidden = self.encoder(F.embedding(inputs[:, :-1], vectors)).flatten(0, 1)
         target = inputs[:, 1:].flatten()
@@ -127,7 +138,7 @@ class Trainer:
         for optimizer, (rows, leaf) in zip(self.rows, leaves):
             if leaf.grad is not None:
                 optimizer.step(rows, leaf.grad)
-        return float(loss)
+        return float(loss.detach())
 
     def _vectors(self, used: Tensor, blocks: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """Vectors of the used items, and each block's rows as leaves of the graph."""
@@ -150,9 +161,13 @@ class Trainer:
     ) -> Tensor:
         positive = (hidden * vectors[target]).sum(1)
         if not isinstance(self.head, TreeSoftmax):
-            logits = [self._corrected(hidden, vectors, used, target, some, j)
-                      for j, some in enumerate(drawn)]
-            return (torch.logsumexp(torch.cat([positive[:, None], *logits], 1), 1) - positive).mean()
+            logits = [
+                self._corrected(hidden, vectors, used, target, some, j)
+                for j, some in enumerate(drawn)
+            ]
+            return (
+                torch.logsumexp(torch.cat([positive[:, None], *logits], 1), 1) - positive
+            ).mean()
         inside = blocks[target]
         clusters = hidden @ self.head.clusters.T
         top = self._corrected(hidden, vectors, used, target, drawn[0], 0)
@@ -188,25 +203,64 @@ class Trainer:
         return (torch.exp(low + (high - low) * at) - 9).long().clamp(max(start, 1), end - 1)
 
 
-@torch.no_grad()
-def hidden_states(table: BlockEmbedding, encoder: Encoder, sessions: Tensor) -> Tensor:
-    """Hidden state after the last but one item of each session, `[B, LENGTH] -> [B, d]`."""
-    return encoder(table(sessions[:, :-1]))[:, -1].contiguous()
+@dataclass
+class Trained:
+    """A trained head, and hidden states of sessions that it was not trained on.
+
+    Attributes:
+        head: over `cutoffs` of 2% and 20% of the items, ranks 64, 16 and 4.
+        hidden: hidden state before the last item of each session, `[N, d]`.
+        last: that item, `[N]`.
+    """
+
+    head: SoftmaxHead
+    hidden: Tensor
+    last: Tensor
+
+    def hit_rate(self, k: int = 20, n: int = 512) -> float:
+        """HR@k of the head on `n` of the sessions."""
+        return hit_rate(self.head.topk(self.hidden[:n], k).items, self.last[:n])
 
 
-def train(
-    kind: str, n_items: int, cutoffs: list[int], ranks: list[int], dim: int = 64,
-    steps: int = 2000, batch: int = 256, n_negatives: int = 1024, seed: int = 2020,
-    progress: bool = True,
-) -> tuple[SoftmaxHead, Encoder, Catalogue]:
-    """Train on made-up sessions; returns the head, the encoder and the catalogue."""
+def hit_rate(items: Tensor, last: Tensor) -> float:
+    """Share of rows whose list holds the item that came, `[N, k], [N]`."""
+    return float((items == last.unsqueeze(1)).any(1).float().mean())
+
+
+def trained(kind: str, n_items: int, steps: int | None = None, seed: int = 2020) -> Trained:
+    """A head of that size, from `CACHE` or trained now."""
+    steps = STEPS if steps is None else steps
+    file = CACHE / f"{kind}-{n_items}-{steps}-{seed}.pt"
+    partition = Partition(torch.arange(n_items), [n_items // 50, n_items // 5, n_items])
+    head = build_softmax(kind, BlockEmbedding(partition, RANKS, DIM))
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(_train(head, kind, n_items, steps, seed), file.with_suffix(".part"))
+        file.with_suffix(".part").rename(file)
+    saved = torch.load(file)
+    head.load_state_dict(saved["head"])
+    return Trained(head.eval(), saved["hidden"], saved["last"])
+
+
+def _train(head: SoftmaxHead, kind: str, n_items: int, steps: int, seed: int) -> dict[str, Any]:
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     catalogue = Catalogue.of_size(n_items, generator)
-    trainer = Trainer(kind, catalogue, cutoffs, ranks, dim)
-    losses = []
+    head.table.reset_parameters(std=1 / math.sqrt(DIM))
+    trainer = Trainer(catalogue, head)
+    losses: list[float] = []
     for step in range(steps):
-        losses.append(trainer.step(catalogue.sessions(batch, generator), n_negatives, generator))
-        if progress and (step + 1) % 200 == 0:
-            print(f"{kind} {n_items}: step {step + 1}, loss {sum(losses[-200:]) / 200:.3f}", flush=True)
-    return trainer.head, trainer.encoder, catalogue
+        losses.append(trainer.step(catalogue.sessions(BATCH, generator), generator))
+        if (step + 1) % 200 == 0:
+            mean = sum(losses[-200:]) / 200
+            print(f"{kind}, {n_items:,} items: step {step + 1}, loss {mean:.3f}", flush=True)
+    sessions = catalogue.sessions(N_STATES, generator)
+    with torch.no_grad():
+        hidden = trainer.encoder(head.table(sessions[:, :-1]))[:, -1].contiguous()
+    return {"head": head.state_dict(), "hidden": hidden, "last": sessions[:, -1]}
+
+
+if __name__ == "__main__":
+    for size in sys.argv[2:]:
+        result = trained(sys.argv[1], int(size))
+        print(f"{sys.argv[1]}, {size} items: HR@20 {result.hit_rate():.4f}", flush=True)

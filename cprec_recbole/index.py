@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,9 @@ class Snapshot:
     def __init__(self, table: BlockEmbedding, tree: nn.Module | None, indexed: bool) -> None:
         self.table, self.indexed = table, indexed
         owners = [*table.blocks, *([tree] if tree else [])]
-        kept = [(owner._parameters, name) for owner in owners for name in owner._parameters]
+        kept: list[tuple[Mapping[str, Tensor | None], str]] = [
+            (owner._parameters, name) for owner in owners for name in owner._parameters
+        ]
         kept.append((table.partition._buffers, "item_at"))
         self._marks = [_Mark(place, name) for place, name in kept if place[name] is not None]
         dtype = table.blocks[0].weight.dtype
@@ -56,9 +59,8 @@ class _Mark:
     sample of its bytes shows most of those made through `.data`, which are not counted."""
 
     def __init__(self, place: Mapping[str, Tensor | None], name: str) -> None:
-        self._place, self._name, self._tensor = place, name, place[name]
-        tensor = place[name]
-        assert tensor is not None
+        tensor = cast(Tensor, place[name])
+        self._place, self._name, self._tensor = place, name, tensor
         self._address, self._version = tensor.data_ptr(), _version(tensor)
         self._window = None
         if tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.numel():
@@ -68,9 +70,9 @@ class _Mark:
             self._bytes = self._window.tobytes()
 
     def fits(self) -> bool:
-        tensor = self._place[self._name]
+        tensor = self._tensor
         return (
-            tensor is self._tensor
+            self._place.get(self._name) is tensor
             and tensor.data_ptr() == self._address
             and _version(tensor) == self._version
             and (self._window is None or self._window.tobytes() == self._bytes)

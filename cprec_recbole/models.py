@@ -16,11 +16,11 @@ from cprec_recbole.backbones import GRU4REC, NEXTITNET, SASREC, Backbone, Host, 
 from cprec_recbole.config import CompressionConfig, CompressionError
 from cprec_recbole.embedding import BlockEmbedding
 from cprec_recbole.partition import Partition
-from cprec_recbole.recommend import pad_histories
+from cprec_recbole.recommend import barred_ids, pad_histories
 from cprec_recbole.sequences import NEXT_ITEMS, item_counts
 from cprec_recbole.sharing import share, sharing_plan
 from cprec_recbole.softmax import FullSoftmax, build_softmax
-from cprec_recbole.topk import TopK
+from cprec_recbole.topk import TopK, check_k
 
 _HOST_ATTRIBUTES = (
     *("USER_ID", "ITEM_ID", "ITEM_SEQ", "ITEM_SEQ_LEN", "POS_ITEM_ID", "NEG_ITEM_ID"),
@@ -163,12 +163,12 @@ class CompressedRecommender(SequentialRecommender):
 
     def full_sort_predict(self, interaction: Interaction) -> Tensor:
         """Score of every item in RecBole's id order, `[B, n_items]`."""
-        return self.head.scores(self._last_hidden(interaction))
+        return self.head.scores(self.last_hidden(interaction))
 
     def predict(self, interaction: Interaction) -> Tensor:
         """Score of one item for each row, `[B]`."""
         items = interaction[self.ITEM_ID].unsqueeze(1)
-        return self.head.score(self._last_hidden(interaction), items).squeeze(1)
+        return self.head.score(self.last_hidden(interaction), items).squeeze(1)
 
     @torch.no_grad()
     def recommend(
@@ -176,6 +176,8 @@ class CompressedRecommender(SequentialRecommender):
         item_seq: Tensor | Sequence[int] | Sequence[Sequence[int]],
         k: int = 20,
         exclude_seen: bool = False,
+        exclude: Tensor | Sequence[int] | Sequence[Sequence[int]] | None = None,
+        allowed: Tensor | Sequence[int] | None = None,
     ) -> TopK:
         """The k best next items, exact, best first, equal scores by lower id.
 
@@ -185,30 +187,36 @@ class CompressedRecommender(SequentialRecommender):
                 model's limit the newest items count.
             k: how many items.
             exclude_seen: leave out the items of the history itself, also those beyond the limit.
+            exclude: item ids to leave out: one list for all histories, or one list for each.
+            allowed: the only item ids to choose from; every item if left out.
 
         Returns:
             TopK: items `[B, k]` and their scores `[B, k]`; one history is a batch of one.
 
         Raises:
-            CompressionError: an empty history, an id outside the catalogue, or k above what may
-                be recommended.
+            CompressionError: an empty history, an id outside the catalogue, nothing allowed, or k
+                above what may be recommended.
         """
-        if isinstance(k, bool) or not isinstance(k, int | np.integer) or not 0 < k < self.n_items:
-            raise CompressionError(
-                f"Expected `k` to be between 1 and the {self.n_items - 1} items, but got {k!r}."
-            )
+        check_k(k, self.n_items - 1)
         device = self.table.partition.item_at.device
         histories, seen = pad_histories(item_seq, self.n_items, self.max_seq_length)
+        barred = barred_ids(exclude, len(histories), seen if exclude_seen else None)
+        choice = None if allowed is None else torch.as_tensor(allowed, device=device)
         lengths = (histories != 0).sum(1)
         was_training = self.training
         self.eval()
         try:
             hidden = self.forward(histories.to(device), lengths.to(device))
-            return self.head.topk(hidden, int(k), seen.to(device) if exclude_seen else None)
+            return self.head.topk(hidden, k, None if barred is None else barred.to(device), choice)
         finally:
             self.train(was_training)
 
-    def _last_hidden(self, interaction: Interaction) -> Tensor:
+    def build_index(self) -> None:
+        """Prepare `recommend` to skip most of a large catalogue; see SoftmaxHead.build_index."""
+        self.head.build_index()
+
+    def last_hidden(self, interaction: Interaction) -> Tensor:
+        """Hidden state that predicts the next item of each row, `[B, d]`."""
         return self.forward(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN])
 
     def _softmax_loss(self, hidden: Tensor, target: Tensor, negative: Tensor | None) -> Tensor:

@@ -224,10 +224,12 @@ def _load_data_and_model(model_file: str) -> tuple:
 
 
 def _register_model(model_class: type) -> None:
-    """Let RecBole's get_model and create_dataset find a class by its name."""
+    """Let RecBole's get_model, create_dataset and get_trainer find a class by its name."""
     import recbole.data.dataset
+    import recbole.trainer
 
     from cprec_recbole.sequences import PositionsDataset
+    from cprec_recbole.trainer import CompressedTrainer
 
     name = f"recbole.model.sequential_recommender.{model_class.__name__.lower()}"
     module = ModuleType(name, f"Where RecBole looks for {model_class.__name__}.")
@@ -235,6 +237,7 @@ def _register_model(model_class: type) -> None:
     setattr(module, model_class.__name__, model_class)
     sys.modules[name] = module
     setattr(recbole.data.dataset, model_class.__name__ + "Dataset", PositionsDataset)
+    setattr(recbole.trainer, model_class.__name__ + "Trainer", CompressedTrainer)
 
 
 def register() -> None:

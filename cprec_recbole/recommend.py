@@ -46,17 +46,51 @@ def pad_histories(
     return padded, torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
-def _as_rows(item_seq: Tensor | History | Sequence[History]) -> list[object]:
+def barred_ids(
+    exclude: Tensor | History | Sequence[History] | None, n_rows: int, seen: Tensor | None
+) -> Tensor | None:
+    """Item ids to leave out of each row, `[B, m]` padded with 0; None where there are none.
+
+    Args:
+        exclude: one list of ids for all rows, or one for each.
+        n_rows: rows of the batch.
+        seen: more ids for each row, `[B, l]`.
+
+    Raises:
+        CompressionError: lists for another number of rows, or what are no whole numbers.
+    """
+    if exclude is None:
+        return seen
+    if not isinstance(exclude, Tensor):
+        rows = [torch.as_tensor(row) for row in _as_rows(exclude, "exclude")]
+        rows = [row if row.numel() else row.to(torch.int64) for row in rows]
+        if len(rows) == 1 and rows[0].ndim == 1:
+            exclude = rows[0]
+        else:
+            exclude = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    if exclude.ndim == 1:
+        exclude = exclude.expand(n_rows, -1)
+    if exclude.ndim != 2 or len(exclude) != n_rows:
+        raise CompressionError(
+            f"Expected `exclude` to be one list of item ids or {n_rows}, one for each history, but "
+            f"got a shape of {list(exclude.shape)}."
+        )
+    return exclude if seen is None else torch.cat([exclude, seen.to(exclude.device)], dim=1)
+
+
+def _as_rows(
+    item_seq: Tensor | History | Sequence[History], name: str = "item_seq"
+) -> list[object]:
     if isinstance(item_seq, Tensor | np.ndarray):
         if item_seq.ndim not in (1, 2):
             raise CompressionError(
-                "Expected `item_seq` to have 1 or 2 dimensions ([L] or [B, L]), but got "
+                f"Expected `{name}` to have 1 or 2 dimensions ([L] or [B, L]), but got "
                 f"{item_seq.ndim}."
             )
         return [item_seq] if item_seq.ndim == 1 else list(item_seq)
     if isinstance(item_seq, str | bytes) or not isinstance(item_seq, Sequence):
         raise CompressionError(
-            f"Expected `item_seq` to be item ids or lists of them, but got {item_seq!r}."
+            f"Expected `{name}` to be item ids or lists of them, but got {item_seq!r}."
         )
     several = any(isinstance(entry, Sequence | Tensor | np.ndarray) for entry in item_seq)
     nested = several and all(getattr(entry, "ndim", 1) == 1 for entry in item_seq)

@@ -196,7 +196,10 @@ class _Searched(Rows):
             if self.allowed is None:
                 maxima, log_sum = reader.maxima_and_log_sum()
             else:
-                maxima, log_sum = reader.maxima(), _log_sum(self.weights.whole[j], self.hidden[rows])
+                maxima, log_sum = (
+                    reader.maxima(),
+                    _log_sum(self.weights.whole[j], self.hidden[rows]),
+                )
             offset = self.offset(j, rows, log_sum)
             scores = maxima + offset
         self._raise_floor(rows, scores)

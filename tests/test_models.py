@@ -115,8 +115,8 @@ def test_a_long_history_keeps_its_newest_items(world, host_name):
         (torch.ones(1, 2, 3, dtype=torch.int64), 5, r"1 or 2 dimensions"),
         ("50,181", 5, r"`item_seq` to be item ids"),
         (["50"], 5, r"`item_seq` to hold whole numbers"),
-        ([1], 0, r"`k` to be between 1 and"),
-        ([1], 10_000, r"`k` to be between 1 and.*10000"),
+        ([1], 0, r"`k` to be from 1 to"),
+        ([1], 10_000, r"`k` to be from 1 to.*10000"),
         ([1], 2.0, r"`k`.*2.0"),
     ],
 )

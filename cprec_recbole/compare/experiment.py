@@ -16,7 +16,6 @@ import torch
 from recbole.config import Config
 from recbole.data import create_dataset, data_preparation
 from recbole.data.interaction import Interaction
-from recbole.trainer import Trainer
 from recbole.utils import get_model, init_seed
 
 from cprec_recbole.compare.results import Comparison, Run, environment
@@ -24,6 +23,7 @@ from cprec_recbole.config import CompressionConfig, CompressionError, reject_unk
 from cprec_recbole.host import known_options, recbole_config, whole_number, working_directory
 from cprec_recbole.models import CompressedRecommender, compression_of
 from cprec_recbole.report import part_sizes, shared_layers
+from cprec_recbole.trainer import CompressedTrainer
 
 SETTINGS = Path(__file__).with_name("settings.yaml")
 SCORE_REPEATS = 50
@@ -202,7 +202,7 @@ class Experiment:
         return run, model, users, described
 
 
-class _MeasuredTrainer(Trainer):
+class _MeasuredTrainer(CompressedTrainer):
     """RecBole's trainer with a clock around its training epochs, and without its event files."""
 
     tensorboard: Any
