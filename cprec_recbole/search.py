@@ -55,7 +55,7 @@ def search(
         allowed: positions of the only items that rows may get, sorted; None for all.
 
     Raises:
-        CompressionError: hidden states that are not finite numbers.
+        CompressionError: hidden states that are not finite numbers, or scores that overflow.
     """
     hidden = hidden.double()
     longest = float(torch.linalg.vector_norm(hidden))
@@ -83,6 +83,8 @@ def search(
     if not parts:
         parts = [TopK(hidden.new_empty(0, k).long(), hidden.new_empty(0, k).to(weights.dtype))]
     topk = parts[0] if len(parts) == 1 else TopK(*(torch.cat(part) for part in zip(*parts)))
+    if not topk.scores.isfinite().all():
+        raise _overflow()
     return Found(topk, tail_rows / max(1, n_rows * weights.n_tail))
 
 
@@ -99,8 +101,10 @@ def search_one(weights: Weights, hidden: Tensor, k: int) -> TopK | None:
     blocks = [torch.mm(query, strip.columns) for query, strip in zip(queries, weights.whole)]
     best, columns = torch.cat(blocks, dim=1).topk(min(k + 1, weights.n_items - 1))
     values = best[0].tolist()
+    if not math.isfinite(sum(values)):
+        return None
     gap = min(map(operator.sub, values, values[1:]), default=math.inf)
-    if not gap > rounding * float(torch.linalg.vector_norm(hidden)):  # nor if it is not a number
+    if not gap > rounding * float(torch.linalg.vector_norm(hidden)):
         return None
     return TopK(weights.real_items.take(columns[:, :k]), best[:, :k])
 
@@ -295,7 +299,8 @@ class _Searched(Rows):
         self._count(j, reader, rows)
 
     def _count(self, j: int, reader: Reader, rows: Tensor) -> None:
-        self.tail_rows += reader.rows_read * len(rows) if j else 0
+        if j:
+            self.tail_rows += reader.rows_read * int((rows < self.n_rows).sum())
 
     # -- into order --------------------------------------------------------------------------------
 
@@ -305,10 +310,7 @@ class _Searched(Rows):
         rows, positions, scores = rows[real], positions[real], scores[real]
         counts = torch.bincount(rows, minlength=self.n_rows)
         if int(counts.min()) < self.k:
-            raise CompressionError(
-                "Expected scores to be finite numbers, but they overflow; the hidden states or "
-                "the weights of the item table are far too large."
-            )
+            raise _overflow()
         many = counts > max(8 * self.k, 1024)  # ties without end
         if many.any():
             few = ~many[rows]
@@ -330,6 +332,13 @@ class _Searched(Rows):
         self.settle(result, close, places[close], table[close] > -torch.inf)
         self.sort_exactly(result, many.nonzero().squeeze(1))
         return result
+
+
+def _overflow() -> CompressionError:
+    return CompressionError(
+        "Expected scores to be finite numbers, but they overflow; the hidden states or the weights "
+        "of the item table are far too large."
+    )
 
 
 def _reaching(upper: Tensor, floor: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
@@ -65,3 +66,26 @@ def windows(history: list[int], length: int) -> list[tuple[list[int], list[int]]
 
 def _log_sum_exp(values: list[float]) -> float:
     return float(torch.logsumexp(torch.tensor(values, dtype=torch.float64), 0))
+
+
+def best_by_sort(
+    head: SoftmaxHead,
+    hidden: torch.Tensor,
+    k: int,
+    exclude: torch.Tensor | None = None,
+    allowed: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Items and scores of a dense stable sort in float64, rounded to the head's precision."""
+    exact = copy.deepcopy(head).double()
+    weights = head.table.blocks[0].weight
+    kind = weights.dtype if weights.dtype == torch.float64 else torch.float32
+    scores = exact.scores(hidden.double()).to(kind)
+    scores[:, 0] = -math.inf
+    if exclude is not None:
+        scores.scatter_(1, exclude.expand(len(hidden), -1), -math.inf)
+    if allowed is not None:
+        others = torch.ones(scores.shape[1], dtype=torch.bool)
+        others[allowed] = False
+        scores[:, others] = -math.inf
+    best, items = scores.sort(dim=1, descending=True, stable=True)
+    return items[:, :k], best[:, :k]
