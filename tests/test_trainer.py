@@ -1,0 +1,100 @@
+"""The evaluating trainer against RecBole's own."""
+
+from unittest import mock
+
+import pytest
+from recbole.trainer import Trainer
+from recbole.utils import get_model, get_trainer, init_seed
+
+from cprec_recbole import softmax, trainer
+from cprec_recbole.host import recbole_config
+from cprec_recbole.trainer import CompressedTrainer
+from tests.builders import HOSTS
+
+BY_LISTS = ["Recall", "MRR", "NDCG", "Hit", "MAP", "Precision"]
+BY_ITEMS = ["ShannonEntropy"]  # RecBole 1.2.1 fails on the others of this kind, on its own
+
+
+@pytest.fixture(scope="module", params=["full", "tree"])
+def movielens(request, tmp_path_factory):
+    """A compressed model on MovieLens-100K, trained for an epoch, and its test data."""
+    from recbole.data import create_dataset, data_preparation
+
+    folder = str(tmp_path_factory.mktemp("movielens"))
+
+    def config(**options):
+        return recbole_config(
+            "CpGRU4Rec",
+            "ml-100k",
+            {
+                "softmax": request.param,
+                "epochs": 1,
+                "metrics": BY_LISTS + BY_ITEMS,
+                "topk": [1, 10, 20],
+                "valid_metric": "NDCG@10",
+                "eval_batch_size": 300,
+                "checkpoint_dir": folder,
+                "show_progress": False,
+                **options,
+            },
+        )
+
+    plain = config()
+    init_seed(2020, True)
+    data = data_preparation(plain, create_dataset(plain))
+    model = get_model("CpGRU4Rec")(plain, data[0]._dataset)
+    CompressedTrainer(plain, model).fit(data[0], saved=False, verbose=False)
+    return config, model, data
+
+
+@pytest.mark.parametrize("metrics", [BY_LISTS, BY_ITEMS, [*BY_LISTS, "GAUC"]])
+def test_metrics_are_recboles_digit_for_digit(movielens, metrics):
+    config, model, (train, valid, test) = movielens
+    options = config(metrics=metrics, valid_metric=f"{metrics[0]}@10")
+    for data in (valid, test):
+        results = []
+        for kind in (Trainer, CompressedTrainer):
+            runner = kind(options, model)
+            runner.eval_collector.data_collect(train)
+            results.append(runner.evaluate(data, load_best_model=False))
+        assert results[0] == results[1]
+        assert len(results[0]) >= len(metrics)
+
+
+def test_lists_are_looked_up_and_never_sorted_from_dense_scores(movielens):
+    config, model, (_, valid, _) = movielens
+    with (
+        mock.patch.object(type(model), "full_sort_predict", side_effect=AssertionError),
+        mock.patch.object(type(model.head), "scores", side_effect=AssertionError),
+    ):
+        assert CompressedTrainer(config(metrics=BY_LISTS), model).evaluate(
+            valid, load_best_model=False
+        )
+
+
+def test_dense_scores_of_a_few_rows_at_a_time_where_a_metric_needs_them(movielens):
+    config, model, (_, valid, _) = movielens
+    rows = []
+    dense = type(model.head).scores
+
+    def scores(head, hidden):
+        rows.append(len(hidden))
+        return dense(head, hidden)
+
+    options = config(metrics=["GAUC"], valid_metric="GAUC")
+    with (
+        mock.patch.object(trainer, "_SCORES", 7 * model.n_items),
+        mock.patch.object(softmax.SoftmaxHead, "scores", scores),
+        mock.patch.object(type(model.head), "scores", scores),
+    ):
+        CompressedTrainer(options, model).evaluate(valid, load_best_model=False)
+    assert max(rows) == 7
+    assert sum(rows) == len(valid._dataset)
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_recbole_finds_it_for_the_compressed_models_alone(host):
+    from recbole.utils import ModelType
+
+    assert get_trainer(ModelType.SEQUENTIAL, f"Cp{host}") is CompressedTrainer
+    assert get_trainer(ModelType.SEQUENTIAL, host) is Trainer
