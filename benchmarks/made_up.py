@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,11 @@ N_STATES = 4096  # hidden states that are kept
 CACHE = Path(__file__).parent / "cache"
 LENGTH = 12  # items of a session
 STAY, SWITCH = 0.75, 0.15  # of steps that stay in the topic, or move to another of the user's
+
+
+def cutoffs_of(n_items: int) -> list[int]:
+    """Cutoffs at 2% and 20% of the items."""
+    return [n_items // 50, n_items // 5, n_items]
 
 
 @dataclass
@@ -208,7 +214,7 @@ class Trained:
     """A trained head, and hidden states of sessions that it was not trained on.
 
     Attributes:
-        head: over `cutoffs` of 2% and 20% of the items, ranks 64, 16 and 4.
+        head: over blocks of `cutoffs_of`, ranks 64, 16 and 4.
         hidden: hidden state before the last item of each session, `[N, d]`.
         last: that item, `[N]`.
     """
@@ -227,11 +233,12 @@ def hit_rate(items: Tensor, last: Tensor) -> float:
     return float((items == last.unsqueeze(1)).any(1).float().mean())
 
 
+@lru_cache
 def trained(kind: str, n_items: int, steps: int | None = None, seed: int = 2020) -> Trained:
     """A head of that size, from `CACHE` or trained now."""
     steps = STEPS if steps is None else steps
     file = CACHE / f"{kind}-{n_items}-{steps}-{seed}.pt"
-    partition = Partition(torch.arange(n_items), [n_items // 50, n_items // 5, n_items])
+    partition = Partition(torch.arange(n_items), cutoffs_of(n_items))
     head = build_softmax(kind, BlockEmbedding(partition, RANKS, DIM))
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -57,9 +57,11 @@ class Reader:
         self.group = strip.group if isinstance(strip, GroupedStrip) else group
         self.n_groups = -(-len(strip.codes) // self.group)
         self.rows_read = 0
-        inside, rows = strip.find(barred.positions)
-        order = rows.argsort()
-        self._barred = rows[order], barred.rows[inside][order]
+        self._barred = barred.positions, barred.rows  # none of them, if there are none
+        if len(barred.rows):
+            inside, rows = strip.find(barred.positions)
+            order = rows.argsort()
+            self._barred = rows[order], barred.rows[inside][order]
 
     def n_logits(self, groups: Tensor | None = None) -> int:
         """Logits of all groups, or of some."""
@@ -68,14 +70,17 @@ class Reader:
 
     def logits(self, groups: Tensor | None = None) -> Tensor:
         """All logits of all groups, or of some if grouped, `[G s, B]`; barred ones are -inf."""
-        nothing = self.query.new_empty(0, self.query.shape[1])
-        pieces = [piece.clone() for piece, _ in self._pieces(groups)]
-        return pieces[0] if len(pieces) == 1 else torch.cat([nothing, *pieces])
+        if self.n_logits(groups) <= PIECE:  # one piece, or none
+            return next((piece for piece, _ in self._pieces(groups)), self._nothing())
+        return torch.cat([piece.clone() for piece, _ in self._pieces(groups)])
+
+    def _nothing(self) -> Tensor:
+        return self.query.new_empty(0, self.query.shape[1])
 
     def maxima(self, groups: Tensor | None = None) -> Tensor:
         """Best logit that is not barred of each group, or of some if grouped, `[G, B]`."""
-        nothing = self.query.new_empty(0, self.query.shape[1])
-        return torch.cat([nothing, *(self._best(piece) for piece, _ in self._pieces(groups))])
+        best = [self._best(piece) for piece, _ in self._pieces(groups)]
+        return best[0] if len(best) == 1 else torch.cat([self._nothing(), *best])
 
     def maxima_and_log_sum(self) -> tuple[Tensor, Tensor]:
         """Maxima of all groups, and the log of the summed exponentials of all rows, barred ones
@@ -117,14 +122,13 @@ class Reader:
         found, columns = (maxima >= floor).nonzero().unbind(1)
         found = found if groups is None else groups[found]
         per_piece = max(1, PIECE // (self.group * len(self._factor)))
-        nothing = found[:0]
-        parts, total = [Candidates(nothing, nothing, self.query.new_empty(0))], 0
+        parts, total = [], 0
         for some, here in zip(found.split(per_piece), columns.split(per_piece)):
             parts.append(self._above(some, here, floor))
             total += len(parts[-1].columns)
             if total > PIECE:
                 raise TooManyCandidates
-        return Candidates(*(torch.cat(part) for part in zip(*parts)))
+        return parts[0] if len(parts) == 1 else Candidates(*(torch.cat(p) for p in zip(*parts)))
 
     def _above(self, groups: Tensor, columns: Tensor, floor: Tensor) -> Candidates:
         """As above, of pairs of a group and a row of the batch, `[P], [P]`."""
@@ -152,8 +156,10 @@ class Reader:
         rows, columns = self._barred if groups is None else self._barred_of(groups)
         per_piece = max(1, min(count, PIECE // (size * self.query.shape[1])))
         firsts = range(0, count, per_piece)
-        at = torch.tensor([*firsts, count], device=rows.device) * size
-        cuts = torch.searchsorted(rows, at).tolist() if len(rows) else [0] * (len(firsts) + 1)
+        cuts = [0] * (len(firsts) + 1)
+        if len(rows):
+            at = torch.tensor([*firsts, count], device=rows.device) * size
+            cuts = torch.searchsorted(rows, at).tolist()
         buffer = self.query.new_empty(per_piece * size, self.query.shape[1])
         for i, first in enumerate(firsts):
             if groups is None:

@@ -220,8 +220,8 @@ class _Searched(Rows):
         rows = ((upper - floor).amax(0) >= 0).nonzero().squeeze(1)
         if not len(rows):
             return
-        # rows that look for near items beside each other, for they read the same groups
-        rows = self._filled(rows[upper[:, rows].argmax(0).argsort()])
+        if self.n_rows > 1:  # those that look for near items beside each other, to read the same
+            rows = self._filled(rows[upper[:, rows].argmax(0).argsort()])
         opened = [
             self._read_near(j, strip, some, Reach(reach.ball[:, some], reach.box[:, some]))
             for some in rows.split(_LANES)
@@ -306,24 +306,30 @@ class _Searched(Rows):
 
     def _rank(self, rows: Tensor, positions: Tensor, scores: Tensor) -> TopK:
         """The best of candidates, `[C], [C], [C]`, among which are the best of all items."""
-        real = (positions != PADDING) & ~self.barred.hit(rows, positions, self.weights.n_items)
+        real = positions != PADDING
+        if len(self.barred.rows):
+            real &= ~self.barred.hit(rows, positions, self.weights.n_items)
         rows, positions, scores = rows[real], positions[real], scores[real]
         counts = torch.bincount(rows, minlength=self.n_rows)
-        if int(counts.min()) < self.k:
+        least, width = (int(bound) for bound in counts.aminmax())
+        if least < self.k:
             raise _overflow()
         many = counts > max(8 * self.k, 1024)  # ties without end
-        if many.any():
+        if width > max(8 * self.k, 1024):
             few = ~many[rows]
             rows, positions, scores = rows[few], positions[few], scores[few]
             counts = counts.masked_fill(many, 0)
-        order = rows.argsort()
-        rows = rows[order]
-        column = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
-        width = max(self.k, int(counts.max()))
-        table = scores.new_full((self.n_rows, width), -torch.inf)
-        table[rows, column] = scores[order]
-        places = positions.new_zeros(self.n_rows, width)
-        places[rows, column] = positions[order]
+            width = max(self.k, int(counts.max()))
+        table, places = scores.unsqueeze(0), positions.unsqueeze(0)
+        if self.n_rows > 1 or not len(rows):
+            order = rows.argsort()
+            rows = rows[order]
+            column = torch.arange(len(rows), device=rows.device)
+            column -= (counts.cumsum(0) - counts)[rows]
+            table = scores.new_full((self.n_rows, width), -torch.inf)
+            table[rows, column] = scores[order]
+            places = positions.new_zeros(self.n_rows, width)
+            places[rows, column] = positions[order]
         best, at = table.topk(min(self.k + 1, width), dim=1)
         result = TopK(self.items(places.gather(1, at[:, : self.k])), best[:, : self.k].contiguous())
         doubt = self.doubt(slice(self.n_rows)).unsqueeze(1)
