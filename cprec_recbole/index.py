@@ -46,6 +46,9 @@ class Snapshot:
             GroupedStrip(strip) if indexed and _is_worth_it(strip) else strip for strip in whole
         ]
         clusters = tree._parameters["clusters"] if tree else None
+        if indexed:  # what is read whole: the head, and a tree's blocks for their normalisers
+            for strip in strips if tree else strips[:1]:
+                strip.keep_columns = True
         exact = None if clusters is None else clusters.detach().double()
         self.weights = Weights(table.partition, whole, exact, strips)
 

@@ -160,14 +160,19 @@ class Reader:
         if len(rows):
             at = torch.tensor([*firsts, count], device=rows.device) * size
             cuts = torch.searchsorted(rows, at).tolist()
-        buffer = self.query.new_empty(per_piece * size, self.query.shape[1])
+        one = groups is None and self.strip.keep_columns and self.query.shape[1] == 1
+        buffer = self.query.new_empty(0 if one else per_piece * size, self.query.shape[1])
         for i, first in enumerate(firsts):
             if groups is None:
                 part = codes[first * size : (first + per_piece) * size]
             else:
                 some = groups[first : first + per_piece]
                 part = codes.view(-1, size, codes.shape[1])[some].flatten(0, 1)
-            piece = torch.mm(part, self._factor, out=buffer[: len(part)])
+            if one:
+                across = self.strip.columns[:, first * size : first * size + len(part)]
+                piece = torch.mm(self._factor.T, across).T
+            else:
+                piece = torch.mm(part, self._factor, out=buffer[: len(part)])
             self.rows_read += len(part)
             here = slice(cuts[i], cuts[i + 1])
             barred = rows[here] - first * size, columns[here]

@@ -103,7 +103,10 @@ class Strip(ABC):
             are computed in float64.
         joint_rounding: the same if they are computed in the model's precision.
         n_items: how many items the rows stand for.
+        keep_columns: whether memory may be spent on reading all rows for one query sooner.
     """
+
+    keep_columns = False
 
     def __init__(self, codes: Tensor, basis: Tensor, longest: float) -> None:
         self.codes = codes
@@ -127,9 +130,10 @@ class Strip(ABC):
 
     @cached_property
     def columns(self) -> Tensor:
-        """The rows as columns, `[r, N]`; a copy, which multiplies sooner, if there are few."""
-        few = len(self.codes) <= _FEW_ROWS
-        return self.codes.T.contiguous() if few else self.codes.T
+        """The rows as columns, `[r, N]`: a copy, by which few queries are multiplied sooner, if
+        there are few rows or `keep_columns` is set."""
+        copied = self.keep_columns or len(self.codes) <= _FEW_ROWS
+        return self.codes.T.contiguous() if copied else self.codes.T
 
     @abstractmethod
     def positions(self, rows: Tensor) -> Tensor:
