@@ -54,7 +54,7 @@ def check(head, hidden, k, exclude=None, allowed=None):
     head_class=st.sampled_from(HEADS),
     sizes=st.lists(st.integers(1, 200), min_size=1, max_size=4),
     batch=st.sampled_from([1, 2, 31, 33, 70]),
-    share=st.floats(0, 1),
+    wanted=st.one_of(st.integers(1, 12), st.floats(0, 1)),  # items, or a share of them
     exclude=st.sampled_from([None, (1,), (7,), (40,), "shared"]),
     allow=st.sampled_from([None, 1.0, 0.5, 0.02]),
     tied=st.booleans(),
@@ -65,7 +65,7 @@ def check(head, hidden, k, exclude=None, allowed=None):
     seed=st.integers(0, 2**31),
 )
 def test_a_search_is_a_dense_sort(
-    head_class, sizes, batch, share, exclude, allow, tied, indexed, few, piece, sort, seed
+    head_class, sizes, batch, wanted, exclude, allow, tied, indexed, few, piece, sort, seed
 ):
     torch.manual_seed(seed)
     sizes = (sizes[0] + 1, *sizes[1:])
@@ -88,7 +88,7 @@ def test_a_search_is_a_dense_sort(
     left = min([len(real - set(row)) for row in rows], default=len(real))
     if not left:
         return
-    k = max(1, round(share * left))
+    k = min(wanted, left) if isinstance(wanted, int) else max(1, round(wanted * left))
     with thresholds(few=few, piece=piece, sort=sort):
         if indexed:
             head.build_index()
