@@ -18,6 +18,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -149,7 +150,7 @@ def measure(n_items: int) -> list[dict[str, Any]]:
         repeats = {1: 31, 32: 9, 256: 5}[batch] if n_items <= 1_000_000 else {1: 11}.get(batch, 3)
         names = [name for name in searches if fits(name, n_items, batch)]
         parts = {name: hidden[name][: batch * (repeats + 1)].split(batch) for name in names}
-        extra = {name: peak_mib(lambda n=name: searches[n](parts[n][-1])) for name in names}
+        extra = {name: peak_mib(partial(searches[name], parts[name][-1])) for name in names}
         times: dict[str, list[float]] = {name: [] for name in names}
         for repeat in range(repeats):
             for name in names:  # in turns: a machine that slows down slows all of them
@@ -180,7 +181,7 @@ def measure(n_items: int) -> list[dict[str, Any]]:
 
 
 def read_share(head: SoftmaxHead | None, parts: list[Tensor], n_items: int) -> dict[str, float]:
-    """Share of the rows of the catalogue, and of its tail, that were read for a row of the batch."""
+    """Share of the catalogue, and of its tail, that was read for a row of the batch."""
     if head is None:
         return {"read": 1.0, "tail_read": 1.0}
     shares = [head.search(part, K).tail_share for part in parts]
@@ -231,10 +232,10 @@ def report(results: dict[str, Any]) -> str:
         "",
         f"`{results['command']}`",
         "",
-        ", ".join(f"{name} {value}" for name, value in results["environment"].items() if value),
+        ", ".join(f"{name} {value}" for name, value in environment().items() if value),
         "",
-        f"The {K} best of all items, d = {DIM}; ours: ranks {RANKS} over the first 2%, the next 18% "
-        f"and the rest of the items. Weights: {STEPS} steps of training on a made-up catalogue "
+        f"The {K} best of all items, d = {DIM}; ours: ranks {RANKS} over the first 2%, the next "
+        f"18% and the rest of the items. Weights: {STEPS} steps of training on a made-up catalogue "
         "(`made_up.py`). Milliseconds a batch, median of repeats, contenders in turns; in brackets "
         "how many times faster than `dense`. MiB: what the process grows by in a call, beyond "
         "weights and index. Tail read: share of the rows outside the head that were read for a row "
@@ -249,8 +250,8 @@ def report(results: dict[str, Any]) -> str:
             "",
             f"## {n_items:,} items",
             "",
-            f"HR@20 of the trained weights: flat {quality['full']:.3f}, tree {quality['tree']:.3f}, "
-            f"the 20 most popular items {quality['popular']:.3f}. Index of the flat head: "
+            f"HR@20 of the trained weights: flat {quality['full']:.3f}, tree "
+            f"{quality['tree']:.3f}, the 20 most popular items {quality['popular']:.3f}. Index of the flat head: "
             f"{found['index_seconds']:.1f} s to build. A process that only loads the flat head, "
             f"indexes and searches it peaks at {found['process_mib']:,.0f} MiB.",
             "",
