@@ -251,9 +251,10 @@ def report(results: dict[str, Any]) -> str:
             f"## {n_items:,} items",
             "",
             f"HR@20 of the trained weights: flat {quality['full']:.3f}, tree "
-            f"{quality['tree']:.3f}, the 20 most popular items {quality['popular']:.3f}. Index of the flat head: "
-            f"{found['index_seconds']:.1f} s to build. A process that only loads the flat head, "
-            f"indexes and searches it peaks at {found['process_mib']:,.0f} MiB.",
+            f"{quality['tree']:.3f}, the {K} most popular items {quality['popular']:.3f}. Index "
+            f"of the flat head: {found['index_seconds']:.1f} s to build. A process that only "
+            "loads the flat head, indexes and searches it peaks at "
+            f"{found['process_mib']:,.0f} MiB.",
             "",
             "| | " + " | ".join(f"batch {b}, ms | MiB | tail read" for b in BATCHES) + " |",
             "|---|" + "--:|--:|--:|" * len(BATCHES),

@@ -14,7 +14,7 @@ import torch
 from recbole.data import create_dataset, data_preparation
 from recbole.utils import get_model, get_trainer, init_seed
 
-from cprec_recbole import index, search
+from cprec_recbole import index, sorting
 from cprec_recbole.compare.results import environment, save
 from cprec_recbole.host import recbole_config
 
@@ -80,7 +80,7 @@ def measure(arguments: argparse.Namespace, softmax: str) -> str:
         hidden = model.last_hidden(users)
     exact = model.head.topk(hidden, K)
     with (
-        mock.patch.object(search, "_SORTED", (0, 0)),
+        mock.patch.multiple(sorting, MOST_ITEMS=0, MOST_SCORES=0),
         mock.patch.object(index, "_MIN_ROWS", 1),
     ):
         model.build_index()

@@ -18,6 +18,7 @@ from cprec_recbole.settle import PIECE
 from cprec_recbole.strips import GroupedStrip, Strip
 from cprec_recbole.topk import Barred
 
+_ANY_GROUP = 64  # where maxima are not asked for
 _LOG2_E = math.log2(math.e)
 
 
@@ -196,3 +197,9 @@ class Reader:
         if whole < len(piece):
             best = torch.cat([best, piece[whole:].amax(0, keepdim=True)])
         return best
+
+
+def log_sum_of(strip: Strip, hidden: Tensor) -> Tensor:
+    """Log of the summed exponentials of a strip's logits, `[B, d] -> [B]`."""
+    query, nothing = strip.query(hidden).T.contiguous(), Barred.nothing(hidden.device)
+    return Reader(strip, query, nothing, _ANY_GROUP).maxima_and_log_sum()[1]

@@ -8,26 +8,24 @@ sort, equal scores by lower item id, whatever the batch, the pieces or the index
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from cprec_recbole.bounds import Reach
 from cprec_recbole.config import CompressionError
 from cprec_recbole.partition import PADDING
-from cprec_recbole.reading import Candidates, Reader, TooManyCandidates
+from cprec_recbole.reading import Candidates, Reader, TooManyCandidates, log_sum_of
 from cprec_recbole.settle import PIECE, Rows, Weights, sort_topk
-from cprec_recbole.strips import GroupedStrip, PickedStrip, Reach, Strip
+from cprec_recbole.sorting import Sorted, is_sorted_sooner
+from cprec_recbole.strips import GroupedStrip, PickedStrip, Strip
 from cprec_recbole.topk import Barred, TopK
 
-_SORTED = 2**15, 2**18  # items, or scores, that are sooner sorted than searched
-_SPARE = 8  # items beyond the k-th that are looked at when all scores are sorted
 _ROWS = 256  # rows of a batch that are searched together
 _LANES = 32  # rows of a batch that read the same groups; fewer leave vector units idle
 _FEW = 2**18  # logits that are sooner looked at again than computed again
-_GROUP = 64  # rows of a plain strip of which only the sum is kept
 
 
 class Found(NamedTuple):
@@ -66,12 +64,12 @@ def search(
         )
     n_rows = len(hidden)
     n_items = weights.n_items - 1 if allowed is None else len(allowed)
-    is_sorted = n_items <= _SORTED[0] or n_items * n_rows <= _SORTED[1] or 16 * k > n_items
+    is_sorted = is_sorted_sooner(n_items, n_rows, k)
     most = max(1, 2 * PIECE // n_items) if is_sorted else max(1, min(_ROWS, 2**18 // k))
     strips: Sequence[Strip] = weights.whole if is_sorted else weights.indexed
     if allowed is not None:
         strips = [PickedStrip(strip, allowed) for strip in weights.whole]
-    way = _Sorted if is_sorted else _Searched
+    way = Sorted if is_sorted else _Searched
     size = -(-n_rows // max(1, -(-n_rows // most)))  # parts of equal size
     parts, tail_rows = [], 0
     for start in range(0, n_rows, max(1, size)):
@@ -86,76 +84,6 @@ def search(
     if not topk.scores.isfinite().all():
         raise _overflow()
     return Found(topk, tail_rows / max(1, n_rows * weights.n_tail))
-
-
-def search_one(weights: Weights, hidden: Tensor, k: int) -> TopK | None:
-    """One row in a small catalogue under a flat softmax, where a step costs as much as all of the
-    arithmetic: in as few steps as it takes.
-
-    None where that is not the case, or two places are too close to be sure.
-    """
-    if weights.clusters is not None or weights.n_items > _SORTED[0] or len(hidden) != 1:
-        return None
-    basis, ranks, rounding = weights.joint_basis
-    queries = torch.mm(hidden.to(basis.dtype), basis).split_with_sizes(ranks, 1)
-    blocks = [torch.mm(query, strip.columns) for query, strip in zip(queries, weights.whole)]
-    best, columns = torch.cat(blocks, dim=1).topk(min(k + 1, weights.n_items - 1))
-    values = best[0].tolist()
-    if not math.isfinite(sum(values)):
-        return None
-    gap = min(map(operator.sub, values, values[1:]), default=math.inf)
-    if not gap > rounding * float(torch.linalg.vector_norm(hidden)):
-        return None
-    return TopK(weights.real_items.take(columns[:, :k]), best[:, :k])
-
-
-class _Sorted(Rows):
-    """All items are scored and sorted: for small catalogues, and where much of one is wanted."""
-
-    def topk(self) -> TopK:
-        """The result."""
-        k, sizes = self.k, [strip.n_items for strip in self.strips]
-        n_items = sum(sizes)
-        scores = self.hidden.new_empty((self.n_rows, n_items), dtype=self.weights.dtype)
-        blocks = torch.split_with_sizes(scores, sizes, dim=1)
-        for strip, query, block in zip(self.strips, self.queries(), blocks):
-            torch.mm(query, strip.columns, out=block)
-        self.tail_rows = (n_items - sizes[0]) * self.n_rows
-        if self.is_tree:
-            self._into_log_probabilities(blocks)
-        if self.barred.rows.numel():
-            for strip, block in zip(self.strips, blocks):
-                inside, rows = strip.find(self.barred.positions)
-                block[self.barred.rows[inside], rows] = -torch.inf
-        # a few more than asked for, which are enough to settle all but long ties
-        best, columns = scores.topk(min(k + _SPARE, n_items), dim=1)
-        result = TopK(self.items(self._positions(columns[:, :k])), best[:, :k])
-        gaps = best[:, : min(k, n_items - 1)] - best[:, 1 : k + 1]
-        if not gaps.numel() or float(gaps.amin()) > self.rounding * self.longest + self.most_blur():
-            return result
-        doubt = self.doubt().unsqueeze(1)
-        close = (gaps <= doubt).any(1)
-        many = close & (best[:, -1:] >= best[:, k - 1 : k] - doubt).squeeze(1)
-        if best.shape[1] == n_items:
-            many.fill_(False)
-        some = (close & ~many).nonzero().squeeze(1)
-        result = TopK(result.items, result.scores.clone())
-        self.settle(result, some, self._positions(columns[some]), best[some] > -torch.inf)
-        self.sort_exactly(result, many.nonzero().squeeze(1))
-        return result
-
-    def _positions(self, columns: Tensor) -> Tensor:
-        """Positions in popularity order of columns of all strips beside each other."""
-        return columns + 1 if self.allowed is None else self.allowed[columns]
-
-    def _into_log_probabilities(self, blocks: Sequence[Tensor]) -> None:
-        everyone = torch.arange(self.n_rows, device=self.hidden.device)
-        for j, block in enumerate(blocks):
-            if self.allowed is None:
-                log_sum = block.logsumexp(1)
-            else:
-                log_sum = _log_sum(self.weights.whole[j], self.hidden)
-            block += self.offset(j, everyone, log_sum).unsqueeze(1)
 
 
 class _Searched(Rows):
@@ -202,7 +130,7 @@ class _Searched(Rows):
             else:
                 maxima, log_sum = (
                     reader.maxima(),
-                    _log_sum(self.weights.whole[j], self.hidden[rows]),
+                    log_sum_of(self.weights.whole[j], self.hidden[rows]),
                 )
             offset = self.offset(j, rows, log_sum)
             scores = maxima + offset
@@ -350,9 +278,3 @@ def _overflow() -> CompressionError:
 def _reaching(upper: Tensor, floor: Tensor) -> Tensor:
     """Groups with a bound that reaches the floor of some row, `[G, B], [B] -> [G']`."""
     return ((upper - floor).amax(1) >= 0).nonzero().squeeze(1)
-
-
-def _log_sum(strip: Strip, hidden: Tensor) -> Tensor:
-    """Log of the summed exponentials of a strip's logits, `[B, d] -> [B]`."""
-    query, nothing = strip.query(hidden).T.contiguous(), Barred.nothing(hidden.device)
-    return Reader(strip, query, nothing, _GROUP).maxima_and_log_sum()[1]

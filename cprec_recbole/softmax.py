@@ -13,7 +13,8 @@ from cprec_recbole.config import CompressionError
 from cprec_recbole.embedding import Block, BlockEmbedding
 from cprec_recbole.index import Snapshot
 from cprec_recbole.partition import PADDING
-from cprec_recbole.search import Found, search, search_one
+from cprec_recbole.search import Found, search
+from cprec_recbole.sorting import sort_one
 from cprec_recbole.topk import Barred, TopK, allowed_positions, check_k
 
 
@@ -98,7 +99,7 @@ class SoftmaxHead(nn.Module, ABC):
             )
         partition, weights = self.table.partition, self._current().weights
         if exclude is None and allowed is None:
-            quick = search_one(weights, hidden, check_k(k, partition.n_items - 1))
+            quick = sort_one(weights, hidden, check_k(k, partition.n_items - 1))
             if quick is not None:
                 return Found(quick, 1.0)
         barred = Barred.from_ids(exclude, len(hidden), partition)

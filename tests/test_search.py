@@ -11,8 +11,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cprec_recbole import CompressionError, FullSoftmax, TreeSoftmax, index, reading, search, settle
-from cprec_recbole.strips import Reach
+from cprec_recbole import (
+    CompressionError,
+    FullSoftmax,
+    TreeSoftmax,
+    index,
+    reading,
+    search,
+    settle,
+    sorting,
+)
+from cprec_recbole.bounds import Reach
 from cprec_recbole.topk import Barred
 from tests.builders import block_embedding
 from tests.oracles import best_by_sort
@@ -32,7 +41,8 @@ def thresholds(*, sort=(0, 0), few=2**18, piece=2**21, rows=256):
     """Where the search changes its ways; the smallest catalogue is searched, not sorted."""
     stack = ExitStack()
     for module, name, value in (
-        (search, "_SORTED", sort),
+        (sorting, "MOST_ITEMS", sort[0]),
+        (sorting, "MOST_SCORES", sort[1]),
         (search, "_FEW", few),
         (search, "_ROWS", rows),
         (reading, "PIECE", piece),
@@ -262,7 +272,7 @@ def test_a_small_block_is_not_grouped():
     head = build(FullSoftmax)
     head.build_index()
     hidden = torch.randn(2, DIM)
-    with mock.patch.object(search, "_SORTED", (0, 0)):
+    with mock.patch.multiple(sorting, MOST_ITEMS=0, MOST_SCORES=0):
         assert head.search(hidden, 5).tail_share == 1
 
 
