@@ -36,7 +36,7 @@ from cprec_recbole.softmax import SoftmaxHead
 K = 20
 SIZES = (10_000, 100_000, 1_000_000, 10_000_000)
 BATCHES = (1, 32, 256)
-GROUP, PIECE = 128, 2**21  # of the dense product in its best form
+GROUP, PIECE = 32, 2**21  # of the dense product in its best form
 
 Search = Callable[[Tensor], Tensor]  # hidden states [B, d] to items [B, k]
 
