@@ -14,7 +14,7 @@ TORCH  ?=
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check lint types install bench clean
+.PHONY: demo test check lint types install bench bench-search clean
 
 demo: $(STAMP)
 	$(BIN)/cprec compare --model NextItNet --dataset ml-100k
@@ -35,6 +35,10 @@ install: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/objectives.py
+
+bench-search: $(STAMP)
+	$(BIN)/pip install --quiet --editable ".[bench]"
+	$(BIN)/python benchmarks/inference.py
 
 # torch first, from a local file where pip's settings offer one; then RecBole without its ray, which
 # has no file for Python 3.12 and later; then the package with everything else RecBole needs.

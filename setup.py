@@ -46,6 +46,7 @@ setup(
         "recbole==1.2.1; python_version < '3.12'",
     ],
     extras_require={
+        "bench": ["faiss-cpu", "matplotlib"],
         "test": ["pytest>=8", "hypothesis>=6", "ruff>=0.6", "mypy>=1.11", "types-PyYAML"],
     },
     entry_points={"console_scripts": ["cprec = cprec_recbole.cli:main"]},

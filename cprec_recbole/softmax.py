@@ -92,6 +92,9 @@ class SoftmaxHead(nn.Module, ABC):
         allowed: Tensor | None = None,
     ) -> Found:
         """As `topk`, and what it took: the share of the tail's rows that were read."""
+        if torch.is_autocast_enabled(hidden.device.type):  # half precision would not be exact
+            with torch.autocast(hidden.device.type, enabled=False):
+                return self.search(hidden, k, exclude, allowed)
         if hidden.ndim != 2 or hidden.shape[1] != self.table.dim:
             raise CompressionError(
                 f"Expected `hidden` to be of shape [B, {self.table.dim}], but got "

@@ -170,6 +170,25 @@ def test_other_precisions(head_class, dtype):
             check(head, torch.randn(5, DIM).to(dtype), 20)
 
 
+@pytest.mark.parametrize("sort", [(0, 0), (2**15, 2**18)])
+@pytest.mark.parametrize("head_class", HEADS)
+def test_autocast_does_not_make_it_inexact(head_class, sort):
+    head, hidden = build(head_class), torch.randn(1, DIM)
+    with thresholds(sort=sort), torch.autocast("cpu", dtype=torch.bfloat16):
+        found = head.topk(hidden, 20)
+    assert torch.equal(found.items, best_by_sort(head, hidden, 20)[0])
+
+
+def test_inference_mode_inside_and_outside():
+    head, hidden = build(TreeSoftmax), torch.randn(3, DIM)
+    with thresholds():
+        with torch.inference_mode():
+            head.build_index()
+            inside = head.topk(hidden, 20)
+        assert head.is_indexed
+        assert torch.equal(head.topk(hidden, 20).items, inside.items)
+
+
 def test_an_empty_batch_has_an_empty_result():
     found = build(FullSoftmax).topk(torch.empty(0, DIM), 5)
     assert found.items.shape == found.scores.shape == (0, 5)
