@@ -17,6 +17,7 @@ from cprec_recbole.partition import Partition
 from cprec_recbole.strips import PlainStrip, Strip
 from cprec_recbole.topk import Barred, TopK
 
+_FEW_ITEMS = 2**15  # whose vectors may be kept
 PIECE = 2**21  # numbers to work on at a time: 8 MiB in float32
 
 
@@ -50,6 +51,14 @@ class Weights:
     def real_items(self) -> Tensor:
         """Item ids in popularity order without padding, `[n_items - 1]`."""
         return self.partition.item_at[1:].long()
+
+    @cached_property
+    def vectors(self) -> Tensor | None:
+        """Item vectors by position in float64, `[n_items, d]`; None unless there are few."""
+        if self.n_items > _FEW_ITEMS:
+            return None
+        rows = [strip.codes.double() @ strip.basis.T for strip in self.whole]
+        return torch.cat([rows[0].new_zeros(1, rows[0].shape[1]), *rows])
 
     @cached_property
     def n_tail(self) -> int:
@@ -197,6 +206,13 @@ class Rows:
 
     def _exact_scores(self, rows: Tensor, positions: Tensor) -> Tensor:
         """Scores of some positions in float64, `[B], [B, m] -> [B, m]`."""
+        vectors = self.weights.vectors
+        if vectors is not None and positions.numel() * vectors.shape[1] <= PIECE:
+            scores = (vectors[positions] * self.hidden[rows].unsqueeze(1)).sum(2)
+            if self.is_tree:
+                blocks = self.weights.partition.blocks(positions)
+                scores += self.offsets.T[rows].gather(1, blocks)
+            return scores
         widest = max(strip.basis.shape[1] for strip in self.weights.whole)
         size = max(1, PIECE // 2 // (widest * positions.shape[1]))
         parts = []
