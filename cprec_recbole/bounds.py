@@ -97,7 +97,7 @@ def group_rows(rows: Tensor, size: int) -> tuple[Tensor, Tensor]:
     for _ in range(depth):
         members = rows[order]
         members = members - members.mean(1, keepdim=True)
-        direction = torch.linalg.eigh(members.transpose(1, 2) @ members).eigenvectors[:, :, -1:]
+        direction = _principal_direction(members.transpose(1, 2) @ members)
         order = order.gather(1, (members @ direction).squeeze(2).argsort(dim=1))
         if order.shape[1] % 2:
             order = torch.cat([order, order[:, -1:]], dim=1)
@@ -106,3 +106,14 @@ def group_rows(rows: Tensor, size: int) -> tuple[Tensor, Tensor]:
     first = slots.new_full((len(rows),), order.numel())
     first.scatter_reduce_(0, order.flatten(), slots, "amin")
     return order, (first[order.flatten()] == slots).view(order.shape)
+
+
+def _principal_direction(scatter: Tensor) -> Tensor:
+    """Eigenvector of the largest eigenvalue, `[m, r, r] -> [m, r, 1]`; where it is not found, which
+    happens among equal rows, the axis of the largest spread. Any direction makes groups."""
+    try:
+        return torch.linalg.eigh(scatter).eigenvectors[:, :, -1:]
+    except torch.linalg.LinAlgError:
+        spread = torch.diagonal(scatter, dim1=1, dim2=2)
+        axes = torch.nn.functional.one_hot(spread.argmax(1), spread.shape[1])
+        return axes.to(scatter.dtype).unsqueeze(2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import cast
 
@@ -31,7 +32,8 @@ class Snapshot:
     """
 
     def __init__(self, table: BlockEmbedding, tree: nn.Module | None, indexed: bool) -> None:
-        self.table, self.indexed = table, indexed
+        self.indexed = indexed
+        self._parts = [table, table.partition, *table.blocks]
         owners = [*table.blocks, *([tree] if tree else [])]
         kept: list[tuple[Mapping[str, Tensor | None], str]] = [
             (owner._parameters, name) for owner in owners for name in owner._parameters
@@ -54,7 +56,9 @@ class Snapshot:
 
     def is_current(self, table: BlockEmbedding) -> bool:
         """Whether the head still has the weights that this was made from."""
-        return table is self.table and all(mark.fits() for mark in self._marks)
+        parts = [table, table.partition, *table.blocks]
+        same = len(parts) == len(self._parts) and all(map(operator.is_, parts, self._parts))
+        return same and all(mark.fits() for mark in self._marks)
 
 
 class _Mark:
@@ -67,9 +71,8 @@ class _Mark:
         self._address, self._version = tensor.data_ptr(), _version(tensor)
         self._window = None
         if tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.numel():
-            step = max(1, tensor.numel() // _SAMPLES) * tensor.element_size()
-            flat = tensor.detach().view(-1).view(torch.uint8)
-            self._window = flat.numpy()[::step]  # shares the tensor's memory
+            numbers = tensor.detach().view(-1, 1).view(torch.uint8).numpy()  # [n, bytes of each]
+            self._window = numbers[:: max(1, len(numbers) // _SAMPLES)]  # shares its memory
             self._bytes = self._window.tobytes()
 
     def fits(self) -> bool:

@@ -200,14 +200,14 @@ class CompressedRecommender(SequentialRecommender):
         check_k(k, self.n_items - 1)
         device = self.table.partition.item_at.device
         histories, seen = pad_histories(item_seq, self.n_items, self.max_seq_length)
-        barred = barred_ids(exclude, len(histories), seen if exclude_seen else None)
-        choice = None if allowed is None else torch.as_tensor(allowed, device=device)
+        seen_ids = seen if exclude_seen else None
+        barred = barred_ids(exclude, len(histories), self.n_items, seen_ids)
         lengths = (histories != 0).sum(1)
         was_training = self.training
         self.eval()
         try:
             hidden = self.forward(histories.to(device), lengths.to(device))
-            return self.head.topk(hidden, k, None if barred is None else barred.to(device), choice)
+            return self.head.topk(hidden, k, barred, allowed)
         finally:
             self.train(was_training)
 

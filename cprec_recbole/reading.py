@@ -144,7 +144,8 @@ class Reader:
         logits = logits.masked_fill_(rows >= n_rows, -torch.inf)
         pair, slot = (logits >= floor[columns].unsqueeze(1)).nonzero().unbind(1)
         rows = rows[pair, slot]
-        positions = self.strip.positions(rows).masked_fill_(rows >= n_rows, PADDING)
+        positions = self.strip.positions(rows.clamp(max=n_rows - 1))
+        positions = positions.masked_fill(rows >= n_rows, PADDING)
         return Candidates(columns[pair], positions, logits[pair, slot])
 
     def _pieces(

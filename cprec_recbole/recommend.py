@@ -47,35 +47,34 @@ def pad_histories(
 
 
 def barred_ids(
-    exclude: Tensor | History | Sequence[History] | None, n_rows: int, seen: Tensor | None
+    exclude: Tensor | History | Sequence[History] | None,
+    n_rows: int,
+    n_items: int,
+    seen: Tensor | None,
 ) -> Tensor | None:
     """Item ids to leave out of each row, `[B, m]` padded with 0; None where there are none.
 
     Args:
         exclude: one list of ids for all rows, or one for each.
         n_rows: rows of the batch.
+        n_items: items of the catalogue, padding included.
         seen: more ids for each row, `[B, l]`.
 
     Raises:
-        CompressionError: lists for another number of rows, or what are no whole numbers.
+        CompressionError: lists for another number of rows, ids that are no whole numbers or outside
+            the catalogue.
     """
     if exclude is None:
         return seen
-    if not isinstance(exclude, Tensor):
-        rows = [torch.as_tensor(row) for row in _as_rows(exclude, "exclude")]
-        rows = [row if row.numel() else row.to(torch.int64) for row in rows]
-        if len(rows) == 1 and rows[0].ndim == 1:
-            exclude = rows[0]
-        else:
-            exclude = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    if exclude.ndim == 1:
-        exclude = exclude.expand(n_rows, -1)
-    if exclude.ndim != 2 or len(exclude) != n_rows:
+    rows = [_checked(row, n_items, "exclude") for row in _as_rows(exclude, "exclude")]
+    one_list = len(rows) == 1 and not _is_nested(exclude)
+    if not one_list and len(rows) != n_rows:
         raise CompressionError(
             f"Expected `exclude` to be one list of item ids or {n_rows}, one for each history, but "
-            f"got a shape of {list(exclude.shape)}."
+            f"got {len(rows)}."
         )
-    return exclude if seen is None else torch.cat([exclude, seen.to(exclude.device)], dim=1)
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).expand(n_rows, -1)
+    return ids if seen is None else torch.cat([ids, seen], dim=1)
 
 
 def _as_rows(
@@ -92,29 +91,35 @@ def _as_rows(
         raise CompressionError(
             f"Expected `{name}` to be item ids or lists of them, but got {item_seq!r}."
         )
+    return list(item_seq) if _is_nested(item_seq) else [item_seq]
+
+
+def _is_nested(item_seq: Tensor | History | Sequence[History]) -> bool:
+    """Whether these are several lists, or one of ids."""
+    if isinstance(item_seq, Tensor | np.ndarray):
+        return item_seq.ndim == 2
     several = any(isinstance(entry, Sequence | Tensor | np.ndarray) for entry in item_seq)
-    nested = several and all(getattr(entry, "ndim", 1) == 1 for entry in item_seq)
-    return list(item_seq) if nested else [item_seq]
+    return several and all(getattr(entry, "ndim", 1) == 1 for entry in item_seq)
 
 
-def _checked(history: object, n_items: int) -> Tensor:
+def _checked(history: object, n_items: int, name: str = "item_seq") -> Tensor:
     """One history as ids without padding, `[length]`."""
     if isinstance(history, np.ndarray):  # of any byte order, reversed or not
         history = history.tolist()
     try:
         ids = torch.as_tensor(history)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise CompressionError(
-            f"Expected `item_seq` to hold whole numbers, but got {history!r}."
+            f"Expected `{name}` to hold whole numbers, but got {history!r}."
         ) from error
     fractional = ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool
     if ids.ndim != 1 or (len(ids) and fractional):
-        raise CompressionError(f"Expected `item_seq` to hold item ids, but got {history!r}.")
+        raise CompressionError(f"Expected `{name}` to hold item ids, but got {history!r}.")
     ids = ids.cpu().long()
     outside = ids[(ids < 0) | (ids >= n_items)]
     if len(outside):
         raise CompressionError(
-            f"Expected `item_seq` to hold item ids from 1 to {n_items - 1} (0 is padding), but got "
+            f"Expected `{name}` to hold item ids from 1 to {n_items - 1} (0 is padding), but got "
             f"{int(outside[0])}."
         )
     return ids[ids != PADDING]

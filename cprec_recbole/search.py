@@ -7,7 +7,6 @@ sort, equal scores by lower item id, whatever the batch, the pieces or the index
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -56,8 +55,7 @@ def search(
         CompressionError: hidden states that are not finite numbers, or scores that overflow.
     """
     hidden = hidden.double()
-    longest = float(torch.linalg.vector_norm(hidden))
-    if not math.isfinite(longest):
+    if not hidden.isfinite().all():
         raise CompressionError(
             "Expected `hidden` to hold finite numbers, but found NaN or infinity; the model "
             "diverged in training, or its input is damaged."
@@ -75,7 +73,7 @@ def search(
     for start in range(0, n_rows, max(1, size)):
         part = hidden[start : start + size] if size < n_rows else hidden
         some = barred.of_rows(start, start + size) if size < n_rows else barred
-        rows = way(weights, strips, part, longest, k, some, allowed)
+        rows = way(weights, strips, part, k, some, allowed)
         parts.append(rows.topk())
         tail_rows += rows.tail_rows
     if not parts:
@@ -173,8 +171,9 @@ class _Searched(Rows):
         if not len(groups):
             return rows[:0]
         if self.is_tree:
+            best = reader.maxima(groups)
             self._count(j, reader, rows)
-            return rows[(reader.maxima(groups) >= floor).any(0)]
+            return rows[(best >= floor).any(0)]
         if reader.n_logits(groups) > _FEW:  # the most promising first, to raise the floor
             lowest = torch.where(floor == -torch.inf, upper.amin(0), floor)
             first = _reaching(upper, torch.maximum(floor, (3 * upper.amax(0) + lowest) / 4))

@@ -85,7 +85,6 @@ class Rows:
         weights: the head's.
         strips: what to search, a strip for each block.
         hidden: hidden states in float64, `[B, d]`.
-        longest: a number that none of their norms exceeds.
         k: how many items.
         barred: what each row must not get.
         allowed: positions that the strips are limited to; None for all.
@@ -96,7 +95,6 @@ class Rows:
         weights: Weights,
         strips: Sequence[Strip],
         hidden: Tensor,
-        longest: float,
         k: int,
         barred: Barred,
         allowed: Tensor | None,
@@ -108,7 +106,6 @@ class Rows:
         self.is_tree = weights.clusters is not None
         # twice what rounding may change in a logit, as two are compared
         self.rounding = 2 * max(strip.rounding for strip in strips)
-        self.longest = longest
         self.set_hidden(hidden)
 
     def set_hidden(self, hidden: Tensor) -> None:
@@ -147,12 +144,9 @@ class Rows:
         return rounded
 
     def doubt(self, rows: Tensor | slice = slice(None)) -> Tensor:
-        """Scores that are closer than this may be in either order, `[B]`."""
-        return self.slack[rows] + self.blur[rows] if self.is_tree else self.slack[rows]
-
-    def most_blur(self) -> float:
-        """The largest doubt that offsets add."""
-        return float(self.blur.amax()) if self.is_tree else 0.0
+        """Scores that are closer than this may be in either order, `[B]`; in a tree normalisers are
+        off by as much as logits."""
+        return 2 * self.slack[rows] + self.blur[rows] if self.is_tree else self.slack[rows]
 
     def settle(self, result: TopK, rows: Tensor, positions: Tensor, real: Tensor) -> None:
         """Put some rows of a result in order by float64 scores.
@@ -187,7 +181,7 @@ class Rows:
         blocks = self.weights.partition.blocks(positions.gather(1, by_id).gather(1, at))
         across = (blocks.diff(dim=1) != 0)[:, : self.k]
         units = torch.finfo(best.dtype).eps * best[:, : gap.shape[1]].abs()
-        unsure = (gap > 0) & (gap <= 4 * units) | across & (gap <= self.blur[rows, None])
+        unsure = (gap > 0) & (gap <= 4 * units) | across & (gap <= self.doubt(rows)[:, None])
         return unsure.any(1)
 
     def _refine_offsets(self, rows: Tensor, positions: Tensor) -> None:

@@ -15,7 +15,7 @@ from cprec_recbole.index import Snapshot
 from cprec_recbole.partition import PADDING
 from cprec_recbole.search import Found, search
 from cprec_recbole.sorting import sort_one
-from cprec_recbole.topk import Barred, TopK, allowed_positions, check_k
+from cprec_recbole.topk import Barred, Ids, TopK, allowed_positions, check_k
 
 
 class SoftmaxHead(nn.Module, ABC):
@@ -62,8 +62,8 @@ class SoftmaxHead(nn.Module, ABC):
         self,
         hidden: Tensor,
         k: int,
-        exclude: Tensor | None = None,
-        allowed: Tensor | None = None,
+        exclude: Ids | None = None,
+        allowed: Ids | None = None,
     ) -> TopK:
         """The k best items of each row, exact, with their `scores`; equal scores by lower item id.
 
@@ -88,17 +88,17 @@ class SoftmaxHead(nn.Module, ABC):
         self,
         hidden: Tensor,
         k: int,
-        exclude: Tensor | None = None,
-        allowed: Tensor | None = None,
+        exclude: Ids | None = None,
+        allowed: Ids | None = None,
     ) -> Found:
         """As `topk`, and what it took: the share of the tail's rows that were read."""
         if torch.is_autocast_enabled(hidden.device.type):  # half precision would not be exact
             with torch.autocast(hidden.device.type, enabled=False):
                 return self.search(hidden, k, exclude, allowed)
-        if hidden.ndim != 2 or hidden.shape[1] != self.table.dim:
+        if hidden.ndim != 2 or hidden.shape[1] != self.table.dim or not hidden.is_floating_point():
             raise CompressionError(
-                f"Expected `hidden` to be of shape [B, {self.table.dim}], but got "
-                f"{list(hidden.shape)}."
+                f"Expected `hidden` to be real numbers of shape [B, {self.table.dim}], but got "
+                f"{hidden.dtype} of {list(hidden.shape)}."
             )
         partition, weights = self.table.partition, self._current().weights
         if exclude is None and allowed is None:

@@ -65,10 +65,10 @@ class Sorted(Rows):
         best, columns = scores.topk(min(k + _SPARE, n_items), dim=1)
         result = TopK(self.items(self._positions(columns[:, :k])), best[:, :k])
         gaps = best[:, : min(k, n_items - 1)] - best[:, 1 : k + 1]
-        if not gaps.numel() or float(gaps.amin()) > self.rounding * self.longest + self.most_blur():
-            return result
         doubt = self.doubt().unsqueeze(1)
         close = (gaps <= doubt).any(1)
+        if not close.any():
+            return result
         many = close & (best[:, -1:] >= best[:, k - 1 : k] - doubt).squeeze(1)
         if best.shape[1] == n_items:
             many.fill_(False)

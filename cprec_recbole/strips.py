@@ -20,6 +20,7 @@ from cprec_recbole.partition import PADDING
 _GROUP_VALUES = 256  # numbers to a group: 64 rows of rank 4, 16 of rank 16
 _BRANCH = 64  # groups to a branch of their tree
 _FEW_ROWS = 2**15
+_LONGEST = 1e15
 
 
 class Strip(ABC):
@@ -202,12 +203,17 @@ def _principal_axes(codes: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _longest(codes: Tensor, block: Block) -> float:
-    longest = float(codes.norm(dim=1).max()) if len(codes) else 0.0
+    lengths = torch.linalg.vector_norm(codes, dim=1, dtype=torch.float64)
+    longest = float(lengths.max()) if len(codes) else 0.0
     projection = block.projection
-    finite = math.isfinite(longest) and (projection is None or bool(projection.isfinite().all()))
-    if not finite:
+    if not math.isfinite(longest) or not (projection is None or projection.isfinite().all()):
         raise CompressionError(
             "Expected the weights of the item table to be finite numbers, but found NaN or "
             "infinity; the training diverged, or the checkpoint is damaged."
+        )
+    if longest > _LONGEST:
+        raise CompressionError(
+            f"Expected the rows of the item table to be shorter than {_LONGEST:.0e}, for their "
+            f"squares to be numbers, but found a length of {longest:.1e}; the training diverged."
         )
     return longest

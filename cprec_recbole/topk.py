@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cprec_recbole.config import CompressionError
 from cprec_recbole.partition import PADDING, Partition
+
+Ids = Tensor | np.ndarray | Sequence
 
 
 class TopK(NamedTuple):
@@ -44,7 +48,7 @@ class Barred:
         return cls(none, none)
 
     @classmethod
-    def from_ids(cls, exclude: Tensor | None, n_rows: int, partition: Partition) -> Barred:
+    def from_ids(cls, exclude: Ids | None, n_rows: int, partition: Partition) -> Barred:
         """Check ids to exclude, `[B, m]` or `[m]` for all rows; 0 excludes nothing.
 
         Raises:
@@ -52,13 +56,12 @@ class Barred:
         """
         if exclude is None:
             return cls.nothing(partition.position_of.device)
-        shapes = (f"[{n_rows}, m]", "[m]")
-        if exclude.ndim not in (1, 2) or (exclude.ndim == 2 and len(exclude) != n_rows):
+        ids = _as_ids("exclude", exclude, partition.n_items)
+        if ids.ndim not in (1, 2) or (ids.ndim == 2 and len(ids) != n_rows):
             raise CompressionError(
-                f"Expected `exclude` to be item ids of shape {' or '.join(shapes)}, but got "
-                f"{list(exclude.shape)}."
+                f"Expected `exclude` to be item ids of shape [{n_rows}, m] or [m], but got "
+                f"{list(ids.shape)}."
             )
-        ids = _checked_ids("exclude", exclude, partition.n_items)
         ids = ids.to(partition.position_of.device).expand(n_rows, -1)
         rows = torch.arange(n_rows, device=ids.device).unsqueeze(1).expand_as(ids)
         keys = (rows * partition.n_items + partition.positions(ids)).flatten().unique()
@@ -102,17 +105,18 @@ class Barred:
         return keys[at] == wanted
 
 
-def allowed_positions(allowed: Tensor, partition: Partition) -> Tensor:
+def allowed_positions(allowed: Ids, partition: Partition) -> Tensor:
     """Positions of the ids that may be recommended, sorted, each once, `[m] -> [<= m]`.
 
     Raises:
         CompressionError: no id but 0, another shape, or ids outside the catalogue.
     """
-    if allowed.ndim != 1:
+    ids = _as_ids("allowed", allowed, partition.n_items)
+    if ids.ndim != 1:
         raise CompressionError(
-            f"Expected `allowed` to be item ids of shape [m], but got {list(allowed.shape)}."
+            f"Expected `allowed` to be item ids of shape [m], but got {list(ids.shape)}."
         )
-    ids = _checked_ids("allowed", allowed, partition.n_items).to(partition.position_of.device)
+    ids = ids.to(partition.position_of.device)
     positions = partition.positions(ids[ids != PADDING]).unique()
     if not len(positions):
         raise CompressionError(
@@ -136,16 +140,28 @@ def check_k(k: object, left: int) -> int:
     return int(k)  # type: ignore[call-overload]
 
 
-def _checked_ids(name: str, ids: Tensor, n_items: int) -> Tensor:
-    if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
+def _as_ids(name: str, ids: Ids, n_items: int) -> Tensor:
+    """Item ids as int64, whatever whole numbers they come as."""
+    if isinstance(ids, np.ndarray) and ids.dtype.kind in "iu":
+        ids = ids.astype(np.int64)  # of any width, byte order and direction
+    try:
+        tensor = torch.as_tensor(ids)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise CompressionError(
-            f"Expected `{name}` to hold item ids, whole numbers, but got {ids.dtype}."
+            f"Expected `{name}` to hold item ids, whole numbers, but got {type(ids).__name__}: "
+            f"{error}"
+        ) from error
+    if not tensor.numel():
+        return tensor.to(torch.int64)
+    if tensor.dtype == torch.bool or tensor.is_floating_point() or tensor.is_complex():
+        raise CompressionError(
+            f"Expected `{name}` to hold item ids, whole numbers, but got {tensor.dtype}."
         )
-    if ids.numel():
-        low, high = (int(bound) for bound in ids.aminmax())
-        if low < 0 or high >= n_items:
-            raise CompressionError(
-                f"Expected `{name}` to hold item ids from 0 to {n_items - 1}, but got "
-                f"{low if low < 0 else high}."
-            )
-    return ids.to(torch.int64)
+    tensor = tensor.to(torch.int64)
+    low, high = (int(bound) for bound in tensor.aminmax())
+    if low < 0 or high >= n_items:
+        raise CompressionError(
+            f"Expected `{name}` to hold item ids from 0 to {n_items - 1}, but got "
+            f"{low if low < 0 else high}."
+        )
+    return tensor

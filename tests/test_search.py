@@ -6,6 +6,7 @@ import io
 from contextlib import ExitStack
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -150,6 +151,50 @@ def test_copies_of_a_row_keep_the_order_of_their_ids(indexed):
         check(head, torch.randn(40, DIM), 25)
 
 
+def test_near_ties_between_blocks_whose_logits_cancel():
+    """Rounding of the normalisers alone may turn the order of two blocks around."""
+    head = build(TreeSoftmax, (40, 60, 60), (8, 8, 8))
+    with torch.no_grad():
+        for block in head.table.blocks:
+            block.weight[:, 0], block.weight[:, 1] = 300.0, -300.0
+        rows = head.table.blocks[1].weight
+        head.table.blocks[2].weight.copy_(rows + 1e-6 * torch.randn_like(rows))
+        head.clusters[1] = head.clusters[0]
+    hidden = torch.randn(40, DIM)
+    hidden[:, 1] = hidden[:, 0] + 0.01 * torch.randn(40)
+    for sort in ((0, 0), (2**15, 2**18)):
+        with thresholds(sort=sort):
+            head.drop_index()
+            found = head.topk(hidden, 5)
+            items, scores = best_by_sort(head, hidden, 5)
+            assert torch.equal(found.items, items)
+            torch.testing.assert_close(found.scores, scores, rtol=1e-4, atol=1e-3)
+
+
+def test_equal_rows_can_be_grouped():
+    for seed in range(10):
+        torch.manual_seed(seed)
+        head = build(FullSoftmax, (5, 3000), (16, 16), 16)
+        with thresholds(), torch.no_grad():
+            rows = head.table.blocks[1].weight
+            rows.copy_(rows[:3].repeat(1000, 1))
+            head.build_index()
+            check(head, torch.randn(2, 16), 5)
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+@pytest.mark.parametrize("head_class", HEADS)
+def test_the_whole_head_excluded_and_part_of_the_tail_allowed(head_class, indexed):
+    head = build(head_class, (500, 20_000, 60_000))
+    if indexed:
+        head.build_index()
+    order = head.table.partition.item_at.long()
+    allowed = order[500 + torch.randperm(80_000)[:40_000]]
+    check(
+        head, torch.randn(3, DIM), 7, exclude=order[:500], allowed=torch.cat([allowed, order[:9]])
+    )
+
+
 def test_float32_is_not_trusted_where_it_cannot_tell():
     head = build(FullSoftmax, (3, 600), (8, 8))
     with thresholds(), torch.no_grad():
@@ -231,7 +276,18 @@ def replace_a_parameter(head):
     block.weight = torch.nn.Parameter(torch.randn_like(block.weight))
 
 
+def change_signs_through_data(head):
+    for parameter in head.parameters():
+        parameter.data.neg_()  # the lowest byte of each number stays what it was
+
+
+def replace_a_block(head):
+    head.table.factors[1] = block_embedding(SIZES, RANKS, DIM).factors[1]
+
+
 CHANGES = {
+    "a change of signs through .data": change_signs_through_data,
+    "another block": replace_a_block,
     "a step of Adam": lambda head: optimizer_step(head, foreach=False),
     "a step of Adam, foreach": lambda head: optimizer_step(head, foreach=True),
     "a step of Adam, fused": lambda head: optimizer_step(head, fused=True),
@@ -300,8 +356,14 @@ def test_a_small_block_is_not_grouped():
 BAD = {
     "not a number": (dict(hidden=torch.full((2, DIM), torch.nan)), "`hidden` to hold finite"),
     "infinite": (dict(hidden=torch.full((1, DIM), torch.inf)), "`hidden` to hold finite"),
-    "one dimension": (dict(hidden=torch.randn(DIM)), r"`hidden` to be of shape \[B, 8\].*\[8\]"),
-    "too wide": (dict(hidden=torch.randn(2, 9)), r"`hidden` to be of shape \[B, 8\].*\[2, 9\]"),
+    "one dimension": (
+        dict(hidden=torch.randn(DIM)),
+        r"`hidden` to be real numbers of shape \[B, 8\].*\[8\]",
+    ),
+    "too wide": (
+        dict(hidden=torch.randn(2, 9)),
+        r"`hidden` to be real numbers of shape \[B, 8\].*\[2, 9\]",
+    ),
     "k of zero": (dict(k=0), "`k` to be from 1 to the 1059 items .* got 0"),
     "k too large": (dict(k=1060), "`k` to be from 1 to the 1059 items .* got 1060"),
     "k no number": (dict(k=2.5), "`k` to be from 1 .* got 2.5"),
@@ -334,6 +396,38 @@ def test_bad_input_is_named(head_class, sort, bad):
         build(head_class).topk(**{"hidden": torch.randn(2, DIM), "k": 5, **options})
 
 
+@pytest.mark.parametrize("name", ["exclude", "allowed"])
+@pytest.mark.parametrize(
+    "ids",
+    [[None], ["1"], [2**70], {1, 2}, [[1, 2], 3], [1.5], [True]],
+    ids=["none", "text", "huge", "set", "ragged", "fraction", "truth"],
+)
+def test_ids_of_other_kinds_are_named(name, ids):
+    with pytest.raises(CompressionError, match=f"`{name}` to "):
+        build(FullSoftmax).topk(torch.randn(2, DIM), 5, **{name: ids})
+
+
+def test_ids_come_as_lists_and_arrays_too():
+    head, hidden = build(FullSoftmax), torch.randn(2, DIM)
+    expected = head.topk(hidden, 5, exclude=torch.tensor([3, 4]), allowed=torch.arange(1, 40))
+    arrays = np.array([4, 3], dtype=np.uint16)[::-1], np.arange(1, 40, dtype=">i4")
+    for exclude, allowed in (([3, 4], range(1, 40)), arrays):
+        assert torch.equal(head.topk(hidden, 5, exclude, allowed).items, expected.items)
+
+
+def test_whole_numbers_are_no_hidden_states():
+    with pytest.raises(CompressionError, match=r"`hidden` to be real numbers .* torch.int64"):
+        build(FullSoftmax).topk(torch.ones(1, DIM, dtype=torch.int64), 3)
+
+
+def test_weights_too_large_to_square_are_named():
+    head = build(FullSoftmax)
+    with torch.no_grad():
+        head.table.blocks[1].weight[5] = 1e18
+    with pytest.raises(CompressionError, match="shorter than 1e"):
+        head.topk(torch.randn(1, DIM), 3)
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_weights_that_are_not_numbers_are_named(value):
     head = build(FullSoftmax)
@@ -348,7 +442,7 @@ def test_weights_that_are_not_numbers_are_named(value):
 def test_scores_that_overflow_are_named(head_class, sort):
     head = build(head_class)
     with thresholds(sort=sort), torch.no_grad():
-        head.table.blocks[0].weight.mul_(1e15)
+        head.table.blocks[0].weight.mul_(1e12)
         with pytest.raises(CompressionError, match="overflow"):
             head.topk(torch.full((2, DIM), 1e30), 3)
 
