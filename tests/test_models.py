@@ -84,6 +84,48 @@ def test_recommendations_leave_out_what_was_seen(world, host_name, options):
         model.recommend(histories, k=model.n_items - 2, exclude_seen=True)
 
 
+@pytest.mark.parametrize("indexed", [False, True])
+def test_recommendations_leave_out_and_keep_to_given_items(world, host_name, indexed):
+    model = world.model(f"Cp{host_name}", **BLOCKS)
+    if indexed:
+        model.build_index()
+    histories = [[1, 2, 3], [5]]
+    every = model.recommend(histories, k=model.n_items - 1).items.tolist()
+    for exclude, seen, gone in (
+        ([7, 8], False, [{7, 8}, {7, 8}]),
+        ([[7], [9, 4]], False, [{7}, {9, 4}]),
+        (torch.tensor([[7, 0], [9, 4]]), True, [{7, 1, 2, 3}, {9, 4, 5}]),
+        ([[], []], True, [{1, 2, 3}, {5}]),
+        (np.array([6]), False, [{6}, {6}]),
+    ):
+        best = model.recommend(histories, k=10, exclude_seen=seen, exclude=exclude)
+        expected = [[i for i in row if i not in out][:10] for row, out in zip(every, gone)]
+        assert best.items.tolist() == expected
+    allowed = [9, 3, 20, 7, 3]
+    best = model.recommend(histories, k=3, exclude=[20], allowed=allowed)
+    assert best.items.tolist() == [[i for i in row if i in (9, 3, 7)] for row in every]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"exclude": [[1], [2], [3]]}, "`exclude` to be one list of item ids or 2.*got 3"),
+        ({"exclude": [[1], [2.7]]}, "`exclude` to hold item ids"),
+        ({"exclude": [[1, 2], 3]}, "`exclude` to hold item ids"),
+        ({"exclude": [9999]}, r"`exclude` to hold item ids .*9999"),
+        ({"exclude": 5}, "`exclude` to be item ids or lists"),
+        ({"allowed": []}, "`allowed` to hold at least one item"),
+        ({"allowed": [9999]}, r"`allowed` to hold item ids .*9999"),
+        ({"allowed": [[1], [2]]}, r"`allowed` to be item ids of shape \[m\]"),
+        ({"allowed": [1, 2]}, "`k` to be from 1 to the 2 items"),
+    ],
+)
+def test_bad_items_to_leave_out_or_keep_to_are_named(world, host_name, options, words):
+    model = world.model(f"Cp{host_name}", **BLOCKS)
+    with pytest.raises(CompressionError, match=words):
+        model.recommend([[1, 2], [3]], k=5, **options)
+
+
 def test_one_history_and_a_batch_of_different_lengths_agree(world, host_name):
     model = world.model(f"Cp{host_name}", **BLOCKS)
     histories = [[4], [1, 2, 3, 4, 5], [7, 7]]
