@@ -67,8 +67,9 @@ class SoftmaxHead(nn.Module, ABC):
     ) -> TopK:
         """The k best items of each row, exact, with their `scores`; equal scores by lower item id.
 
-        Never builds `[B, n_items]`. Reads every row of the table in pieces, unless `build_index`
-        was called: then it skips groups of rows that cannot hold one of the best.
+        Never builds `[B, n_items]` of a large catalogue. Reads every row of the table in pieces,
+        unless `build_index` was called: then it skips groups of rows that cannot hold one of the
+        best.
 
         Args:
             hidden: hidden states, `[B, d]`.
