@@ -9,6 +9,7 @@ from recbole.quick_start import load_data_and_model, run_recbole  # noqa: E402
 
 from cprec_recbole.compress import compress  # noqa: E402
 from cprec_recbole.embedding import BlockEmbedding  # noqa: E402
+from cprec_recbole.evaluation import evaluate  # noqa: E402
 from cprec_recbole.models import (  # noqa: E402
     CompressedRecommender,
     CpGRU4Rec,
@@ -16,6 +17,7 @@ from cprec_recbole.models import (  # noqa: E402
     CpSASRec,
 )
 from cprec_recbole.partition import Partition  # noqa: E402
+from cprec_recbole.recover import recover  # noqa: E402
 from cprec_recbole.softmax import FullSoftmax, TreeSoftmax  # noqa: E402
 from cprec_recbole.topk import TopK  # noqa: E402
 
@@ -33,6 +35,8 @@ __all__ = [
     "TopK",
     "TreeSoftmax",
     "compress",
+    "evaluate",
     "load_data_and_model",
+    "recover",
     "run_recbole",
 ]

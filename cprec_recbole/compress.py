@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from cprec_recbole.backbones import Host, find_backbone
-from cprec_recbole.config import CompressionConfig, CompressionError, reject_unknown
+from cprec_recbole.budget import (
+    checked_bytes,
+    checked_ratio,
+    choose,
+    smallest_possible,
+)
+from cprec_recbole.config import CompressionConfig, CompressionError, is_number, reject_unknown
 from cprec_recbole.embedding import BlockEmbedding
+from cprec_recbole.evaluation import check_evaluation_data, evaluate, valid_metric
+from cprec_recbole.histories import Histories, drawn_histories, histories_of
 from cprec_recbole.models import MODELS, CompressedRecommender, check_objective
+from cprec_recbole.original import Original
 from cprec_recbole.partition import Partition
-from cprec_recbole.sequences import item_counts as count_items
 from cprec_recbole.softmax import TreeSoftmax
+from cprec_recbole.spectra import looks_trained
+from cprec_recbole.warmstart import FIT_HISTORIES, fit_clusters_to, warm_start
+
+_QUICK_LOOK = 64  # histories on which ways of sharing are compared
+_LADDER = 24  # ratios between which max_loss is searched: five evaluations find one of them
+_LEAST_RATIO = 1.25
 
 
 def compress(
@@ -23,17 +37,28 @@ def compress(
     config: CompressionConfig | None = None,
     *,
     item_counts: Any = None,
+    data: Any = None,
+    ratio: float | None = None,
+    size: int | str | None = None,
+    max_loss: float | None = None,
+    valid_data: Any = None,
+    verbose: bool = True,
     **options: Any,
 ) -> CompressedRecommender:
     """Make a compressed copy of a RecBole NextItNet, SASRec or GRU4Rec, fresh or trained.
 
     The model itself is left as it was. Weights are carried over: the factors are the truncated
-    SVD of each block of the table (rows weighted by item counts), kernels that will be shared
-    start from the mean of those they replace, everything else is copied. With nothing to lose
+    SVD of each block of the table, rows weighted by item counts. Of a trained model the layers are
+    then fitted to its hidden states, and the clusters of a tree to the probabilities of its blocks
+    (see `warm_start`); what that came to is in the result's `warm_start`. With nothing to lose
     (`ranks=[d]`, `sharing="none"`, `softmax="full"`) the scores equal the original's.
 
+    Either name the options, or give one budget and let cutoffs, ranks and sharing be chosen. The
+    budget is always met; the choice is printed with its reasons, and is the result's `choice`.
+
     Args:
-        model: RecBole's NextItNet, SASRec or GRU4Rec.
+        model: RecBole's NextItNet, SASRec or GRU4Rec, or a Cp model with the options of
+            `CompressionConfig.uncompressed()`.
         config: the options as one object; or name them one by one instead, e.g.
             `compress(model, ranks=[64, 16, 4], sharing="cross_block")`. See CompressionConfig for
             `ranks`, `cutoffs`, `sharing`, `softmax` and `tied`. The result reads a history as the
@@ -41,48 +66,193 @@ def compress(
         item_counts: how often each item occurs in training: a RecBole dataset (the training
             split), or an array `[n_items]`. May be left out for a model that was built after
             `import cprec_recbole`, which remembers them.
+        data: training data to fit the layers on: RecBole's dataset or data loader, or lists of item
+            ids. Left out: what `item_counts` holds, or histories drawn from the counts, which serve
+            nearly as well.
+        ratio: a budget: at least so many times fewer parameters than the model's.
+        size: a budget: at most so many bytes of weights, e.g. `"2MB"`.
+        max_loss: a budget: the smallest model that loses at most this share of the model's
+            validation metric before any fine-tuning, e.g. 0.01.
+        valid_data: RecBole's validation data; with `max_loss`.
+        verbose: whether to print what was chosen for a budget.
 
     Returns:
         CpNextItNet, CpSASRec or CpGRU4Rec, on the model's device and in its train or eval mode.
 
     Raises:
         CompressionError: a model that is not supported or is compressed already, an option that
-            is unknown or breaks a rule, counts that are missing or do not fit.
+            is unknown or breaks a rule, counts or data that are missing or do not fit, a budget
+            below the smallest possible model.
     """
-    if isinstance(model, CompressedRecommender):
-        raise CompressionError(
-            f"Expected `model` to be uncompressed, but got {type(model).__name__}; compress the "
-            "original model with the new options."
-        )
-    record = find_backbone(model)
-    if not isinstance(model.item_embedding, nn.Embedding):
-        raise CompressionError(
-            f"Expected `model` to have its own item table, but this {type(model).__name__} has a "
-            f"{type(model.item_embedding).__name__}: it is a part of a compressed model."
-        )
-    compression = _options(config, options)
-    check_objective(compression, str(model.loss_type))
-    table: Tensor = model.item_embedding.weight
-    n_items, dim = table.shape
-    plan = compression.plan(dim, n_items)
-    counts = _checked_counts(item_counts, model, n_items)
-    if not torch.isfinite(table).all():
-        raise CompressionError(
-            "Expected `model` to have finite weights, but its table has NaN or inf."
-        )
+    base = _options(config, options)
+    sharing = options.get("sharing") if config is None else config.sharing
+    _check_budget(base, ratio=ratio, size=size, max_loss=max_loss, valid_data=valid_data)
+    original = Original.of(model)
+    check_objective(base, str(original.host.loss_type))
+    base.plan(original.dim, original.n_items)
+    counts = original.counts(item_counts if item_counts is not None else _dataset_of(data))
+    work = _Compression(original, counts, _histories(data, item_counts, original, counts))
+    if max_loss is not None:
+        small = work.within_loss(float(max_loss), valid_data, base, sharing)
+    elif ratio is not None or size is not None:
+        whole = work.n_parameters
+        limit = int(whole / checked_ratio(ratio)) if ratio is not None else _affordable(size, model)
+        small = work.within(limit, base, sharing)
+    else:
+        small = work.small(base)
+    if verbose and small.choice is not None:
+        print(small.choice)
+    return small.train(model.training)
 
+
+class _Compression:
+    """One original on its way to one or several compressed models."""
+
+    def __init__(self, original: Original, counts: np.ndarray, histories: Histories) -> None:
+        self.original, self.counts, self.histories = original, counts, histories
+        self.trained = looks_trained(original.table, counts)
+        self.n_parameters = sum(p.numel() for p in original.model.parameters())
+
+    def small(self, compression: CompressionConfig) -> CompressedRecommender:
+        """The compressed model for given options, as near to a trained original as it gets."""
+        small = build(self.original, compression, self.counts)
+        if self.trained:
+            small.warm_start = warm_start(small, self.original, self.histories)
+            fit_clusters_to(small, self.original, self.histories)
+        return small
+
+    def within(
+        self, limit: int, base: CompressionConfig, sharing: str | None
+    ) -> CompressedRecommender:
+        """The compressed model for a number of parameters."""
+        choice = choose(
+            self.original, self.counts, limit, base, sharing, self._hidden_error, self.trained
+        )
+        small = self.small(choice.compression)
+        small.choice = choice
+        return small
+
+    def within_loss(
+        self, max_loss: float, valid_data: Any, base: CompressionConfig, sharing: str | None
+    ) -> CompressedRecommender:
+        """The smallest compressed model that loses at most a share of the validation metric, by
+        bisection over ratios: a smaller model is taken to be no better."""
+        metric = valid_metric(valid_data)
+        whole = evaluate(self.original.model, valid_data)[metric]
+        if not whole > 0:
+            raise CompressionError(
+                f"Expected a `model` whose {metric} on `valid_data` is above 0, to measure "
+                f"`max_loss` by, but got {whole:.4f}."
+            )
+        largest = self.n_parameters / smallest_possible(self.original, base, sharing)
+        ratios = np.geomspace(min(_LEAST_RATIO, largest), largest, _LADDER)
+        found: CompressedRecommender | None = None
+        tried: list[str] = []
+        low, high = -1, len(ratios)  # ratios[low] is good enough, ratios[high] is not
+        while high - low > 1:
+            middle = (low + high) // 2
+            small = self.within(int(self.n_parameters / ratios[middle]), base, sharing)
+            score = evaluate(small, valid_data)[metric]
+            tried.append(f"ratio {ratios[middle]:.2f}: {metric} {score:.4f}, {score / whole:.1%}")
+            if score >= (1 - max_loss) * whole:
+                low, found = middle, small
+            else:
+                high = middle
+        if found is None or found.choice is None:
+            raise CompressionError(
+                f"Expected `max_loss` to be reachable without training, but got {max_loss}: "
+                f"{'; '.join(tried)} of {whole:.4f}. Use ratio=... and recover()."
+            )
+        reasons = (f"measured, of {whole:.4f} on the validation data: {'; '.join(tried)}",)
+        found.choice = replace(found.choice, reasons=found.choice.reasons + reasons)
+        return found
+
+    def _hidden_error(self, compression: CompressionConfig) -> float:
+        small = build(self.original, compression, self.counts)
+        start = warm_start(small, self.original, self.histories, descend=False, look_at=_QUICK_LOOK)
+        return start.refitted
+
+
+def build(
+    original: Original, compression: CompressionConfig, counts: np.ndarray
+) -> CompressedRecommender:
+    """A compressed model with the original's weights: factors by SVD, shared layers the first of
+    each set, clusters the mean of their items, everything else copied.
+
+    Args:
+        original: what is compressed; it is left as it was.
+        compression: the options.
+        counts: training interactions of each item id, `[n_items]`.
+    """
+    table = original.table
+    plan = compression.plan(original.dim, original.n_items)
     weights = torch.from_numpy(counts).to(table.device)
-    blocks = BlockEmbedding(Partition.from_counts(counts, plan.cutoffs), plan.ranks, dim)
+    blocks = BlockEmbedding(Partition.from_counts(counts, plan.cutoffs), plan.ranks, plan.dim)
     blocks = blocks.to(table.device, table.dtype)
     blocks.approximate(table, weights)
-    small_class = next(cls for cls in MODELS if cls.record is record)
-    small = small_class.from_host(_copy_without_table(model), blocks, compression, counts)
+    small_class = next(cls for cls in MODELS if cls.record is original.record)
+    small = small_class.from_host(original.copy_host(), blocks, compression)
+    small.reads_last_column = original.reads_last_column
+    small.train_item_counts = counts
+    small.item_tokens = copy.copy(original.tokens)
     small.head.to(table.device, table.dtype)
     if small.head.table is not blocks:
         small.head.table.approximate(table, weights)
     if isinstance(small.head, TreeSoftmax):
         small.head.average_clusters(weights)
-    return small.train(model.training)
+    return small
+
+
+def _dataset_of(data: Any) -> Any:
+    """The RecBole dataset that data is or loads from; None for histories."""
+    dataset = getattr(data, "_dataset", data)
+    return dataset if hasattr(dataset, "inter_feat") else None
+
+
+def _histories(data: Any, item_counts: Any, original: Original, counts: np.ndarray) -> Histories:
+    length = original.host.max_seq_length
+    source = data if data is not None else _dataset_of(item_counts)
+    if source is not None:
+        return histories_of(source, original.n_items, length)
+    generator = torch.Generator().manual_seed(0)
+    return Histories(drawn_histories(counts, FIT_HISTORIES, length, generator))
+
+
+def _affordable(size: object, model: nn.Module) -> int:
+    """Parameters of the model's type in a number of bytes."""
+    return checked_bytes(size) // next(model.parameters()).element_size()
+
+
+def _check_budget(base: CompressionConfig, valid_data: Any, **budgets: Any) -> None:
+    given = [name for name, value in budgets.items() if value is not None]
+    if len(given) > 1:
+        raise CompressionError(
+            f"Expected one budget, but got {' and '.join(f'`{name}`' for name in given)}; the "
+            "others follow from it."
+        )
+    fixed = [name for name in ("ranks", "cutoffs") if getattr(base, name) is not None]
+    if given and fixed:
+        raise CompressionError(
+            f"Expected either a budget or `{fixed[0]}`, but got `{given[0]}` too; a budget chooses "
+            "ranks and cutoffs."
+        )
+    if budgets["ratio"] is not None:
+        checked_ratio(budgets["ratio"])
+    if budgets["size"] is not None:
+        checked_bytes(budgets["size"])
+    max_loss = budgets["max_loss"]
+    if max_loss is None:
+        if valid_data is not None:
+            raise CompressionError(
+                "Expected `valid_data` only with `max_loss`, but got it without; nothing else is "
+                "measured on it."
+            )
+        return
+    if not is_number(max_loss) or not 0 <= max_loss < 1:
+        raise CompressionError(
+            f"Expected `max_loss` to be a share from 0 to below 1, but got {max_loss!r}."
+        )
+    check_evaluation_data(valid_data)
 
 
 def _options(config: CompressionConfig | None, options: dict[str, Any]) -> CompressionConfig:
@@ -101,39 +271,3 @@ def _options(config: CompressionConfig | None, options: dict[str, Any]) -> Compr
             "use dataclasses.replace(config, ...)."
         )
     return config
-
-
-def _checked_counts(item_counts: Any, model: nn.Module, n_items: int) -> np.ndarray:
-    if item_counts is None:
-        item_counts = getattr(model, "train_item_counts", None)
-        if item_counts is None:
-            raise CompressionError(
-                "Expected `item_counts` for a model that was built before `import cprec_recbole`, "
-                "but got none; pass the training dataset or an array [n_items]."
-            )
-    if hasattr(item_counts, "inter_feat"):
-        item_counts = count_items(item_counts)
-    elif isinstance(item_counts, Tensor):
-        item_counts = item_counts.detach().cpu().double().numpy()
-    try:
-        counts = np.array(item_counts, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise CompressionError(
-            f"Expected `item_counts` to be a RecBole dataset or numbers [{n_items}], but got "
-            f"{type(item_counts).__name__}."
-        ) from error
-    if counts.shape != (n_items,):
-        raise CompressionError(
-            f"Expected `item_counts` to have one entry for each of the {n_items} items (padding "
-            f"included), but got shape {list(counts.shape)}."
-        )
-    if not np.isfinite(counts).all() or (counts < 0).any():
-        raise CompressionError(
-            "Expected `item_counts` to be zero or above, but got negative or non-finite entries."
-        )
-    return counts
-
-
-def _copy_without_table(model: nn.Module) -> Host:
-    """A deep copy of a model in which the item table is missing, never copied."""
-    return copy.deepcopy(model, memo={id(model.item_embedding): None})

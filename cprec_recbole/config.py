@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeGuard
 
 SHARING_SCHEMES = ("none", "cross_layer", "cross_block", "adjacent_layer", "adjacent_block")
 SOFTMAXES = ("full", "tree")
@@ -165,6 +165,16 @@ class CompressionConfig:
         return (*inner, n_items)
 
 
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value is a real number; True and False are none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    """Whether a value is a whole number; True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def reject_unknown(names: Iterable[str], known: Sequence[str]) -> None:
     """Raise a CompressionError for the first name that is not among the known ones."""
     for name in names:
@@ -198,7 +208,7 @@ def _checked_ranks(value: object) -> tuple[int, ...] | None:
     if not ranks:
         raise CompressionError("Expected `ranks` to have an entry for each block, but got [].")
     for rank in ranks:
-        if not isinstance(rank, Integral) or isinstance(rank, bool) or rank < 1:
+        if not is_whole(rank) or rank < 1:
             raise CompressionError(
                 f"Expected `ranks` to be positive whole numbers, but got {list(ranks)}."
             )
@@ -214,7 +224,7 @@ def _checked_cutoffs(value: object) -> tuple[int, ...] | tuple[float, ...] | Non
     if value is None:
         return None
     cutoffs = _as_tuple("cutoffs", value)
-    whole = all(isinstance(c, Integral) and not isinstance(c, bool) for c in cutoffs)
+    whole = all(is_whole(c) for c in cutoffs)
     shares = all(isinstance(c, Real) and not isinstance(c, Integral) for c in cutoffs)
     if not (whole or shares):
         raise CompressionError(

@@ -15,6 +15,7 @@ from torch import Tensor
 from cprec_recbole.backbones import GRU4REC, NEXTITNET, SASREC, Backbone, Host, build_host
 from cprec_recbole.config import CompressionConfig, CompressionError
 from cprec_recbole.embedding import BlockEmbedding
+from cprec_recbole.outcome import Choice, WarmStart
 from cprec_recbole.partition import Partition
 from cprec_recbole.recommend import barred_ids, pad_histories
 from cprec_recbole.sequences import NEXT_ITEMS, item_counts
@@ -41,6 +42,10 @@ class CompressedRecommender(SequentialRecommender):
 
     record: ClassVar[Backbone]
     reads_last_column: bool  # of a padded batch, as its host does, even where that is padding
+    train_item_counts: np.ndarray | None = None  # interactions of each item id, [n_items]
+    item_tokens: np.ndarray | None = None  # RecBole's token of each item id, [n_items]
+    choice: Choice | None = None  # where compress() was given a budget
+    warm_start: WarmStart | None = None  # where compress() was given a trained model
 
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
@@ -62,22 +67,21 @@ class CompressedRecommender(SequentialRecommender):
         table = BlockEmbedding(Partition.from_counts(counts, plan.cutoffs), plan.ranks, plan.dim)
         std = self.record.table_std(host, self.n_items)
         table.reset_parameters(std)
-        self.assemble(host, table, average=False)
+        self.assemble(host, table)
         if self.head.table is not table:
             self.head.table.reset_parameters(std)
         self.train_item_counts = counts
 
     @classmethod
     def from_host(
-        cls, host: Host, table: BlockEmbedding, compression: CompressionConfig, counts: np.ndarray
+        cls, host: Host, table: BlockEmbedding, compression: CompressionConfig
     ) -> CompressedRecommender:
-        """Build around a model and the table that replaces its own; for `compress()`.
+        """Build around a model and the table that replaces its own.
 
         Args:
             host: a RecBole model of this class's record, without a table; it becomes a part.
             table: the block embedding that takes the table's place.
-            compression: the options; layers that share start from the mean of those they replace.
-            counts: training interactions of each item id, `[n_items]`.
+            compression: the options; layers that share keep the first of each set.
         """
         model = cls.__new__(cls)
         super(SequentialRecommender, model).__init__()  # parts only: there is no config to read
@@ -85,16 +89,15 @@ class CompressedRecommender(SequentialRecommender):
             setattr(model, name, getattr(host, name))
         model.compression = compression
         model.reads_last_column = cls.record.reads_last_column
-        model.assemble(host, table, average=True)
-        model.train_item_counts = counts
+        model.assemble(host, table)
         return model
 
-    def assemble(self, host: Host, table: BlockEmbedding, *, average: bool) -> None:
+    def assemble(self, host: Host, table: BlockEmbedding) -> None:
         """Put the parts together: table into host, layers shared, softmax on top."""
         host.item_embedding = table
         layers = self.record.layers(host)
         plan = sharing_plan(self.compression.sharing, len(layers), self.record.group)
-        share(layers, plan, average=average)
+        share(layers, plan)
         self.loss_type = host.loss_type
         self.backbone = host
         softmax_table = table
@@ -126,16 +129,24 @@ class CompressedRecommender(SequentialRecommender):
             targets = interaction[NEXT_ITEMS][:, :longest]
             real = targets != 0
             hidden = self.hidden_states(item_seq[:, :longest])[real]  # [N, d]
-            target = targets[real]  # [N]
-            negative = self._negatives(target)
+            loss = self.position_loss(hidden, targets[real])
         else:
-            hidden = self.forward(item_seq, lengths)
-            target = interaction[self.POS_ITEM_ID]
             negative = interaction[self.NEG_ITEM_ID] if self.loss_type == "BPR" else None
-        loss = self._softmax_loss(hidden, target, negative)
+            target = interaction[self.POS_ITEM_ID]
+            loss = self.position_loss(self.forward(item_seq, lengths), target, negative)
         if self.record.penalty is not None:
             loss = loss + self.record.penalty(self.backbone)
         return loss
+
+    def position_loss(
+        self, hidden: Tensor, target: Tensor, negative: Tensor | None = None
+    ) -> Tensor:
+        """Loss of hidden states and the items that came next, `[N, d], [N] -> []`: the softmax's,
+        or with `loss_type: BPR` that of pairs, with negatives drawn where none are given."""
+        if self.loss_type == "BPR" and isinstance(self.head, FullSoftmax):
+            drawn = self._negatives(target) if negative is None else negative
+            return self.head.pairwise_loss(hidden, target, drawn)
+        return self.head.loss(hidden, target)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
@@ -219,15 +230,8 @@ class CompressedRecommender(SequentialRecommender):
         """Hidden state that predicts the next item of each row, `[B, d]`."""
         return self.forward(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN])
 
-    def _softmax_loss(self, hidden: Tensor, target: Tensor, negative: Tensor | None) -> Tensor:
-        if self.loss_type == "BPR" and isinstance(self.head, FullSoftmax) and negative is not None:
-            return self.head.pairwise_loss(hidden, target, negative)
-        return self.head.loss(hidden, target)
-
-    def _negatives(self, target: Tensor) -> Tensor | None:
+    def _negatives(self, target: Tensor) -> Tensor:
         """One item for each target, uniform over all others, as RecBole's sampler draws them."""
-        if self.loss_type != "BPR":
-            return None
         drawn = torch.randint(1, self.n_items - 1, target.shape, device=target.device)
         return drawn + (drawn >= target)
 

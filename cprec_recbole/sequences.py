@@ -122,21 +122,28 @@ class PositionsDataset(SequentialDataset):
         """Cut each user's training targets into windows, from the newest back: only the oldest
         window of a user is short."""
         rows = self.inter_feat
-        users, ends = rows[self.uid_field].numpy(), rows[_END].numpy()
+        ends = rows[_END].numpy()
         order = np.argsort(ends, kind="stable")  # the sequence is sorted by user, then time
-        users, ends = users[order], ends[order]
-        is_last = np.ones(len(users), dtype=bool)
-        is_last[:-1] = users[1:] != users[:-1]
-        index = np.arange(len(users))
-        newest = np.minimum.accumulate(np.where(is_last, index, len(users))[::-1])[::-1]
-        age = newest - index  # 0 for a user's newest target
-        is_end = age % self.max_item_list_len == 0
-        window_ends = ends[is_end]
-        remaining = np.bincount(np.cumsum(is_end[::-1])[::-1])[:0:-1]
-        windows = rows[order[is_end]]
+        users = rows[self.uid_field].numpy()[order]
+        newest = window_rows(users, self.max_item_list_len)
+        remaining = np.diff(newest, prepend=-1)
+        windows = rows[order[newest]]
+        window_ends = ends[order[newest]]
         windows.update(self._pointers(window_ends - remaining, window_ends))
         windows[NEXT_ITEMS] = torch.zeros(len(window_ends), 0, dtype=torch.int64)
         return windows
+
+
+def window_rows(users: np.ndarray, length: int) -> np.ndarray:
+    """The last row of each window, `[n_windows]`, of rows with one target each by user, then time.
+
+    From a user's newest row back, so that only the oldest window of a user is short.
+    """
+    is_last = np.ones(len(users), dtype=bool)
+    is_last[:-1] = users[1:] != users[:-1]
+    index = np.arange(len(users))
+    newest = np.minimum.accumulate(np.where(is_last, index, len(users))[::-1])[::-1]
+    return np.flatnonzero((newest - index) % length == 0)
 
 
 class PositionsDataLoader(TrainDataLoader):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
-import torch
 from torch import nn
 
 from cprec_recbole.config import SHARING_SCHEMES, CompressionError
@@ -53,9 +52,9 @@ def sharing_sets(layers: Sequence[Layer], plan: Sequence[int]) -> list[list[int]
     return list(sets.values())
 
 
-@torch.no_grad()
-def share(layers: Sequence[Layer], plan: Sequence[int], *, average: bool) -> int:
-    """Make the layers of each set use the very same parameters; returns how many sets are left.
+def share(layers: Sequence[Layer], plan: Sequence[int]) -> int:
+    """Make the layers of each set use the very same parameters, those of the set's first layer;
+    returns how many sets are left.
 
     The shared object is one `nn.Parameter` that several modules hold, so a step moves all of
     them. Copying equal values into each layer would look the same and come apart at once.
@@ -63,16 +62,11 @@ def share(layers: Sequence[Layer], plan: Sequence[int], *, average: bool) -> int
     Args:
         layers: the parameter slots of each layer; normalisation layers are not among them.
         plan: the set of each layer, from `sharing_plan`.
-        average: True: start from the mean of the parameters that are replaced (trained models).
-            False: keep those of the first layer (fresh ones, where a mean would only shrink).
     """
     sets = sharing_sets(layers, plan)
     for members in sets:
         for slots in zip(*(layers[i] for i in members)):
-            parameters = [getattr(module, name) for module, name in slots]
-            shared = parameters[0]
-            if average and len(parameters) > 1:
-                shared.copy_(torch.stack(list(parameters)).mean(0))
+            shared = getattr(*slots[0])
             for module, name in slots:
                 setattr(module, name, shared)
     return len(sets)

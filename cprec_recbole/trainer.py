@@ -71,6 +71,14 @@ class TopKCollector(Collector):
             self.data_struct.update_tensor("rec.topk", torch.cat([hits, n_positive], 1).int())
 
 
+def look_up(model: CompressedRecommender, users: Interaction) -> _Users:
+    """What the collector takes in place of scores: hidden states, through the layers in pieces."""
+    hidden = [
+        model.last_hidden(users[start : start + _ROWS]) for start in range(0, len(users), _ROWS)
+    ]
+    return _Users(model, torch.cat(hidden))
+
+
 class CompressedTrainer(Trainer):
     """RecBole's trainer for the compressed models; RecBole finds it by their names.
 
@@ -88,9 +96,5 @@ class CompressedTrainer(Trainer):
         interaction, history, positive_u, positive_i = batched_data
         if not isinstance(self.model, CompressedRecommender) or history is not None:
             return super()._full_sort_batch_eval(batched_data)
-        users = interaction.to(self.device)
-        hidden = [
-            self.model.last_hidden(users[start : start + _ROWS])
-            for start in range(0, len(users), _ROWS)
-        ]
-        return interaction, _Users(self.model, torch.cat(hidden)), positive_u, positive_i
+        found = look_up(self.model, interaction.to(self.device))
+        return interaction, found, positive_u, positive_i

@@ -1,0 +1,189 @@
+"""Ranks, cutoffs and sharing for a budget: a number of times smaller, or a size in bytes."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from cprec_recbole.config import (
+    SHARING_SCHEMES,
+    BlockPlan,
+    CompressionConfig,
+    CompressionError,
+    is_number,
+    is_whole,
+)
+from cprec_recbole.original import Original
+from cprec_recbole.outcome import Choice
+from cprec_recbole.report import describe_sharing, estimate
+from cprec_recbole.sharing import sharing_plan, sharing_sets
+from cprec_recbole.spectra import Cost, Spectra, block_ends
+
+_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+# What sharing is taken to cost a model that is trained afterwards, when all layers become one set:
+# as much as losing a twentieth of the table. On MovieLens-100K it cost nothing (docs/method.md).
+_FRESH_SHARING = 0.05
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    options: CompressionConfig
+    sharing: str  # in words
+    table: float  # share of the table that is lost
+    hidden: float  # relative error of the hidden states
+
+    @property
+    def total(self) -> float:
+        return self.table + self.hidden
+
+
+def checked_ratio(ratio: object) -> float:
+    """A ratio of parameters as a number; else a CompressionError."""
+    if not is_number(ratio) or not 1 <= ratio < math.inf:
+        raise CompressionError(
+            f"Expected `ratio` to be a number of times, 1 or more, but got {ratio!r}."
+        )
+    return float(ratio)
+
+
+def checked_bytes(size: object) -> int:
+    """A size such as `"2MB"`, `"512 KiB"` or a number of bytes; else a CompressionError."""
+    text = f"{size}b" if is_whole(size) else size
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]+)", text) if isinstance(text, str) else None
+    unit = found[2].lower() if found else ""
+    n_bytes = int(float(found[1]) * _UNITS[unit]) if found and unit in _UNITS else 0
+    if n_bytes < 1:
+        raise CompressionError(
+            'Expected `size` to be a number of bytes, or text such as "2MB" or "512KiB", but got '
+            f"{size!r}."
+        )
+    return n_bytes
+
+
+def smallest_possible(original: Original, base: CompressionConfig, sharing: str | None) -> int:
+    """Parameters of the smallest model: one block of rank 1, as much shared as may be."""
+    schemes = (sharing,) if sharing else SHARING_SCHEMES
+    return min(_one_block(original, base, scheme) for scheme in schemes)
+
+
+def choose(
+    original: Original,
+    counts: np.ndarray,
+    limit: int,
+    base: CompressionConfig,
+    sharing: str | None,
+    hidden_error: Callable[[CompressionConfig], float],
+    trained: bool,
+) -> Choice:
+    """The options that lose least within a number of parameters.
+
+    For each way of sharing layers that leaves room for a table, the best table is found; then what
+    the table loses is added to what the hidden states lose, both as relative squared errors, and
+    the least sum wins.
+
+    Args:
+        original: what is compressed.
+        counts: training interactions of each item id, `[n_items]`.
+        limit: parameters at most.
+        base: the other options, without ranks and cutoffs.
+        sharing: the scheme, or None to choose one.
+        hidden_error: relative error of the hidden states under given options; asked of a trained
+            original only.
+        trained: whether the original is; of a fresh one only the counts say anything.
+
+    Raises:
+        CompressionError: the budget is below the smallest possible model.
+    """
+    smallest = smallest_possible(original, base, sharing)
+    if limit < smallest:
+        whole = sum(p.numel() for p in original.model.parameters())
+        raise CompressionError(
+            f"Expected a budget of {smallest:,} parameters or more (ratio "
+            f"{math.floor(100 * whole / smallest) / 100:.2f} at most), which is the smallest "
+            f"possible model, but got {limit:,}: {_why_no_smaller(original, base, sharing)}."
+        )
+    ends = block_ends(original.n_items)
+    if trained:
+        spectra = Spectra.of_table(original.table, counts, ends)
+    else:
+        spectra = Spectra.of_counts(counts, original.dim, ends)
+    cost = _cost(original, base)
+    found: list[_Candidate] = []
+    crowded: list[str] = []
+    for scheme, in_words, freedom in _schemes(original, sharing):
+        layers = _one_block(original, base, scheme) - cost.of(_rank_one(original))
+        plan = spectra.best_plan(limit - layers, cost)
+        if plan is None:
+            crowded.append(f"{in_words} leaves no room for a table ({layers:,} in the layers)")
+            continue
+        options = replace(base, sharing=scheme, ranks=plan.ranks, cutoffs=plan.cutoffs)
+        hidden = hidden_error(options) if trained else _FRESH_SHARING * (1 - freedom)
+        found.append(_Candidate(options, in_words, spectra.loss(plan), hidden))
+    best = min(found, key=lambda candidate: candidate.total)
+    host, record = original.host, original.record
+    sizes = estimate(record, host, best.options, original.n_items, original.dim).sizes
+    reasons = _reasons(best, [c for c in found if c is not best], crowded, trained)
+    return Choice(best.options, sizes.total, limit, reasons)
+
+
+def _reasons(
+    best: _Candidate, others: list[_Candidate], crowded: list[str], trained: bool
+) -> tuple[str, ...]:
+    options = best.options
+    blocks = zip(options.ranks or (), (0, *(options.cutoffs or ())), options.cutoffs or ())
+    table = ", ".join(f"rank {rank} for {end - start:,.0f}" for rank, start, end in blocks)
+    basis = (
+        f"by the spectra of the trained table, items weighted by counts, it loses {best.table:.1%}"
+        if trained
+        else f"untrained: by counts alone, an expected loss of {best.table:.1%}"
+    )
+    error = "error of the hidden states" if trained else "taken to cost"
+    reasons = [f"items from head to tail: {table}; {basis}"]
+    reasons.append(f"sharing {best.sharing}: {error} {best.hidden:.1%}")
+    reasons += [
+        f"not {other.sharing}: table {other.table:.1%} and {error} {other.hidden:.1%}"
+        for other in others
+    ]
+    reasons += [f"not possible: {reason}" for reason in crowded]
+    return tuple(reasons)
+
+
+def _schemes(original: Original, sharing: str | None) -> list[tuple[str, str, float]]:
+    """Schemes that differ on this model: name, in words, and the share of free sets left."""
+    layers = original.record.layers(original.host)
+    seen: dict[tuple[tuple[int, ...], ...], tuple[str, str, float]] = {}
+    for scheme in (sharing,) if sharing else SHARING_SCHEMES:
+        sets = sharing_sets(layers, sharing_plan(scheme, len(layers), original.record.group))
+        freedom = (len(sets) - 1) / (len(layers) - 1) if len(layers) > 1 else 1.0
+        entry = (scheme, describe_sharing(scheme, len(layers), len(sets)), freedom)
+        seen.setdefault(tuple(tuple(members) for members in sets), entry)
+    return list(seen.values())
+
+
+def _rank_one(original: Original) -> BlockPlan:
+    return BlockPlan((1,), (original.n_items,), original.dim)
+
+
+def _one_block(original: Original, base: CompressionConfig, scheme: str) -> int:
+    """Parameters with one block of rank 1."""
+    options = replace(base, ranks=(1,), cutoffs=(), sharing=scheme)
+    sizes = estimate(original.record, original.host, options, original.n_items, original.dim).sizes
+    return sizes.total
+
+
+def _cost(original: Original, base: CompressionConfig) -> Cost:
+    cluster = original.dim if base.softmax == "tree" else 0
+    return Cost(copies=1 if base.tied else 2, cluster=cluster)
+
+
+def _why_no_smaller(original: Original, base: CompressionConfig, sharing: str | None) -> str:
+    smallest = smallest_possible(original, base, sharing)
+    table = _cost(original, base).of(_rank_one(original))
+    return (
+        f"{smallest - table:,} are in the layers, shared as far as they can be, {table:,} in a "
+        "table of rank 1"
+    )

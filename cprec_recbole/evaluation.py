@@ -1,0 +1,74 @@
+"""Quality of a model on RecBole's evaluation data, without a trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from recbole.data.dataloader import FullSortEvalDataLoader
+from recbole.evaluator import Evaluator
+from torch import nn
+
+from cprec_recbole.config import CompressionError
+from cprec_recbole.models import CompressedRecommender
+from cprec_recbole.trainer import TopKCollector, look_up
+
+ROWS = 512  # users that are scored together
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: Any) -> dict[str, float]:
+    """RecBole's metrics of a model, by their names in lower case, e.g. `ndcg@20`.
+
+    What `Trainer.evaluate` gives, without its files and logs. A compressed model is asked for its
+    best items only, RecBole's own for every score, a few users at a time.
+
+    Args:
+        model: a compressed model, or RecBole's own sequential one.
+        data: RecBole's validation or test data, full ranking; its config names the metrics.
+
+    Raises:
+        CompressionError: data of another kind.
+    """
+    check_evaluation_data(data)
+    config = data.config
+    collector = TopKCollector(config)
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    try:
+        for interaction, history, positive_u, positive_i in data:
+            if isinstance(model, CompressedRecommender) and history is None:
+                scores = look_up(model, interaction.to(device))
+                collector.eval_batch_collect(scores, interaction, positive_u, positive_i)
+                continue
+            for start in range(0, len(interaction), ROWS):
+                rows = interaction[start : start + ROWS]
+                predict: Any = model.full_sort_predict
+                scores = predict(rows.to(device)).view(len(rows), -1)
+                scores[:, 0] = -torch.inf
+                here = (positive_u >= start) & (positive_u < start + ROWS)
+                if history is not None:
+                    seen = (history[0] >= start) & (history[0] < start + ROWS)
+                    scores[history[0][seen] - start, history[1][seen]] = -torch.inf
+                collector.eval_batch_collect(
+                    scores, rows, positive_u[here] - start, positive_i[here]
+                )
+    finally:
+        model.train(was_training)
+    result = Evaluator(config).evaluate(collector.get_data_struct())
+    return {name: float(value) for name, value in result.items()}
+
+
+def valid_metric(data: Any) -> str:
+    """The name of the metric by which RecBole's options choose the best epoch, e.g. `ndcg@20`."""
+    return str(data.config["valid_metric"]).lower()
+
+
+def check_evaluation_data(data: Any) -> None:
+    """Raise a CompressionError for what is not RecBole's evaluation data with full ranking."""
+    if not isinstance(data, FullSortEvalDataLoader):
+        raise CompressionError(
+            "Expected `valid_data` to be RecBole's evaluation data with full ranking, the second "
+            f"or third of data_preparation(config, dataset), but got {type(data).__name__}."
+        )

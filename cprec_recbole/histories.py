@@ -1,0 +1,146 @@
+"""Histories to fit on: windows of what users did, each training target at one position."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cprec_recbole.config import CompressionError
+from cprec_recbole.partition import PADDING
+from cprec_recbole.recommend import pad_histories
+from cprec_recbole.sequences import NEXT_ITEMS, window_rows
+
+
+@dataclass(frozen=True)
+class Histories:
+    """Windows of item ids, padded with 0 on the right.
+
+    Attributes:
+        items: what was read, `[N, L]`.
+        targets: the next item at each position, `[N, L]`; None where it is not known.
+    """
+
+    items: Tensor
+    targets: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def sample(self, n: int, generator: torch.Generator) -> Histories:
+        """At most n windows, drawn without replacement."""
+        return self if len(self) <= n else self[torch.randperm(len(self), generator=generator)[:n]]
+
+    def batches(self, size: int, generator: torch.Generator | None = None) -> Iterator[Histories]:
+        """Windows in batches: in their order, or shuffled where a generator is given."""
+        order = torch.arange(len(self))
+        if generator is not None:
+            order = torch.randperm(len(self), generator=generator)
+        for rows in order.split(size):
+            yield self[rows]
+
+    def __getitem__(self, rows: Tensor) -> Histories:
+        return Histories(self.items[rows], None if self.targets is None else self.targets[rows])
+
+    def required_targets(self) -> Tensor:
+        """The targets, `[N, L]`; a CompressionError where there are none."""
+        if self.targets is None:
+            raise CompressionError("Expected histories with targets, but these have none.")
+        return self.targets
+
+    def prefixes(self) -> tuple[Tensor, Tensor]:
+        """Each target with the items before it in its window, `[M, L], [M]`; for models that read
+        one position only."""
+        targets = self.required_targets()
+        row, column = (targets != PADDING).nonzero(as_tuple=True)
+        later = torch.arange(self.items.shape[1]) > column.unsqueeze(1)
+        return self.items[row].masked_fill(later, PADDING), targets[row, column]
+
+
+def histories_of(data: Any, n_items: int, max_length: int) -> Histories:
+    """Windows out of RecBole's training data or of lists of item ids.
+
+    Args:
+        data: a RecBole training dataset or data loader, of a Cp model or of RecBole's own (whose
+            row for every prefix is brought back into windows); or histories of item ids, oldest
+            first.
+        n_items: items of the catalogue, padding included.
+        max_length: positions of the model.
+
+    Raises:
+        CompressionError: neither of them, empty, or of another catalogue.
+    """
+    dataset = getattr(data, "_dataset", data)
+    if hasattr(dataset, "inter_feat"):
+        return _of_dataset(dataset, n_items, max_length)
+    if not isinstance(data, Sequence | Tensor | np.ndarray):
+        raise CompressionError(
+            "Expected `data` to be RecBole's training data or lists of item ids, but got "
+            f"{type(data).__name__}."
+        )
+    histories: Any = data
+    _, whole = pad_histories(histories, n_items, max_length)
+    pieces = []
+    for row in whole:
+        real = row[row != PADDING]
+        # from the newest back; a target is the item after its position, so pieces overlap by one
+        for end in range(len(real), 1, -max_length):
+            piece = real[max(0, end - max_length - 1) : end]
+            pieces.append(torch.nn.functional.pad(piece, (0, max_length + 1 - len(piece))))
+    if not pieces:
+        raise CompressionError(
+            "Expected `data` to hold a history of two items or more, but got none; there is no "
+            "next item to learn from."
+        )
+    rows = torch.stack(pieces)
+    targets = rows[:, 1:]
+    return Histories(rows[:, :-1].masked_fill(targets == PADDING, PADDING), targets)
+
+
+def _of_dataset(dataset: Any, n_items: int, max_length: int) -> Histories:
+    lists = dataset.iid_field + dataset.config["LIST_SUFFIX"]
+    if int(dataset.item_num) != n_items or not len(dataset):
+        raise CompressionError(
+            f"Expected `data` to be of the model's {n_items} items (padding included), but got "
+            f"{len(dataset)} rows of a data set of {int(dataset.item_num)}."
+        )
+    fields = dataset.inter_feat
+    windows = NEXT_ITEMS in fields
+    if not windows and dataset.item_list_length_field not in fields:
+        raise CompressionError(
+            "Expected `data` to be training data of a sequential model, but got a data set that "
+            "has not been split; pass the first of data_preparation(config, dataset)."
+        )
+    rows = torch.arange(len(dataset))
+    if not windows:
+        users = np.asarray(fields[dataset.uid_field])
+        rows = torch.from_numpy(window_rows(users, dataset.max_item_list_len))
+    batch = dataset[rows]
+    items, lengths = batch[lists], batch[dataset.item_list_length_field]
+    if windows:
+        targets = batch[NEXT_ITEMS]
+    else:
+        targets = torch.cat([items[:, 1:], items.new_zeros(len(items), 1)], dim=1)
+        targets[torch.arange(len(items)), lengths - 1] = batch[dataset.iid_field]
+    return Histories(items[:, :max_length], targets[:, :max_length])
+
+
+def drawn_histories(counts: np.ndarray, n: int, length: int, generator: torch.Generator) -> Tensor:
+    """Histories of items drawn by how often they occur, `[n, length]`.
+
+    They have no order to learn, but they reach every layer with the vectors that it will see: a
+    stand-in where no data is at hand.
+    """
+    weights = torch.from_numpy(counts).double()
+    weights = torch.where(weights.sum() > 0, weights, torch.ones_like(weights))
+    weights[PADDING] = 0
+    edges = weights.cumsum(0)
+    draws = torch.rand(n, length, generator=generator, dtype=torch.float64) * edges[-1]
+    items = torch.searchsorted(edges, draws, right=True).clamp(1, len(counts) - 1)
+    # users differ in how much they did, and the newest positions must be well covered
+    lengths = torch.randint(1, length + 1, (n, 1), generator=generator)
+    return items.masked_fill(torch.arange(length) >= lengths, PADDING)

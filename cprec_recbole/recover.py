@@ -1,0 +1,303 @@
+"""recover(): a short fine-tuning that gives a compressed model the original's quality back."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from cprec_recbole.config import CompressionError, is_number, is_whole
+from cprec_recbole.evaluation import check_evaluation_data, evaluate, valid_metric
+from cprec_recbole.histories import Histories, histories_of
+from cprec_recbole.models import CompressedRecommender
+from cprec_recbole.original import Original
+from cprec_recbole.outcome import Recovery
+from cprec_recbole.partition import PADDING
+
+_LAST_RATE = 0.1  # of the learning rate, at the last step
+
+
+def recover(
+    small: CompressedRecommender,
+    teacher: nn.Module,
+    data: Any,
+    epochs: int = 4,
+    *,
+    valid_data: Any = None,
+    distillation: float = 0.5,
+    learning_rate: float = 1e-3,
+    batch_size: int = 2048,
+    seed: int = 0,
+    progress: bool = True,
+) -> Recovery:
+    """Fine-tune a compressed model, in place, on the data and on what its original predicts.
+
+    The loss is the model's own, mixed with the divergence from the original's softmax over the
+    head's items and over the items of each target's own block: the blocks that a tree softmax reads
+    for those targets, so the original's opinion costs no more than that. Adam, its rate falling
+    evenly. With validation data the best epoch's weights are kept, which may be those at the start.
+
+    Args:
+        small: what `compress()` made; it is changed.
+        teacher: the original that it was made from.
+        data: training data: RecBole's dataset or data loader, or lists of item ids.
+        epochs: passes over the data.
+        valid_data: RecBole's validation data, to report quality before and after each epoch.
+        distillation: weight of the original's predictions, from 0 (none) to 1 (nothing else).
+        learning_rate: of the first step.
+        batch_size: predictions a step, as RecBole's `train_batch_size`.
+        seed: of dropout and the order of batches. The process's random state is left as it was.
+        progress: show a bar; a line an epoch where the output is no terminal.
+
+    Returns:
+        Recovery: metrics before and after each epoch, and which epoch was kept.
+
+    Raises:
+        CompressionError: models that do not belong together, data of another catalogue, options out
+            of range, a loss that is no number. What was reached until then is kept, as it is
+            on Ctrl-C.
+    """
+    if not isinstance(small, CompressedRecommender):
+        raise CompressionError(
+            f"Expected `small` to be a compressed model, but got {type(small).__name__}."
+        )
+    original = Original.of(teacher)
+    _check_pair(small, original)
+    _check_numbers(epochs, batch_size, learning_rate, distillation)
+    if valid_data is not None:
+        check_evaluation_data(valid_data)
+    histories = histories_of(data, small.n_items, small.max_seq_length)
+    device = original.table.device
+    forked = [device] if device.type == "cuda" else []
+    was_training = small.training
+    with torch.random.fork_rng(devices=forked), _in_eval_mode(teacher), _show(progress) as show:
+        torch.manual_seed(seed)
+        work = _Recovery(small, original, histories, float(distillation), valid_data)
+        try:
+            work.run(epochs, batch_size, learning_rate, seed, show)
+        finally:
+            work.keep_best()
+            small.train(was_training)
+    return work.result
+
+
+class _Recovery:
+    def __init__(
+        self,
+        small: CompressedRecommender,
+        original: Original,
+        histories: Histories,
+        distillation: float,
+        valid_data: Any,
+    ) -> None:
+        self.small, self.original = small, original
+        self.histories, self.distillation = histories, distillation
+        self.valid_data = valid_data
+        self.partition = small.table.partition
+        # the original's vectors in the order of the blocks: one copy, and no gather a step
+        self.vectors = original.table[self.partition.item_at.long()]
+        self.result = Recovery()
+        self.best = copy.deepcopy(small.state_dict())
+        if valid_data is not None:
+            self.result.metric = valid_metric(valid_data)
+            self.result.original = evaluate(original.model, valid_data)
+            self.result.start = evaluate(small, valid_data)
+            self.best_score = self.result.start[self.result.metric]
+
+    def run(
+        self, epochs: int, batch_size: int, learning_rate: float, seed: int, show: _Show
+    ) -> None:
+        """Train for some epochs; `result` and `best` are up to date after each."""
+        optimizer = torch.optim.Adam(self.small.parameters(), lr=learning_rate)
+        generator = torch.Generator().manual_seed(seed)
+        batches = _Batches(self.histories, batch_size, self.small.reads_last_column)
+        n_steps = epochs * len(batches)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, _LAST_RATE, n_steps)
+        show.begin(epochs, len(batches), self.result)
+        for epoch in range(epochs):
+            self.small.train()
+            total = 0.0
+            for items, targets in batches.shuffled(generator):
+                loss = self.loss(items, targets)
+                if not torch.isfinite(loss):
+                    raise CompressionError(
+                        f"Expected `learning_rate` to let the loss fall, but with {learning_rate} "
+                        f"it became {float(loss)} in epoch {epoch + 1}; use a smaller one."
+                    )
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                total += float(loss)
+                show.step(float(loss))
+            self.result.losses.append(total / len(batches))
+            self.judge(epoch + 1)
+            show.epoch(epoch + 1, self.result)
+
+    def judge(self, epoch: int) -> None:
+        """Evaluate, and remember the weights if they are the best so far, or if nothing tells."""
+        result = self.result
+        if self.valid_data is not None:
+            result.epochs.append(evaluate(self.small, self.valid_data))
+            score = result.epochs[-1][result.metric]
+            if not score > self.best_score:
+                return
+            self.best_score = score
+        result.kept = epoch
+        self.best = copy.deepcopy(self.small.state_dict())
+
+    def keep_best(self) -> None:
+        """Give the model the weights that were remembered."""
+        self.small.load_state_dict(self.best)
+
+    def loss(self, items: Tensor, targets: Tensor) -> Tensor:
+        """Training loss of windows `[B, L]` and the next item at each position `[B, L]`; or, for
+        models that read one position, of prefixes `[B, L]` and their targets `[B]`, `[]`."""
+        small, device = self.small, self.vectors.device
+        items, targets = items.to(device), targets.to(device)
+        real = targets != PADDING
+        hidden = self._read(small.hidden_states(items), real)
+        target = targets[real]
+        loss = small.position_loss(hidden, target)
+        if self.distillation > 0:
+            with torch.no_grad():
+                wanted = self._read(self.original.hidden_states(items), real)
+            told = self.divergence(hidden, wanted, target)
+            loss = (1 - self.distillation) * loss + self.distillation * told
+        return loss if small.record.penalty is None else loss + small.record.penalty(small.backbone)
+
+    def _read(self, states: Tensor, real: Tensor) -> Tensor:
+        """Hidden states that predict something, `[B, L, d] -> [N, d]`."""
+        return states[:, -1] if real.ndim == 1 else states[real]
+
+    def divergence(self, hidden: Tensor, wanted: Tensor, target: Tensor) -> Tensor:
+        """Kullback-Leibler divergence from the original's softmax within the head, and within the
+        block of each target, `[N, d], [N, d], [N] -> []`."""
+        blocks = self.partition.blocks(self.partition.positions(target))
+        total = self._within(0, hidden, wanted)
+        for j in range(1, len(self.partition.sizes)):
+            rows = (blocks == j).nonzero().squeeze(1)
+            if len(rows):
+                total = total + self._within(j, hidden[rows], wanted[rows])
+        return total / len(hidden)
+
+    def _within(self, j: int, hidden: Tensor, wanted: Tensor) -> Tensor:
+        start, end = self.partition.starts[j], self.partition.cutoffs[j]
+        first = PADDING + 1 if j == 0 else 0  # padding is no item
+        told = (wanted @ self.vectors[start + first : end].T).log_softmax(1)
+        given = self.small.head.table.blocks[j].logits(hidden)[:, first:].log_softmax(1)
+        return (told.exp() * (told - given)).sum()
+
+
+class _Batches:
+    """Windows with about as many targets a step as asked for, without columns of padding; prefixes
+    for models that read the last column."""
+
+    def __init__(self, histories: Histories, batch_size: int, prefixes: bool) -> None:
+        self.items, self.targets = histories.items, histories.required_targets()
+        if prefixes:
+            self.items, self.targets = histories.prefixes()
+        self.prefixes = prefixes
+        n_targets = int((self.targets != PADDING).sum())
+        self.size = max(1, round(batch_size * len(self.items) / n_targets))
+
+    def __len__(self) -> int:
+        return -(-len(self.items) // self.size)
+
+    def shuffled(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        for rows in torch.randperm(len(self.items), generator=generator).split(self.size):
+            items, targets = self.items[rows], self.targets[rows]
+            if not self.prefixes:
+                longest = int((targets != PADDING).sum(1).max())
+                items, targets = items[:, :longest], targets[:, :longest]
+            yield items, targets
+
+
+class _Show:
+    """A progress bar; on what is no terminal, a line an epoch; or nothing."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self.progress = progress
+        self.print: Callable[[str], None] = lambda text: None
+        if progress is not None:
+            self.print = progress.console.print
+            self.task = progress.add_task("recover", total=None, loss="-")
+
+    def begin(self, epochs: int, n_batches: int, result: Recovery) -> None:
+        if self.progress is not None:
+            self.progress.update(self.task, total=epochs * n_batches)
+        if result.metric:
+            whole, start = result.original[result.metric], result.start[result.metric]
+            self.print(f"recover: {result.metric} original {whole:.4f}, compressed {start:.4f}")
+
+    def step(self, loss: float) -> None:
+        if self.progress is not None:
+            self.progress.update(self.task, advance=1, loss=f"{loss:.4f}")
+
+    def epoch(self, epoch: int, result: Recovery) -> None:
+        score = f", {result.metric} {result.epochs[-1][result.metric]:.4f}" if result.metric else ""
+        self.print(f"recover: epoch {epoch}, loss {result.losses[-1]:.4f}{score}")
+
+
+@contextmanager
+def _show(progress: bool) -> Iterator[_Show]:
+    if not progress:
+        yield _Show(None)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("steps, loss {task.fields[loss]}"),
+        TimeRemainingColumn(),
+    )
+    console = Console()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        yield _Show(bar)
+
+
+@contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+def _check_pair(small: CompressedRecommender, original: Original) -> None:
+    same = small.record is original.record and small.table.dim == original.dim
+    if not same or small.n_items != original.n_items:
+        raise CompressionError(
+            f"Expected `teacher` to be the original of `small` ({small.record.host.__name__}, "
+            f"{small.n_items} items, d {small.table.dim}), but got "
+            f"{type(original.model).__name__}, {original.n_items} items, d {original.dim}."
+        )
+    if original.reads_last_column != small.reads_last_column:
+        raise CompressionError(
+            "Expected `teacher` to read histories as `small` does, but one reads the last column "
+            "of a padded batch and the other the last item; compress this teacher."
+        )
+
+
+def _check_numbers(epochs: object, batch_size: object, rate: object, distillation: object) -> None:
+    for name, value in (("epochs", epochs), ("batch_size", batch_size)):
+        if not is_whole(value) or value < 1:
+            raise CompressionError(
+                f"Expected `{name}` to be a whole number, 1 or more, but got {value!r}."
+            )
+    if not is_number(rate) or not 0 < rate < math.inf:
+        raise CompressionError(f"Expected `learning_rate` to be above 0, but got {rate!r}.")
+    if not is_number(distillation) or not 0 <= distillation <= 1:
+        raise CompressionError(
+            f"Expected `distillation` to be a share from 0 to 1, but got {distillation!r}."
+        )

@@ -1,0 +1,187 @@
+"""What each choice of blocks and ranks would lose of a table, and the best within a budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cprec_recbole.config import BlockPlan
+from cprec_recbole.partition import Partition
+
+_ROWS = 2**16
+_BISECTIONS = 50
+MOST_BLOCKS = 5  # CpRec, section 3.2: three to five are enough
+# where a block may end, as shares of the items: finer where items are popular
+_SHARES = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+def block_ends(n_items: int) -> list[int]:
+    """Where a block of a catalogue may end, rising; the last is `n_items`."""
+    return sorted({min(n_items, max(2, round(share * n_items))) for share in _SHARES} | {n_items})
+
+
+def looks_trained(table: Tensor, counts: np.ndarray) -> bool:
+    """Whether the rows `[n_items, d]` have a direction stronger than random rows would have.
+
+    The strongest of n random rows is at most `(1 + sqrt(d / n))^2` times the mean (the
+    Marchenko-Pastur law), n being the effective number of rows under their weights.
+    """
+    weights = torch.from_numpy(counts).clamp(min=1).to(table.device)
+    effective = float(weights.sum().square() / weights.square().sum())
+    values = torch.linalg.eigvalsh(_gram(table, weights))
+    edge = (1 + math.sqrt(table.shape[1] / effective)) ** 2
+    return float(values[-1]) > 1.5 * edge * float(values.mean())
+
+
+def _gram(rows: Tensor, weights: Tensor) -> Tensor:
+    """Weighted second moment of rows, `[n, d], [n] -> [d, d]`, without a copy of all of them."""
+    gram = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
+    for part, weight in zip(rows.split(_ROWS), weights.split(_ROWS)):
+        exact = part.double()
+        gram += exact.T @ (exact * weight.unsqueeze(1))
+    return gram
+
+
+class Spectra:
+    """What each possible block would lose at each rank, as a share of the whole table.
+
+    Args:
+        ends: where a block may end, rising, `[G]`; the last is `n_items`.
+        lost: the share lost by the block from one end to another at each rank,
+            `[G + 1, G + 1, d + 1]`; the first axis counts from the start of the catalogue.
+    """
+
+    def __init__(self, ends: Sequence[int], lost: np.ndarray) -> None:
+        self.ends = (0, *ends)
+        self.lost = lost
+        self.dim = lost.shape[2] - 1
+
+    @classmethod
+    def of_table(cls, table: Tensor, counts: np.ndarray, ends: Sequence[int]) -> Spectra:
+        """Of a trained table `[n_items, d]`: the squared error of each block's best factors, items
+        weighted by their counts, as BlockEmbedding.approximate weights them."""
+        order = Partition.from_counts(counts, [len(counts)]).item_at.long()
+        weights = torch.from_numpy(counts).clamp(min=1).to(table.device)
+        dim = table.shape[1]
+        pieces = [order[start:end].to(table.device) for start, end in zip((0, *ends), ends)]
+        grams = [_gram(table[piece], weights[piece]) for piece in pieces]
+        sums = torch.stack([torch.zeros_like(grams[0]), *grams]).cumsum(0)
+        lost = np.full((len(ends) + 1, len(ends) + 1, dim + 1), np.inf)
+        for a in range(len(ends)):
+            for b in range(a + 1, len(ends) + 1):
+                values = torch.linalg.eigvalsh(sums[b] - sums[a]).clamp(min=0)
+                lost[a, b, :dim] = values.cumsum(0).flip(0).cpu().numpy()
+                lost[a, b, dim] = 0.0
+        return cls(ends, lost / max(float(sums[-1].trace()), 1e-300))
+
+    @classmethod
+    def of_counts(cls, counts: np.ndarray, dim: int, ends: Sequence[int]) -> Spectra:
+        """Of a table that is not trained yet: items matter as often as they occur, and the i-th
+        direction of a block carries 1/i of the first, about what trained tables show."""
+        order = Partition.from_counts(counts, [len(counts)]).item_at.numpy()
+        mass = np.concatenate([[0.0], np.maximum(counts, 1)[order].cumsum()])
+        carried = 1 / np.arange(1, dim + 1)
+        left = 1 - np.concatenate([[0.0], carried.cumsum() / carried.sum()])
+        left[dim] = 0.0
+        at = mass[[0, *ends]] / mass[-1]
+        share = at[None, :] - at[:, None]
+        return cls(ends, np.where((share > 0)[..., None], share[..., None] * left, np.inf))
+
+    def best_plan(self, parameters: int, cost: Cost) -> BlockPlan | None:
+        """The blocks and ranks that lose least within a number of parameters.
+
+        For a price on a parameter, dynamic programming finds the blocks and ranks of least loss
+        plus price; the price is bisected until the budget is met, and what is left of it is spent
+        rank by rank. None if not even one block of rank 1 fits.
+        """
+        best = BlockPlan((1,), (self.ends[-1],), self.dim)
+        if cost.of(best) > parameters:
+            return None
+        low, high = 1e-18, 1.0  # a parameter's price in share lost
+        for _ in range(_BISECTIONS):
+            price = math.sqrt(low * high)
+            plan = self._priced(price, cost)
+            if cost.of(plan) > parameters:
+                low = price
+                continue
+            high = price
+            if self.loss(plan) <= self.loss(best):
+                best = plan
+        return self._filled(best, parameters, cost)
+
+    def loss(self, plan: BlockPlan) -> float:
+        """The share of the table that a plan loses."""
+        places = [self.ends.index(end) for end in (0, *plan.cutoffs)]
+        pairs = zip(places, places[1:], plan.ranks)
+        return float(sum(self.lost[a, b, rank] for a, b, rank in pairs))
+
+    def _priced(self, price: float, cost: Cost) -> BlockPlan:
+        """The plan of least loss plus price times parameters; ranks never rise."""
+        n, dim = len(self.ends), self.dim
+        ranks = np.arange(dim + 1)
+        projections = np.where(ranks == dim, 0, ranks * dim)
+        sizes = np.subtract.outer(self.ends, self.ends).T[..., None]  # [start, end, 1]
+        block = self.lost + price * cost.copies * (sizes * ranks + projections)
+        block[..., 0] = np.inf  # every block has a rank
+        value = np.full((MOST_BLOCKS + 1, n, dim + 1), np.inf)
+        before = np.zeros((MOST_BLOCKS + 1, n, dim + 1, 2), dtype=np.int64)
+        value[1, 1:] = block[0, 1:]
+        for blocks in range(2, MOST_BLOCKS + 1):
+            # of each end and rank: the best with that rank or a higher one, and which it is
+            above = np.minimum.accumulate(value[blocks - 1][:, ::-1], axis=1)[:, ::-1]
+            record = np.where(value[blocks - 1] == above, ranks, dim)
+            source = np.minimum.accumulate(record[:, ::-1], axis=1)[:, ::-1]
+            above = above + price * (cost.cluster + 1)  # of equal plans the one with fewer blocks
+            for end in range(2, n):
+                total = above[1:end] + block[1:end, end]
+                start = total.argmin(0)
+                value[blocks, end] = total[start, ranks]
+                before[blocks, end, :, 0] = start + 1
+                before[blocks, end, :, 1] = source[start + 1, ranks]
+        at_end = value[:, n - 1]
+        blocks, rank = (int(i) for i in np.unravel_index(int(at_end.argmin()), at_end.shape))
+        found: list[tuple[int, int]] = []
+        end = n - 1
+        for left in range(blocks, 0, -1):
+            found.append((rank, self.ends[end]))
+            end, rank = (int(i) for i in before[left, end, rank])
+        found.reverse()
+        return BlockPlan(tuple(r for r, _ in found), tuple(e for _, e in found), dim)
+
+    def _filled(self, plan: BlockPlan, parameters: int, cost: Cost) -> BlockPlan:
+        """Spend what is left of the budget on the ranks that gain most for a parameter."""
+        while True:
+            steps = []
+            for j, rank in enumerate(plan.ranks):
+                ceiling = plan.ranks[j - 1] if j else self.dim
+                for higher in range(rank + 1, ceiling + 1):
+                    other = replace(plan, ranks=(*plan.ranks[:j], higher, *plan.ranks[j + 1 :]))
+                    gain = self.loss(plan) - self.loss(other)
+                    more = cost.of(other) - cost.of(plan)
+                    if gain > 0 and cost.of(other) <= parameters:
+                        steps.append((gain / max(more, 1), other))
+            if not steps:
+                return plan
+            plan = max(steps, key=lambda step: step[0])[1]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a table costs beside its own parameters.
+
+    Attributes:
+        copies: tables of that plan: two where the softmax is untied.
+        cluster: parameters for each block after the head.
+    """
+
+    copies: int
+    cluster: int
+
+    def of(self, plan: BlockPlan) -> int:
+        """Parameters of table and softmax."""
+        return self.copies * plan.n_parameters + self.cluster * (len(plan.ranks) - 1)
