@@ -42,6 +42,7 @@ setup(
         "pandas>=2.0",
         "pyyaml>=6.0",
         "rich>=13.0",
+        "safetensors>=0.4",
         *RECBOLE_NEEDS,
         "recbole==1.2.1; python_version < '3.12'",
     ],

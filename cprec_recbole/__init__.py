@@ -17,9 +17,11 @@ from cprec_recbole.models import (  # noqa: E402
     CpSASRec,
 )
 from cprec_recbole.partition import Partition  # noqa: E402
+from cprec_recbole.pretrained import load_pretrained  # noqa: E402
 from cprec_recbole.recover import recover  # noqa: E402
 from cprec_recbole.softmax import FullSoftmax, TreeSoftmax  # noqa: E402
 from cprec_recbole.topk import TopK  # noqa: E402
+from cprec_recbole.vocabulary import Vocabulary  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
@@ -34,9 +36,11 @@ __all__ = [
     "Partition",
     "TopK",
     "TreeSoftmax",
+    "Vocabulary",
     "compress",
     "evaluate",
     "load_data_and_model",
+    "load_pretrained",
     "recover",
     "run_recbole",
 ]

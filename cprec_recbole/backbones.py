@@ -35,6 +35,8 @@ class Backbone:
         group: layers `g` of one residual block.
         hidden_states: `(model, item_seq [B, L]) -> [B, L, d]`; position t sees items up to t only.
         table_std: `(model, n_items) -> float`, the spread that the host gives a fresh table.
+        architecture: attributes of the host that are named as the RecBole options they came from;
+            with them an equal host can be built.
         penalty: `(model) -> []`, what the host adds to its loss; None for nothing.
         reads_last_column: the host predicts from the last column of a padded batch, even where a
             short history has padding there.
@@ -46,6 +48,7 @@ class Backbone:
     group: int
     hidden_states: Callable[[Host, Tensor], Tensor]
     table_std: Callable[[Host, int], float]
+    architecture: tuple[str, ...]
     penalty: Callable[[Host], Tensor] | None = None
     reads_last_column: bool = False
 
@@ -75,6 +78,24 @@ def build_host(record: Backbone, config: Any, dataset: Any) -> Host:
         dataset: a RecBole dataset, or anything with `iid_field` and `num(field)`.
     """
     return record.host(config, _OneItemCatalogue(dataset))
+
+
+def architecture(record: Backbone, host: Host) -> dict[str, Any]:
+    """The RecBole options by which an equal host can be built, without its table.
+
+    Args:
+        record: the model's record.
+        host: RecBole's model.
+    """
+    options = {name: getattr(host, name) for name in record.architecture}
+    return options | {
+        "MAX_ITEM_LIST_LENGTH": host.max_seq_length,
+        "USER_ID_FIELD": host.USER_ID,
+        "ITEM_ID_FIELD": host.ITEM_ID,
+        "LIST_SUFFIX": host.ITEM_SEQ.removeprefix(host.ITEM_ID),
+        "ITEM_LIST_LENGTH_FIELD": host.ITEM_SEQ_LEN,
+        "NEG_PREFIX": host.NEG_ITEM_ID.removesuffix(host.ITEM_ID),
+    }
 
 
 class _OneItemCatalogue:
@@ -141,6 +162,7 @@ NEXTITNET = Backbone(
     group=2,  # two dilated convolutions to a residual block
     hidden_states=_nextitnet_hidden,
     table_std=lambda model, n_items: math.sqrt(1 / (3 * n_items)),  # uniform in +-sqrt(1/n)
+    architecture=("embedding_size", "dilations", "kernel_size", "reg_weight", "loss_type"),
     penalty=_nextitnet_penalty,
     reads_last_column=True,
 )
@@ -151,6 +173,10 @@ SASREC = Backbone(
     group=1,
     hidden_states=_sasrec_hidden,
     table_std=lambda model, n_items: model.initializer_range,
+    architecture=(
+        *("n_layers", "n_heads", "hidden_size", "inner_size", "hidden_act", "layer_norm_eps"),
+        *("hidden_dropout_prob", "attn_dropout_prob", "initializer_range", "loss_type"),
+    ),
 )
 GRU4REC = Backbone(
     host=GRU4Rec,
@@ -159,5 +185,6 @@ GRU4REC = Backbone(
     group=1,
     hidden_states=_gru4rec_hidden,
     table_std=lambda model, n_items: math.sqrt(2 / (n_items + model.embedding_size)),  # Xavier
+    architecture=("embedding_size", "hidden_size", "num_layers", "dropout_prob", "loss_type"),
 )
 BACKBONES = (NEXTITNET, SASREC, GRU4REC)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from typing import Any
 
@@ -194,7 +193,7 @@ def build(
     small = small_class.from_host(original.copy_host(), blocks, compression)
     small.reads_last_column = original.reads_last_column
     small.train_item_counts = counts
-    small.item_tokens = copy.copy(original.tokens)
+    small.item_tokens = original.tokens
     small.head.to(table.device, table.dtype)
     if small.head.table is not blocks:
         small.head.table.approximate(table, weights)

@@ -3,7 +3,7 @@ and a softmax."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,11 +17,11 @@ from cprec_recbole.config import CompressionConfig, CompressionError
 from cprec_recbole.embedding import BlockEmbedding
 from cprec_recbole.outcome import Choice, WarmStart
 from cprec_recbole.partition import Partition
-from cprec_recbole.recommend import barred_ids, pad_histories
 from cprec_recbole.sequences import NEXT_ITEMS, item_counts
+from cprec_recbole.serving import Servable
 from cprec_recbole.sharing import share, sharing_plan
 from cprec_recbole.softmax import FullSoftmax, build_softmax
-from cprec_recbole.topk import TopK, check_k
+from cprec_recbole.vocabulary import Vocabulary
 
 _HOST_ATTRIBUTES = (
     *("USER_ID", "ITEM_ID", "ITEM_SEQ", "ITEM_SEQ_LEN", "POS_ITEM_ID", "NEG_ITEM_ID"),
@@ -29,7 +29,7 @@ _HOST_ATTRIBUTES = (
 )
 
 
-class CompressedRecommender(SequentialRecommender):
+class CompressedRecommender(Servable, SequentialRecommender):
     """A sequential recommender whose table, softmax and layers are compressed (CpRec).
 
     Made of three parts: `backbone` (RecBole's own model, its item table replaced by a
@@ -44,6 +44,7 @@ class CompressedRecommender(SequentialRecommender):
     reads_last_column: bool  # of a padded batch, as its host does, even where that is padding
     train_item_counts: np.ndarray | None = None  # interactions of each item id, [n_items]
     item_tokens: np.ndarray | None = None  # RecBole's token of each item id, [n_items]
+    vocabulary: Vocabulary | None = None  # the same, once it was asked for
     choice: Choice | None = None  # where compress() was given a budget
     warm_start: WarmStart | None = None  # where compress() was given a trained model
 
@@ -84,7 +85,7 @@ class CompressedRecommender(SequentialRecommender):
             compression: the options; layers that share keep the first of each set.
         """
         model = cls.__new__(cls)
-        super(SequentialRecommender, model).__init__()  # parts only: there is no config to read
+        torch.nn.Module.__init__(model)  # parts only: there is no config to read
         for name in _HOST_ATTRIBUTES:
             setattr(model, name, getattr(host, name))
         model.compression = compression
@@ -119,7 +120,8 @@ class CompressedRecommender(SequentialRecommender):
         if self.reads_last_column:
             return self.hidden_states(item_seq)[:, -1]  # as RecBole trains and reads this model
         longest = int(item_seq_len.max())  # what follows is padding, and no position sees it
-        return self.gather_indexes(self.hidden_states(item_seq[:, :longest]), item_seq_len - 1)
+        states = self.hidden_states(item_seq[:, :longest])
+        return states[torch.arange(len(states), device=states.device), item_seq_len - 1]
 
     def calculate_loss(self, interaction: Interaction) -> Tensor:
         """Training loss of a batch, `[]`: every position of a window, or the last of a prefix."""
@@ -180,51 +182,6 @@ class CompressedRecommender(SequentialRecommender):
         """Score of one item for each row, `[B]`."""
         items = interaction[self.ITEM_ID].unsqueeze(1)
         return self.head.score(self.last_hidden(interaction), items).squeeze(1)
-
-    @torch.no_grad()
-    def recommend(
-        self,
-        item_seq: Tensor | Sequence[int] | Sequence[Sequence[int]],
-        k: int = 20,
-        exclude_seen: bool = False,
-        exclude: Tensor | Sequence[int] | Sequence[Sequence[int]] | None = None,
-        allowed: Tensor | Sequence[int] | None = None,
-    ) -> TopK:
-        """The k best next items, exact, best first, equal scores by lower id.
-
-        Args:
-            item_seq: one history of item ids, oldest first, or several: a list of lists of any
-                lengths, or a tensor `[B, L]` with 0 as padding. Of a history longer than the
-                model's limit the newest items count.
-            k: how many items.
-            exclude_seen: leave out the items of the history itself, also those beyond the limit.
-            exclude: item ids to leave out: one list for all histories, or one list for each.
-            allowed: the only item ids to choose from; every item if left out.
-
-        Returns:
-            TopK: items `[B, k]` and their scores `[B, k]`; one history is a batch of one.
-
-        Raises:
-            CompressionError: an empty history, an id outside the catalogue, nothing allowed, or k
-                above what may be recommended.
-        """
-        check_k(k, self.n_items - 1)
-        device = self.table.partition.item_at.device
-        histories, seen = pad_histories(item_seq, self.n_items, self.max_seq_length)
-        seen_ids = seen if exclude_seen else None
-        barred = barred_ids(exclude, len(histories), self.n_items, seen_ids)
-        lengths = (histories != 0).sum(1)
-        was_training = self.training
-        self.eval()
-        try:
-            hidden = self.forward(histories.to(device), lengths.to(device))
-            return self.head.topk(hidden, k, barred, allowed)
-        finally:
-            self.train(was_training)
-
-    def build_index(self) -> None:
-        """Prepare `recommend` to skip most of a large catalogue; see SoftmaxHead.build_index."""
-        self.head.build_index()
 
     def last_hidden(self, interaction: Interaction) -> Tensor:
         """Hidden state that predicts the next item of each row, `[B, d]`."""

@@ -113,8 +113,10 @@ class Original:
         return _checked_counts(item_counts, self.n_items)
 
     def copy_host(self) -> Host:
-        """A deep copy of the host in which the item table is missing, never copied."""
-        return copy.deepcopy(self.host, memo={id(self.host.item_embedding): None})
+        """A deep copy of the host without its item table, and what is known of its items."""
+        known = ("item_embedding", "train_item_counts", "item_tokens")
+        left_out = [getattr(self.host, name, None) for name in known]
+        return copy.deepcopy(self.host, memo={id(each): None for each in left_out})
 
 
 def _checked_counts(item_counts: Any, n_items: int) -> np.ndarray:

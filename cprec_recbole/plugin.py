@@ -184,6 +184,7 @@ def _with_remembered_counts(original: Callable) -> Callable:
         original(self, config, dataset)
         if hasattr(dataset, "inter_feat"):
             self.train_item_counts = item_counts(dataset)
+            self.item_tokens = dataset.field2id_token[dataset.iid_field]
 
     return __init__
 

@@ -129,14 +129,14 @@ class _Recovery:
                 if not torch.isfinite(loss):
                     raise CompressionError(
                         f"Expected `learning_rate` to let the loss fall, but with {learning_rate} "
-                        f"it became {float(loss)} in epoch {epoch + 1}; use a smaller one."
+                        f"it became {loss.item()} in epoch {epoch + 1}; use a smaller one."
                     )
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 schedule.step()
-                total += float(loss)
-                show.step(float(loss))
+                total += loss.item()
+                show.step(loss.item())
             self.result.losses.append(total / len(batches))
             self.judge(epoch + 1)
             show.epoch(epoch + 1, self.result)

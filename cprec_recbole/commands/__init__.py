@@ -1,0 +1,1 @@
+"""The commands of `cprec`, one a module: each adds its parser and knows how to run."""

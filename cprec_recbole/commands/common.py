@@ -1,0 +1,81 @@
+"""What the commands share: values as YAML writes them, compression options, the console."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from cprec_recbole.backbones import BACKBONES
+from cprec_recbole.config import (
+    OBJECTIVES,
+    SHARING_SCHEMES,
+    SOFTMAXES,
+    CompressionConfig,
+    CompressionError,
+)
+from cprec_recbole.host import read_options
+
+MODELS = tuple(backbone.host.__name__ for backbone in BACKBONES)
+TABLE_WIDTH = 140
+
+
+def console() -> Console:
+    """A terminal as wide as it is; a file or a pipe as wide as the tables are."""
+    return Console() if sys.stdout.isatty() else Console(width=TABLE_WIDTH)
+
+
+def make_folder(out: Path) -> None:
+    """Make a folder for results; a CompressionError where that cannot be."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CompressionError(
+            f"Expected `out` to be a folder that can be written, but got {out}: {error.strerror}."
+        ) from error
+
+
+def add_compression(parser: argparse.ArgumentParser, *, training: bool = True) -> None:
+    """Let a command take the compression options, and RecBole YAML files that hold them."""
+    group = parser.add_argument_group("compression")
+    group.add_argument("--ranks", type=numbers, metavar="64,16,4")
+    group.add_argument("--cutoffs", type=numbers, metavar="400,900 or 0.1,0.3")
+    group.add_argument("--sharing", metavar="{" + ",".join(SHARING_SCHEMES) + "}")
+    group.add_argument("--softmax", metavar="{" + ",".join(SOFTMAXES) + "}")
+    group.add_argument("--tied", type=value, metavar="{true,false}")
+    if training:
+        group.add_argument("--training", metavar="{" + ",".join(OBJECTIVES) + "}")
+        parser.add_argument(
+            "--config", action="append", default=[], metavar="FILE", help="a RecBole YAML file"
+        )
+
+
+def given_options(options: argparse.Namespace) -> dict[str, Any]:
+    """The compression options that were given: the files', then the command line's."""
+    names = CompressionConfig.option_names()
+    found: dict[str, Any] = {}
+    for file in getattr(options, "config", []):
+        found |= {name: value for name, value in read_options(file).items() if name in names}
+    given = {name: getattr(options, name, None) for name in names}
+    return found | {name: value for name, value in given.items() if value is not None}
+
+
+def value(text: str) -> Any:
+    """A value as YAML writes it; `64,16,4` is a list too."""
+    try:
+        found = yaml.safe_load(text)
+        if isinstance(found, str) and "," in found and not found.startswith(("[", "{")):
+            found = yaml.safe_load(f"[{found}]")
+    except yaml.YAMLError as error:
+        raise CompressionError(f"Expected a value as in YAML, but got {text!r}.") from error
+    return found
+
+
+def numbers(text: str) -> Any:
+    """A list of numbers; one number is a list of one."""
+    found = value(text)
+    return [found] if isinstance(found, int | float) else found

@@ -1,0 +1,108 @@
+"""`cprec compress`: a RecBole checkpoint made small, recovered and kept in a folder."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from torch import nn
+
+from cprec_recbole.commands.common import add_compression, console, given_options, make_folder
+from cprec_recbole.commands.common import value as parsed
+from cprec_recbole.compress import compress
+from cprec_recbole.config import CompressionError
+from cprec_recbole.evaluation import evaluate
+from cprec_recbole.recover import recover
+from cprec_recbole.report import BYTES_PER_FLOAT, part_sizes
+from cprec_recbole.trained import load_trained
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to `cprec`."""
+    parser = commands.add_parser(
+        "compress",
+        help="make a trained model small and keep it in a folder",
+        description="Compress a model that RecBole has trained, measure it before and after, and "
+        "write it to a folder that load_pretrained and `cprec recommend` read. Any further "
+        "--name=value is passed on to RecBole, e.g. --data_path=DATA.",
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="RecBole's .pth")
+    parser.add_argument("--out", required=True, metavar="FOLDER")
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--ratio", type=parsed, metavar="8", help="so many times fewer parameters")
+    budget.add_argument("--size", metavar="2MB", help="at most so many bytes of weights")
+    budget.add_argument(
+        "--max-loss", type=parsed, metavar="0.01", help="the smallest that loses at most this share"
+    )
+    parser.add_argument(
+        "--recover", type=int, default=0, metavar="EPOCHS", help="fine-tune for some epochs"
+    )
+    add_compression(parser, training=False)
+
+
+def run(options: argparse.Namespace, passed_on: dict[str, Any], command: str) -> int:
+    """Compress, measure, recover where asked, write, print the table."""
+    logging.getLogger("recbole").setLevel(logging.ERROR)
+    if options.recover < 0:
+        raise CompressionError(f"Expected `recover` to be 0 or more, but got {options.recover}.")
+    screen = console()
+    found = load_trained(options.checkpoint, passed_on)
+    small = compress(
+        found.model,
+        data=found.train,
+        ratio=options.ratio,
+        size=options.size,
+        max_loss=options.max_loss,
+        valid_data=found.valid if options.max_loss is not None else None,
+        **given_options(options),
+    )
+    make_folder(Path(options.out))
+    rows = [("original", found.model, _quality(found.model, found))]
+    rows.append(("compressed", small, _quality(small, found)))
+    if options.recover:
+        recover(small, found.model, found.train, options.recover, valid_data=found.valid)
+        rows.append(("recovered", small, _quality(small, found)))
+    small.save_pretrained(options.out)
+    screen.print(_table(rows))
+    n_bytes = sum(path.stat().st_size for path in Path(options.out).iterdir() if path.is_file())
+    screen.print(f"Written: {options.out} ({n_bytes:,} bytes)")
+    return 0
+
+
+def _quality(model: nn.Module, found: Any) -> dict[str, float]:
+    """Every metric on validation and test data."""
+    data = {"valid": found.valid, "test": found.test}
+    return {
+        f"{part} {name}": score
+        for part, each in data.items()
+        for name, score in evaluate(model, each).items()
+    }
+
+
+def _table(rows: list[tuple[str, nn.Module, dict[str, float]]]) -> Table:
+    """One column a model: sizes by part, then quality."""
+    table = Table()
+    table.add_column("")
+    for name, _, _ in rows:
+        table.add_column(name, justify="right")
+    sizes = [part_sizes(model) for _, model, _ in rows]
+    table.add_row("parameters", *(f"{size.total:,}" for size in sizes))
+    table.add_row("  item table", *(f"{size.table:,}" for size in sizes))
+    table.add_row("  layers", *(f"{size.layers:,}" for size in sizes))
+    table.add_row("  softmax", *(f"{size.softmax:,}" for size in sizes))
+    table.add_row("MB", *(f"{size.total * BYTES_PER_FLOAT / 1e6:,.3f}" for size in sizes))
+    table.add_row("smaller", *(f"{sizes[0].total / size.total:.2f}x" for size in sizes))
+    table.add_section()
+    whole = rows[0][2]
+    for metric in whole:
+        cells = [f"{whole[metric]:.4f}"]
+        for _, _, scores in rows[1:]:
+            share = f" ({scores[metric] / whole[metric]:.1%})" if whole[metric] else ""
+            cells.append(f"{scores[metric]:.4f}{share}")
+        table.add_row(metric, *cells)
+    return table

@@ -1,0 +1,200 @@
+"""A model as a folder of three files: options and checksums, weights, item tokens.
+
+    config.json                        what the model is, and which files belong to it
+    weights-<checksum>.safetensors     every parameter once
+    items-<checksum>.json              the token of each item id from 1 on
+
+Nothing in them can run code. config.json is replaced last and in one step, and names the other two
+by what is in them; so a crash at any moment leaves either the old model or the new one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from cprec_recbole.config import CompressionError
+
+FORMAT = "cprec_recbole"
+FORMAT_VERSION = 1
+_CONFIG = "config.json"
+_OURS = re.compile(r"(weights-[0-9a-f]{16}\.safetensors|items-[0-9a-f]{16}\.json|\.cprec-.*\.tmp)")
+_KINDS = {"weights": ".safetensors", "items": ".json"}
+
+
+def write_folder(
+    folder: str | os.PathLike[str],
+    options: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    tokens: Sequence[str] | None,
+) -> Path:
+    """Write a model; what was in the folder stays valid until the last step.
+
+    Args:
+        folder: made where it is missing; other files in it are left alone.
+        options: what the model is, as plain values.
+        weights: tensors by name, none sharing memory with another.
+        tokens: the token of each item id from 1 on; None for a model that knows none.
+
+    Raises:
+        CompressionError: a folder that cannot be written.
+    """
+    out = Path(folder)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        files = {"weights": _put(out, "weights", lambda p: _save_weights(weights, p))}
+        if tokens is not None:
+            text = json.dumps(list(tokens), ensure_ascii=False, separators=(",", ":"))
+            files["items"] = _put(out, "items", lambda p: p.write_text(text, encoding="utf-8"))
+        header = {"format": FORMAT, "format_version": FORMAT_VERSION, **options, "files": files}
+        header["checksum"] = _checksum(header)
+        temporary = out / f".cprec-config-{os.getpid()}.tmp"
+        temporary.write_text(json.dumps(header, indent=1, ensure_ascii=False), encoding="utf-8")
+        _flush(temporary)
+        os.replace(temporary, out / _CONFIG)
+        _flush(out)
+        _remove_others(out, {entry["name"] for entry in files.values()})
+    except OSError as error:
+        raise CompressionError(
+            f"Expected `folder` to be one that can be written, but got {out}: "
+            f"{error.strerror or error}."
+        ) from error
+    return out
+
+
+def read_folder(
+    folder: str | os.PathLike[str],
+) -> tuple[dict[str, Any], dict[str, Tensor], list[str] | None]:
+    """Options, weights and tokens of a folder, every file checked against its checksum.
+
+    Raises:
+        CompressionError: no model, one of a newer format, or a file that is missing, cut short or
+            changed; the message says which.
+    """
+    out = Path(folder)
+    header = _read_config(out)
+    paths = {kind: _checked_file(out, kind, entry) for kind, entry in header["files"].items()}
+    try:
+        weights = safetensors.torch.load_file(paths["weights"])
+    except (SafetensorError, ValueError, OSError) as error:
+        raise CompressionError(f"Expected {paths['weights']} to hold weights: {error}.") from error
+    tokens = None
+    if "items" in paths:
+        try:
+            tokens = json.loads(paths["items"].read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CompressionError(f"Expected {paths['items']} to be JSON: {error}.") from error
+    return header, weights, tokens
+
+
+def _put(out: Path, kind: str, write: Callable[[Path], Any]) -> dict[str, Any]:
+    """Write a file under the name of its own contents; returns its entry in config.json."""
+    temporary = out / f".cprec-{kind}-{os.getpid()}.tmp"
+    try:
+        write(temporary)
+        _flush(temporary)
+        digest = _digest(temporary)
+        size = temporary.stat().st_size
+        name = f"{kind}-{digest[:16]}{_KINDS[kind]}"
+        os.replace(temporary, out / name)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return {"name": name, "bytes": size, "sha256": digest}
+
+
+def _save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    safetensors.torch.save_file(plain, path)
+
+
+def _read_config(out: Path) -> dict[str, Any]:
+    path = out / _CONFIG
+    try:
+        header = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CompressionError(
+            f"Expected `folder` to be one that save_pretrained wrote, but {path} cannot be read: "
+            f"{error.strerror or error}."
+        ) from error
+    except ValueError as error:
+        raise CompressionError(
+            f"Expected {path} to be whole, but it is cut short or damaged: {error}."
+        ) from error
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise CompressionError(
+            f"Expected {path} to be of a model that save_pretrained wrote, but it is of something "
+            "else."
+        )
+    version = header.get("format_version")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise CompressionError(
+            f"Expected {path} to be of format {FORMAT_VERSION} or older, but got format {version}: "
+            "it was written by a newer cprec_recbole; upgrade this one."
+        )
+    if header.pop("checksum", None) != _checksum(header):
+        raise CompressionError(
+            f"Expected {path} to be as it was written, but it has been changed: its checksum does "
+            "not fit. Save the model again."
+        )
+    return header
+
+
+def _checked_file(out: Path, kind: str, entry: Mapping[str, Any]) -> Path:
+    path = out / entry["name"]
+    if not _OURS.fullmatch(entry["name"]):  # never a path that leads out of the folder
+        raise CompressionError(f"Expected a name of our own in {_CONFIG}, but got {path.name!r}.")
+    if not path.is_file():
+        raise CompressionError(f"Expected {path} beside {_CONFIG}, but it is missing.")
+    size = path.stat().st_size
+    if size != entry["bytes"]:
+        how = "cut short" if size < entry["bytes"] else "longer than it was"
+        raise CompressionError(
+            f"Expected {path} to have {entry['bytes']:,} bytes, but it has {size:,}: it is {how}."
+        )
+    if _digest(path) != entry["sha256"]:
+        raise CompressionError(
+            f"Expected {path} to be as it was written, but its bytes have been changed: the "
+            f"checksum of the {kind} does not fit."
+        )
+    return path
+
+
+def _checksum(header: Mapping[str, Any]) -> str:
+    text = json.dumps(header, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Have the system write a file or a folder to its disk."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:  # a folder, on Windows
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_others(out: Path, names: set[str]) -> None:
+    """Remove files of models that were here before; anything that is not ours stays."""
+    for path in out.iterdir():
+        if _OURS.fullmatch(path.name) and path.name not in names:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,117 @@
+"""load_pretrained(): a model out of the folder that save_pretrained wrote."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cprec_recbole.backbones import build_host
+from cprec_recbole.config import CompressionConfig, CompressionError
+from cprec_recbole.embedding import BlockEmbedding
+from cprec_recbole.folder import read_folder
+from cprec_recbole.models import MODELS, CompressedRecommender
+from cprec_recbole.partition import Partition
+from cprec_recbole.serving import unpacked_blocks
+from cprec_recbole.vocabulary import Vocabulary
+
+
+def load_pretrained(
+    folder: str | os.PathLike[str], device: str | torch.device = "cpu"
+) -> CompressedRecommender:
+    """Load a model that `save_pretrained` wrote; no data set and no RecBole configuration needed.
+
+    Args:
+        folder: what `save_pretrained` was given.
+        device: where the model shall be.
+
+    Returns:
+        The model in eval mode, with the scores, item ids and tokens that it was saved with.
+
+    Raises:
+        CompressionError: no model, one of a newer format, or files that are missing, cut short,
+            changed, or do not belong together; the message says which.
+    """
+    header, weights, tokens = read_folder(folder)
+    try:
+        model = _built(header, weights)
+        model.vocabulary = None if tokens is None else Vocabulary(tokens)
+        _fill(model, weights)
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        raise CompressionError(
+            f"Expected the files of {os.fspath(folder)} to belong together, but they do not: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if tokens is not None and len(tokens) != model.n_items - 1:
+        raise CompressionError(
+            f"Expected {model.n_items - 1} tokens in {os.fspath(folder)}, but got {len(tokens)}."
+        )
+    return model.to(device).eval()
+
+
+def _built(header: dict[str, Any], weights: dict[str, Tensor]) -> CompressedRecommender:
+    """The model that the options describe, its weights not filled in."""
+    known = {model.__name__: model for model in MODELS}
+    if header["model"] not in known:
+        raise CompressionError(
+            f"Expected `model` to be one of {', '.join(known)}, but got {header['model']!r}."
+        )
+    model_class = known[header["model"]]
+    record = model_class.record
+    compression = CompressionConfig.from_options(header["compression"])
+    options = _Options(block_num=1, device="cpu", **header["architecture"])
+    n_items = int(header["n_items"])
+    plan = compression.plan(options[record.size_option], n_items)
+    member = unpacked_blocks(weights["blocks"], len(plan.ranks), n_items)
+    sizes = np.bincount(member, minlength=len(plan.ranks))
+    if tuple(sizes) != plan.sizes:
+        raise CompressionError(
+            f"Expected blocks of {list(plan.sizes)} items, but the weights have {sizes.tolist()}."
+        )
+    with torch.random.fork_rng(devices=[]):  # fresh weights are drawn, and written over
+        host = build_host(record, options, _Catalogue(options["ITEM_ID_FIELD"]))
+        host.n_items = n_items
+        partition = Partition(torch.from_numpy(np.argsort(member, kind="stable")), plan.cutoffs)
+        table = BlockEmbedding(partition, plan.ranks, plan.dim)
+        model = model_class.from_host(host, table, compression)
+    model.reads_last_column = bool(header["reads_last_column"])
+    return model.to(getattr(torch, header["dtype"]))
+
+
+@torch.no_grad()
+def _fill(model: CompressedRecommender, weights: dict[str, Tensor]) -> None:
+    parameters = dict(model.named_parameters())
+    names = {name for name in weights if name != "blocks"}
+    if names != set(parameters):
+        missing, strange = sorted(set(parameters) - names), sorted(names - set(parameters))
+        raise CompressionError(
+            "Expected the weights to be those of the options, but they lack "
+            f"{', '.join(missing) or 'nothing'} and have {', '.join(strange) or 'nothing'} besides."
+        )
+    for name, parameter in parameters.items():
+        if parameter.shape != weights[name].shape:
+            raise CompressionError(
+                f"Expected the weight {name} to be {list(parameter.shape)} by the options, but it "
+                f"is {list(weights[name].shape)}."
+            )
+        parameter.copy_(weights[name])
+
+
+class _Options(dict[str, Any]):
+    """Options as RecBole's models read them."""
+
+    def __missing__(self, name: str) -> None:
+        return None
+
+
+class _Catalogue:
+    """As much of a dataset as a host's constructor asks for."""
+
+    def __init__(self, iid_field: str) -> None:
+        self.iid_field = iid_field
+
+    def num(self, field: str) -> int:
+        return 1
