@@ -91,14 +91,16 @@ def compress(
     base.plan(original.dim, original.n_items)
     counts = original.counts(item_counts if item_counts is not None else _dataset_of(data))
     work = _Compression(original, counts, _histories(data, item_counts, original, counts))
-    if max_loss is not None:
-        small = work.within_loss(float(max_loss), valid_data, base, sharing)
-    elif ratio is not None or size is not None:
-        whole = work.n_parameters
-        limit = int(whole / checked_ratio(ratio)) if ratio is not None else _affordable(size, model)
-        small = work.within(limit, base, sharing)
-    else:
-        small = work.small(base)
+    with torch.random.fork_rng(devices=[]):  # fresh factors are drawn, and written over
+        if max_loss is not None:
+            small = work.within_loss(float(max_loss), valid_data, base, sharing)
+        elif ratio is not None:
+            limit = int(work.n_parameters / checked_ratio(ratio))
+            small = work.within(limit, base, sharing)
+        elif size is not None:
+            small = work.within(_affordable(size, model), base, sharing)
+        else:
+            small = work.small(base)
     if verbose and small.choice is not None:
         print(small.choice)
     return small.train(model.training)
@@ -109,7 +111,7 @@ class _Compression:
 
     def __init__(self, original: Original, counts: np.ndarray, histories: Histories) -> None:
         self.original, self.counts, self.histories = original, counts, histories
-        self.trained = looks_trained(original.table, counts)
+        self.trained = looks_trained(original.table)
         self.n_parameters = sum(p.numel() for p in original.model.parameters())
 
     def small(self, compression: CompressionConfig) -> CompressedRecommender:

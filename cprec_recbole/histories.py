@@ -83,7 +83,7 @@ def histories_of(data: Any, n_items: int, max_length: int) -> Histories:
             f"{type(data).__name__}."
         )
     histories: Any = data
-    _, whole = pad_histories(histories, n_items, max_length)
+    _, whole = pad_histories(histories, n_items, max_length, "data")
     pieces = []
     for row in whole:
         real = row[row != PADDING]

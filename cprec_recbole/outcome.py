@@ -53,7 +53,7 @@ class Recovery:
 
     Attributes:
         metric: what the best epoch was chosen by; empty without validation data.
-        original: metrics of the original; empty without validation data.
+        original: metrics of the original; empty without validation data or a teacher.
         start: of the compressed model before the first epoch.
         epochs: after each epoch.
         losses: mean training loss of each epoch.
@@ -70,13 +70,15 @@ class Recovery:
     def __str__(self) -> str:
         if not self.metric:
             return f"{len(self.losses)} epochs, loss " + ", ".join(f"{x:.4f}" for x in self.losses)
-        whole = self.original[self.metric]
-        rows = [("original", self.original), ("compressed", self.start)]
+        whole = self.original.get(self.metric, 0.0)
+        rows = [("original", self.original)] if self.original else []
+        rows += [("compressed", self.start)]
+        first = len(rows) - 1
         rows += [(f"epoch {i}", found) for i, found in enumerate(self.epochs, start=1)]
         lines = [f"{self.metric} on the validation data"]
         for index, (name, found) in enumerate(rows):
             score = found[self.metric]
             share = f" {score / whole:7.1%}" if whole else ""
-            mark = " (kept)" if index == self.kept + 1 else ""
+            mark = " (kept)" if index == self.kept + first else ""
             lines.append(f"  {name:<10} {score:.4f}{share}{mark}")
         return "\n".join(lines)

@@ -40,6 +40,8 @@ def load_pretrained(
         model = _built(header, weights)
         model.vocabulary = None if tokens is None else Vocabulary(tokens)
         _fill(model, weights)
+    except CompressionError:
+        raise
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise CompressionError(
             f"Expected the files of {os.fspath(folder)} to belong together, but they do not: "

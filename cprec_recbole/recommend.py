@@ -15,7 +15,10 @@ History = Sequence[int]
 
 
 def pad_histories(
-    item_seq: Tensor | History | Sequence[History], n_items: int, max_length: int
+    item_seq: Tensor | History | Sequence[History],
+    n_items: int,
+    max_length: int,
+    name: str = "item_seq",
 ) -> tuple[Tensor, Tensor]:
     """Check histories and bring them into RecBole's form: the newest items, padded on the right.
 
@@ -23,6 +26,7 @@ def pad_histories(
         item_seq: one history of item ids, oldest first, or several; zeros are padding.
         n_items: items of the catalogue, padding included.
         max_length: positions of the model.
+        name: what errors call the histories.
 
     Returns:
         The histories `[B, max_length]`, and all items of each history `[B, longest]`.
@@ -30,14 +34,13 @@ def pad_histories(
     Raises:
         CompressionError: an empty history, ids that are no whole numbers or outside the catalogue.
     """
-    rows = [_checked(row, n_items) for row in _as_rows(item_seq)]
+    rows = [_checked(row, n_items, name) for row in _as_rows(item_seq, name)]
     if not rows:
-        raise CompressionError("Expected `item_seq` to hold at least one history, but got none.")
+        raise CompressionError(f"Expected `{name}` to hold at least one history, but got none.")
     for index, row in enumerate(rows):
         if not len(row):
             raise CompressionError(
-                "Expected every history of `item_seq` to hold an item, but history "
-                f"{index} is empty."
+                f"Expected every history of `{name}` to hold an item, but history {index} is empty."
             )
     padded = torch.full((len(rows), max_length), PADDING)
     for target, row in zip(padded, rows):

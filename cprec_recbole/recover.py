@@ -26,7 +26,7 @@ _LAST_RATE = 0.1  # of the learning rate, at the last step
 
 def recover(
     small: CompressedRecommender,
-    teacher: nn.Module,
+    teacher: nn.Module | None,
     data: Any,
     epochs: int = 4,
     *,
@@ -46,7 +46,8 @@ def recover(
 
     Args:
         small: what `compress()` made; it is changed.
-        teacher: the original that it was made from.
+        teacher: the original that it was made from; None to fine-tune on the data alone, as after
+            `add_items`.
         data: training data: RecBole's dataset or data loader, or lists of item ids.
         epochs: passes over the data.
         valid_data: RecBole's validation data, to report quality before and after each epoch.
@@ -68,13 +69,14 @@ def recover(
         raise CompressionError(
             f"Expected `small` to be a compressed model, but got {type(small).__name__}."
         )
-    original = Original.of(teacher)
-    _check_pair(small, original)
+    original = None if teacher is None else Original.of(teacher)
+    if original is not None:
+        _check_pair(small, original)
     _check_numbers(epochs, batch_size, learning_rate, distillation)
     if valid_data is not None:
         check_evaluation_data(valid_data)
     histories = histories_of(data, small.n_items, small.max_seq_length)
-    device = original.table.device
+    device = small.table.partition.item_at.device
     forked = [device] if device.type == "cuda" else []
     was_training = small.training
     with torch.random.fork_rng(devices=forked), _in_eval_mode(teacher), _show(progress) as show:
@@ -92,7 +94,7 @@ class _Recovery:
     def __init__(
         self,
         small: CompressedRecommender,
-        original: Original,
+        original: Original | None,
         histories: Histories,
         distillation: float,
         valid_data: Any,
@@ -101,13 +103,15 @@ class _Recovery:
         self.histories, self.distillation = histories, distillation
         self.valid_data = valid_data
         self.partition = small.table.partition
-        # the original's vectors in the order of the blocks: one copy, and no gather a step
-        self.vectors = original.table[self.partition.item_at.long()]
+        if original is not None:
+            # its vectors in the order of the blocks: one copy, and no gather a step
+            self.vectors = original.table[self.partition.item_at.long()]
         self.result = Recovery()
         self.best = copy.deepcopy(small.state_dict())
         if valid_data is not None:
             self.result.metric = valid_metric(valid_data)
-            self.result.original = evaluate(original.model, valid_data)
+            if original is not None:
+                self.result.original = evaluate(original.model, valid_data)
             self.result.start = evaluate(small, valid_data)
             self.best_score = self.result.start[self.result.metric]
 
@@ -160,13 +164,13 @@ class _Recovery:
     def loss(self, items: Tensor, targets: Tensor) -> Tensor:
         """Training loss of windows `[B, L]` and the next item at each position `[B, L]`; or, for
         models that read one position, of prefixes `[B, L]` and their targets `[B]`, `[]`."""
-        small, device = self.small, self.vectors.device
+        small, device = self.small, self.partition.item_at.device
         items, targets = items.to(device), targets.to(device)
         real = targets != PADDING
         hidden = self._read(small.hidden_states(items), real)
         target = targets[real]
         loss = small.position_loss(hidden, target)
-        if self.distillation > 0:
+        if self.original is not None and self.distillation > 0:
             with torch.no_grad():
                 wanted = self._read(self.original.hidden_states(items), real)
             told = self.divergence(hidden, wanted, target)
@@ -234,8 +238,9 @@ class _Show:
         if self.progress is not None:
             self.progress.update(self.task, total=epochs * n_batches)
         if result.metric:
-            whole, start = result.original[result.metric], result.start[result.metric]
-            self.print(f"recover: {result.metric} original {whole:.4f}, compressed {start:.4f}")
+            found = {"original": result.original, "compressed": result.start}
+            shown = [f"{name} {x[result.metric]:.4f}" for name, x in found.items() if x]
+            self.print(f"recover: {result.metric} {', '.join(shown)}")
 
     def step(self, loss: float) -> None:
         if self.progress is not None:
@@ -264,9 +269,10 @@ def _show(progress: bool) -> Iterator[_Show]:
 
 
 @contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    before = [(module, module.training) for module in model.modules()]
-    model.eval()
+def _in_eval_mode(model: nn.Module | None) -> Iterator[None]:
+    before = [] if model is None else [(m, m.training) for m in model.modules()]
+    if model is not None:
+        model.eval()
     try:
         yield
     finally:

@@ -15,6 +15,7 @@ from cprec_recbole.partition import Partition
 
 _ROWS = 2**16
 _BISECTIONS = 50
+_ABOVE_CHANCE = 1.3
 MOST_BLOCKS = 5  # CpRec, section 3.2: three to five are enough
 # where a block may end, as shares of the items: finer where items are popular
 _SHARES = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -25,17 +26,17 @@ def block_ends(n_items: int) -> list[int]:
     return sorted({min(n_items, max(2, round(share * n_items))) for share in _SHARES} | {n_items})
 
 
-def looks_trained(table: Tensor, counts: np.ndarray) -> bool:
-    """Whether the rows `[n_items, d]` have a direction stronger than random rows would have.
+def looks_trained(table: Tensor) -> bool:
+    """Whether the item vectors `[n_items, d]` have a direction stronger than random ones would.
 
     The strongest of n random rows is at most `(1 + sqrt(d / n))^2` times the mean (the
-    Marchenko-Pastur law), n being the effective number of rows under their weights.
+    Marchenko-Pastur law). Fresh models of 41 to 12,000 items reach 0.7 to 1.03 of that, models that
+    were trained for some epochs 1.6 to 16.
     """
-    weights = torch.from_numpy(counts).clamp(min=1).to(table.device)
-    effective = float(weights.sum().square() / weights.square().sum())
-    values = torch.linalg.eigvalsh(_gram(table, weights))
-    edge = (1 + math.sqrt(table.shape[1] / effective)) ** 2
-    return float(values[-1]) > 1.5 * edge * float(values.mean())
+    rows = table[1:]  # padding is no item
+    values = torch.linalg.eigvalsh(_gram(rows, torch.ones(len(rows), device=rows.device)))
+    edge = (1 + math.sqrt(rows.shape[1] / len(rows))) ** 2
+    return float(values[-1]) > _ABOVE_CHANCE * edge * float(values.mean())
 
 
 def _gram(rows: Tensor, weights: Tensor) -> Tensor:

@@ -106,3 +106,16 @@ def train_a_step(model, batch: Interaction, lr: float = 0.05) -> float:
     loss.backward()
     optimizer.step()
     return float(loss.detach())
+
+
+def train(model, world: World, name: str, epochs: int = 4):
+    """Train a model of the world's for some epochs, with RecBole's own rows; returns it."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    rows, _, _ = world.loaders(world.config(name))
+    model.train()
+    for _ in range(epochs):
+        for batch in rows:
+            optimizer.zero_grad()
+            model.calculate_loss(batch).backward()
+            optimizer.step()
+    return model.eval()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import pytest
 import torch
 
 import cprec_recbole  # noqa: F401  (registers the models)
-from tests.builders import HOSTS, World
+from tests.builders import HOSTS, World, train
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -20,6 +21,15 @@ def scratch_folder(tmp_path_factory: pytest.TempPathFactory):
     os.chdir(before)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def few_drawn_histories():
+    """The tests' models are tiny: a few histories are enough to fit their layers on."""
+    with pytest.MonkeyPatch.context() as patch:
+        # the module, which the function of the same name hides
+        patch.setattr(sys.modules["cprec_recbole.compress"], "FIT_HISTORIES", 128)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(7)
@@ -29,6 +39,12 @@ def seed() -> None:
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """A made-up data set: 60 users, 40 items, Zipf-like popularity."""
     return World.made_up(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def trained(world: World):
+    """RecBole's three models by name, trained for a while; not to be changed."""
+    return {name: train(world.model(name), world, name) for name in HOSTS}
 
 
 @pytest.fixture(params=HOSTS)

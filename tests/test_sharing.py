@@ -43,26 +43,24 @@ def stack(widths):
     return modules, [[(m, "weight"), (m, "bias")] for m in modules]
 
 
-def test_layers_share_one_object_that_starts_from_their_mean():
+def test_layers_share_one_object():
     modules, layers = stack([(3, 3)] * 4)
-    before = torch.stack([m.weight.detach() for m in modules])
-    assert share(layers, (0, 1, 0, 1), average=True) == 2
+    assert share(layers, (0, 1, 0, 1)) == 2
     assert modules[0].weight is modules[2].weight
     assert modules[1].bias is modules[3].bias
     assert modules[0].weight is not modules[1].weight
-    torch.testing.assert_close(modules[0].weight, before[[0, 2]].mean(0))
 
 
-def test_fresh_layers_keep_the_first_ones_parameters():
+def test_a_set_keeps_the_first_layers_parameters():
     modules, layers = stack([(3, 3)] * 3)
     first = modules[0].weight.detach().clone()
-    share(layers, (0, 0, 0), average=False)
+    share(layers, (0, 0, 0))
     assert torch.equal(modules[2].weight, first)
 
 
 def test_a_layer_of_another_shape_keeps_its_own():
     modules, layers = stack([(2, 3), (3, 3), (3, 3)])
     assert sharing_sets(layers, (0, 0, 0)) == [[0], [1, 2]]
-    share(layers, (0, 0, 0), average=True)
+    share(layers, (0, 0, 0))
     assert modules[0].weight.shape == (3, 2)
     assert modules[1].weight is modules[2].weight

@@ -50,7 +50,13 @@ def run(options: argparse.Namespace, passed_on: dict[str, Any], command: str) ->
     model = load_pretrained(options.folder)
     if options.index:
         model.build_index()
-    warnings.showwarning = _on_one_line
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = _on_one_line
+        return _answer(model, options)
+
+
+def _answer(model: CompressedRecommender, options: argparse.Namespace) -> int:
     if options.history is not None:
         history = [token.strip() for token in options.history.split(",") if token.strip()]
         tokens, scores = _answers(model, [history], options)[0]

@@ -1,0 +1,202 @@
+"""Budgets: always met or refused with the smallest size, and the choice as good as can be."""
+
+import itertools
+import re
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cprec_recbole import BlockEmbedding, CompressionConfig, CompressionError, Partition, compress
+from cprec_recbole.budget import checked_bytes, choose
+from cprec_recbole.config import BlockPlan
+from cprec_recbole.original import Original
+from cprec_recbole.report import part_sizes
+from cprec_recbole.spectra import Cost, Spectra, block_ends
+from tests.builders import HOSTS, SCHEMES
+
+
+def spectra(n_items=30, dim=5, ends=(4, 9, 30), seed=0):
+    rng = np.random.default_rng(seed)
+    table = torch.from_numpy(rng.normal(size=(n_items, dim)) * 0.5 ** np.arange(dim)).float()
+    counts = rng.integers(0, 50, n_items).astype(float)
+    return table, counts, Spectra.of_table(table, counts, list(ends))
+
+
+def every_plan(ends, dim):
+    """Every plan of blocks that end at some of the ends, ranks never rising."""
+    inner = ends[1:-1]
+    for n_blocks in range(1, len(ends)):
+        for cut in itertools.combinations(inner, n_blocks - 1):
+            for ranks in itertools.combinations_with_replacement(range(dim, 0, -1), n_blocks):
+                yield BlockPlan(ranks, (*cut, ends[-1]), dim)
+
+
+@pytest.mark.parametrize("plan", [((5, 3, 1), (4, 9, 30)), ((2, 2), (9, 30)), ((4,), (30,))])
+def test_what_a_plan_loses_is_the_error_of_its_factors(plan):
+    table, counts, found = spectra()
+    ranks, cutoffs = plan
+    blocks = BlockEmbedding(Partition.from_counts(counts, cutoffs), ranks, 5)
+    blocks.approximate(table, torch.from_numpy(counts))
+    weights = torch.from_numpy(counts).clamp(min=1)
+    error = ((blocks.dense() - table).double().square().sum(1) * weights).sum()
+    whole = (table.double().square().sum(1) * weights).sum()
+    assert found.loss(BlockPlan(ranks, cutoffs, 5)) == pytest.approx(float(error / whole), abs=1e-6)
+
+
+@given(st.floats(-7, -1), st.integers(0, 5), st.sampled_from([Cost(1, 0), Cost(2, 0), Cost(1, 5)]))
+@settings(max_examples=40, deadline=None)
+def test_the_plan_for_a_price_is_the_best_of_all(exponent, seed, cost):
+    price = 10.0**exponent
+    _, _, found = spectra(seed=seed)
+
+    def value(plan):  # a block costs one parameter more than it has: of equals, the fewest blocks
+        return found.loss(plan) + price * (cost.of(plan) + len(plan.ranks))
+
+    best = min(value(plan) for plan in every_plan(found.ends, 5))
+    assert value(found._priced(price, cost)) == pytest.approx(best, rel=1e-9)
+
+
+@given(st.integers(30, 260), st.integers(0, 5))
+@settings(max_examples=40, deadline=None)
+def test_the_plan_for_a_budget_fits_and_nothing_more_would(parameters, seed):
+    _, _, found = spectra(seed=seed)
+    plan = found.best_plan(parameters, Cost(1, 0))
+    if plan is None:
+        assert parameters < 30 + 5  # one block of rank 1
+        return
+    assert plan.n_parameters <= parameters
+    for other in every_plan(found.ends, 5):  # no rank of it can be raised
+        same = other.cutoffs == plan.cutoffs
+        more = all(a >= b for a, b in zip(other.ranks, plan.ranks)) and other.ranks != plan.ranks
+        if same and more and other.n_parameters <= parameters:
+            assert found.loss(other) >= found.loss(plan) - 1e-12
+
+
+@given(
+    ratio=st.floats(2, 50),
+    host=st.sampled_from(HOSTS),
+    sharing=st.sampled_from([None, *SCHEMES]),
+    softmax=st.sampled_from(["full", "tree"]),
+    tied=st.booleans(),
+    use_trained=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_every_ratio_is_met_or_refused_with_the_smallest_size(
+    world, trained, fresh, ratio, host, sharing, softmax, tied, use_trained
+):
+    original = Original.of((trained if use_trained else fresh)[host])
+    counts = original.counts()
+    whole = sum(p.numel() for p in original.model.parameters())
+    limit = int(whole / ratio)
+    base = CompressionConfig(softmax=softmax, tied=tied)
+
+    def chosen(limit):
+        return choose(original, counts, limit, base, sharing, lambda options: 0.1, use_trained)
+
+    from cprec_recbole.compress import build
+
+    try:
+        choice = chosen(limit)
+    except CompressionError as error:
+        smallest = int(re.search(r"of ([\d,]+) parameters", str(error))[1].replace(",", ""))
+        assert smallest > limit
+        choice = chosen(smallest)
+        assert choice.parameters == smallest
+        limit = smallest
+    small = build(original, choice.compression, counts)
+    assert part_sizes(small).total == choice.parameters <= limit
+    assert choice.compression.softmax == softmax
+    assert choice.compression.tied == tied
+
+
+@pytest.fixture(scope="module")
+def fresh(world):
+    return {name: world.model(name) for name in HOSTS}
+
+
+def test_a_ratio_is_met_and_the_choice_is_printed_with_reasons(trained, host_name, capsys):
+    model = trained[host_name]
+    whole = sum(p.numel() for p in model.parameters())
+    small = compress(model, ratio=1.3)
+    assert part_sizes(small).total <= whole / 1.3
+    printed = capsys.readouterr().out
+    assert f"{part_sizes(small).total:,} parameters" in printed
+    assert "by the spectra of the trained table" in printed
+    assert "sharing" in printed
+    compress(model, ratio=1.3, verbose=False)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_size_is_met_in_bytes_of_the_weights(trained, host_name):
+    model = trained[host_name]
+    whole = 4 * sum(p.numel() for p in model.parameters())
+    small = compress(model, size=int(whole * 0.8), verbose=False)
+    assert 4 * part_sizes(small).total <= 0.8 * whole
+    assert compress(model, size="1GB", verbose=False).choice.parameters <= whole / 4
+
+
+def test_a_fresh_model_is_compressed_by_counts(world, host_name, capsys):
+    small = compress(world.model(host_name), ratio=1.3)
+    assert "untrained: by counts alone" in capsys.readouterr().out
+    ranks = small.table.ranks
+    assert list(ranks) == sorted(ranks, reverse=True)
+
+
+def test_more_popular_blocks_get_more_of_the_budget():
+    counts = np.array([0] + [1000] * 10 + [1] * 89, dtype=float)
+    found = Spectra.of_counts(counts, 16, block_ends(100))
+    plan = found.best_plan(400, Cost(1, 0))
+    assert plan.ranks[0] > plan.ranks[-1]
+    assert plan.cutoffs[0] <= 16
+
+
+def test_max_loss_is_measured_on_the_validation_data(world, host_name, trained, capsys):
+    from cprec_recbole import evaluate
+
+    options = {"metrics": ["NDCG"], "topk": [10], "valid_metric": "NDCG@10"}
+    _, valid, _ = world.loaders(world.config(host_name, **options))
+    model = trained[host_name]
+    small = compress(model, max_loss=0.3, valid_data=valid)
+    assert evaluate(small, valid)["ndcg@10"] >= 0.7 * evaluate(model, valid)["ndcg@10"]
+    printed = capsys.readouterr().out
+    tried = re.findall(r"ratio (\d+\.\d+): ndcg@10", printed)
+    assert 2 <= len(tried) <= 5
+    assert part_sizes(small).total < sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("size", "n_bytes"),
+    [(2000, 2000), ("2MB", 2_000_000), ("1.5 kb", 1500), ("2KiB", 2048), ("1GiB", 2**30)],
+)
+def test_sizes_are_read(size, n_bytes):
+    assert checked_bytes(size) == n_bytes
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"ratio": 0.5}, "`ratio` to be a number of times, 1 or more, but got 0.5"),
+        ({"ratio": float("nan")}, "`ratio`"),
+        ({"ratio": float("inf")}, "`ratio`"),
+        ({"ratio": "8"}, "`ratio` .* but got '8'"),
+        ({"ratio": True}, "`ratio`"),
+        ({"size": "2 apples"}, "`size` to be a number of bytes"),
+        ({"size": -5}, "`size`"),
+        ({"size": "0MB"}, "`size`"),
+        ({"size": 1.5}, "`size`"),
+        ({"ratio": 2, "size": "1MB"}, "one budget, but got `ratio` and `size`"),
+        ({"ratio": 2, "ranks": [16, 4]}, "either a budget or `ranks`"),
+        ({"ratio": 2, "cutoffs": [9]}, "either a budget or `cutoffs`"),
+        ({"max_loss": 1.5}, "`max_loss` to be a share from 0 to below 1"),
+        ({"max_loss": 0.01}, "`valid_data` to be RecBole's evaluation data"),
+        ({"valid_data": 1}, "`valid_data` only with `max_loss`"),
+        ({"ratio": 1000}, r"budget of [\d,]+ parameters or more \(ratio [\d.]+ at most\)"),
+        ({"size": 4}, "smallest possible model"),
+    ],
+)
+def test_bad_budgets_are_refused(trained, options, match):
+    with pytest.raises(CompressionError, match=match):
+        compress(trained["SASRec"], **options)

@@ -1,0 +1,174 @@
+"""`cprec compress` and `cprec recommend`, from a checkpoint that RecBole wrote to answers."""
+
+import io
+import json
+import pickle
+
+import pytest
+from recbole.utils import get_model, get_trainer, init_seed
+
+from cprec_recbole import CompressionError, load_pretrained
+from cprec_recbole.cli import main
+from cprec_recbole.report import part_sizes
+from cprec_recbole.trained import load_trained
+from tests.builders import HOSTS, World
+
+METRICS = {"metrics": ["NDCG"], "topk": [10], "valid_metric": "NDCG@10"}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(world: World, tmp_path_factory):
+    """A RecBole checkpoint of each of RecBole's own models."""
+    found = {}
+    for name in HOSTS:
+        config = world.config(name, epochs=4, learning_rate=0.01, **METRICS)
+        config["checkpoint_dir"] = str(tmp_path_factory.mktemp("checkpoints"))
+        init_seed(1, True)
+        train, valid, _ = world.loaders(config)
+        model = get_model(name)(config, train._dataset)
+        trainer = get_trainer(config["MODEL_TYPE"], name)(config, model)
+        trainer.fit(train, valid, verbose=False)
+        found[name] = trainer.saved_model_file
+    return found
+
+
+def test_a_checkpoint_is_read_with_its_data(world, checkpoints, host_name):
+    from recbole.quick_start import load_data_and_model
+
+    found = load_trained(checkpoints[host_name])
+    model = load_data_and_model(checkpoints[host_name])[1]
+    for ours, theirs in zip(found.model.parameters(), model.parameters()):
+        assert (ours == theirs).all()
+    assert type(found.model) is type(model)
+    assert len(found.valid._dataset) > 0
+
+
+def test_compress_then_recommend(checkpoints, host_name, tmp_path, capsys):
+    out = tmp_path / "small"
+    command = ["compress", str(checkpoints[host_name]), "--ratio", "1.2", "--out", str(out)]
+    assert main([*command, "--recover", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "sharing" in printed
+    assert "recover: epoch 2" in printed
+    table = {line.split("│")[1].strip(): line for line in printed.splitlines() if "│" in line}
+    assert {"parameters", "MB", "smaller", "valid ndcg@10", "test ndcg@10"} <= set(table)
+    small = load_pretrained(out)
+    assert f"{part_sizes(small).total:,}" in table["parameters"]
+    original = load_trained(checkpoints[host_name]).model
+    assert part_sizes(small).total * 1.2 <= part_sizes(original).total
+
+    assert main(["recommend", str(out), "--history", "i1, i2", "-k", "3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    best = small.recommend_tokens(["i1", "i2"], 3)
+    assert [line.split()[1] for line in lines] == best.tokens[0]
+
+
+@pytest.fixture(scope="module")
+def folder(checkpoints, tmp_path_factory):
+    out = tmp_path_factory.mktemp("small")
+    assert main(["compress", str(checkpoints["SASRec"]), "--ranks", "16,4", "--out", str(out)]) == 0
+    return out
+
+
+REQUESTS = [
+    '["i1", "i2"]',
+    '{"user": "anna", "history": ["i3"]}',
+    "",
+    "no JSON",
+    '{"user": "ben"}',
+    '["x"]',
+    '["i1", 2.5]',
+    '["i5"]',
+]
+
+
+@pytest.mark.parametrize("source", ["file", "-"])
+def test_many_users_are_answered_a_line_each(folder, source, tmp_path, capsys, monkeypatch):
+    text = "\n".join(REQUESTS) + "\n"
+    if source == "file":
+        source = str(tmp_path / "users.jsonl")
+        (tmp_path / "users.jsonl").write_text(text)
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    assert main(["recommend", str(folder), "--input", source, "-k", "4"]) == 1
+    captured = capsys.readouterr()
+    answers = [json.loads(line) for line in captured.out.splitlines()]
+    small = load_pretrained(folder)
+    for answer, history in zip([*answers[:2], answers[-1]], (["i1", "i2"], ["i3"], ["i5"])):
+        best = small.recommend_tokens(history, 4)
+        assert answer["items"] == best.tokens[0]
+        assert answer["scores"] == pytest.approx(best.scores[0].tolist(), abs=1e-4)
+    assert answers[1]["user"] == "anna"
+    failed = answers[2:6]
+    assert [answer["line"] for answer in failed] == [4, 5, 6, 7]
+    expected = ("line of JSON", "`history`", "token of the catalogue", "texts or whole numbers")
+    assert all(text in answer["error"] for text, answer in zip(expected, failed))
+    assert "'x'" in captured.err
+
+
+def test_many_good_users_in_several_batches(folder, tmp_path, capsys):
+    histories = [[f"i{i % 40}", f"i{(7 * i) % 40}"] for i in range(150)]
+    path = tmp_path / "users.jsonl"
+    path.write_text("\n".join(json.dumps({"n": i, "history": h}) for i, h in enumerate(histories)))
+    assert main(["recommend", str(folder), "--input", str(path), "-k", "2", "--index"]) == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [answer["n"] for answer in answers] == list(range(150))
+    best = load_pretrained(folder).recommend_tokens(histories, 2)
+    assert [answer["items"] for answer in answers] == best.tokens
+
+
+class Harmful:
+    def __reduce__(self):
+        return (print, ("harm",))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["--ratio", "1000"], "smallest possible model"),
+        (["--ratio", "many"], "`ratio`"),
+        (["--size", "2 apples"], "`size`"),
+        (["--ratio", "2", "--ranks", "16,4"], "either a budget or `ranks`"),
+        (["--recover", "-1"], "`recover` to be 0 or more"),
+        (["--data_path=/nowhere"], "`dataset` to be ml-100k, or the name of a folder"),
+        (["--ranks", "99"], "`ranks` to be at most"),
+    ],
+)
+def test_bad_arguments_of_compress_write_nothing(checkpoints, tmp_path, capsys, arguments, match):
+    out = tmp_path / "small"
+    assert main(["compress", str(checkpoints["SASRec"]), "--out", str(out), *arguments]) == 2
+    assert match in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path, capsys):
+    (tmp_path / "text.pth").write_text("hello")
+    with (tmp_path / "harm.pth").open("wb") as file:
+        pickle.dump(Harmful(), file)
+    for name in ("text.pth", "harm.pth", "none.pth"):
+        assert main(["compress", str(tmp_path / name), "--out", str(tmp_path / "out")]) == 2
+        captured = capsys.readouterr()
+        assert "`checkpoint`" in captured.err
+        assert "harm" not in captured.out
+
+
+def test_a_checkpoint_of_other_data_is_refused(checkpoints, tmp_path):
+    other = World.made_up(tmp_path, n_items=20)
+    with pytest.raises(CompressionError, match="the weights do not fit"):
+        load_trained(checkpoints["SASRec"], {"data_path": other.data_path})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["--history", "x"], "history 0 has none"),
+        (["--history", "i1", "-k", "0"], "`k`"),
+        (["--history", "i1", "--unknown", "ask"], "`unknown` to be one of"),
+        (["--input", "/nowhere/users.jsonl"], "`input` to be a file that can be read"),
+        (["--history", "i1", "--exclude", "i2"], "but got `exclude`"),
+    ],
+)
+def test_bad_arguments_of_recommend_are_named(folder, capsys, arguments, match):
+    assert main(["recommend", str(folder), *arguments]) == 2
+    assert match in capsys.readouterr().err
+    assert main(["recommend", str(folder / "none"), "--history", "i1"]) == 2
+    assert "`folder`" in capsys.readouterr().err

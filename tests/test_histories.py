@@ -1,0 +1,102 @@
+"""Windows out of RecBole's data and out of lists, each training target once."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cprec_recbole import CompressionError
+from cprec_recbole.histories import Histories, drawn_histories, histories_of
+
+LENGTH = 8
+
+
+def pairs(histories):
+    """Every target with the items before it in its window, as a sorted list."""
+    items, targets = histories.prefixes()
+    return sorted((row[row != 0].tolist(), int(t)) for row, t in zip(items, targets))
+
+
+def loader(world, name, **options):
+    return world.loaders(world.config(name, **options))[0]
+
+
+def test_recboles_prefix_rows_become_the_windows_of_our_own_data_set(world, host_name):
+    ours = histories_of(loader(world, f"Cp{host_name}"), 41, LENGTH)
+    of_prefixes = histories_of(loader(world, host_name), 41, LENGTH)
+    by_option = histories_of(loader(world, f"Cp{host_name}", training="last_position"), 41, LENGTH)
+    assert pairs(ours) == pairs(of_prefixes) == pairs(by_option)
+    rows = loader(world, host_name)._dataset
+    assert int((ours.targets != 0).sum()) == len(rows)
+
+
+@given(
+    st.lists(st.lists(st.integers(1, 9), max_size=20), min_size=1, max_size=6).filter(
+        lambda rows: all(rows) and any(len(row) > 1 for row in rows)
+    ),
+    st.integers(1, 6),
+)
+def test_lists_become_windows_with_every_item_but_the_first_a_target_once(rows, length):
+    found = histories_of(rows, 10, length)
+    items, targets = found.items, found.targets
+    assert items.shape[1] == length
+    assert ((items == 0) == (targets == 0)).all()
+    expected = sorted(item for row in rows for item in row[1:])
+    assert sorted(targets[targets != 0].tolist()) == expected
+    bigrams = sorted(pair for row in rows for pair in pairwise(row))
+    real = targets != 0
+    assert sorted(zip(items[real].tolist(), targets[real].tolist())) == bigrams
+    inside = items[:, 1:] == targets[:, :-1]
+    assert (inside | (items[:, 1:] == 0)).all()
+
+
+def test_drawn_histories_follow_the_counts_and_hold_no_padding_between():
+    counts = np.array([1000.0, 60, 30, 10, 0])
+    drawn = drawn_histories(counts, 4000, 5, torch.Generator().manual_seed(1))
+    real = drawn[drawn != 0]
+    shares = torch.bincount(real, minlength=5).double() / len(real)
+    torch.testing.assert_close(
+        shares, torch.tensor([0, 0.6, 0.3, 0.1, 0], dtype=torch.float64), atol=0.02, rtol=0
+    )
+    assert ((drawn[:, :-1] != 0) | (drawn[:, 1:] == 0)).all()
+    assert (drawn[:, 0] != 0).all()
+    alike = drawn_histories(np.zeros(5), 50, 3, torch.Generator())
+    assert set(alike.unique().tolist()) == {0, 1, 2, 3, 4}
+
+
+def test_a_sample_has_no_window_twice():
+    whole = Histories(torch.arange(1, 31).view(10, 3))
+    some = whole.sample(4, torch.Generator())
+    assert len(some) == 4
+    assert len(some.items.unique()) == 12
+    assert len(whole.sample(99, torch.Generator())) == 10
+
+
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [
+        ("many", "`data` to be item ids or lists of them, but got 'many'"),
+        ([[1], [2]], "history of two items or more"),
+        ([[1, 99]], "item ids from 1 to 40"),
+        ([], "every history of `data` to hold an item, but history 0 is"),
+        (7, "but got int"),
+    ],
+)
+def test_other_data_is_refused(data, match):
+    with pytest.raises(CompressionError, match=match):
+        histories_of(data, 41, LENGTH)
+
+
+def test_data_of_another_catalogue_is_refused(world):
+    with pytest.raises(CompressionError, match="of the model's 99 items"):
+        histories_of(loader(world, "SASRec"), 99, LENGTH)
+
+
+def test_data_that_was_not_split_is_refused(world):
+    from recbole.data import create_dataset
+
+    with pytest.raises(CompressionError, match="has not been split"):
+        histories_of(create_dataset(world.config("SASRec")), 41, LENGTH)

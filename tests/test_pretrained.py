@@ -1,0 +1,264 @@
+"""Models in folders: what is loaded is what was saved, and damage is named."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cprec_recbole import CompressionConfig, CompressionError, compress, load_pretrained
+from cprec_recbole.folder import read_folder
+from tests.builders import SCHEMES, train_a_step
+
+OPTIONS = {"ranks": [16, 4, 1], "cutoffs": [6, 20]}
+
+
+def small_of(trained, host_name, **options):
+    return compress(trained[host_name], **{**OPTIONS, **options})
+
+
+def same(a, b):
+    """Whether two models have the same options, weights by item, and scores."""
+    assert type(a) is type(b)
+    assert torch.equal(a.table.dense(), b.table.dense())
+    assert torch.equal(a.head.table.dense(), b.head.table.dense())
+    histories = [[1, 2, 3], [4], list(range(1, 12))]
+    one, other = a.recommend(histories, 9), b.recommend(histories, 9)
+    assert torch.equal(one.items, other.items)
+    # rows of a block are added up in another order, which can move the last bit of a normaliser
+    torch.testing.assert_close(one.scores, other.scores, rtol=1e-6, atol=1e-6)
+    return True
+
+
+@pytest.mark.parametrize("softmax", ["full", "tree"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_what_is_loaded_is_what_was_saved(trained, host_name, scheme, softmax, tmp_path):
+    for tied in (True, False):
+        small = small_of(trained, host_name, sharing=scheme, softmax=softmax, tied=tied)
+        loaded = load_pretrained(small.save_pretrained(tmp_path))
+        assert same(small, loaded)
+        assert not loaded.training
+        ties = {n for n, _ in small.named_parameters()}
+        assert {n for n, _ in loaded.named_parameters()} == ties
+        _, weights, _ = read_folder(tmp_path)
+        assert set(weights) == {*ties, "blocks"}  # what is tied or shared is there once
+
+
+def test_a_model_that_recbole_trained_is_kept_too(world, host_name, tmp_path):
+    model = world.model(f"Cp{host_name}")
+    train_a_step(model, world.batch(f"Cp{host_name}"))
+    loaded = load_pretrained(model.eval().save_pretrained(tmp_path))
+    assert same(model, loaded)
+    batch = world.evaluation_batch(f"Cp{host_name}")
+    torch.testing.assert_close(loaded.full_sort_predict(batch), model.full_sort_predict(batch))
+    loss = train_a_step(loaded, world.batch(f"Cp{host_name}"))
+    assert loss > 0  # RecBole can go on training it
+
+
+def test_the_type_of_the_weights_and_the_reading_are_kept(world, host_name, tmp_path):
+    model = world.model(host_name).double().eval()
+    small = compress(model, **OPTIONS)
+    loaded = load_pretrained(small.save_pretrained(tmp_path))
+    assert {p.dtype for p in loaded.parameters()} == {torch.float64}
+    assert loaded.reads_last_column == small.reads_last_column
+    assert same(small, loaded)
+
+
+def test_rows_in_any_order_within_a_block_are_the_same_model(trained, tmp_path):
+    small = small_of(trained, "SASRec")
+    first = load_pretrained(small.save_pretrained(tmp_path))
+    assert small.table.partition.item_at.tolist() != first.table.partition.item_at.tolist()
+    second = load_pretrained(first.save_pretrained(tmp_path))
+    assert first.table.partition.item_at.tolist() == second.table.partition.item_at.tolist()
+    assert same(first, second)
+
+
+def test_the_folder_is_as_small_as_its_parameters(tmp_path):
+    from cprec_recbole import CpSASRec
+    from tests.test_serving import catalogue_model
+
+    model = catalogue_model(CpSASRec, 20_000)
+    folder = model.save_pretrained(tmp_path)
+    parameters = sum(p.numel() * 4 for p in model.parameters())
+    vocabulary = next(folder.glob("items-*.json")).stat().st_size
+    whole = sum(path.stat().st_size for path in folder.iterdir())
+    assert whole <= 1.05 * parameters + vocabulary
+    assert len(list(folder.iterdir())) == 3
+
+
+def test_loading_leaves_the_random_state_alone(trained, tmp_path):
+    folder = small_of(trained, "GRU4Rec").save_pretrained(tmp_path)
+    state = torch.random.get_rng_state()
+    load_pretrained(folder)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_saving_again_replaces_the_model_and_nothing_else(trained, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    small_of(trained, "SASRec").save_pretrained(tmp_path)
+    other = small_of(trained, "GRU4Rec")
+    other.save_pretrained(tmp_path)
+    names = sorted(path.name.split("-")[0] for path in tmp_path.iterdir())
+    assert names == ["config.json", "items", "notes.txt", "weights"]
+    assert same(load_pretrained(tmp_path), other)
+
+
+@pytest.mark.parametrize("step", range(6))
+def test_a_crash_in_the_middle_leaves_the_old_model_whole(trained, tmp_path, monkeypatch, step):
+    old = small_of(trained, "SASRec")
+    old.save_pretrained(tmp_path)
+    calls = []
+
+    def failing(real):
+        def call(*arguments, **options):
+            calls.append(real)
+            if len(calls) > step:
+                raise OSError(28, "No space left on device")
+            return real(*arguments, **options)
+
+        return call
+
+    new = small_of(trained, "GRU4Rec")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", failing(os.replace))
+        patch.setattr(os, "fsync", failing(os.fsync))
+        with pytest.raises(CompressionError, match=r"one that can be written.*No space left"):
+            new.save_pretrained(tmp_path)
+    assert same(load_pretrained(tmp_path), old)
+    new.save_pretrained(tmp_path)
+    assert same(load_pretrained(tmp_path), new)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.fixture(scope="module")
+def saved(trained, tmp_path_factory):
+    return small_of(trained, "SASRec").save_pretrained(tmp_path_factory.mktemp("saved"))
+
+
+def damaged(saved, tmp_path, pattern, change):
+    folder = tmp_path / "damaged"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(saved, folder)
+    path = next(folder.glob(pattern))
+    content = change(path.read_bytes())
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(content)
+    return folder
+
+
+def rewritten(**changes):
+    """config.json with some values changed and a checksum that fits."""
+    from cprec_recbole.folder import _checksum
+
+    def change(content):
+        header = json.loads(content)
+        header.pop("checksum")
+        header |= changes
+        return json.dumps({**header, "checksum": _checksum(header)}).encode()
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("pattern", "change", "match"),
+    [
+        ("config.json", lambda b: b[:100], "config.json to be whole, but it is cut short"),
+        ("config.json", lambda b: b"", "cut short or damaged"),
+        ("config.json", lambda b: b"[]", "of something else"),
+        ("config.json", lambda b: b"\xff\xfe", "cut short or damaged"),
+        ("config.json", lambda b: None, "config.json cannot be read"),
+        ("config.json", lambda b: b.replace(b'"n_heads": 2', b'"n_heads": 4'), "has been changed"),
+        ("config.json", rewritten(format_version=2), "format 2: it was written by a newer"),
+        ("config.json", rewritten(format="other"), "of something else"),
+        ("config.json", rewritten(model="CpBERT"), "`model` to be one of"),
+        ("config.json", rewritten(n_items=99), "`cutoffs` to have 2 entries below the 99 items"),
+        ("config.json", rewritten(compression={"ranks": [4]}), "belong together|`blocks`"),
+        ("config.json", rewritten(architecture={}), "belong together"),
+        ("weights-*", lambda b: b[:-7], "weights-.* to have .* bytes, but .* cut short"),
+        ("weights-*", lambda b: b + b"x", "longer than it was"),
+        ("weights-*", lambda b: b[:-1] + bytes([b[-1] ^ 1]), "bytes have been changed"),
+        ("weights-*", lambda b: None, "weights-.* beside config.json, but it is missing"),
+        ("items-*", lambda b: b[:-2], "items-.* cut short"),
+        ("items-*", lambda b: b.replace(b"i1", b"i9", 1), "checksum of the items"),
+        ("items-*", lambda b: None, "items-.* is missing"),
+    ],
+)
+def test_damage_is_named(saved, tmp_path, pattern, change, match):
+    folder = damaged(saved, tmp_path, pattern, change)
+    with pytest.raises(CompressionError, match=match):
+        load_pretrained(folder)
+
+
+@given(data=st.data())
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_no_changed_byte_goes_unnoticed(saved, tmp_path, data):
+    pattern = data.draw(st.sampled_from(["config.json", "weights-*", "items-*"]))
+    flip = data.draw(st.integers(1, 255))
+
+    def change(content):
+        place = data.draw(st.integers(0, len(content) - 1))
+        return content[:place] + bytes([content[place] ^ flip]) + content[place + 1 :]
+
+    folder = damaged(saved, tmp_path, pattern, change)
+    header, weights, tokens = read_folder(saved)
+    try:
+        found = read_folder(folder)
+    except CompressionError:
+        return
+    assert found[0] == header  # white space in config.json is all that may differ
+    assert found[2] == tokens
+    assert all(torch.equal(found[1][name], weights[name]) for name in weights)
+
+
+def test_files_of_two_models_do_not_pass_for_one(saved, trained, tmp_path):
+    other = small_of(trained, "SASRec", ranks=[16, 2, 1]).save_pretrained(tmp_path / "other")
+    entry = json.loads((other / "config.json").read_bytes())["files"]["weights"]
+    items = json.loads((saved / "config.json").read_bytes())["files"]["items"]
+    folder = damaged(
+        saved, tmp_path, "config.json", rewritten(files={"weights": entry, "items": items})
+    )
+    shutil.copy(other / entry["name"], folder)
+    with pytest.raises(
+        CompressionError, match=r"weight .* to be \[14, 4\] by the options|projection"
+    ):
+        load_pretrained(folder)
+
+
+def test_a_name_that_leads_out_of_the_folder_is_refused(saved, tmp_path):
+    files = json.loads((saved / "config.json").read_bytes())["files"]
+    files["weights"]["name"] = "../saved/weights-0000000000000000.safetensors"
+    folder = damaged(saved, tmp_path, "config.json", rewritten(files=files))
+    with pytest.raises(CompressionError, match="a name of our own"):
+        load_pretrained(folder)
+
+
+def test_no_folder_and_no_model_are_named(tmp_path):
+    for folder in (tmp_path / "none", tmp_path):
+        with pytest.raises(CompressionError, match="`folder` to be one that save_pretrained wrote"):
+            load_pretrained(folder)
+
+
+def test_a_folder_that_is_a_file_is_refused(trained, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CompressionError, match="`folder` to be one that can be written"):
+        small_of(trained, "SASRec").save_pretrained(tmp_path / "file")
+
+
+def test_nothing_in_a_folder_is_a_pickle(saved):
+    assert json.loads((saved / "config.json").read_bytes())["format"] == "cprec_recbole"
+    assert json.loads(next(saved.glob("items-*")).read_bytes())[:1]
+    header = next(saved.glob("weights-*")).read_bytes()
+    length = int.from_bytes(header[:8], "little")
+    assert "blocks" in json.loads(header[8 : 8 + length])  # safetensors: JSON, then numbers
+
+
+def test_an_uncompressed_model_is_kept_too(trained, tmp_path):
+    small = compress(trained["NextItNet"], CompressionConfig.uncompressed())
+    assert same(small, load_pretrained(small.save_pretrained(tmp_path)))

@@ -1,0 +1,171 @@
+"""recover() against slow references, and what it leaves as it was."""
+
+import copy
+
+import pytest
+import torch
+
+from cprec_recbole import CompressionConfig, CompressionError, compress, evaluate, recover
+from cprec_recbole.histories import histories_of
+from cprec_recbole.original import Original
+from cprec_recbole.recover import _Recovery
+from tests.builders import HOSTS
+
+METRICS = {"metrics": ["NDCG"], "topk": [10], "valid_metric": "NDCG@10"}
+
+
+@pytest.fixture(scope="module")
+def data(world):
+    """RecBole's own training and validation data."""
+    return {name: world.loaders(world.config(name, **METRICS))[:2] for name in HOSTS}
+
+
+def squeezed(trained, host_name, **options):
+    options = {"ranks": [4, 2, 1], "cutoffs": [6, 20], "sharing": "cross_layer", **options}
+    return compress(trained[host_name], **options)
+
+
+@pytest.mark.parametrize("softmax", ["full", "tree"])
+def test_a_recovery_lowers_the_loss_and_reports_every_epoch(trained, data, host_name, softmax):
+    train, valid = data[host_name]
+    small = squeezed(trained, host_name, softmax=softmax)
+    at_start = evaluate(small, valid)
+    found = recover(
+        small, trained[host_name], train, 3, valid_data=valid, batch_size=64, progress=False
+    )
+    assert found.losses[-1] < found.losses[0]
+    assert found.metric == "ndcg@10"
+    assert found.original == evaluate(trained[host_name], valid)
+    assert found.start == at_start
+    assert len(found.epochs) == 3
+    scores = [found.start["ndcg@10"], *(epoch["ndcg@10"] for epoch in found.epochs)]
+    assert scores[found.kept] == max(scores)
+    assert evaluate(small, valid)["ndcg@10"] == pytest.approx(max(scores))
+    assert "original" in str(found)
+    assert "(kept)" in str(found)
+
+
+def test_the_divergence_is_that_of_two_softmaxes_within_blocks(trained, data, host_name):
+    small = squeezed(trained, host_name, softmax="tree").eval()
+    original = Original.of(trained[host_name])
+    histories = histories_of(data[host_name][0], small.n_items, 8)
+    work = _Recovery(small, original, histories, 0.5, None)
+    hidden, wanted = torch.randn(30, 16), torch.randn(30, 16)
+    target = torch.randint(1, small.n_items, (30,))
+    table, dense = original.table, small.head.table.dense().detach()
+    partition = small.table.partition
+    expected = 0.0
+    for h, w, item in zip(hidden, wanted, target):
+        own = int(partition.blocks(partition.positions(item.view(1))))
+        for j in {0, own}:
+            members = partition.item_at[partition.starts[j] : partition.cutoffs[j]].long()
+            members = members[members != 0]
+            told, given = (w @ table[members].T).softmax(0), (h @ dense[members].T).softmax(0)
+            expected += float((told * (told / given).log()).sum())
+    found = float(work.divergence(hidden, wanted, target))
+    assert found == pytest.approx(expected / 30, rel=1e-4)
+
+
+def test_an_equal_model_has_no_divergence(trained, data, host_name):
+    small = compress(trained[host_name], CompressionConfig.uncompressed())
+    original = Original.of(trained[host_name])
+    histories = histories_of(data[host_name][0], small.n_items, 8)
+    work = _Recovery(small, original, histories, 1.0, None)
+    hidden = torch.randn(10, 16)
+    target = torch.randint(1, small.n_items, (10,))
+    assert float(work.divergence(hidden, hidden, target)) == pytest.approx(0, abs=1e-5)
+
+
+def test_the_teacher_the_modes_and_the_random_state_are_left_alone(trained, data, host_name):
+    teacher = trained[host_name]
+    before, state = copy.deepcopy(teacher.state_dict()), torch.random.get_rng_state()
+    small = squeezed(trained, host_name)
+    found = [copy.deepcopy(small), small]
+    for each in found:
+        recover(each, teacher, data[host_name][0], 1, progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(found[0].parameters(), found[1].parameters()))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), teacher.state_dict().values()))
+    assert not teacher.training
+    assert not small.training
+
+
+def test_histories_as_lists_serve_too(trained):
+    small = squeezed(trained, "SASRec")
+    found = recover(small, trained["SASRec"], [[1, 2, 3, 4], [5, 6]] * 8, 3, progress=False)
+    assert found.losses[-1] < found.losses[0]
+    assert found.kept == 3
+    assert "3 epochs, loss" in str(found)
+
+
+def test_without_a_teacher_it_is_plain_fine_tuning(trained):
+    small = squeezed(trained, "SASRec")
+    small.add_items(["brand new"])
+    new = small.n_items - 1
+
+    def chance():
+        states = small.eval().hidden_states(torch.tensor([[1, 2], [3, 0]]))[[0, 1], [1, 0]]
+        return small.head.log_prob(states)[:, new].detach()
+
+    before = chance()
+    recover(small, None, [[1, 2, new], [3, new]] * 8, 5, learning_rate=0.01, progress=False)
+    assert (chance() > before + 0.5).all()
+
+
+def test_progress_is_a_line_an_epoch_where_there_is_no_terminal(trained, data, capsys):
+    train, valid = data["SASRec"]
+    recover(squeezed(trained, "SASRec"), trained["SASRec"], train, 2, valid_data=valid)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[0] for line in lines if "epoch" in line] == [
+        "recover: epoch 1",
+        "recover: epoch 2",
+    ]
+
+
+def test_a_loss_that_is_no_number_ends_it_and_the_start_is_kept(trained, data):
+    small = squeezed(trained, "SASRec")
+    before = copy.deepcopy(small.state_dict())
+    with pytest.raises(CompressionError, match="`learning_rate` to let the loss fall"):
+        recover(
+            small,
+            trained["SASRec"],
+            data["SASRec"][0],
+            2,
+            learning_rate=1e30,
+            batch_size=8,
+            progress=False,
+        )
+    assert all(torch.equal(before[name], value) for name, value in small.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"epochs": 0}, "`epochs` to be a whole number, 1 or more, but got 0"),
+        ({"epochs": 1.5}, "`epochs`"),
+        ({"learning_rate": 0}, "`learning_rate` to be above 0"),
+        ({"learning_rate": float("nan")}, "`learning_rate`"),
+        ({"distillation": 2}, "`distillation` to be a share from 0 to 1"),
+        ({"batch_size": -1}, "`batch_size`"),
+        ({"valid_data": [1]}, "`valid_data` to be RecBole's evaluation data"),
+        ({"data": "all"}, "`data`"),
+        ({"data": [[1, 400]]}, "item ids from 1 to 40"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_changes(trained, data, options, match):
+    small = squeezed(trained, "SASRec")
+    before = copy.deepcopy(small.state_dict())
+    given = {"data": data["SASRec"][0], "progress": False, **options}
+    with pytest.raises(CompressionError, match=match):
+        recover(small, trained["SASRec"], **given)
+    assert all(torch.equal(before[name], value) for name, value in small.state_dict().items())
+
+
+def test_other_models_are_refused(trained, data):
+    small, train = squeezed(trained, "SASRec"), data["SASRec"][0]
+    with pytest.raises(CompressionError, match="`small` to be a compressed model, but got SASRec"):
+        recover(trained["SASRec"], trained["SASRec"], train)
+    with pytest.raises(CompressionError, match="`teacher` to be the original of `small`"):
+        recover(small, trained["GRU4Rec"], train)
+    with pytest.raises(CompressionError, match="uncompressed"):
+        recover(small, small, train)

@@ -1,0 +1,212 @@
+"""Recommending by tokens, and new items."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from cprec_recbole import (
+    CompressionConfig,
+    CompressionError,
+    Vocabulary,
+    compress,
+    load_pretrained,
+)
+from cprec_recbole.embedding import BlockEmbedding
+from cprec_recbole.partition import Partition
+from cprec_recbole.serving import packed_blocks, unpacked_blocks
+from tests.builders import SMALL
+
+OPTIONS = {"ranks": [16, 4, 2], "cutoffs": [6, 20]}
+
+
+def catalogue_model(model_class, n_items):
+    """A model for a large made-up catalogue, without a data set."""
+    from cprec_recbole.backbones import build_host
+    from cprec_recbole.pretrained import _Catalogue, _Options
+
+    name = model_class.__name__.removeprefix("Cp")
+    options = _Options(
+        {"USER_ID_FIELD": "user_id", "ITEM_ID_FIELD": "item_id", "LIST_SUFFIX": "_list"}
+        | {"ITEM_LIST_LENGTH_FIELD": "item_length", "NEG_PREFIX": "neg_", "device": "cpu"}
+        | {"MAX_ITEM_LIST_LENGTH": 10, "loss_type": "CE", "hidden_dropout_prob": 0.5}
+        | {"attn_dropout_prob": 0.5, "hidden_act": "gelu", "layer_norm_eps": 1e-12}
+        | {"initializer_range": 0.02, **SMALL[name]}
+    )
+    host = build_host(model_class.record, options, _Catalogue("item_id"))
+    host.n_items = n_items
+    compression = CompressionConfig(ranks=(16, 8, 4))
+    plan = compression.plan(16, n_items)
+    partition = Partition.from_counts(np.arange(n_items)[::-1].astype(float), plan.cutoffs)
+    model = model_class.from_host(host, BlockEmbedding(partition, plan.ranks, 16), compression)
+    model.reads_last_column = False
+    model.vocabulary = Vocabulary([f"item-{i}" for i in range(1, n_items)])
+    return model.eval()
+
+
+@pytest.fixture
+def small(trained, host_name):
+    return compress(trained[host_name], **OPTIONS)
+
+
+def test_tokens_in_and_out_are_the_data_sets(world, host_name, small):
+    dataset = world.loaders(world.config(host_name))[0]._dataset
+    histories = [["i0", "i3", "i5"], ["i7"]]
+    ids = [dataset.token2id("item_id", row).tolist() for row in histories]
+    best = small.recommend(ids, 6)
+    found = small.recommend_tokens(histories, 6)
+    assert found.tokens == [list(dataset.id2token("item_id", row)) for row in best.items]
+    assert torch.equal(found.scores, best.scores)
+    assert small.recommend_tokens(["i7"], 6).tokens == found.tokens[1:]
+
+
+def test_whole_numbers_stand_for_their_digits(trained, tmp_path):
+    small = compress(trained["SASRec"], **OPTIONS)
+    small.vocabulary = Vocabulary([str(i * 10) for i in range(1, 41)])
+    loaded = load_pretrained(small.save_pretrained(tmp_path))
+    assert loaded.recommend_tokens([50, "70"], 3).tokens == (
+        loaded.recommend_tokens(["50", "70"], 3).tokens
+    )
+
+
+def test_what_was_seen_excluded_or_not_allowed_is_left_out(small):
+    everything = [f"i{i}" for i in range(40)]
+    found = small.recommend_tokens(
+        ["i1", "i2"], 5, exclude_seen=True, exclude=["i3"], allowed=everything[:9]
+    )
+    assert set(found.tokens[0]) <= set(everything[:9]) - {"i1", "i2", "i3"}
+
+
+def test_unknown_tokens_are_skipped_with_a_warning_or_an_error(small):
+    known = small.recommend_tokens(["i1", "i2"], 4).tokens
+    with pytest.warns(UserWarning, match="2 of 4 tokens are not in the catalogue: 'x', 'y'"):
+        assert small.recommend_tokens(["x", "i1", "y", "i2"], 4).tokens == known
+    assert small.recommend_tokens(["x", "i1", "i2"], 4, unknown="skip").tokens == known
+    with pytest.raises(CompressionError, match="1 of 2 tokens are not in the catalogue: 'x'"):
+        small.recommend_tokens(["x", "i1"], 4, unknown="error")
+
+
+@pytest.mark.parametrize(
+    ("histories", "options", "match"),
+    [
+        ([["i1"], ["x"]], {"unknown": "skip"}, "history 1 has none"),
+        ([], {}, "history 0 has none"),
+        ([["i1"], []], {}, "history 1 has none"),
+        ("i1", {}, "`histories` to be tokens or lists of them, but got 'i1'"),
+        ([["i1"], "i2"], {}, "history 1 is 'i2'"),
+        ([["i1", 2.5]], {}, "texts or whole numbers, but got 2.5"),
+        ([["i1", None]], {}, "but got None"),
+        (["i1"], {"unknown": "ask"}, "`unknown` to be one of warn, error, skip"),
+        (["i1"], {"k": 0}, "`k`"),
+        (["i1"], {"k": 41}, "`k`"),
+    ],
+)
+def test_bad_histories_are_refused(small, histories, options, match):
+    with pytest.raises(CompressionError, match=match):
+        small.recommend_tokens(histories, **{"k": 3, **options})
+
+
+def test_a_model_without_tokens_says_how_to_give_it_some(trained, tmp_path):
+    small = compress(trained["SASRec"], **OPTIONS)
+    small.item_tokens = small.vocabulary = None
+    for call in (
+        lambda: small.recommend_tokens(["i1"]),
+        lambda: small.save_pretrained(tmp_path),
+        lambda: small.add_items(["new"]),
+    ):
+        with pytest.raises(CompressionError, match="a model that knows its items' tokens"):
+            call()
+    tokens = [f"t{i}" for i in range(1, 41)]
+    assert load_pretrained(small.save_pretrained(tmp_path, tokens)).vocabulary.tokens == (
+        tuple(tokens)
+    )
+    for wrong in (tokens[:-1], [*tokens[:-1], "t1"], [*tokens[:-1], ""], 7, "tokens"):
+        with pytest.raises(CompressionError, match="`tokens`"):
+            small.save_pretrained(tmp_path, wrong)
+
+
+@pytest.mark.parametrize("softmax", ["full", "tree"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_new_items_leave_every_other_row_as_it_is(trained, host_name, softmax, tied, tmp_path):
+    small = compress(trained[host_name], **OPTIONS, softmax=softmax, tied=tied)
+    before = copy.deepcopy(small)
+    assert small.add_items(["a", "b", "c"], like=[["i0", "i9"], None, "i30"]) == [41, 42, 43]
+    assert small.n_items == 44
+    for now, then in ((small.table, before.table), (small.head.table, before.head.table)):
+        assert torch.equal(now.dense()[:41], then.dense())
+        assert now.dense().shape == (44, 16)
+        for block, old in zip(now.blocks[:-1], then.blocks[:-1]):
+            assert torch.equal(block.weight, old.weight)
+    assert (small.head.table is small.table) == tied
+    loaded = load_pretrained(small.save_pretrained(tmp_path))
+    history = [["i1", "a"], ["c", "b"]]
+    assert loaded.recommend_tokens(history, 43).tokens == small.recommend_tokens(history, 43).tokens
+    assert sorted(small.recommend_tokens(["a"], 43).tokens[0])[:3] == ["a", "b", "c"]
+
+
+def test_a_new_item_starts_where_its_models_are_or_at_the_mean(small):
+    last = small.table.blocks[-1]
+    mean = (last.weight @ last.projection).mean(0).detach()
+    tail = small.vocabulary or None
+    assert tail is None or len(tail) == 40
+    item = int(small.table.partition.item_at[-1])
+    token = str(small.item_tokens[item])
+    small.add_items(["twin", "plain"], like={"twin": token})
+    torch.testing.assert_close(small.table.dense()[41], small.table.dense()[item])
+    torch.testing.assert_close(small.table.dense()[42], mean)
+
+
+def test_a_new_item_like_a_popular_one_is_as_near_as_the_rank_allows(small):
+    head_item = int(small.table.partition.item_at[1])
+    small.add_items(["alike"], like=[[str(small.item_tokens[head_item])]])
+    vector = small.table.dense()[head_item].detach()
+    projection = small.table.blocks[-1].projection.detach()
+    inside = torch.linalg.qr(projection.T).Q
+    torch.testing.assert_close(
+        small.table.dense()[41].detach(), inside @ (inside.T @ vector), atol=1e-4, rtol=1e-3
+    )
+
+
+def test_an_index_forgets_nothing_of_new_items(small):
+    small.build_index()
+    small.add_items(["new"], like=["i0"])
+    assert not small.head.is_indexed
+    plain = small.recommend([1, 2], 41)
+    small.build_index()
+    indexed = small.recommend([1, 2], 41)
+    assert torch.equal(plain.items, indexed.items)
+    assert 41 in plain.items
+
+
+@pytest.mark.parametrize(
+    ("tokens", "like", "match"),
+    [
+        (["i1"], None, "'i1' is in the catalogue already"),
+        (["a", "a"], None, "'a' stands for two"),
+        ([], None, "one token or more"),
+        ("abc", None, "list of one token or more, but got 'abc'"),
+        ([""], None, "texts of one character or more"),
+        ([7], None, "texts of one character or more, but got 7"),
+        (["a"], [], "`like` to have an entry for each of the 1 new tokens"),
+        (["a"], ["zzz"], "'zzz'"),
+        (["a"], {"b": "i1"}, "`like` to name new tokens, but got 'b'"),
+    ],
+)
+def test_bad_new_items_change_nothing(small, tokens, like, match):
+    before = copy.deepcopy(small.state_dict())
+    with pytest.raises(CompressionError, match=match):
+        small.add_items(tokens, like)
+    assert small.n_items == 41
+    after = small.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("n_blocks", [1, 2, 3, 4, 5, 9])
+def test_blocks_are_packed_and_unpacked(n_blocks):
+    member = np.random.default_rng(0).integers(0, n_blocks, 101)
+    planes = packed_blocks(member, n_blocks)
+    assert planes.numel() <= 13 * max(1, n_blocks).bit_length()
+    assert unpacked_blocks(planes, n_blocks, 101).tolist() == member.tolist()
+    with pytest.raises(CompressionError, match="`blocks`"):
+        unpacked_blocks(planes, n_blocks + 8, 101)

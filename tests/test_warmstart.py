@@ -1,0 +1,160 @@
+"""The start of a compressed model against its original."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from cprec_recbole import CompressionConfig, compress, evaluate
+from cprec_recbole.compress import build
+from cprec_recbole.histories import Histories, drawn_histories
+from cprec_recbole.original import Original
+from cprec_recbole.softmax import TreeSoftmax
+from cprec_recbole.spectra import looks_trained
+from cprec_recbole.warmstart import _solve, block_masses, fit_clusters, warm_start
+from tests.builders import HOSTS, block_embedding
+
+
+def made(trained, host_name, **options):
+    """An original, a compressed model as it is before any fitting, and histories."""
+    original = Original.of(trained[host_name])
+    counts = original.counts()
+    histories = Histories(drawn_histories(counts, 200, 8, torch.Generator().manual_seed(3)))
+    return original, build(original, CompressionConfig(**options), counts), histories
+
+
+@pytest.mark.parametrize("scheme", ["cross_layer", "cross_block", "adjacent_layer"])
+def test_fitting_brings_shared_layers_near_to_the_original(trained, host_name, scheme):
+    original, small, histories = made(trained, host_name, ranks=[16], sharing=scheme)
+    found = warm_start(small, original, histories)
+    assert found.fitted <= found.refitted <= found.copied
+    assert found.fitted < 0.5 * max(found.copied, 1e-9)
+    before = small.hidden_states(histories.items)
+    assert torch.isfinite(before).all()
+
+
+def test_a_set_takes_the_member_that_serves_it_best(trained):
+    original, small, histories = made(trained, "SASRec", ranks=[16], sharing="cross_layer")
+    found = warm_start(small, original, histories, descend=False)
+    errors = []
+    for donor in [None, 0, 1, 2, 3]:
+        _, other, _ = made(trained, "SASRec", ranks=[16], sharing="cross_layer")
+        layers, originals = (
+            m.record.layers(host) for m, host in ((other, other.backbone), (other, original.host))
+        )
+        with torch.no_grad():
+            for slot, (module, name) in enumerate(layers[0]):
+                values = [getattr(*layer[slot]) for layer in originals]
+                value = torch.stack(values).mean(0) if donor is None else values[donor]
+                getattr(module, name).copy_(value)
+        items = histories.sample(256, torch.Generator().manual_seed(0)).items
+        real = items != 0
+        want = original.hidden_states(items)[real]
+        got = other.eval().hidden_states(items)[real]
+        spread = (want - want.mean(0)).square().sum()
+        errors.append(float((got - want).square().sum() / spread))
+    assert found.copied == pytest.approx(errors[0 if found.kept is None else found.kept + 1], 1e-3)
+
+
+def test_nothing_is_fitted_where_nothing_is_lost(trained, host_name):
+    original, small, histories = made(trained, host_name, ranks=[16], sharing="none")
+    before = copy.deepcopy(small.state_dict())
+    found = warm_start(small, original, histories)
+    assert found.fitted < 1e-9
+    after = small.state_dict()
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor, atol=1e-5, rtol=1e-4)
+
+
+def test_the_original_the_modes_and_the_random_state_are_left_alone(trained, host_name):
+    model = trained[host_name]
+    before, state = copy.deepcopy(model.state_dict()), torch.random.get_rng_state()
+    model.train()
+    small = compress(model, ranks=[16, 4], sharing="cross_layer")
+    assert model.training
+    assert small.training
+    model.eval()
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values()))
+    again = compress(model, ranks=[16, 4], sharing="cross_layer")
+    assert all(torch.equal(a, b) for a, b in zip(small.parameters(), again.parameters()))
+
+
+def test_a_linear_map_and_a_norm_are_solved_for():
+    inputs = torch.randn(500, 6) * 3 + 1
+    for module, true in (
+        (nn.Linear(6, 4), nn.Linear(6, 4)),
+        (nn.LayerNorm(6), nn.LayerNorm(6)),
+    ):
+        with torch.no_grad():
+            for p in true.parameters():
+                p.normal_()
+            _solve(module, inputs, module(inputs), true(inputs))
+            torch.testing.assert_close(module(inputs), true(inputs), atol=0.02, rtol=0.02)
+            unchanged = copy.deepcopy(module.state_dict())
+            _solve(module, inputs, module(inputs), module(inputs))
+            assert all(torch.equal(unchanged[k], v) for k, v in module.state_dict().items())
+
+
+def test_clusters_give_each_block_what_the_original_gave_it():
+    table = block_embedding((6, 10, 20), (8, 8, 8), dim=8)
+    head = TreeSoftmax(table)
+    clusters = torch.randn(2, 8)
+    hidden = torch.randn(400, 8)
+    with torch.no_grad():
+        head.clusters.copy_(clusters)
+        partition = table.partition
+        probabilities = head.log_prob(hidden).exp()[:, partition.item_at.long()]
+        edges = zip(partition.starts, partition.cutoffs)
+        masses = torch.stack([probabilities[:, a:b].sum(1) for a, b in edges], dim=1)
+        head.clusters.zero_()
+        fit_clusters(head, hidden, masses)
+    torch.testing.assert_close(head.clusters, clusters, atol=0.02, rtol=0.02)
+
+
+def test_block_masses_are_sums_of_the_originals_softmax(trained, host_name):
+    original, small, histories = made(trained, host_name, ranks=[16, 4], sharing="none")
+    hidden = original.hidden_states(histories.items[:9]).reshape(-1, 16)
+    dense = hidden @ original.table.T
+    dense[:, 0] = -torch.inf
+    head_items = small.table.partition.item_at[: small.table.partition.cutoffs[0]].long()
+    in_head = dense.softmax(1)[:, head_items].sum(1)
+    masses = block_masses(small.table, original, hidden)
+    torch.testing.assert_close(masses[:, 0], in_head, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(masses.sum(1), torch.ones(len(masses)))
+
+
+def test_only_a_trained_table_looks_trained(trained, world):
+    for name in HOSTS:
+        model = trained[name]
+        assert looks_trained(model.item_embedding.weight.detach())
+        fresh = world.model(name)
+        assert not looks_trained(fresh.item_embedding.weight.detach())
+        assert compress(fresh, ranks=[16, 4]).warm_start is None
+
+
+def test_an_uncompressed_cp_model_is_an_original_too(world, host_name):
+    from cprec_recbole.host import recbole_config  # noqa: F401
+
+    options = CompressionConfig.uncompressed().as_dict()
+    model = world.model(f"Cp{host_name}", **options).eval()
+    small = compress(model, CompressionConfig.uncompressed())
+    batch = world.evaluation_batch(f"Cp{host_name}")
+    torch.testing.assert_close(small.full_sort_predict(batch), model.full_sort_predict(batch))
+    assert small.reads_last_column == model.reads_last_column
+
+
+def test_evaluate_gives_what_recboles_trainer_gives(world, host_name, tmp_path):
+    from recbole.trainer import Trainer
+
+    for name in (host_name, f"Cp{host_name}"):
+        config = world.config(name, metrics=["NDCG", "Hit", "MRR"], topk=[3, 10])
+        config["checkpoint_dir"] = str(tmp_path)
+        train, valid, test = world.loaders(config)
+        from recbole.utils import get_model
+
+        model = get_model(name)(config, train._dataset)
+        for data in (valid, test):
+            expected = Trainer(config, model).evaluate(data, load_best_model=False)
+            assert evaluate(model, data) == pytest.approx(dict(expected))
