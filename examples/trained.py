@@ -179,7 +179,7 @@ def pruning(cell: Cell, ratio: float) -> dict[str, Any]:
             kept = matrix.abs() >= least
             matrix.mul_(kept)
             matrix.register_hook(lambda gradient, kept=kept: gradient * kept)
-    return {"parameters": keep + rest, **cell.recovered(small)}
+    return {"parameters": keep + rest + n_weights / 32, **cell.recovered(small)}
 
 
 def int8(cell: Cell, ratio: float) -> dict[str, Any]:
@@ -247,10 +247,11 @@ def table(rows: list[dict[str, Any]], command: str) -> str:
         "NDCG@20 as a share of the original's, validation / test. *Epochs*: of recovery, of the "
         "original's until its best. *Smaller*: bytes of the original over bytes left.",
         "",
-        "| model | data | seed | original | budget | method | smaller | at once | recovered | epochs |",
+        "| model | data | seed | original | budget | method | smaller | at once | recovered "
+        "| epochs |",
         "|---|---|--:|--:|--:|---|--:|--:|--:|--:|",
     ]
-    for row in rows:
+    for row in sorted(rows, key=_place):
         whole = row["original"]
         cells = [row["model"], row["dataset"], str(row["seed"])]
         cells += [f"{whole['valid']:.4f} / {whole['test']:.4f}", f"{row['ratio']:g}", row["method"]]
@@ -265,8 +266,15 @@ def table(rows: list[dict[str, Any]], command: str) -> str:
             recovery = f"{len(row['curve'])} of {row['original_epochs']}" if "curve" in row else ""
             cells += [recovery or (f"{row['epochs']} from scratch" if "epochs" in row else "")]
         lines.append("| " + " | ".join(cells) + " |")
-    refused = sorted({f"- {r['name']}: {r['refused']}" for r in rows if "refused" in r})
-    return "\n".join([*lines, "", *(["What was refused:", "", *refused, ""] if refused else [])])
+    ours = [r for r in rows if "refused" in r and r["method"] == "ours"]
+    refused = [f"- {r['name']}: {r['refused']}" for r in sorted(ours, key=_place)]
+    return "\n".join([*lines, "", *(["What was refused:", "", *refused] if refused else [])])
+
+
+def _place(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Where a result stands in the table."""
+    method = list(METHODS).index(row["method"])
+    return row["dataset"], row["model"], row["seed"], row["ratio"], method
 
 
 def main() -> None:

@@ -20,6 +20,11 @@ CONFIGS = sorted((ROOT / "recbole_configs").glob("*.yaml"))
         ("quickstart.py", ["--epochs=1", "--block_num=1"], "recommended films: ["),
         ("compress_trained.py", ["--epochs=1", "--MAX_ITEM_LIST_LENGTH=5"], "compressed: "),
         ("compare.py", ["1"], "NDCG@20"),
+        (
+            "trained.py",
+            ["--models", "GRU4Rec", "--ratios", "1.5", "--epochs", "1"],
+            "GRU4Rec-ml-100k-2020/1.5/narrower",
+        ),
     ],
 )
 def test_an_example_runs(script, arguments, printed, tmp_path):
@@ -39,6 +44,7 @@ def test_every_example_is_run():
         "quickstart.py",
         "compress_trained.py",
         "compare.py",
+        "trained.py",
     }
 
 
