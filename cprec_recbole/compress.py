@@ -15,6 +15,7 @@ from cprec_recbole.budget import (
     choose,
     smallest_possible,
 )
+from cprec_recbole.clusters import fit_clusters_to
 from cprec_recbole.config import CompressionConfig, CompressionError, is_number, reject_unknown
 from cprec_recbole.embedding import BlockEmbedding
 from cprec_recbole.evaluation import check_evaluation_data, evaluate, valid_metric
@@ -24,7 +25,7 @@ from cprec_recbole.original import Original
 from cprec_recbole.partition import Partition
 from cprec_recbole.softmax import TreeSoftmax
 from cprec_recbole.spectra import looks_trained
-from cprec_recbole.warmstart import FIT_HISTORIES, fit_clusters_to, warm_start
+from cprec_recbole.warmstart import FIT_HISTORIES, warm_start
 
 _QUICK_LOOK = 64  # histories on which ways of sharing are compared
 _LADDER = 24  # ratios between which max_loss is searched: five evaluations find one of them

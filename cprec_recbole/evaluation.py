@@ -11,6 +11,7 @@ from torch import nn
 
 from cprec_recbole.config import CompressionError
 from cprec_recbole.models import CompressedRecommender
+from cprec_recbole.modes import in_eval_mode
 from cprec_recbole.trainer import TopKCollector, look_up
 
 ROWS = 512  # users that are scored together
@@ -34,9 +35,7 @@ def evaluate(model: nn.Module, data: Any) -> dict[str, float]:
     config = data.config
     collector = TopKCollector(config)
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    try:
+    with in_eval_mode(model):
         for interaction, history, positive_u, positive_i in data:
             if isinstance(model, CompressedRecommender) and history is None:
                 scores = look_up(model, interaction.to(device))
@@ -54,8 +53,6 @@ def evaluate(model: nn.Module, data: Any) -> dict[str, float]:
                 collector.eval_batch_collect(
                     scores, rows, positive_u[here] - start, positive_i[here]
                 )
-    finally:
-        model.train(was_training)
     result = Evaluator(config).evaluate(collector.get_data_struct())
     return {name: float(value) for name, value in result.items()}
 

@@ -13,9 +13,9 @@ from cprec_recbole.backbones import build_host
 from cprec_recbole.config import CompressionConfig, CompressionError
 from cprec_recbole.embedding import BlockEmbedding
 from cprec_recbole.folder import read_folder
+from cprec_recbole.membership import unpacked_blocks
 from cprec_recbole.models import MODELS, CompressedRecommender
 from cprec_recbole.partition import Partition
-from cprec_recbole.serving import unpacked_blocks
 from cprec_recbole.vocabulary import Vocabulary
 
 

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from cprec_recbole.config import CompressionError, is_number, is_whole
 from cprec_recbole.evaluation import check_evaluation_data, evaluate, valid_metric
 from cprec_recbole.histories import Histories, histories_of
 from cprec_recbole.models import CompressedRecommender
+from cprec_recbole.modes import in_eval_mode
 from cprec_recbole.original import Original
 from cprec_recbole.outcome import Recovery
 from cprec_recbole.partition import PADDING
+from cprec_recbole.progress import Show, shown
 
 _LAST_RATE = 0.1  # of the learning rate, at the last step
 
@@ -79,7 +78,7 @@ def recover(
     device = small.table.partition.item_at.device
     forked = [device] if device.type == "cuda" else []
     was_training = small.training
-    with torch.random.fork_rng(devices=forked), _in_eval_mode(teacher), _show(progress) as show:
+    with torch.random.fork_rng(devices=forked), in_eval_mode(teacher), shown(progress) as show:
         torch.manual_seed(seed)
         work = _Recovery(small, original, histories, float(distillation), valid_data)
         try:
@@ -116,7 +115,7 @@ class _Recovery:
             self.best_score = self.result.start[self.result.metric]
 
     def run(
-        self, epochs: int, batch_size: int, learning_rate: float, seed: int, show: _Show
+        self, epochs: int, batch_size: int, learning_rate: float, seed: int, show: Show
     ) -> None:
         """Train for some epochs; `result` and `best` are up to date after each."""
         optimizer = torch.optim.Adam(self.small.parameters(), lr=learning_rate)
@@ -222,62 +221,6 @@ class _Batches:
                 longest = int((targets != PADDING).sum(1).max())
                 items, targets = items[:, :longest], targets[:, :longest]
             yield items, targets
-
-
-class _Show:
-    """A progress bar; on what is no terminal, a line an epoch; or nothing."""
-
-    def __init__(self, progress: Progress | None) -> None:
-        self.progress = progress
-        self.print: Callable[[str], None] = lambda text: None
-        if progress is not None:
-            self.print = progress.console.print
-            self.task = progress.add_task("recover", total=None, loss="-")
-
-    def begin(self, epochs: int, n_batches: int, result: Recovery) -> None:
-        if self.progress is not None:
-            self.progress.update(self.task, total=epochs * n_batches)
-        if result.metric:
-            found = {"original": result.original, "compressed": result.start}
-            shown = [f"{name} {x[result.metric]:.4f}" for name, x in found.items() if x]
-            self.print(f"recover: {result.metric} {', '.join(shown)}")
-
-    def step(self, loss: float) -> None:
-        if self.progress is not None:
-            self.progress.update(self.task, advance=1, loss=f"{loss:.4f}")
-
-    def epoch(self, epoch: int, result: Recovery) -> None:
-        score = f", {result.metric} {result.epochs[-1][result.metric]:.4f}" if result.metric else ""
-        self.print(f"recover: epoch {epoch}, loss {result.losses[-1]:.4f}{score}")
-
-
-@contextmanager
-def _show(progress: bool) -> Iterator[_Show]:
-    if not progress:
-        yield _Show(None)
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("steps, loss {task.fields[loss]}"),
-        TimeRemainingColumn(),
-    )
-    console = Console()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        yield _Show(bar)
-
-
-@contextmanager
-def _in_eval_mode(model: nn.Module | None) -> Iterator[None]:
-    before = [] if model is None else [(m, m.training) for m in model.modules()]
-    if model is not None:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module, training in before:
-            module.training = training
 
 
 def _check_pair(small: CompressedRecommender, original: Original) -> None:

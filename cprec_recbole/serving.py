@@ -16,6 +16,9 @@ from cprec_recbole.backbones import Backbone, Host, architecture
 from cprec_recbole.config import CompressionConfig, CompressionError
 from cprec_recbole.embedding import BlockEmbedding
 from cprec_recbole.folder import write_folder
+from cprec_recbole.growth import grown_block, similar_items
+from cprec_recbole.membership import packed_blocks
+from cprec_recbole.modes import in_eval_mode
 from cprec_recbole.partition import Partition
 from cprec_recbole.recommend import barred_ids, pad_histories
 from cprec_recbole.softmax import SoftmaxHead
@@ -88,13 +91,9 @@ class Servable(nn.Module):
         seen_ids = seen if exclude_seen else None
         barred = barred_ids(exclude, len(histories), self.n_items, seen_ids)
         lengths = (histories != 0).sum(1)
-        was_training = self.training
-        self.eval()
-        try:
+        with in_eval_mode(self):
             hidden = self(histories.to(device), lengths.to(device))
             return self.head.topk(hidden, k, barred, allowed)
-        finally:
-            self.train(was_training)
 
     def recommend_tokens(
         self,
@@ -172,9 +171,7 @@ class Servable(nn.Module):
         """
         vocabulary = self._vocabulary(tokens)
         partition = self.table.partition
-        member = partition.blocks(
-            partition.positions(torch.arange(self.n_items, device=_device(self)))
-        )
+        member = partition.blocks(partition.position_of)
         weights = {"blocks": packed_blocks(member.cpu().numpy(), len(partition.sizes))}
         order = [
             torch.argsort(partition.item_at[start:end])
@@ -233,11 +230,11 @@ class Servable(nn.Module):
                     f"Expected `tokens` to be new, but {token!r} is in the catalogue already."
                 )
         extended = vocabulary.extended(tokens)
-        models = _like(tokens, like, vocabulary)
+        models = similar_items(tokens, like, vocabulary)
         tables = [self.table]
         if self.head.table is not self.table:
             tables.append(self.head.table)
-        grown = [_grown(table, models) for table in tables]  # all that can fail has been done
+        grown = [grown_block(table, models) for table in tables]  # all that can fail has been done
         partition = self._grow_partition(len(tokens))
         for table, weight in zip(tables, grown):
             table.partition = partition
@@ -271,81 +268,3 @@ class Servable(nn.Module):
                 "save_pretrained."
             )
         return self.vocabulary
-
-
-def packed_blocks(member: np.ndarray, n_blocks: int) -> Tensor:
-    """The block of each item id in as few bits as they take, `[n_items] -> [bits, bytes]`."""
-    planes = [np.packbits((member >> bit) & 1) for bit in range(_bits(n_blocks))]
-    return torch.from_numpy(np.stack(planes) if planes else np.zeros((0, 0), dtype=np.uint8))
-
-
-def unpacked_blocks(planes: Tensor, n_blocks: int, n_items: int) -> np.ndarray:
-    """What `packed_blocks` packed, `[bits, bytes] -> [n_items]`.
-
-    Raises:
-        CompressionError: planes of another size.
-    """
-    expected = [_bits(n_blocks), -(-n_items // 8) if n_blocks > 1 else 0]
-    if planes.dtype != torch.uint8 or list(planes.shape) != expected:
-        raise CompressionError(
-            f"Expected the weights' `blocks` to be {expected} bytes for {n_items} items, but got "
-            f"{list(planes.shape)} of {planes.dtype}."
-        )
-    member = np.zeros(n_items, dtype=np.int64)
-    for bit, plane in enumerate(planes.numpy()):
-        member |= np.unpackbits(plane, count=n_items).astype(np.int64) << bit
-    return member
-
-
-def _bits(n_blocks: int) -> int:
-    return (n_blocks - 1).bit_length()
-
-
-def _like(
-    tokens: Sequence[str], like: Sequence[Any] | Mapping[str, Any] | None, known: Vocabulary
-) -> list[list[int]]:
-    """For each new token the ids of the items that it is like."""
-    if isinstance(like, Mapping):
-        strangers = [token for token in like if token not in tokens]
-        if strangers:
-            raise CompressionError(
-                f"Expected `like` to name new tokens, but got {strangers[0]!r}, which is none."
-            )
-        like = [like.get(token) for token in tokens]
-    if like is None:
-        return [[] for _ in tokens]
-    if isinstance(like, str) or len(like) != len(tokens):
-        raise CompressionError(
-            f"Expected `like` to have an entry for each of the {len(tokens)} new tokens, but got "
-            f"{like!r}."
-        )
-    lists = [[] if entry is None else [entry] if not _is_list(entry) else entry for entry in like]
-    return [known.ids(entry) for entry in lists]
-
-
-def _is_list(entry: object) -> bool:
-    return isinstance(entry, Sequence) and not isinstance(entry, str)
-
-
-def _grown(table: BlockEmbedding, models: Sequence[Sequence[int]]) -> Tensor:
-    """The last block's rows and one for each new item, `[k + n, r]`."""
-    block = table.blocks[-1]
-    weight = block.weight.detach()
-    real = weight[1:] if len(table.blocks) == 1 else weight  # of one block, row 0 is padding
-    rows = [real.mean(0)]
-    new = torch.stack([_codes(table, ids) if ids else rows[0] for ids in models])
-    return torch.cat([weight, new])
-
-
-def _codes(table: BlockEmbedding, ids: Sequence[int]) -> Tensor:
-    """The row of the last block whose vector is nearest to the mean of some items', `[r]`."""
-    projection = table.blocks[-1].projection
-    vector = table(torch.tensor(ids, device=_device(table))).mean(0)
-    if projection is None:
-        return vector
-    solved = torch.linalg.lstsq(projection.T.double(), vector.double().unsqueeze(1)).solution
-    return solved.squeeze(1).to(vector.dtype)
-
-
-def _device(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device

@@ -16,22 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cprec_recbole.backbones import Host
-from cprec_recbole.embedding import BlockEmbedding
 from cprec_recbole.histories import Histories
 from cprec_recbole.models import CompressedRecommender
+from cprec_recbole.modes import in_eval_mode
 from cprec_recbole.original import Original
 from cprec_recbole.outcome import WarmStart
 from cprec_recbole.partition import PADDING
 from cprec_recbole.sharing import sharing_plan, sharing_sets
-from cprec_recbole.softmax import TreeSoftmax
 
 FIT_HISTORIES = 2048  # what the layers are fitted on
 LOOK_HISTORIES = 256  # what starts are compared on, in one batch
 _PASSES = 3
 _BATCH = 32
 _LEARNING_RATE = 1e-3
-_CLUSTER_ROWS = 2048  # hidden states that clusters are fitted on
-_LOGITS = 2**24  # of the original's scores at a time: 64 MiB
 _RIDGE = 1e-3  # of a feature's mean square: how strongly a refit clings to what was there
 
 
@@ -61,15 +58,17 @@ def warm_start(
     """
     generator = torch.Generator().manual_seed(seed)
     look = histories.sample(look_at, generator)
-    fit = _Fit(small, original)
-    with fit.in_eval_mode():
+    fit = Fit(small, original)
+    with in_eval_mode(small, original.model):
         kept, copied, refitted = fit.choose_start(look)
         if fit.shares and descend:
             fit.descend(histories.sample(FIT_HISTORIES, generator), look, generator)
         return WarmStart(kept, copied, refitted, fit.error(look))
 
 
-class _Fit:
+class Fit:
+    """A compressed model and its original on the same histories."""
+
     def __init__(self, small: CompressedRecommender, original: Original) -> None:
         self.small, self.original = small, original
         record = small.record
@@ -91,19 +90,6 @@ class _Fit:
         }
         own = {id(p) for p in small.table.parameters()}
         self.free = [p for p in small.backbone.parameters() if id(p) not in own]
-
-    @contextmanager
-    def in_eval_mode(self) -> Iterator[None]:
-        """Within: no dropout in either model."""
-        models: Sequence[nn.Module] = (self.small, self.original.model)
-        before = [[(m, m.training) for m in model.modules()] for model in models]
-        for model in models:
-            model.eval()
-        try:
-            yield
-        finally:
-            for module, training in (pair for pairs in before for pair in pairs):
-                module.training = training
 
     def read(self, histories: Histories) -> Tensor:
         """Histories on the model's device, without columns that are padding for all."""
@@ -257,77 +243,3 @@ def _solve(module: Any, inputs: Tensor, output: Tensor, wanted: Tensor) -> None:
     module.weight += slope.to(module.weight.dtype)
     if module.bias is not None:
         module.bias += shift.to(module.bias.dtype)
-
-
-@torch.no_grad()
-def block_masses(table: BlockEmbedding, original: Original, hidden: Tensor) -> Tensor:
-    """The original's probability of each block, `[N, d] -> [N, n_blocks]`, a few rows at a time.
-
-    Args:
-        table: whose blocks they are.
-        original: whose softmax; padding has no probability.
-        hidden: its hidden states.
-    """
-    partition = table.partition
-    by_position = original.table[partition.item_at.long()]
-    parts = []
-    for rows in hidden.split(max(1, _LOGITS // original.n_items)):
-        logits = rows @ by_position.T
-        logits[:, PADDING] = -torch.inf
-        pieces = zip(partition.starts, partition.cutoffs)
-        sums = torch.stack([logits[:, a:b].logsumexp(1) for a, b in pieces], dim=1)
-        parts.append(sums.softmax(1))
-    return torch.cat(parts)
-
-
-@torch.no_grad()
-def fit_clusters(head: TreeSoftmax, hidden: Tensor, masses: Tensor, steps: int = 50) -> None:
-    """Fit the cluster vectors so that each block gets the probability that the original gave it.
-
-    A softmax regression on branches (the head as a whole, and each cluster): convex, solved by
-    L-BFGS from where the clusters stand.
-
-    Args:
-        head: the tree softmax.
-        hidden: hidden states of the compressed model, `[N, d]`.
-        masses: the original's probability of each block, `[N, n_blocks]`.
-        steps: iterations at most.
-    """
-    if not len(head.tails):
-        return
-    exact = hidden.double()
-    items = (head.head.into_rank(hidden) @ head.head.weight[1:].T).double()
-    in_head = items.logsumexp(1, keepdim=True)
-    clusters = head.clusters.detach().double().clone().requires_grad_()
-    optimizer = torch.optim.LBFGS([clusters], max_iter=steps, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        with torch.enable_grad():
-            logits = torch.cat([in_head, exact @ clusters.T], dim=1)
-            loss = -(masses.double() * F.log_softmax(logits, dim=1)).sum(1).mean()
-            loss = loss + 1e-6 * clusters.square().sum()
-            (clusters.grad,) = torch.autograd.grad(loss, [clusters])
-        return loss
-
-    optimizer.step(closure)
-    if torch.isfinite(clusters).all():
-        head.clusters.copy_(clusters)
-
-
-@torch.no_grad()
-def fit_clusters_to(
-    small: CompressedRecommender, original: Original, histories: Histories, seed: int = 0
-) -> None:
-    """Fit the clusters of a tree softmax to the original's probabilities of the blocks; with a full
-    softmax there is nothing to do."""
-    if not isinstance(small.head, TreeSoftmax):
-        return
-    generator = torch.Generator().manual_seed(seed)
-    look = histories.sample(LOOK_HISTORIES, generator)
-    fit = _Fit(small, original)
-    with fit.in_eval_mode():
-        items = fit.read(look)
-        real = fit.counted(items)
-        rows = torch.randperm(int(real.sum()), generator=generator)[:_CLUSTER_ROWS].to(items.device)
-        masses = block_masses(small.head.table, original, original.hidden_states(items)[real][rows])
-        fit_clusters(small.head, small.hidden_states(items)[real][rows], masses)

@@ -14,8 +14,8 @@ from cprec_recbole import (
     load_pretrained,
 )
 from cprec_recbole.embedding import BlockEmbedding
+from cprec_recbole.membership import packed_blocks, unpacked_blocks
 from cprec_recbole.partition import Partition
-from cprec_recbole.serving import packed_blocks, unpacked_blocks
 from tests.builders import SMALL
 
 OPTIONS = {"ranks": [16, 4, 2], "cutoffs": [6, 20]}

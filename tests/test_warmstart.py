@@ -7,12 +7,13 @@ import torch
 from torch import nn
 
 from cprec_recbole import CompressionConfig, compress, evaluate
+from cprec_recbole.clusters import block_masses, fit_clusters
 from cprec_recbole.compress import build
 from cprec_recbole.histories import Histories, drawn_histories
 from cprec_recbole.original import Original
 from cprec_recbole.softmax import TreeSoftmax
 from cprec_recbole.spectra import looks_trained
-from cprec_recbole.warmstart import _solve, block_masses, fit_clusters, warm_start
+from cprec_recbole.warmstart import _solve, warm_start
 from tests.builders import HOSTS, block_embedding
 
 
@@ -135,8 +136,6 @@ def test_only_a_trained_table_looks_trained(trained, world):
 
 
 def test_an_uncompressed_cp_model_is_an_original_too(world, host_name):
-    from cprec_recbole.host import recbole_config  # noqa: F401
-
     options = CompressionConfig.uncompressed().as_dict()
     model = world.model(f"Cp{host_name}", **options).eval()
     small = compress(model, CompressionConfig.uncompressed())
