@@ -6,7 +6,7 @@
 Trains each model (once: its checkpoint is kept), compresses it for each ratio, recovers it in at
 most a quarter of the epochs that training took until its best, and writes a line of JSON for each
 result into OUT/results.jsonl as it goes. What is there already is not done again. Then the table,
-OUT/README.md.
+OUT/trained.md.
 """
 
 from __future__ import annotations
@@ -304,8 +304,8 @@ def main() -> None:
                     rows.append(row)
                     print(row["name"], row.get("at_once"), row.get("recovered"), flush=True)
     command = shlex.join(["python", "examples/trained.py", *sys.argv[1:]])
-    (out / "README.md").write_text(table(rows, command) + "\n")
-    print(f"Written: {lines}, {out / 'README.md'}")
+    (out / "trained.md").write_text(table(rows, command) + "\n")
+    print(f"Written: {lines}, {out / 'trained.md'}")
 
 
 if __name__ == "__main__":
