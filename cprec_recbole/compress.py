@@ -113,12 +113,14 @@ class _Compression:
     def __init__(self, original: Original, counts: np.ndarray, histories: Histories) -> None:
         self.original, self.counts, self.histories = original, counts, histories
         self.trained = looks_trained(original.table)
+        # RecBole's layers mix types in half precision, and steps as small as these would be lost
+        self.fits = original.table.dtype in (torch.float32, torch.float64)
         self.n_parameters = sum(p.numel() for p in original.model.parameters())
 
     def small(self, compression: CompressionConfig) -> CompressedRecommender:
         """The compressed model for given options, as near to a trained original as it gets."""
         small = build(self.original, compression, self.counts)
-        if self.trained:
+        if self.trained and self.fits:
             small.warm_start = warm_start(small, self.original, self.histories)
             fit_clusters_to(small, self.original, self.histories)
         return small
@@ -170,6 +172,8 @@ class _Compression:
         return found
 
     def _hidden_error(self, compression: CompressionConfig) -> float:
+        if not self.fits:
+            return 0.0
         small = build(self.original, compression, self.counts)
         start = warm_start(small, self.original, self.histories, descend=False, look_at=_QUICK_LOOK)
         return start.refitted
@@ -196,7 +200,8 @@ def build(
     small = small_class.from_host(original.copy_host(), blocks, compression)
     small.reads_last_column = original.reads_last_column
     small.train_item_counts = counts
-    small.item_tokens = original.tokens
+    small.item_tokens = getattr(original.model, "item_tokens", None)
+    small.vocabulary = getattr(original.model, "vocabulary", None)
     small.head.to(table.device, table.dtype)
     if small.head.table is not blocks:
         small.head.table.approximate(table, weights)

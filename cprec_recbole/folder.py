@@ -48,7 +48,7 @@ def write_folder(
     Raises:
         CompressionError: a folder that cannot be written.
     """
-    out = Path(folder)
+    out = _as_path(folder)
     try:
         out.mkdir(parents=True, exist_ok=True)
         files = {"weights": _put(out, "weights", lambda p: _save_weights(weights, p))}
@@ -80,7 +80,7 @@ def read_folder(
         CompressionError: no model, one of a newer format, or a file that is missing, cut short or
             changed; the message says which.
     """
-    out = Path(folder)
+    out = _as_path(folder)
     header = _read_config(out)
     paths = {kind: _checked_file(out, kind, entry) for kind, entry in header["files"].items()}
     try:
@@ -94,6 +94,13 @@ def read_folder(
         except ValueError as error:
             raise CompressionError(f"Expected {paths['items']} to be JSON: {error}.") from error
     return header, weights, tokens
+
+
+def _as_path(folder: str | os.PathLike[str]) -> Path:
+    usable = isinstance(folder, str | os.PathLike) and os.fspath(folder) != ""
+    if not usable or "\0" in str(folder):
+        raise CompressionError(f"Expected `folder` to be a path, but got {folder!r}.")
+    return Path(folder)
 
 
 def _put(out: Path, kind: str, write: Callable[[Path], Any]) -> dict[str, Any]:
@@ -125,7 +132,7 @@ def _read_config(out: Path) -> dict[str, Any]:
             f"Expected `folder` to be one that save_pretrained wrote, but {path} cannot be read: "
             f"{error.strerror or error}."
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CompressionError(
             f"Expected {path} to be whole, but it is cut short or damaged: {error}."
         ) from error

@@ -26,7 +26,7 @@ def similar_items(
         like = [like.get(token) for token in tokens]
     if like is None:
         return [[] for _ in tokens]
-    if isinstance(like, str) or len(like) != len(tokens):
+    if isinstance(like, str) or not isinstance(like, Sequence) or len(like) != len(tokens):
         raise CompressionError(
             f"Expected `like` to have an entry for each of the {len(tokens)} new tokens, but got "
             f"{like!r}."
@@ -36,7 +36,7 @@ def similar_items(
 
 
 def _is_list(entry: object) -> bool:
-    return isinstance(entry, Sequence) and not isinstance(entry, str)
+    return isinstance(entry, Sequence) and not isinstance(entry, str | bytes)
 
 
 def grown_block(table: BlockEmbedding, models: Sequence[Sequence[int]]) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from recbole.data.dataloader import FullSortEvalDataLoader, NegSampleEvalDataLoader
 from torch import Tensor
 
 from cprec_recbole.config import CompressionError
@@ -74,6 +75,11 @@ def histories_of(data: Any, n_items: int, max_length: int) -> Histories:
     Raises:
         CompressionError: neither of them, empty, or of another catalogue.
     """
+    if isinstance(data, FullSortEvalDataLoader | NegSampleEvalDataLoader):
+        raise CompressionError(
+            "Expected `data` to be training data, but got evaluation data; pass the first of "
+            "data_preparation(config, dataset)."
+        )
     dataset = getattr(data, "_dataset", data)
     if hasattr(dataset, "inter_feat"):
         return _of_dataset(dataset, n_items, max_length)

@@ -167,7 +167,7 @@ class CompressedRecommender(Servable, SequentialRecommender):
         for name, parameter in self.named_parameters(remove_duplicate=False):
             other = first.setdefault(id(parameter), name)
             both = name in state_dict and other in state_dict
-            if both and not torch.equal(state_dict[name], state_dict[other]):
+            if both and not _same(state_dict[name], state_dict[other]):
                 raise CompressionError(
                     "Expected `state_dict` to be of a model with the same `sharing` and `tied`, "
                     f"but {other} and {name}, one parameter here, differ there."
@@ -218,6 +218,13 @@ def compression_of(config: Any) -> CompressionConfig:
     """The compression options of a RecBole config; what it does not name keeps its default."""
     names = CompressionConfig.option_names()
     return CompressionConfig(**{name: config[name] for name in names if name in config})
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal; numbers that are none are equal to each other."""
+    return one is other or (
+        one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+    )
 
 
 def _check_negatives(compression: CompressionConfig, config: Any) -> None:

@@ -54,10 +54,11 @@ class Original:
                 )
             table = model.item_embedding.weight.detach()
             original = cls(model, record, model, table, record.reads_last_column)
-        if not torch.isfinite(original.table).all():
-            raise CompressionError(
-                "Expected `model` to have finite weights, but its table has NaN or inf."
-            )
+        for name, parameter in model.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise CompressionError(
+                    f"Expected `model` to have finite weights, but {name} has NaN or inf."
+                )
         return original
 
     @classmethod
@@ -85,11 +86,6 @@ class Original:
         """Size `d` of an item vector."""
         return self.table.shape[1]
 
-    @property
-    def tokens(self) -> np.ndarray | None:
-        """RecBole's token of each item id, `[n_items]`, where the model has been told."""
-        return getattr(self.model, "item_tokens", None)
-
     def hidden_states(self, item_seq: Tensor) -> Tensor:
         """Hidden state at every position, `[B, L] -> [B, L, d]`."""
         return self.record.hidden_states(self.host, item_seq)
@@ -114,7 +110,7 @@ class Original:
 
     def copy_host(self) -> Host:
         """A deep copy of the host without its item table, and what is known of its items."""
-        known = ("item_embedding", "train_item_counts", "item_tokens")
+        known = ("item_embedding", "train_item_counts", "item_tokens", "vocabulary")
         left_out = [getattr(self.host, name, None) for name in known]
         return copy.deepcopy(self.host, memo={id(each): None for each in left_out})
 

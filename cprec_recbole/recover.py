@@ -50,7 +50,8 @@ def recover(
         data: training data: RecBole's dataset or data loader, or lists of item ids.
         epochs: passes over the data.
         valid_data: RecBole's validation data, to report quality before and after each epoch.
-        distillation: weight of the original's predictions, from 0 (none) to 1 (nothing else).
+        distillation: weight of the original's predictions, from 0 (none) to 1 (nothing else);
+            without a teacher there are none.
         learning_rate: of the first step.
         batch_size: predictions a step, as RecBole's `train_batch_size`.
         seed: of dropout and the order of batches. The process's random state is left as it was.
@@ -68,10 +69,16 @@ def recover(
         raise CompressionError(
             f"Expected `small` to be a compressed model, but got {type(small).__name__}."
         )
+    dtype = small.table.blocks[0].weight.dtype
+    if dtype == torch.float16:
+        raise CompressionError(
+            f"Expected `small` to be in float32, float64 or bfloat16, but got {dtype}, in which "
+            "Adam's steps are lost; use small.float()."
+        )
     original = None if teacher is None else Original.of(teacher)
     if original is not None:
         _check_pair(small, original)
-    _check_numbers(epochs, batch_size, learning_rate, distillation)
+    _check_numbers(epochs, batch_size, learning_rate, distillation, seed)
     if valid_data is not None:
         check_evaluation_data(valid_data)
     histories = histories_of(data, small.n_items, small.max_seq_length)
@@ -85,6 +92,7 @@ def recover(
             work.run(epochs, batch_size, learning_rate, seed, show)
         finally:
             work.keep_best()
+            small.zero_grad(set_to_none=True)
             small.train(was_training)
     return work.result
 
@@ -140,6 +148,11 @@ class _Recovery:
                 schedule.step()
                 total += loss.item()
                 show.step(loss.item())
+            if not all(torch.isfinite(p).all() for p in self.small.parameters()):
+                raise CompressionError(
+                    f"Expected `learning_rate` to let the loss fall, but with {learning_rate} "
+                    f"weights became NaN or inf in epoch {epoch + 1}; use a smaller one."
+                )
             self.result.losses.append(total / len(batches))
             self.judge(epoch + 1)
             show.epoch(epoch + 1, self.result)
@@ -238,7 +251,11 @@ def _check_pair(small: CompressedRecommender, original: Original) -> None:
         )
 
 
-def _check_numbers(epochs: object, batch_size: object, rate: object, distillation: object) -> None:
+def _check_numbers(
+    epochs: object, batch_size: object, rate: object, distillation: object, seed: object
+) -> None:
+    if not is_whole(seed) or not 0 <= seed < 2**63:
+        raise CompressionError(f"Expected `seed` to be a whole number from 0, but got {seed!r}.")
     for name, value in (("epochs", epochs), ("batch_size", batch_size)):
         if not is_whole(value) or value < 1:
             raise CompressionError(

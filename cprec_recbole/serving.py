@@ -129,7 +129,7 @@ class Servable(nn.Module):
         rows = list(histories) if several else [histories]
         ids = []
         for index, row in enumerate(rows):
-            if not isinstance(row, Sequence) or isinstance(row, str):
+            if not isinstance(row, Sequence) or isinstance(row, str | bytes):
                 raise CompressionError(
                     f"Expected every history to be a list of tokens, but history "
                     f"{index} is {row!r}."
@@ -170,6 +170,11 @@ class Servable(nn.Module):
             CompressionError: no tokens, tokens that do not fit, a folder that cannot be written.
         """
         vocabulary = self._vocabulary(tokens)
+        for name, parameter in self.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise CompressionError(
+                    f"Expected a model with finite weights, but {name} has NaN or inf."
+                )
         partition = self.table.partition
         member = partition.blocks(partition.position_of)
         weights = {"blocks": packed_blocks(member.cpu().numpy(), len(partition.sizes))}
@@ -224,7 +229,7 @@ class Servable(nn.Module):
             raise CompressionError(
                 f"Expected `tokens` to be a list of one token or more, but got {tokens!r}."
             )
-        for token in tokens:
+        for token in Vocabulary(tokens).tokens:
             if token in vocabulary:
                 raise CompressionError(
                     f"Expected `tokens` to be new, but {token!r} is in the catalogue already."
@@ -246,7 +251,7 @@ class Servable(nn.Module):
         self.compression = replace(
             self.compression, ranks=self.table.ranks, cutoffs=partition.cutoffs
         )
-        self.vocabulary = extended
+        self.vocabulary, self.item_tokens = extended, None
         self.head.drop_index()
         return list(range(first, self.n_items))
 
@@ -267,4 +272,4 @@ class Servable(nn.Module):
                 "RecBole; set model.vocabulary = Vocabulary(tokens) or pass `tokens` to "
                 "save_pretrained."
             )
-        return self.vocabulary
+        return as_vocabulary(self.vocabulary, self.n_items)

@@ -12,8 +12,8 @@ from recbole.utils import get_model, init_seed
 from torch import nn
 
 from cprec_recbole.checkpoint import Checkpoint, read_checkpoint
-from cprec_recbole.config import CompressionError
-from cprec_recbole.host import recbole_config
+from cprec_recbole.config import CompressionError, reject_unknown
+from cprec_recbole.host import known_options, recbole_config
 
 # what RecBole works out for itself, or what belongs to the machine that trained
 _DERIVED = (
@@ -46,6 +46,12 @@ def load_trained(file: str | os.PathLike[str], options: dict[str, Any] | None = 
     config = recbole_config(
         checkpoint.model, checkpoint.dataset, _options(checkpoint) | (options or {})
     )
+    reject_unknown(options or {}, known_options(config))
+    if not os.path.isdir(config["data_path"]):  # RecBole would look for it on the internet
+        raise CompressionError(
+            f"Expected `data_path` to have the folder {checkpoint.dataset} that {os.fspath(file)} "
+            f"was trained on, but {config['data_path']} does not exist."
+        )
     init_seed(config["seed"], config["reproducibility"])
     train, valid, test = data_preparation(config, create_dataset(config))
     model = get_model(checkpoint.model)(config, train._dataset)

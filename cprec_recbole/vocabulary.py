@@ -31,6 +31,13 @@ class Vocabulary:
                 raise CompressionError(
                     f"Expected `tokens` to be texts of one character or more, but got {token!r}."
                 )
+        try:
+            "".join(self._tokens).encode()
+        except UnicodeEncodeError as error:
+            raise CompressionError(
+                "Expected `tokens` to be text that can be written as UTF-8, but got "
+                f"{error.object[error.start : error.end]!r}."
+            ) from error
         if len(self._ids) < len(self._tokens):
             twice = next(t for i, t in enumerate(self._tokens, 1) if self._ids[t] != i)
             raise CompressionError(
@@ -76,6 +83,8 @@ class Vocabulary:
             raise CompressionError(
                 f"Expected `unknown` to be one of {', '.join(UNKNOWN)}, but got {unknown!r}."
             )
+        if isinstance(tokens, str | bytes) or not isinstance(tokens, Iterable):
+            raise CompressionError(f"Expected a list of tokens, but got {tokens!r}.")
         texts = [_as_text(token) for token in tokens]
         missing = [text for text in texts if text not in self._ids]
         if missing and unknown != "skip":

@@ -136,8 +136,6 @@ class Fit:
 
     def descend(self, histories: Histories, look: Histories, generator: torch.Generator) -> None:
         """A few passes of gradient descent on the error of the hidden states."""
-        if self.small.table.blocks[0].weight.dtype not in (torch.float32, torch.float64):
-            return  # half precision would not survive the small steps
         before, plain = self.error(look), [p.detach().clone() for p in self.free]
         optimizer = torch.optim.Adam(self.free, lr=_LEARNING_RATE)
         n_steps = _PASSES * -(-len(histories) // _BATCH)

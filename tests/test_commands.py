@@ -74,7 +74,7 @@ REQUESTS = [
     '["i1", "i2"]',
     '{"user": "anna", "history": ["i3"]}',
     "",
-    "no JSON",
+    "[" * 3000,
     '{"user": "ben"}',
     '["x"]',
     '["i1", 2.5]',
@@ -105,6 +105,14 @@ def test_many_users_are_answered_a_line_each(folder, source, tmp_path, capsys, m
     assert "'x'" in captured.err
 
 
+def test_bytes_that_are_no_text_spoil_one_line_only(folder, tmp_path, capsys):
+    path = tmp_path / "users.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf["i1"]\r\n\xff\xfe\n["i2"]\n')  # a mark of UTF-8 before it
+    assert main(["recommend", str(folder), "--input", str(path), "-k", "2"]) == 1
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert ["items" in answer for answer in answers] == [True, False, True]
+
+
 def test_many_good_users_in_several_batches(folder, tmp_path, capsys):
     histories = [[f"i{i % 40}", f"i{(7 * i) % 40}"] for i in range(150)]
     path = tmp_path / "users.jsonl"
@@ -130,6 +138,9 @@ class Harmful:
         (["--ratio", "2", "--ranks", "16,4"], "either a budget or `ranks`"),
         (["--recover", "-1"], "`recover` to be 0 or more"),
         (["--data_path=/nowhere"], "`dataset` to be ml-100k, or the name of a folder"),
+        (["--recovr=1"], "got `recovr`"),
+        (["--ratio", "1.1", "--max_loss=0.01"], "got `max_loss`"),
+        (["--ratio", "1.1", "--recover", "1", "--learning_rate=0"], "`learning_rate` to be above"),
         (["--ranks", "99"], "`ranks` to be at most"),
     ],
 )

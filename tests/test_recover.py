@@ -147,6 +147,8 @@ def test_a_loss_that_is_no_number_ends_it_and_the_start_is_kept(trained, data):
         ({"learning_rate": float("nan")}, "`learning_rate`"),
         ({"distillation": 2}, "`distillation` to be a share from 0 to 1"),
         ({"batch_size": -1}, "`batch_size`"),
+        ({"seed": "a"}, "`seed` to be a whole number"),
+        ({"data": "valid"}, "`data` to be training data, but got evaluation data"),
         ({"valid_data": [1]}, "`valid_data` to be RecBole's evaluation data"),
         ({"data": "all"}, "`data`"),
         ({"data": [[1, 400]]}, "item ids from 1 to 40"),
@@ -156,6 +158,8 @@ def test_bad_options_are_refused_before_anything_changes(trained, data, options,
     small = squeezed(trained, "SASRec")
     before = copy.deepcopy(small.state_dict())
     given = {"data": data["SASRec"][0], "progress": False, **options}
+    if given["data"] == "valid":
+        given["data"] = data["SASRec"][1]
     with pytest.raises(CompressionError, match=match):
         recover(small, trained["SASRec"], **given)
     assert all(torch.equal(before[name], value) for name, value in small.state_dict().items())

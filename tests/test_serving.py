@@ -99,6 +99,9 @@ def test_unknown_tokens_are_skipped_with_a_warning_or_an_error(small):
         ([["i1", None]], {}, "but got None"),
         (["i1"], {"unknown": "ask"}, "`unknown` to be one of warn, error, skip"),
         (["i1"], {"k": 0}, "`k`"),
+        (["i1"], {"allowed": "i1"}, "a list of tokens, but got 'i1'"),
+        (["i1"], {"exclude": 5}, "a list of tokens, but got 5"),
+        ([b"i1"], {}, "history 0 is b'i1'"),
         (["i1"], {"k": 41}, "`k`"),
     ],
 )
@@ -190,6 +193,9 @@ def test_an_index_forgets_nothing_of_new_items(small):
         ([7], None, "texts of one character or more, but got 7"),
         (["a"], [], "`like` to have an entry for each of the 1 new tokens"),
         (["a"], ["zzz"], "'zzz'"),
+        (["a"], 5, "`like` to have an entry"),
+        ([["a"]], None, "texts of one character or more"),
+        (["\ud800"], None, "written as UTF-8"),
         (["a"], {"b": "i1"}, "`like` to name new tokens, but got 'b'"),
     ],
 )
@@ -210,3 +216,36 @@ def test_blocks_are_packed_and_unpacked(n_blocks):
     assert unpacked_blocks(planes, n_blocks, 101).tolist() == member.tolist()
     with pytest.raises(CompressionError, match="`blocks`"):
         unpacked_blocks(planes, n_blocks + 8, 101)
+
+
+def test_tokens_travel_with_a_model_that_grew_and_is_compressed(world, tmp_path):
+    options = CompressionConfig.uncompressed().as_dict()
+    model = world.model("CpSASRec", **options).eval()
+    model.add_items(["new"])
+    small = compress(model, ranks=[8, 4])
+    assert "new" in small.recommend_tokens(["i1", "new"], 41).tokens[0]
+    loaded = load_pretrained(small.save_pretrained(tmp_path))
+    again = load_pretrained(
+        compress(loaded_copy(loaded), **OPTIONS).save_pretrained(tmp_path / "b")
+    )
+    assert again.vocabulary.tokens == loaded.vocabulary.tokens
+
+
+def loaded_copy(loaded):
+    """The same model as an uncompressed one, with tokens and counts set by hand."""
+    from cprec_recbole import CpSASRec
+
+    model = catalogue_model(CpSASRec, loaded.n_items)
+    whole = BlockEmbedding(Partition(torch.arange(loaded.n_items), [loaded.n_items]), [16], 16)
+    plain = CpSASRec.from_host(model.backbone, whole, CompressionConfig.uncompressed())
+    plain.vocabulary, plain.train_item_counts = loaded.vocabulary, np.ones(loaded.n_items)
+    return plain
+
+
+def test_weights_that_are_no_numbers_are_not_kept(trained, tmp_path):
+    small = compress(trained["SASRec"], **OPTIONS)
+    with torch.no_grad():
+        small.table.blocks[1].weight[0, 0] = float("nan")
+    with pytest.raises(CompressionError, match="finite weights"):
+        small.save_pretrained(tmp_path)
+    small.load_state_dict(small.state_dict())  # equal to itself all the same

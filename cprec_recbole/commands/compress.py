@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 from torch import nn
 
-from cprec_recbole.commands.common import add_compression, console, given_options, make_folder
+from cprec_recbole.commands.common import add_compression, console, given_options
 from cprec_recbole.commands.common import value as parsed
 from cprec_recbole.compress import compress
 from cprec_recbole.config import CompressionError
@@ -50,6 +50,8 @@ def run(options: argparse.Namespace, passed_on: dict[str, Any], command: str) ->
     logging.getLogger("recbole").setLevel(logging.ERROR)
     if options.recover < 0:
         raise CompressionError(f"Expected `recover` to be 0 or more, but got {options.recover}.")
+    if Path(options.out).exists() and not Path(options.out).is_dir():
+        raise CompressionError(f"Expected `out` to be a folder, but {options.out} is a file.")
     screen = console()
     found = load_trained(options.checkpoint, passed_on)
     small = compress(
@@ -61,11 +63,12 @@ def run(options: argparse.Namespace, passed_on: dict[str, Any], command: str) ->
         valid_data=found.valid if options.max_loss is not None else None,
         **given_options(options),
     )
-    make_folder(Path(options.out))
     rows = [("original", found.model, _quality(found.model, found))]
     rows.append(("compressed", small, _quality(small, found)))
     if options.recover:
-        recover(small, found.model, found.train, options.recover, valid_data=found.valid)
+        named = {"learning_rate": "learning_rate", "train_batch_size": "batch_size", "seed": "seed"}
+        given = {ours: passed_on[theirs] for theirs, ours in named.items() if theirs in passed_on}
+        recover(small, found.model, found.train, options.recover, valid_data=found.valid, **given)
         rows.append(("recovered", small, _quality(small, found)))
     small.save_pretrained(options.out)
     screen.print(_table(rows))

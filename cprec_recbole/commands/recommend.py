@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 import warnings
@@ -32,7 +33,9 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run)
     parser.add_argument("folder", metavar="FOLDER")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--history", metavar="50,181", help="tokens, oldest first")
+    source.add_argument(
+        "--history", metavar="50,181", help="tokens, oldest first; those with a comma need --input"
+    )
     source.add_argument("--input", metavar="FILE", help="JSON lines; - is standard input")
     parser.add_argument("-k", type=int, default=20, help="how many items (default: %(default)s)")
     parser.add_argument("--unknown", default="warn", metavar="{" + ",".join(UNKNOWN) + "}")
@@ -117,7 +120,7 @@ def _parsed(line: str) -> dict[str, Any]:
     """A line as an object with `history`, or with `error`."""
     try:
         request = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return {"error": f"Expected a line of JSON, but got {line.strip()[:60]!r}: {error}."}
     if isinstance(request, list):
         request = {"history": request}
@@ -131,9 +134,11 @@ def _parsed(line: str) -> dict[str, Any]:
 
 def _opened(name: str, stack: ExitStack) -> TextIO:
     if name == "-":
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(encoding="utf-8-sig", errors="replace")  # a bad line is one line
         return sys.stdin
     try:
-        return stack.enter_context(open(name, encoding="utf-8"))
+        return stack.enter_context(open(name, encoding="utf-8-sig", errors="replace"))
     except OSError as error:
         raise CompressionError(
             f"Expected `input` to be a file that can be read, but got {name}: {error.strerror}."
