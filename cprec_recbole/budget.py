@@ -108,7 +108,8 @@ def choose(
         )
     ends = block_ends(original.n_items)
     if trained:
-        spectra = Spectra.of_table(original.table, counts, ends)
+        # by counts themselves the tail would get rank 1, from which training cannot bring it back
+        spectra = Spectra.of_table(original.table, np.sqrt(counts), ends)
     else:
         spectra = Spectra.of_counts(counts, original.dim, ends)
     cost = _cost(original, base)
@@ -137,7 +138,8 @@ def _reasons(
     blocks = zip(options.ranks or (), (0, *(options.cutoffs or ())), options.cutoffs or ())
     table = ", ".join(f"rank {rank} for {end - start:,.0f}" for rank, start, end in blocks)
     basis = (
-        f"by the spectra of the trained table, items weighted by counts, it loses {best.table:.1%}"
+        "by the spectra of the trained table, items weighted by the root of their counts, it loses "
+        f"{best.table:.1%}"
         if trained
         else f"untrained: by counts alone, an expected loss of {best.table:.1%}"
     )
