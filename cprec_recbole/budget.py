@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -15,15 +14,14 @@ from cprec_recbole.config import (
     CompressionConfig,
     CompressionError,
     is_number,
-    is_whole,
 )
 from cprec_recbole.original import Original
 from cprec_recbole.outcome import Choice
 from cprec_recbole.report import describe_sharing, estimate
 from cprec_recbole.sharing import sharing_plan, sharing_sets
 from cprec_recbole.spectra import Cost, Spectra, block_ends
+from cprec_recbole.units import n_bytes
 
-_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 # What sharing is taken to cost a model that is trained afterwards, when all layers become one set:
 # as much as losing a twentieth of the table. On MovieLens-100K it cost nothing (docs/method.md).
 _FRESH_SHARING = 0.05
@@ -52,16 +50,13 @@ def checked_ratio(ratio: object) -> float:
 
 def checked_bytes(size: object) -> int:
     """A size such as `"2MB"`, `"512 KiB"` or a number of bytes; else a CompressionError."""
-    text = f"{size}b" if is_whole(size) else size
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]+)", text) if isinstance(text, str) else None
-    unit = found[2].lower() if found else ""
-    n_bytes = int(float(found[1]) * _UNITS[unit]) if found and unit in _UNITS else 0
-    if n_bytes < 1:
+    found = n_bytes(size)
+    if found is None:
         raise CompressionError(
             'Expected `size` to be a number of bytes, or text such as "2MB" or "512KiB", but got '
             f"{size!r}."
         )
-    return n_bytes
+    return found
 
 
 def smallest_possible(original: Original, base: CompressionConfig, sharing: str | None) -> int:

@@ -10,6 +10,8 @@ from itertools import pairwise
 from numbers import Integral, Real
 from typing import Any, TypeGuard
 
+from cprec_recbole.units import n_bytes
+
 SHARING_SCHEMES = ("none", "cross_layer", "cross_block", "adjacent_layer", "adjacent_block")
 SOFTMAXES = ("full", "tree")
 OBJECTIVES = ("all_positions", "last_position")
@@ -22,6 +24,8 @@ RANK_STEP = 4  # each block has a quarter of the rank of the one before (the aut
 HEAD_SHARE = 0.1
 HEAD_ITEMS = 400
 LARGEST_HEAD_SHARE = 0.25
+LOSS_MEMORY = 256 * 2**20  # about what a step takes without the softmax of a large catalogue
+LEAST_LOSS_MEMORY = 2**20  # with less, a step would be nothing but calls
 
 
 class CompressionError(ValueError):
@@ -80,6 +84,8 @@ class CompressionConfig:
         tied: True: the softmax reads the block embedding's own factors. False: it has its own.
         training: `all_positions` predicts the next item at every position of a sequence in one
             pass, as the papers do; `last_position` is RecBole's row for every prefix.
+        loss_memory: bytes that the logits of a training step may take at a time, a number or text
+            such as `"256MiB"`, 1 MiB or more. The loss and its gradient do not depend on it.
 
     Raises:
         CompressionError: an option that breaks a rule; the message names it.
@@ -91,6 +97,7 @@ class CompressionConfig:
     softmax: str = "full"
     tied: bool = True
     training: str = "all_positions"
+    loss_memory: int | str = LOSS_MEMORY
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ranks", _checked_ranks(self.ranks))
@@ -100,6 +107,13 @@ class CompressionConfig:
         _check_choice("training", self.training, OBJECTIVES)
         if not isinstance(self.tied, bool):
             raise CompressionError(f"Expected `tied` to be True or False, but got {self.tied!r}.")
+        memory = n_bytes(self.loss_memory)
+        if memory is None or memory < LEAST_LOSS_MEMORY:
+            raise CompressionError(
+                "Expected `loss_memory` to be a size of 1 MiB or more, in bytes or such as "
+                f'"256MiB", but got {self.loss_memory!r}.'
+            )
+        object.__setattr__(self, "loss_memory", memory)
         if self.ranks is not None and self.cutoffs is not None:
             _check_block_count(self.ranks, self.cutoffs)
 

@@ -104,7 +104,8 @@ class CompressedRecommender(Servable, SequentialRecommender):
         softmax_table = table
         if not self.compression.tied:
             softmax_table = BlockEmbedding(table.partition, table.ranks, table.dim)
-        self.head = build_softmax(self.compression.softmax, softmax_table)
+        memory = int(self.compression.loss_memory)
+        self.head = build_softmax(self.compression.softmax, softmax_table, memory)
 
     @property
     def table(self) -> BlockEmbedding:

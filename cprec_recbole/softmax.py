@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cprec_recbole.config import CompressionError
+from cprec_recbole.config import LOSS_MEMORY, CompressionError
+from cprec_recbole.cross_entropy import Strip, cross_entropy
 from cprec_recbole.embedding import Block, BlockEmbedding
 from cprec_recbole.index import Snapshot
 from cprec_recbole.partition import PADDING
@@ -25,11 +26,13 @@ class SoftmaxHead(nn.Module, ABC):
 
     Args:
         table: the factors that the softmax reads; the model's own block embedding when tied.
+        loss_memory: bytes that the logits of a loss may take at a time.
     """
 
-    def __init__(self, table: BlockEmbedding) -> None:
+    def __init__(self, table: BlockEmbedding, loss_memory: int = LOSS_MEMORY) -> None:
         super().__init__()
         self.table = table
+        self.loss_memory = loss_memory
         self._snapshot: Snapshot | None = None
 
     @property
@@ -44,7 +47,10 @@ class SoftmaxHead(nn.Module, ABC):
 
     @abstractmethod
     def loss(self, hidden: Tensor, target: Tensor) -> Tensor:
-        """Mean negative log-likelihood of target ids, `[N, d], [N] -> []`."""
+        """Mean negative log-likelihood of target ids, `[N, d], [N] -> []`; 0 for no targets.
+
+        Value and gradient are computed together, in pieces that take at most `loss_memory`.
+        """
 
     @abstractmethod
     def log_prob(self, hidden: Tensor) -> Tensor:
@@ -155,8 +161,10 @@ class FullSoftmax(SoftmaxHead):
 
     def loss(self, hidden: Tensor, target: Tensor) -> Tensor:
         """See SoftmaxHead.loss."""
+        strips = [Strip(block.into_rank(hidden), block.weight) for block in self.table.blocks]
         positions = self.table.partition.positions(target)
-        return F.cross_entropy(self._logits(hidden)[:, 1:], positions - 1)
+        total = cross_entropy(strips, positions, self.loss_memory, padded=True)
+        return total / max(1, len(target))
 
     def pairwise_loss(self, hidden: Tensor, target: Tensor, negative: Tensor) -> Tensor:
         """RecBole's BPR: mean `-log sigmoid(target - negative)`, `[N, d], [N], [N] -> []`."""
@@ -192,10 +200,11 @@ class TreeSoftmax(SoftmaxHead):
 
     Args:
         table: the factors that the softmax reads; the model's own block embedding when tied.
+        loss_memory: bytes that the logits of a loss may take at a time.
     """
 
-    def __init__(self, table: BlockEmbedding) -> None:
-        super().__init__(table)
+    def __init__(self, table: BlockEmbedding, loss_memory: int = LOSS_MEMORY) -> None:
+        super().__init__(table, loss_memory)
         self.clusters = nn.Parameter(torch.empty(len(self.tails), table.dim))
         nn.init.normal_(self.clusters, std=0.02)
 
@@ -215,21 +224,22 @@ class TreeSoftmax(SoftmaxHead):
             self.clusters[j - 1] = block.out_of_rank(mean.to(block.weight.dtype))
 
     def loss(self, hidden: Tensor, target: Tensor) -> Tensor:
-        """See SoftmaxHead.loss."""
+        """See SoftmaxHead.loss. Reads the head, and of the other blocks those with a target."""
         partition = self.table.partition
         positions = partition.positions(target)
         blocks = partition.blocks(positions)
-        in_head = blocks == 0
-        first_cluster = self.head.weight.shape[0] - 1
-        branch = torch.where(in_head, positions - 1, first_cluster + blocks - 1)
-        nll = F.cross_entropy(self._branch_logits(hidden), branch, reduction="none")
-        for j, block in enumerate(self.tails, start=1):
-            rows = (blocks == j).nonzero().squeeze(1)
-            if len(rows):
-                inside = positions[rows] - partition.starts[j]
-                logits = block.logits(hidden[rows])
-                nll = nll.index_add(0, rows, F.cross_entropy(logits, inside, reduction="none"))
-        return nll.mean()
+        order = blocks.argsort(stable=True)  # the targets of a block beside each other
+        numbers = torch.arange(len(partition.sizes), device=blocks.device).unsqueeze(1)
+        counts = (blocks == numbers).sum(1).tolist()  # the only wait for the device
+        hidden, positions, blocks = hidden[order], positions[order], blocks[order]
+        branch = torch.where(blocks == 0, positions, len(self.head.weight) - 1 + blocks)
+        total = cross_entropy(self._branches(hidden), branch, self.loss_memory, padded=True)
+        rows = zip(hidden.split(counts), positions.split(counts), partition.starts)
+        for block, (own, position, start) in zip(self.table.blocks, rows):
+            if start and len(own):
+                strip = Strip(block.into_rank(own), block.weight)
+                total = total + cross_entropy([strip], position - start, self.loss_memory)
+        return total / max(1, len(target))
 
     def log_prob(self, hidden: Tensor) -> Tensor:
         """See SoftmaxHead.log_prob."""
@@ -264,12 +274,17 @@ class TreeSoftmax(SoftmaxHead):
                 scores = scores.index_add(0, rows, part)
         return scores.masked_fill(items == PADDING, -torch.inf)
 
+    def _branches(self, hidden: Tensor) -> list[Strip]:
+        """Columns of the head's items, padding included, then of the clusters."""
+        items = Strip(self.head.into_rank(hidden), self.head.weight)
+        return [items, Strip(hidden, self.clusters)] if self.tails else [items]
+
     def _branch_logits(self, hidden: Tensor) -> Tensor:
         """Logits of the head's items, then of the clusters, `[B, d] -> [B, k_1 - 1 + n - 1]`."""
         items = self.head.into_rank(hidden) @ self.head.weight[1:].T
         return torch.cat([items, hidden @ self.clusters.T], dim=1)
 
 
-def build_softmax(kind: str, table: BlockEmbedding) -> SoftmaxHead:
+def build_softmax(kind: str, table: BlockEmbedding, loss_memory: int = LOSS_MEMORY) -> SoftmaxHead:
     """The softmax of that name (`full` or `tree`) over a table."""
-    return {"full": FullSoftmax, "tree": TreeSoftmax}[kind](table)
+    return {"full": FullSoftmax, "tree": TreeSoftmax}[kind](table, loss_memory)

@@ -1,0 +1,209 @@
+"""Cross-entropy of a softmax over factorised rows, value and gradient in pieces.
+
+The plain computation holds logits, probabilities and their gradient, each `[N, k]`: 25 GB for 2,048
+targets and a million items. Here a piece of logits is made, used for loss and gradient while it is
+in the processor's cache, and forgotten. The gradient is computed with the value, since both need
+the same logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from cprec_recbole.partition import PADDING
+
+# Sizes that measured best on a CPU with 1 MiB of L2 cache a core; nothing depends on them but speed
+_TILE = 2**18  # logits that are worked on at a time
+_KEPT = 2**22  # logits of a group of rows that stay in the L3 cache between the two sweeps
+_FEWEST_ROWS = 64  # rows of a group: with fewer, reading the factors takes the time
+_TOO_FEW_ROWS = 16  # with fewer than these in the budget it is sooner done to compute logits twice
+
+
+class Strip(NamedTuple):
+    """Columns of a softmax: `codes @ rows.T`, `[N, k]`.
+
+    Attributes:
+        codes: hidden states in the block's own space, `[N, r]`.
+        rows: the block's rows, `[k, r]`.
+    """
+
+    codes: Tensor
+    rows: Tensor
+
+
+def cross_entropy(
+    strips: Sequence[Strip], target: Tensor, memory: int, *, padded: bool = False
+) -> Tensor:
+    """Summed negative log-likelihood under one softmax over the columns of all strips, `[]`.
+
+    Values and gradients are those of `torch.nn.functional.cross_entropy(..., reduction="sum")` on
+    the concatenated logits, but for rounding. Under autocast products are computed in its precision
+    and everything else in float32. Cannot be differentiated twice.
+
+    Args:
+        strips: the columns; codes `[N, r_j]` and rows `[k_j, r_j]` of each.
+        target: column of each row's target, counted over all strips, `[N]`.
+        memory: bytes that the logits held at a time may take.
+        padded: whether the first column is the padding item, which has no probability.
+    """
+    tensors = [tensor for strip in strips for tensor in strip]
+    device = target.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return _CrossEntropy.apply(target, memory, padded, dtype, *tensors)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Loss and gradient of `cross_entropy`; the gradient waits for its scale."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, target: Tensor, memory: int, padded: bool, dtype: Any, *tensors: Tensor
+    ) -> Tensor:
+        strips = [Strip(*pair) for pair in zip(tensors[::2], tensors[1::2])]
+        with torch.autocast(target.device.type, enabled=False):
+            sweeps = Sweeps(strips, memory, padded, dtype, any(ctx.needs_input_grad[4:]))
+            total = sweeps.exact.new_zeros(())
+            for part in sweeps.groups():
+                log_sum = sweeps.log_sum(part)
+                sweeps.add_gradients(part, log_sum)
+                total += log_sum.sum()
+            total -= sweeps.add_targets(target)
+        ctx.dtypes = [tensor.dtype for tensor in tensors]
+        ctx.gradients = sweeps.gradients()
+        return total.to(torch.promote_types(tensors[0].dtype, torch.float32))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Any, ...]:
+        found: list[Tensor | None] = []
+        for gradient, dtype, needed in zip(ctx.gradients, ctx.dtypes, ctx.needs_input_grad[4:]):
+            scaled = gradient.new_empty(gradient.shape) if needed else None  # row by row, unlike it
+            found.append(
+                None if scaled is None else torch.mul(gradient, scale, out=scaled).to(dtype)
+            )
+        return (None, None, None, None, *found)
+
+
+class Sweeps:
+    """The two sweeps over the logits of a group of rows, piece by piece.
+
+    The first finds the normaliser, the second the gradient. Between them the pieces, each a softmax
+    of its own, are kept where the budget allows, else made again.
+
+    Args:
+        strips: the columns.
+        memory: bytes that the logits held at a time may take.
+        padded: whether the first column has no probability.
+        dtype: precision of products with the rows; None for that of the rows.
+        differentiated: whether gradients are wanted.
+    """
+
+    def __init__(
+        self,
+        strips: Sequence[Strip],
+        memory: int,
+        padded: bool,
+        dtype: torch.dtype | None,
+        differentiated: bool,
+    ) -> None:
+        self.strips, self.padded, self.differentiated = strips, padded, differentiated
+        self.product = dtype or strips[0].rows.dtype
+        half = self.product in (torch.float16, torch.bfloat16)
+        self.exact = strips[0].codes.new_empty(0, dtype=torch.float32 if half else self.product)
+        # float16 has no room for the probabilities of rare items
+        self.slope = self.exact.dtype if self.product == torch.float16 else self.product
+        self.n_rows = len(strips[0].codes)
+        self._plan(max(1, memory // self.exact.element_size()))
+        # ranks first: products with a few columns are several times slower than with a few rows
+        self.d_codes = [self.exact.new_zeros(s.codes.T.shape) for s in strips if differentiated]
+        self.d_rows = [self.exact.new_zeros(s.rows.T.shape) for s in strips if differentiated]
+
+    def _plan(self, logits: int) -> None:
+        """Rows of a group and columns of a piece, so that at most so many logits are held."""
+        n_columns = sum(len(strip.rows) for strip in self.strips)
+        rows = min(max(_FEWEST_ROWS, _KEPT // n_columns), logits // n_columns, self.n_rows)
+        self.keeps = self.differentiated and rows >= min(_TOO_FEW_ROWS, self.n_rows)
+        if not self.keeps:  # two columns at least, so that not all of a piece is padding
+            rows = min(self.n_rows, max(1, min(logits, _TILE) // 2))
+        self.size = max(1, rows)
+        whole_groups = self.exact.device.type != "cpu"  # no such cache, and launches cost
+        tile = logits if whole_groups else min(logits, _TILE)
+        self.width = max(2, tile // self.size)
+        self.kept: list[Tensor] = []
+
+    def groups(self) -> Iterator[slice]:
+        """Groups of rows."""
+        for start in range(0, self.n_rows, self.size):
+            yield slice(start, min(start + self.size, self.n_rows))
+
+    def log_sum(self, part: slice) -> Tensor:
+        """Logarithm of the normaliser of some rows, `[m]`."""
+        self.kept, sums = [], []
+        for j, columns in self._pieces():
+            piece, log_sum = self._softmax(part, j, columns)
+            sums.append(log_sum)
+            if self.keeps:
+                self.kept.append(piece)
+        self._sums = torch.stack(sums, 1)  # [m, pieces]
+        return self._sums.logsumexp(1)
+
+    def add_gradients(self, part: slice, log_sum: Tensor) -> None:
+        """Add what the normaliser of some rows `[m]` gives to the gradients."""
+        if not self.differentiated:
+            return
+        shares = (self._sums - log_sum.unsqueeze(1)).exp()  # of each piece, [m, pieces]
+        for i, (j, columns) in enumerate(self._pieces()):
+            piece = self.kept[i] if self.keeps else self._softmax(part, j, columns)[0]
+            piece, share = piece.to(self.slope), shares[:, i]
+            codes, rows = self.strips[j].codes[part], self.strips[j].rows[columns]
+            scaled = (codes * share.unsqueeze(1)).to(self.slope)
+            self.d_rows[j][:, columns] += scaled.T @ piece
+            by_rank = rows.to(self.slope).T.contiguous()
+            self.d_codes[j][:, part] += (by_rank @ piece.T) * share
+        self.kept = []
+
+    def add_targets(self, target: Tensor) -> Tensor:
+        """Sum of the targets' logits, `[]`; their part of the gradients is added."""
+        total, start = self.exact.new_zeros(()), 0
+        for j, (codes, rows) in enumerate(self.strips):
+            here = (target >= start) & (target < start + len(rows))
+            row = (target - start).clamp(0, len(rows) - 1)
+            start += len(rows)
+            # no branch on whether any is here: a GPU would have to wait for the answer
+            wanted = rows[row].to(self.exact.dtype) * here.unsqueeze(1)
+            given = codes.to(self.exact.dtype) * here.unsqueeze(1)
+            total += (wanted * given).sum()
+            if self.differentiated:
+                self.d_codes[j] -= wanted.T
+                self.d_rows[j].index_add_(1, row, given.T, alpha=-1)
+        return total
+
+    def gradients(self) -> list[Tensor]:
+        """Gradients of codes and rows of each strip in turn, `[N, r]` and `[k, r]`."""
+        pairs = zip(self.d_codes, self.d_rows)
+        return [gradient.T for pair in pairs for gradient in pair]
+
+    def _pieces(self) -> Iterator[tuple[int, slice]]:
+        """The strip and the columns of each piece, parts of equal size."""
+        for j, strip in enumerate(self.strips):
+            n = len(strip.rows)
+            size = -(-n // -(-n // self.width))
+            for start in range(0, n, size):
+                yield j, slice(start, min(start + size, n))
+
+    def _softmax(self, part: slice, j: int, columns: slice) -> tuple[Tensor, Tensor]:
+        """Softmax over the columns of a piece, `[m, w]`, and the logarithm of its normaliser."""
+        codes, rows = self.strips[j].codes[part], self.strips[j].rows[columns]
+        logits = codes.to(self.product) @ rows.to(self.product).T
+        logits = logits.to(self.exact.dtype)
+        if self.padded and j == 0 and columns.start == PADDING:
+            logits[:, PADDING] = -torch.inf
+        highest = logits.amax(1)
+        piece = logits.softmax(1)
+        # the highest logit's share is one over the normaliser: no second pass of exponentials
+        return piece, highest - piece.amax(1).log()

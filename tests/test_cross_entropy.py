@@ -1,0 +1,181 @@
+"""The loss in pieces against PyTorch's on whole logits."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import cprec_recbole.cross_entropy as module
+from cprec_recbole import CompressionConfig, CompressionError, FullSoftmax, TreeSoftmax
+from cprec_recbole.cross_entropy import Strip, Sweeps, cross_entropy
+from tests.builders import block_embedding
+
+WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "bincount", "unique")
+
+
+def leaves(shapes, n_rows, dtype=torch.float64):
+    """Codes and rows of strips of some (columns, rank)."""
+    found = []
+    for k, r in shapes:
+        found += [torch.randn(n_rows, r, dtype=dtype), torch.randn(k, r, dtype=dtype)]
+    return [tensor.requires_grad_() for tensor in found]
+
+
+def strips_of(tensors):
+    return [Strip(*pair) for pair in zip(tensors[::2], tensors[1::2])]
+
+
+def plain(tensors, target, padded):
+    logits = torch.cat([codes @ rows.T for codes, rows in strips_of(tensors)], 1)
+    if padded:
+        logits = torch.cat([torch.full_like(logits[:, :1], -torch.inf), logits[:, 1:]], 1)
+    return F.cross_entropy(logits, target, reduction="sum")
+
+
+def compare(shapes, n_rows, memory, padded, scale=1.0):
+    tensors = leaves(shapes, n_rows)
+    target = torch.randint(int(padded), sum(k for k, _ in shapes), (n_rows,))
+    found = cross_entropy(strips_of(tensors), target, memory, padded=padded)
+    expected = plain(tensors, target, padded)
+    torch.testing.assert_close(found, expected)
+    gradients = torch.autograd.grad(scale * found, tensors)
+    for one, other in zip(gradients, torch.autograd.grad(scale * expected, tensors)):
+        torch.testing.assert_close(one, other)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    shapes=st.lists(st.tuples(st.integers(2, 40), st.integers(1, 6)), min_size=1, max_size=4),
+    n_rows=st.integers(1, 30),
+    memory=st.sampled_from([1, 16, 100, 999, 5_000, 2**20]),
+    padded=st.booleans(),
+    scale=st.sampled_from([1.0, -0.3, 0.0]),
+    sizes=st.sampled_from([(2**18, 2**22, 64, 16), (8, 64, 1, 1), (64, 256, 4, 2), (3, 30, 2, 9)]),
+)
+def test_value_and_gradients_are_the_plain_ones(shapes, n_rows, memory, padded, scale, sizes):
+    torch.manual_seed(0)
+    names = ("_TILE", "_KEPT", "_FEWEST_ROWS", "_TOO_FEW_ROWS")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, size in zip(names, sizes):
+            patch.setattr(module, name, size)
+        compare(shapes, n_rows, memory, padded, scale)
+
+
+@pytest.mark.parametrize("memory", [2**12, 2**16, 2**28])
+def test_many_rows_and_columns_in_single_precision(memory):
+    tensors = leaves([(3000, 16), (20_000, 4)], 300, torch.float32)
+    target = torch.randint(1, 23_000, (300,))
+    found = cross_entropy(strips_of(tensors), target, memory, padded=True)
+    exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    expected = plain(exact, target, True)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
+    gradients = torch.autograd.grad(found, tensors)
+    for one, other in zip(gradients, torch.autograd.grad(expected, exact)):
+        assert float((one - other).norm() / other.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("memory", [100, 2**10, 2**20])
+@pytest.mark.parametrize("n_rows", [1, 7, 500])
+def test_no_more_logits_than_the_budget_are_held(memory, n_rows):
+    strips = strips_of(leaves([(50, 4), (3000, 2)], n_rows, torch.float32))
+    sweeps = Sweeps(strips, memory, True, None, True)
+    held = sweeps.size * (3050 if sweeps.keeps else sweeps.width)
+    assert 4 * held <= max(memory, 8)
+    for part in sweeps.groups():
+        sweeps.log_sum(part)
+        assert 4 * sum(piece.numel() for piece in sweeps.kept) <= memory
+
+
+def test_large_logits_do_not_overflow():
+    codes = torch.tensor([[1e4], [-1e4]], requires_grad=True)
+    rows = torch.tensor([[1.0], [-1.0], [0.5]])
+    found = cross_entropy([Strip(codes, rows)], torch.tensor([0, 0]), 2**20)
+    assert found.item() == pytest.approx(2e4)
+    found.backward()
+    assert codes.grad.tolist() == [[0.0], [-2.0]]
+
+
+def test_a_second_backward_gives_the_same_gradients():
+    tensors = leaves([(9, 3)], 4)
+    loss = cross_entropy(strips_of(tensors), torch.arange(4), 2**20)
+    first = torch.autograd.grad(2 * loss, tensors, retain_graph=True)
+    second = torch.autograd.grad(2 * loss, tensors)
+    assert all(torch.equal(one, other) for one, other in zip(first, second))
+
+
+def test_without_gradients_none_are_kept():
+    tensors = leaves([(9, 3), (5, 2)], 4)
+    with torch.no_grad():
+        value = cross_entropy(strips_of(tensors), torch.arange(4), 2**20)
+    assert not value.requires_grad
+    torch.testing.assert_close(value, plain(tensors, torch.arange(4), False).detach())
+
+
+def test_no_rows_cost_nothing():
+    head = TreeSoftmax(block_embedding((5, 4, 6), (8, 3, 1), 8))
+    loss = head.loss(torch.randn(0, 8, requires_grad=True), torch.randint(1, 5, (0,)))
+    assert loss.item() == 0
+    loss.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", [FullSoftmax, TreeSoftmax])
+def test_under_autocast_only_products_are_of_low_precision(kind, dtype):
+    head = kind(block_embedding((50, 40, 60), (8, 3, 1), 8))
+    hidden, target = torch.randn(200, 8), torch.randint(1, 150, (200,))
+    exact = head.loss(hidden, target)
+    exact_gradients = torch.autograd.grad(exact, list(head.parameters()))
+    with torch.autocast("cpu", dtype):
+        loss = head.loss(hidden, target)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, exact, rtol=0.02, atol=0)
+    for one, other in zip(torch.autograd.grad(loss, list(head.parameters())), exact_gradients):
+        assert one.dtype == torch.float32
+        assert float((one - other).norm() / other.norm()) < 0.05
+
+
+class Waits(TorchDispatchMode):
+    """Counts what a GPU would be waited for."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().split("::")[-1].split(".")[0]
+        boolean = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+        self.count += boolean or any(name.startswith(wait) for wait in WAITS)
+        return function(*args, **(kwargs or {}))
+
+
+def waits(kind, n_blocks):
+    """In a look-up, a loss and its gradient."""
+    head = kind(block_embedding((8,) * n_blocks, (4,) * n_blocks, 4))
+    items = torch.arange(1, 8 * n_blocks)
+    with Waits() as found:
+        head.loss(head.table(items), items).backward()
+    return found.count
+
+
+@pytest.mark.parametrize("kind", [FullSoftmax, TreeSoftmax])
+def test_the_device_is_not_waited_for_block_by_block(kind):
+    assert waits(kind, 2) == waits(kind, 6)
+
+
+def test_the_counter_of_waits_sees_them():
+    with Waits() as found:
+        torch.arange(3)[torch.tensor([True, False, True])].sum().item()
+    assert found.count == 2
+
+
+@pytest.mark.parametrize("size", ["1GB", "2 MiB", 2**20, "1.5mb"])
+def test_loss_memory_is_a_size(size):
+    assert CompressionConfig(loss_memory=size).loss_memory >= 2**20
+
+
+@pytest.mark.parametrize("size", [0, -1, "1KB", "256", "many", None, True, 2.5, "1MiB/s"])
+def test_another_loss_memory_is_refused(size):
+    with pytest.raises(CompressionError, match="loss_memory"):
+        CompressionConfig(loss_memory=size)
