@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from cprec_recbole.config import CompressionError
 from cprec_recbole.partition import PADDING, Partition
 
+# A block with fewer rows has a dense gradient: a step over all of them is sooner done
+SPARSE_ROWS = 2**14
+
 
 class Block(nn.Module):
     """The factors of one block: its items' vectors are `weight @ projection`.
@@ -21,12 +24,37 @@ class Block(nn.Module):
         size: items `k` in the block.
         rank: rank `r` of the block.
         dim: size `d` of an item vector. Where `r == d` there is no projection.
+
+    Attributes:
+        sparse: whether a look-up's gradient holds the rows that were looked up and no others. Where
+            something else reads all rows it is dense all the same.
     """
 
     def __init__(self, size: int, rank: int, dim: int) -> None:
         super().__init__()
+        self.sparse = False
         self.weight = nn.Parameter(torch.empty(size, rank))
         self.projection = nn.Parameter(torch.empty(rank, dim)) if rank != dim else None
+
+    def look_up(self, positions: Tensor, start: int) -> Tensor:
+        """Rows of those positions that are in this block, which starts at one; zero for others.
+
+        Every block looks up every position, its first row for those of others: cheap at low rank,
+        and no round trip to the host to count items. The padding row gets no gradient.
+
+        Args:
+            positions: in popularity order, `[...]`.
+            start: first position of the block.
+
+        Returns:
+            `[..., r]`.
+        """
+        size = len(self.weight)
+        here = (positions >= start) & (positions < start + size)
+        rows = torch.where(here, positions - start, 0)
+        padding = PADDING if start == 0 else None
+        codes = F.embedding(rows, self.weight, padding_idx=padding, sparse=self.sparse)
+        return torch.where(here.unsqueeze(-1), codes, 0.0)
 
     def into_rank(self, hidden: Tensor) -> Tensor:
         """Hidden states in the block's own space, `[..., d] -> [..., r]`."""
@@ -91,6 +119,12 @@ class BlockEmbedding(nn.Module):
         """Rank of each block, `[n_blocks]`."""
         return tuple(block.weight.shape[1] for block in self.blocks)
 
+    def look_up_sparsely(self, fewest_rows: int = SPARSE_ROWS) -> None:
+        """Give look-ups of the tail's larger blocks sparse gradients. For tables that nothing but
+        look-ups reads, with an optimizer that takes such gradients."""
+        for block in self.blocks[1:]:
+            block.sparse = len(block.weight) >= fewest_rows
+
     @torch.no_grad()
     def reset_parameters(self, std: float) -> None:
         """Draw factors whose products have entries of standard deviation `std`.
@@ -135,16 +169,8 @@ class BlockEmbedding(nn.Module):
         """Vectors of item ids, `[...] -> [..., d]`."""
         positions = self.partition.positions(items)
         vectors = torch.zeros((), dtype=self.blocks[0].weight.dtype, device=items.device)
-        for j, (block, start, end) in enumerate(
-            zip(self.blocks, self.partition.starts, self.partition.cutoffs)
-        ):
-            # every block looks up every position, clamped into its rows, and what is not its own
-            # becomes zero: cheap at low rank, and no round trip to the host to count items
-            here = (positions >= start) & (positions < end)
-            rows = (positions - start).clamp(0, end - start - 1)
-            codes = F.embedding(rows, block.weight, padding_idx=PADDING if j == 0 else None)
-            part = block.out_of_rank(torch.where(here.unsqueeze(-1), codes, 0.0))
-            vectors = vectors + part
+        for block, start in zip(self.blocks, self.partition.starts):
+            vectors = vectors + block.out_of_rank(block.look_up(positions, start))
         return vectors
 
     def dense(self) -> Tensor:

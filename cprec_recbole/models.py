@@ -15,6 +15,7 @@ from torch import Tensor
 from cprec_recbole.backbones import GRU4REC, NEXTITNET, SASREC, Backbone, Host, build_host
 from cprec_recbole.config import CompressionConfig, CompressionError
 from cprec_recbole.embedding import BlockEmbedding
+from cprec_recbole.optimizers import steps_sparsely
 from cprec_recbole.outcome import Choice, WarmStart
 from cprec_recbole.partition import Partition
 from cprec_recbole.sequences import NEXT_ITEMS, item_counts
@@ -71,6 +72,7 @@ class CompressedRecommender(Servable, SequentialRecommender):
         self.assemble(host, table)
         if self.head.table is not table:
             self.head.table.reset_parameters(std)
+        self._look_up_sparsely(config)
         self.train_item_counts = counts
 
     @classmethod
@@ -106,6 +108,16 @@ class CompressedRecommender(Servable, SequentialRecommender):
             softmax_table = BlockEmbedding(table.partition, table.ranks, table.dim)
         memory = int(self.compression.loss_memory)
         self.head = build_softmax(self.compression.softmax, softmax_table, memory)
+
+    def _look_up_sparsely(self, config: Any) -> None:
+        """Sparse gradients for the item table where RecBole's `learner` takes them and nothing but
+        look-ups reads it: neither a softmax over all items nor a penalty on all weights."""
+        looked_up = self.head.table is not self.table or self.loss_type == "BPR"
+        sparsely = steps_sparsely(
+            str(config["learner"]), config["weight_decay"] or 0.0, bool(config["clip_grad_norm"])
+        )
+        if looked_up and sparsely and self.record.penalty is None:
+            self.table.look_up_sparsely()
 
     @property
     def table(self) -> BlockEmbedding:

@@ -1,0 +1,151 @@
+"""RecBole's learners, stepped in their quickest forms."""
+
+import copy
+
+import pytest
+import torch
+
+from cprec_recbole import CompressionError
+from cprec_recbole.embedding import BlockEmbedding
+from cprec_recbole.optimizers import Both, build_optimizer
+from tests.builders import block_embedding, train_a_step
+
+PLAIN = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "sgd": torch.optim.SGD,
+    "adagrad": torch.optim.Adagrad,
+    "rmsprop": torch.optim.RMSprop,
+}
+
+
+def steps(table, optimizer, n=6):
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(n):
+        items = torch.randint(0, 105, (7,), generator=generator)
+        optimizer.zero_grad()
+        table(items).square().sum().backward()
+        optimizer.step()
+    return table
+
+
+def tables():
+    first = block_embedding((5, 40, 60), (8, 3, 1), 8)
+    return first, copy.deepcopy(first)
+
+
+def assert_equal_parameters(one, other):
+    for p, q in zip(one.parameters(), other.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("learner", PLAIN)
+@pytest.mark.parametrize("weight_decay", [0.0, 0.01])
+def test_a_learner_moves_as_torchs_own(learner, weight_decay):
+    one, other = tables()
+    own = PLAIN[learner](one.parameters(), lr=0.1, weight_decay=weight_decay)
+    steps(one, own)
+    steps(other, build_optimizer(other, learner.upper(), 0.1, weight_decay))
+    assert_equal_parameters(one, other)
+
+
+@pytest.mark.parametrize("learner", ["sgd", "adagrad"])
+def test_sparse_steps_are_the_dense_ones(learner):
+    one, other = tables()
+    other.look_up_sparsely(1)
+    optimizer = build_optimizer(other, learner, 0.1, 0.0)
+    steps(one, build_optimizer(one, learner, 0.1, 0.0))
+    steps(other, optimizer)
+    assert isinstance(optimizer, Both)
+    assert other.blocks[1].weight.grad.is_sparse
+    assert not other.blocks[0].weight.grad.is_sparse
+    assert_equal_parameters(one, other)
+
+
+def test_sparse_adam_leaves_rows_alone_that_are_not_looked_up():
+    table, before = tables()
+    table.look_up_sparsely(1)
+    optimizer = build_optimizer(table, "sparse_adam", 0.1, 0.0)
+    items = table.partition.item_at[[7, 50, 60, 100]].long()
+    for _ in range(3):
+        optimizer.zero_grad()
+        table(items).square().sum().backward()
+        optimizer.step()
+    for block, old, start in zip(table.blocks[1:], before.blocks[1:], table.partition.starts[1:]):
+        moved = (block.weight != old.weight).any(1).nonzero().squeeze(1) + start
+        own = [p for p in (7, 50, 60, 100) if start <= p < start + len(block.weight)]
+        assert moved.tolist() == own
+
+
+def test_small_blocks_and_the_head_are_stepped_densely():
+    table = block_embedding((5, 40, 60), (8, 3, 1), 8)
+    table.look_up_sparsely(50)
+    assert [block.sparse for block in table.blocks] == [False, False, True]
+
+
+@pytest.mark.parametrize("learner", ["adagrad", "sparse_adam"])
+def test_a_saved_state_goes_on_as_if_nothing_had_happened(learner):
+    one, _ = tables()
+    one.look_up_sparsely(1)
+    optimizer = build_optimizer(one, learner, 0.1, 0.0)
+    steps(one, optimizer)
+    other = copy.deepcopy(one)
+    again = build_optimizer(other, learner, 0.5, 0.0)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    steps(one, optimizer)
+    steps(other, again)
+    assert_equal_parameters(one, other)
+
+
+def test_a_schedule_sets_the_rate_of_both_parts():
+    table = block_embedding((5, 40, 60), (8, 3, 1), 8)
+    table.look_up_sparsely(1)
+    optimizer = build_optimizer(table, "sgd", 0.1, 0.0)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.0)
+    before = copy.deepcopy(table)
+    steps(table, optimizer, 1)
+    schedule.step()
+    after = copy.deepcopy(table)
+    steps(table, optimizer, 2)
+    assert not torch.equal(before.blocks[2].weight, after.blocks[2].weight)
+    assert_equal_parameters(after, table)
+
+
+@pytest.mark.parametrize(
+    ("options", "sparse"),
+    [
+        ({"learner": "sgd", "tied": False}, True),
+        ({"learner": "sparse_adam", "loss_type": "BPR", "softmax": "full"}, True),
+        ({"learner": "sparse_adam"}, False),  # tied: the softmax reads every row
+        ({"learner": "adam", "tied": False}, False),  # moves every row
+        ({"learner": "sgd", "tied": False, "weight_decay": 0.1}, False),
+        ({"learner": "sgd", "tied": False, "clip_grad_norm": {"max_norm": 1.0}}, False),
+    ],
+)
+@pytest.mark.parametrize("name", ["CpSASRec", "CpNextItNet"])
+def test_recboles_options_decide(world, monkeypatch, name, options, sparse):
+    monkeypatch.setattr(BlockEmbedding.look_up_sparsely, "__defaults__", (1,))
+    options = {"train_neg_sample_args": None, **options}
+    if options.get("loss_type") == "BPR":
+        options.pop("train_neg_sample_args")
+    model = world.model(name, ranks=[16, 4, 2], cutoffs=[6, 20], **options)
+    penalty = name == "CpNextItNet"  # on all weights
+    assert [b.sparse for b in model.table.blocks[1:]] == [sparse and not penalty] * 2
+    assert not any(b.sparse for b in model.head.table.blocks) or model.head.table is model.table
+    train_a_step(model, world.batch(name, ranks=[16, 4, 2], cutoffs=[6, 20], **options))
+
+
+def test_an_unknown_learner_and_weight_decay_with_sparse_adam_are_refused():
+    table = block_embedding((5, 40), (8, 3), 8)
+    with pytest.raises(CompressionError, match=r"`learner` to be one of adam, .*'adm'"):
+        build_optimizer(table, "adm", 0.1, 0.0)
+    with pytest.raises(CompressionError, match=r"`weight_decay` to be 0 .* but got 0.1"):
+        build_optimizer(table, "sparse_adam", 0.1, 0.1)
+
+
+def test_a_state_of_another_learner_is_refused():
+    table = block_embedding((5, 40), (8, 3), 8)
+    state = build_optimizer(table, "adam", 0.1, 0.0).state_dict()
+    table.look_up_sparsely(1)
+    with pytest.raises(CompressionError, match="another `learner`"):
+        build_optimizer(table, "sparse_adam", 0.1, 0.0).load_state_dict(state)
