@@ -52,8 +52,7 @@ def cross_entropy(
         padded: whether the first column is the padding item, which has no probability.
     """
     tensors = [tensor for strip in strips for tensor in strip]
-    device = target.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    dtype = _product_dtype(target.device.type)
     return _CrossEntropy.apply(target, memory, padded, dtype, *tensors)
 
 
@@ -87,6 +86,49 @@ class _CrossEntropy(torch.autograd.Function):
                 None if scaled is None else torch.mul(gradient, scale, out=scaled).to(dtype)
             )
         return (None, None, None, None, *found)
+
+
+def log_sum(strip: Strip, memory: int, *, padded: bool = False) -> Tensor:
+    """Logarithm of the normaliser of each row over the columns of a strip, `[N]`.
+
+    For a softmax whose columns are in several places. Its gradient makes the logits again.
+
+    Args:
+        strip: the columns, one at least.
+        memory: bytes that the logits held at a time may take.
+        padded: whether the first column is the padding item, which has no probability.
+    """
+    return _LogSum.apply(memory, padded, _product_dtype(strip.codes.device.type), *strip)
+
+
+def _product_dtype(device: str) -> torch.dtype | None:
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+class _LogSum(torch.autograd.Function):
+    """Value and gradient of `log_sum`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, memory: int, padded: bool, dtype: Any, codes: Tensor, rows: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(codes, rows)
+        ctx.options = memory, padded, dtype
+        with torch.autocast(codes.device.type, enabled=False):
+            sweeps = Sweeps([Strip(codes, rows)], memory, padded, dtype, False)
+            return torch.cat([sweeps.log_sum(part) for part in sweeps.groups()] or [codes[:, 0]])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        codes, rows = ctx.saved_tensors
+        memory, padded, dtype = ctx.options
+        with torch.autocast(codes.device.type, enabled=False):
+            sweeps = Sweeps([Strip(codes, rows)], memory, padded, dtype, True)
+            for part in sweeps.groups():
+                sweeps.add_gradients(part, sweeps.log_sum(part), gradient[part])
+            d_codes, d_rows = sweeps.gradients()
+        return None, None, None, d_codes.to(codes.dtype), d_rows.contiguous().to(rows.dtype)
 
 
 class Sweeps:
@@ -152,11 +194,14 @@ class Sweeps:
         self._sums = torch.stack(sums, 1)  # [m, pieces]
         return self._sums.logsumexp(1)
 
-    def add_gradients(self, part: slice, log_sum: Tensor) -> None:
-        """Add what the normaliser of some rows `[m]` gives to the gradients."""
+    def add_gradients(self, part: slice, log_sum: Tensor, scale: Tensor | None = None) -> None:
+        """Add what the normalisers of some rows `[m]`, each times a scale `[m]`, give to the
+        gradients."""
         if not self.differentiated:
             return
         shares = (self._sums - log_sum.unsqueeze(1)).exp()  # of each piece, [m, pieces]
+        if scale is not None:
+            shares = shares * scale.unsqueeze(1)
         for i, (j, columns) in enumerate(self._pieces()):
             piece = self.kept[i] if self.keeps else self._softmax(part, j, columns)[0]
             piece, share = piece.to(self.slope), shares[:, i]

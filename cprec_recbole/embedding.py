@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cprec_recbole.config import CompressionError
+from cprec_recbole.cross_entropy import Strip, cross_entropy
+from cprec_recbole.exchange import Group
 from cprec_recbole.partition import PADDING, Partition
 
 # A block with fewer rows has a dense gradient: a step over all of them is sooner done
@@ -28,7 +30,10 @@ class Block(nn.Module):
     Attributes:
         sparse: whether a look-up's gradient holds the rows that were looked up and no others. Where
             something else reads all rows it is dense all the same.
+        group: the processes over which the rows are spread; None for a whole block.
     """
+
+    group: Group | None = None
 
     def __init__(self, size: int, rank: int, dim: int) -> None:
         super().__init__()
@@ -68,6 +73,23 @@ class Block(nn.Module):
         """Products with the block's items, `[..., d] -> [..., k]`, without a `[k, d]` table."""
         return self.into_rank(hidden) @ self.weight.T
 
+    def normal_(self, std: float) -> None:
+        """Draw the rows with a standard deviation."""
+        self.weight.normal_(0.0, std)
+
+    def cross_entropy(self, hidden: Tensor, rows: Tensor, memory: int) -> Tensor:
+        """Summed negative log-likelihood of rows under the softmax over this block alone.
+
+        Args:
+            hidden: hidden states, `[n, d]`.
+            rows: the row of each one's target, `[n]`.
+            memory: bytes that the logits held at a time may take.
+
+        Returns:
+            `[]`.
+        """
+        return cross_entropy([Strip(self.into_rank(hidden), self.weight)], rows, memory)
+
     def squared_norm(self) -> Tensor:
         """Squared Frobenius norm of `weight @ projection`, from the two `[r, r]` Gram matrices."""
         if self.projection is None:
@@ -91,11 +113,18 @@ class BlockEmbedding(nn.Module):
         partition: which item is where.
         ranks: rank of each block, `[n_blocks]`.
         dim: size `d` of an item vector.
+        make_tail: what makes the blocks after the head, from size, rank and dim.
 
     Use `blocks[j].weight` and `blocks[j].projection` for a block's own factors.
     """
 
-    def __init__(self, partition: Partition, ranks: Sequence[int], dim: int) -> None:
+    def __init__(
+        self,
+        partition: Partition,
+        ranks: Sequence[int],
+        dim: int,
+        make_tail: Callable[[int, int, int], Block] = Block,
+    ) -> None:
         super().__init__()
         if len(ranks) != len(partition.sizes) or not all(0 < rank <= dim for rank in ranks):
             raise CompressionError(
@@ -104,8 +133,9 @@ class BlockEmbedding(nn.Module):
             )
         self.partition = partition
         self.dim = dim
+        kinds = [Block, *[make_tail] * (len(ranks) - 1)]
         self.factors = nn.ModuleList(
-            Block(size, rank, dim) for size, rank in zip(partition.sizes, ranks)
+            kind(size, rank, dim) for kind, size, rank in zip(kinds, partition.sizes, ranks)
         )
         self.reset_parameters(std=1 / math.sqrt(dim))
 
@@ -113,6 +143,11 @@ class BlockEmbedding(nn.Module):
     def blocks(self) -> list[Block]:
         """The blocks from head to tail; the factors that a tied softmax reads too."""
         return cast("list[Block]", list(self.factors))
+
+    @property
+    def group(self) -> Group | None:
+        """The processes over which the tail's rows are spread; None where this one has all."""
+        return next((block.group for block in self.blocks if block.group is not None), None)
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -134,7 +169,7 @@ class BlockEmbedding(nn.Module):
         optimizer that moves every parameter equally (Adam) moves them equally fast.
         """
         for block in self.blocks:
-            block.weight.normal_(0.0, std)
+            block.normal_(std)
             if block.projection is not None:
                 nn.init.orthogonal_(block.projection, gain=self._gain(block))
         self.blocks[0].weight[PADDING] = 0.0

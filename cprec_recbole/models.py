@@ -3,7 +3,8 @@ and a softmax."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,12 +15,14 @@ from torch import Tensor
 
 from cprec_recbole.backbones import GRU4REC, NEXTITNET, SASREC, Backbone, Host, build_host
 from cprec_recbole.config import CompressionConfig, CompressionError
-from cprec_recbole.embedding import BlockEmbedding
+from cprec_recbole.embedding import Block, BlockEmbedding
+from cprec_recbole.exchange import Group
 from cprec_recbole.optimizers import steps_sparsely
 from cprec_recbole.outcome import Choice, WarmStart
 from cprec_recbole.partition import Partition
 from cprec_recbole.sequences import NEXT_ITEMS, item_counts
 from cprec_recbole.serving import Servable
+from cprec_recbole.shards import ShardedBlock, spread_parameters
 from cprec_recbole.sharing import share, sharing_plan
 from cprec_recbole.softmax import FullSoftmax, build_softmax
 from cprec_recbole.vocabulary import Vocabulary
@@ -66,10 +69,13 @@ class CompressedRecommender(Servable, SequentialRecommender):
         counts = item_counts(dataset)
         host = build_host(self.record, config, dataset)
         host.n_items = self.n_items
-        table = BlockEmbedding(Partition.from_counts(counts, plan.cutoffs), plan.ranks, plan.dim)
+        group = _group_of(config)
+        tail = Block if group is None else partial(ShardedBlock, group=group)
+        partition = Partition.from_counts(counts, plan.cutoffs)
+        table = BlockEmbedding(partition, plan.ranks, plan.dim, tail)
         std = self.record.table_std(host, self.n_items)
         table.reset_parameters(std)
-        self.assemble(host, table)
+        self.assemble(host, table, tail)
         if self.head.table is not table:
             self.head.table.reset_parameters(std)
         self._look_up_sparsely(config)
@@ -95,7 +101,9 @@ class CompressedRecommender(Servable, SequentialRecommender):
         model.assemble(host, table)
         return model
 
-    def assemble(self, host: Host, table: BlockEmbedding) -> None:
+    def assemble(
+        self, host: Host, table: BlockEmbedding, tail: Callable[[int, int, int], Block] = Block
+    ) -> None:
         """Put the parts together: table into host, layers shared, softmax on top."""
         host.item_embedding = table
         layers = self.record.layers(host)
@@ -105,7 +113,7 @@ class CompressedRecommender(Servable, SequentialRecommender):
         self.backbone = host
         softmax_table = table
         if not self.compression.tied:
-            softmax_table = BlockEmbedding(table.partition, table.ranks, table.dim)
+            softmax_table = BlockEmbedding(table.partition, table.ranks, table.dim, tail)
         memory = int(self.compression.loss_memory)
         self.head = build_softmax(self.compression.softmax, softmax_table, memory)
 
@@ -118,6 +126,10 @@ class CompressedRecommender(Servable, SequentialRecommender):
         )
         if looked_up and sparsely and self.record.penalty is None:
             self.table.look_up_sparsely()
+
+    def sharded_parameters(self) -> list[torch.nn.Parameter]:
+        """Parameters of which each process has a part (`shard_tails`); none in one process."""
+        return spread_parameters(self)
 
     @property
     def table(self) -> BlockEmbedding:
@@ -231,6 +243,14 @@ def compression_of(config: Any) -> CompressionConfig:
     """The compression options of a RecBole config; what it does not name keeps its default."""
     names = CompressionConfig.option_names()
     return CompressionConfig(**{name: config[name] for name in names if name in config})
+
+
+def _group_of(config: Any) -> Group | None:
+    """The processes over which the tail is spread: those of the run, where `shard_tails` asks."""
+    wanted = config["shard_tails"]
+    if wanted not in (None, False, True):
+        raise CompressionError(f"Expected `shard_tails` to be true or false, but got {wanted!r}.")
+    return Group.current() if wanted else None
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -15,6 +15,8 @@ from cprec_recbole.embedding import Block, BlockEmbedding
 from cprec_recbole.index import Snapshot
 from cprec_recbole.partition import PADDING
 from cprec_recbole.search import Found, search
+from cprec_recbole.shard_search import topk_of_shards
+from cprec_recbole.shards import full_loss
 from cprec_recbole.sorting import sort_one
 from cprec_recbole.topk import Barred, Ids, TopK, allowed_positions, check_k
 
@@ -107,7 +109,15 @@ class SoftmaxHead(nn.Module, ABC):
                 f"Expected `hidden` to be real numbers of shape [B, {self.table.dim}], but got "
                 f"{hidden.dtype} of {list(hidden.shape)}."
             )
-        partition, weights = self.table.partition, self._current().weights
+        partition, group = self.table.partition, self.table.group
+        if group is not None:
+            barred = Barred.from_ids(exclude, len(hidden), partition)
+            places = None if allowed is None else allowed_positions(allowed, partition)
+            k = check_k(k, barred.least_left(len(hidden), partition.n_items, places))
+            clusters = None if self._tree is None else self._tree.clusters
+            found = topk_of_shards(self.table, clusters, hidden, k, barred, places, group)
+            return Found(found, 1.0)
+        weights = self._current().weights
         if exclude is None and allowed is None:
             quick = sort_one(weights, hidden, check_k(k, partition.n_items - 1))
             if quick is not None:
@@ -124,8 +134,13 @@ class SoftmaxHead(nn.Module, ABC):
         the model's state, and dropped when weights change; then `topk` reads all rows again.
 
         Raises:
-            CompressionError: weights that are not finite numbers.
+            CompressionError: weights that are not finite numbers, or spread over processes.
         """
+        if self.table.group is not None:
+            raise CompressionError(
+                "Expected a whole table to build an index, but its tail blocks are spread over "
+                f"{self.table.group.world} processes; gather the model first."
+            )
         self._snapshot = Snapshot(self.table, self._tree, indexed=True)
 
     @property
@@ -161,8 +176,10 @@ class FullSoftmax(SoftmaxHead):
 
     def loss(self, hidden: Tensor, target: Tensor) -> Tensor:
         """See SoftmaxHead.loss."""
-        strips = [Strip(block.into_rank(hidden), block.weight) for block in self.table.blocks]
         positions = self.table.partition.positions(target)
+        if self.table.group is not None:
+            return full_loss(self.table, hidden, positions, self.loss_memory)
+        strips = [Strip(block.into_rank(hidden), block.weight) for block in self.table.blocks]
         total = cross_entropy(strips, positions, self.loss_memory, padded=True)
         return total / max(1, len(target))
 
@@ -236,9 +253,8 @@ class TreeSoftmax(SoftmaxHead):
         total = cross_entropy(self._branches(hidden), branch, self.loss_memory, padded=True)
         rows = zip(hidden.split(counts), positions.split(counts), partition.starts)
         for block, (own, position, start) in zip(self.table.blocks, rows):
-            if start and len(own):
-                strip = Strip(block.into_rank(own), block.weight)
-                total = total + cross_entropy([strip], position - start, self.loss_memory)
+            if start and (len(own) or self.table.group is not None):  # others may have some
+                total = total + block.cross_entropy(own, position - start, self.loss_memory)
         return total / max(1, len(target))
 
     def log_prob(self, hidden: Tensor) -> Tensor:
