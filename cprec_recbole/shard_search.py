@@ -121,11 +121,12 @@ def _best(
 def _at_least(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of each row, and as many more as may be equal to the last of them."""
     best = logits.topk(k, dim=1)
-    if not k or k == logits.shape[1]:
+    if not len(logits) or not k or k == logits.shape[1]:
         return best.values, best.indices
     last = best.values[:, -1:]
-    scale = logits.abs().masked_fill(logits.isinf(), 0).amax(1, keepdim=True).clamp(min=1)
-    near = int((logits >= last - _DOUBT * scale).sum(1).max())
+    real = logits > -torch.inf
+    scale = logits.abs().masked_fill(~real, 0).amax(1, keepdim=True).clamp(min=1)
+    near = int(((logits >= last - _DOUBT * scale) & real).sum(1).max())
     if near > k:
         best = logits.topk(near, dim=1)
     return best.values, best.indices
