@@ -1,0 +1,397 @@
+"""What a training step costs as the catalogue grows: time and memory of four softmaxes, one run.
+
+    pip install matplotlib
+    python benchmarks/training.py [--items N ...] [--data-path DATA --datasets NAME ...]
+
+A step is SASRec's (RecBole's defaults, d 64, windows of 50) on 2,048 targets: look-ups, layers,
+loss, gradients and Adam (PyTorch's fused one for all, several times quicker than RecBole's choice).
+The items of the made-up catalogues occur by Zipf's law with exponent 1; `--datasets` takes windows
+of real ones. Every measurement is a process of its own; contenders take turns, and figures are
+medians over the rounds. Each finished size is kept in `training.json`, and not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from inference import status_mib
+from torch import Tensor, nn
+
+from cprec_recbole import CompressionConfig, CpSASRec
+from cprec_recbole.backbones import SASREC, Host, build_host
+from cprec_recbole.compare.results import environment, save
+from cprec_recbole.embedding import BlockEmbedding
+from cprec_recbole.host import recbole_config
+from cprec_recbole.optimizers import build_optimizer
+from cprec_recbole.partition import Partition
+
+SIZES = (10_000, 100_000, 1_000_000, 10_000_000)
+TARGETS, LENGTH, DIM = 2048, 50, 64
+HEAD = 20_000  # items, but at most a fifth
+ROUNDS = 3
+STEADY_SECONDS, FEWEST_STEPS = 4.0, 3  # measured after one step to warm up
+PLAIN = "uncompressed, full softmax"
+ADAPTIVE = "torch's adaptive softmax"
+TREE, FULL = "ours, tree", "ours, full softmax"
+CONTENDERS = (PLAIN, ADAPTIVE, TREE, FULL)
+
+Batch = tuple[Tensor, Tensor]  # items and the next item at each position, [B, L] each
+
+
+def ranks_of(n_items: int) -> tuple[int, ...]:
+    """Three blocks up to a million items, five above; both as torch's adaptive softmax has them."""
+    return (64, 16, 4) if n_items <= 10**6 else (64, 32, 16, 8, 4)
+
+
+def cheapest_cutoffs(counts: np.ndarray, ranks: tuple[int, ...]) -> tuple[int, ...]:
+    """Cutoffs after a head of `HEAD` at which the tree's step has least to compute.
+
+    A target of block j makes `k_j` logits, of about `18 + r_j` operations each (the 18: the
+    exponential and what else is done to a logit, measured).
+    """
+    shares = np.concatenate([[0.0], np.sort(counts[1:])[::-1]]).cumsum()
+    n_items = len(counts)
+    head = min(HEAD, n_items // 5)
+    ends = np.unique(np.geomspace(head, n_items, 60).astype(int))
+    below = shares[ends - 1] / shares[-1]
+    cost, before = np.full(len(ends), np.inf), []
+    cost[0] = 0.0
+    for rank in ranks[1:]:
+        sizes, targets = np.subtract.outer(ends, ends), np.subtract.outer(below, below)
+        total = cost + np.where(sizes > 0, sizes * targets * (18 + rank), np.inf)  # [end, start]
+        before.append(total.argmin(1))
+        cost = total.min(1)
+    place, found = len(ends) - 1, []
+    for starts in reversed(before):
+        found.append(int(ends[place]))
+        place = starts[place]
+    return (head, *reversed(found))
+
+
+def zipf_batches(n_items: int, counts: np.ndarray) -> Iterator[Batch]:
+    """Windows of items drawn independently by their counts; ids in no order."""
+    generator = torch.Generator().manual_seed(2020)
+    edges = torch.from_numpy(counts).double().cumsum(0)
+    rows = -(-TARGETS // LENGTH)
+    while True:
+        luck = torch.rand(rows, LENGTH + 1, generator=generator, dtype=torch.float64)
+        items = torch.searchsorted(edges, luck * edges[-1], right=True).clamp(1, n_items - 1)
+        targets = items[:, 1:].clone()
+        targets[-1, TARGETS - rows * LENGTH :] = 0  # 2,048 in all
+        yield items[:, :-1], targets
+
+
+def zipf_counts(n_items: int) -> np.ndarray:
+    """Expected counts by Zipf's law, of ids in no order, `[n_items]`."""
+    order = np.random.default_rng(2020).permutation(n_items - 1)
+    return np.concatenate([[0.0], 1e9 / (1.0 + order)])
+
+
+class Real:
+    """A real data set, read by RecBole for CpSASRec."""
+
+    def __init__(self, data_path: str, name: str) -> None:
+        from recbole.data import create_dataset, data_preparation
+
+        options = {
+            "data_path": data_path,
+            "load_col": {"inter": ["user_id", "item_id", "timestamp"]},
+            "MAX_ITEM_LIST_LENGTH": LENGTH,
+            "train_batch_size": TARGETS,
+        }
+        self.config = recbole_config("CpSASRec", name, options)
+        self.loader, _, _ = data_preparation(self.config, create_dataset(self.config))
+        dataset = self.loader._dataset
+        self.counts = dataset.item_counts().astype(float)
+        self.n_targets = len(dataset) * dataset.targets_per_row()
+
+    def batches(self) -> Iterator[Batch]:
+        """Windows and targets, epoch after epoch."""
+        while True:
+            for batch in self.loader:
+                longest = int(batch["item_length"].max())
+                yield batch["item_id_list"][:, :longest], batch["next_item_id_list"][:, :longest]
+
+
+def host() -> Host:
+    """SASRec's layers, without a table."""
+    config = recbole_config("CpSASRec", "ml-100k", {"MAX_ITEM_LIST_LENGTH": LENGTH})
+
+    class NoItems:
+        iid_field = config["ITEM_ID_FIELD"]
+
+        def num(self, field: str) -> int:
+            return 1
+
+    return build_host(SASREC, config, NoItems())
+
+
+Objective = Callable[[Batch], Tensor]
+
+
+def contender(name: str, counts: np.ndarray, table: BlockEmbedding) -> tuple[nn.Module, Objective]:
+    """A model, and its mean loss of a batch."""
+    n_items, layers = len(counts), host()
+    if name in (TREE, FULL):
+        kind = "tree" if name == TREE else "full"
+        options = CompressionConfig(
+            ranks=table.ranks, cutoffs=table.partition.cutoffs, sharing="none", softmax=kind
+        )
+        model = CpSASRec.from_host(layers, table, options)
+        return model, lambda batch: model.head.loss(*states(layers, batch))
+    if name == PLAIN:
+        layers.item_embedding = nn.Embedding(n_items, DIM, padding_idx=0)
+        nn.init.normal_(layers.item_embedding.weight, std=0.02)
+
+        def plain(batch: Batch) -> Tensor:
+            hidden, target = states(layers, batch)
+            return F.cross_entropy(hidden @ layers.item_embedding.weight.T, target)
+
+        return layers, plain
+    layers.item_embedding = table
+    inner = [cutoff - 1 for cutoff in table.partition.cutoffs[:-1]]  # no padding
+    step = table.ranks[0] / table.ranks[1]
+    softmax = nn.AdaptiveLogSoftmaxWithLoss(DIM, n_items - 1, inner, div_value=step)
+
+    def adaptive(batch: Batch) -> Tensor:
+        hidden, target = states(layers, batch)
+        return softmax(hidden, table.partition.positions(target) - 1).loss
+
+    return nn.ModuleList([layers, softmax]), adaptive
+
+
+def states(layers: Host, batch: Batch) -> Batch:
+    """Hidden states where a target follows, and those targets, `[N, d]` and `[N]`."""
+    items, targets = batch
+    real = targets != 0
+    return SASREC.hidden_states(layers, items)[real], targets[real]
+
+
+def pieces_of(batch: Batch, n: int) -> list[Batch]:
+    """A batch in so many parts, for contenders that cannot hold it at once."""
+    items, targets = batch
+    return [pair for pair in zip(items.chunk(n), targets.chunk(n)) if int((pair[1] != 0).sum())]
+
+
+def measure(name: str, counts: np.ndarray, batches: Iterator[Batch]) -> dict[str, Any]:
+    """Steps of a contender in this process."""
+    n_items = len(counts)
+    at_first = status_mib("VmRSS")
+    ranks = ranks_of(n_items)
+    cutoffs = cheapest_cutoffs(counts, ranks)
+    partition = Partition.from_counts(counts, cutoffs)
+    table = BlockEmbedding(partition, ranks, DIM)
+    table.reset_parameters(std=0.02)  # SASRec's
+    model, objective = contender(name, counts, table)
+    optimizer = build_optimizer(model, "adam", 1e-3, 0.0)
+    parts = 1
+    if name == PLAIN:  # logits, their softmax and their gradient, [N, n_items] each
+        available = status_of_memory("MemAvailable") - 16 * n_items * DIM
+        while 12 * TARGETS / parts * n_items > 0.8 * available:
+            parts *= 2
+    times, losses, total = [], [], 0.0
+    while len(times) < 1 + FEWEST_STEPS or sum(times[1:]) < STEADY_SECONDS:
+        batch = next(batches)
+        n_targets = int((batch[1] != 0).sum())
+        begin = perf_counter()
+        optimizer.zero_grad()
+        total = 0.0
+        for part in pieces_of(batch, parts):
+            share = int((part[1] != 0).sum()) / n_targets
+            loss = objective(part) * share
+            loss.backward()
+            total += float(loss.detach())
+        optimizer.step()
+        times.append((perf_counter() - begin) * TARGETS / n_targets)
+        losses.append(total)
+    return {
+        "contender": name,
+        "items": n_items,
+        "ms": 1e3 * median(times[1:]),
+        "mib": status_mib("VmHWM") - at_first,
+        "parts": parts,
+        "steps": len(times) - 1,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "loss": losses[0],
+        "cutoffs": list(cutoffs),
+        "ranks": list(ranks),
+    }
+
+
+def status_of_memory(field: str) -> int:
+    """Bytes of memory of the machine."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
+
+
+def child(arguments: argparse.Namespace) -> dict[str, Any]:
+    """One measurement, in this process."""
+    torch.manual_seed(2020)
+    if arguments.dataset:
+        real = Real(arguments.data_path, arguments.dataset)
+        row = measure(arguments.contender, real.counts, real.batches())
+        return {**row, "dataset": arguments.dataset, "epoch_targets": real.n_targets}
+    counts = zipf_counts(arguments.size)
+    row = measure(arguments.contender, counts, zipf_batches(arguments.size, counts))
+    return {**row, "dataset": "made up", "epoch_targets": 1e6}
+
+
+def rounds(arguments: argparse.Namespace, **options: Any) -> list[dict[str, Any]]:
+    """All contenders in turns, each time in a process of its own; medians over the rounds."""
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS}
+    for _ in range(arguments.rounds):
+        for name in CONTENDERS:
+            if name == PLAIN and options.get("size", 0) > 10**6:
+                continue  # parameters, gradients and moments alone are 10 GB
+            given = {"contender": name, "data-path": arguments.data_path, **options}
+            flags = [f"--{key}={value}" for key, value in given.items()]
+            command = [sys.executable, __file__, "--child", *flags]
+            output = subprocess.run(command, capture_output=True, text=True, check=False)
+            if output.returncode:
+                raise SystemExit(output.stderr)
+            row = json.loads(output.stdout.splitlines()[-1])
+            found[name].append(row)
+            print(f"{row['items']:>10,} {name:<28}{row['ms']:10.1f} ms {row['mib']:8.0f} MiB")
+            sys.stdout.flush()
+    merged = []
+    for rows in filter(None, found.values()):
+        times = [row["ms"] for row in rows]
+        spread = {"ms": median(times), "least_ms": min(times), "most_ms": max(times)}
+        merged.append({**rows[0], **spread, "mib": max(row["mib"] for row in rows)})
+    return merged
+
+
+def report(results: dict[str, Any]) -> str:
+    """The results as a page of Markdown."""
+    versions = ", ".join(f"{k} {v}" for k, v in results["environment"].items() if v)
+    lines = [
+        "# A training step against the size of the catalogue",
+        "",
+        f"`{results['command']}`",
+        "",
+        versions,
+        "",
+        f"SASRec, d {DIM}, windows of {LENGTH}, {TARGETS:,} targets a step, fused Adam. Medians of "
+        f"{results['rounds']} rounds of processes of their own, in brackets the least and the "
+        "most. *MiB*: peak of the process beyond what the imports take: parameters, gradients, "
+        "moments and loss. *Parts*: a batch that does not fit the memory goes in so many, "
+        "with one step of the optimizer. Made up: items by Zipf's law, exponent 1; an epoch of "
+        "them is a million targets.",
+    ]
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in results["rows"]:
+        groups.setdefault((row["dataset"], row["items"]), []).append(row)
+    for (dataset, n_items), rows in groups.items():
+        base = next((row for row in rows if row["contender"] == PLAIN), None)
+        blocks = ", ".join(map(str, rows[0]["cutoffs"]))
+        lines += [
+            "",
+            f"## {n_items:,} items, {dataset}",
+            "",
+            f"Ranks {'/'.join(map(str, rows[0]['ranks']))}, blocks up to {blocks}.",
+            "",
+            "| | parameters | ms a step | times faster | targets a second | seconds an epoch "
+            "| MiB | times less | parts |",
+            "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+        ]
+        for row in rows:
+            rate = 1e3 * TARGETS / row["ms"]
+            faster = f"{base['ms'] / row['ms']:.1f}" if base else "-"
+            less = f"{base['mib'] / row['mib']:.1f}" if base else "-"
+            lines.append(
+                f"| {row['contender']} | {row['parameters']:,} | {row['ms']:,.0f} "
+                f"({row['least_ms']:,.0f} to {row['most_ms']:,.0f}) | {faster} | {rate:,.0f} "
+                f"| {row['epoch_targets'] / rate:,.1f} | {row['mib']:,.0f} | {less} "
+                f"| {row['parts']} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def plot(results: dict[str, Any], target: Path) -> None:
+    """Time and memory of a step against the size of the catalogue."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "training"
+    from matplotlib import pyplot
+
+    # Okabe and Ito's palette, which colour-blind readers can tell apart
+    styles = {
+        PLAIN: ("#000000", "o-"),
+        ADAPTIVE: ("#CC79A7", "v-"),
+        FULL: ("#0072B2", "s-"),
+        TREE: ("#009E73", "D-"),
+    }
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.2))
+    for name, (colour, style) in styles.items():
+        rows = [
+            row
+            for row in results["rows"]
+            if row["contender"] == name and row["dataset"] == "made up"
+        ]
+        sizes = [row["items"] for row in rows]
+        axes[0].plot(sizes, [r["ms"] / 1e3 for r in rows], style, color=colour, label=name)
+        axes[1].plot(sizes, [r["mib"] / 1024 for r in rows], style, color=colour)
+    axes[0].set(ylabel="seconds a step of 2,048 targets")
+    axes[1].set(ylabel="peak memory, GiB")
+    for axis in axes:
+        axis.set(xscale="log", yscale="log", xlabel="items")
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.suptitle(
+        f"A training step of SASRec, d {DIM}, on {results['environment']['cores']} cores"
+    )
+    figure.tight_layout()
+    figure.savefig(target, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--items", type=int, nargs="*", default=list(SIZES))
+    parser.add_argument("--datasets", nargs="*", default=[])
+    parser.add_argument("--data-path", default="data")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    for hidden in ("--contender", "--dataset"):
+        parser.add_argument(hidden, help=argparse.SUPPRESS)
+    parser.add_argument("--size", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        print(json.dumps(child(arguments)))
+        return
+    file = arguments.out / "training.json"
+    results = json.loads(file.read_text()) if file.exists() else {"rows": []}
+    wanted = [("made up", {"size": size}) for size in arguments.items]
+    wanted += [(name, {"dataset": name}) for name in arguments.datasets]
+    for dataset, options in wanted:
+        done = {(row["dataset"], row["items"]) for row in results["rows"]}
+        known = {name for name, _ in done}
+        if (dataset, options.get("size")) in done or (dataset != "made up" and dataset in known):
+            continue
+        results["rows"] += rounds(arguments, **options)
+        results["environment"], results["rounds"] = environment(), arguments.rounds
+        shown = [a for a in sys.argv[1:] if not a.startswith(("--out", "--data-path"))]
+        results["command"] = shlex.join(["python", "benchmarks/training.py", *shown])
+        save(json.dumps(results, indent=1), file)
+        save(report(results), file.with_suffix(".md"))
+        plot(results, file.with_suffix(".svg"))
+
+
+if __name__ == "__main__":
+    main()
