@@ -6,7 +6,7 @@ import pytest
 from recbole.trainer import Trainer
 from recbole.utils import get_model, get_trainer, init_seed
 
-from cprec_recbole import softmax, trainer
+from cprec_recbole import collector, softmax
 from cprec_recbole.host import recbole_config
 from cprec_recbole.trainer import CompressedTrainer
 from tests.builders import HOSTS
@@ -83,7 +83,7 @@ def test_dense_scores_of_a_few_rows_at_a_time_where_a_metric_needs_them(movielen
 
     options = config(metrics=["GAUC"], valid_metric="GAUC")
     with (
-        mock.patch.object(trainer, "_SCORES", 7 * model.n_items),
+        mock.patch.object(collector, "_SCORES", 7 * model.n_items),
         mock.patch.object(softmax.SoftmaxHead, "scores", scores),
         mock.patch.object(type(model.head), "scores", scores),
     ):
