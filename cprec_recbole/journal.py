@@ -13,7 +13,7 @@ import torch
 
 from cprec_recbole import group
 from cprec_recbole.config import CompressionError
-from cprec_recbole.files import remove_leftovers, write_whole
+from cprec_recbole.files import write_whole
 
 LAST, BEST, RESULT = "last.pth", "best.pth", "result.json"
 _FORMAT = 1
@@ -41,8 +41,6 @@ class Journal:
         self.path = folder / LAST
         self.terms = dict(terms)
         self.every = every
-        if group.is_first():
-            remove_leftovers(self.path)
 
     def is_due(self, step: int) -> bool:
         """Whether to write after the `step`-th step of an epoch, from 1."""

@@ -138,9 +138,10 @@ def _compression_defaults(given: dict[str, Any], defaults: dict[str, Any]) -> di
     from cprec_recbole.models import check_objective
 
     names = CompressionConfig.option_names()
+    known = (*names, "checkpoint_steps")
     for name in given:
-        if name not in defaults and name not in names:
-            _reject_misspelling(name, names)
+        if name not in defaults and name not in known:
+            _reject_misspelling(name, known)
     compression = CompressionConfig(**{name: given[name] for name in names if name in given})
     check_objective(compression, given.get("loss_type", defaults.get("loss_type", "CE")))
     return {name: getattr(CompressionConfig(), name) for name in names}
@@ -248,7 +249,7 @@ def register() -> None:
 
     from cprec_recbole import recbole_processes
     from cprec_recbole.models import MODELS
-    from cprec_recbole.running import starting_the_plugin_too
+    from cprec_recbole.recbole_run import starting_the_plugin_too
 
     adapt_recbole_modules()
     for message in ("The given NumPy array is not writable", r".*GradScaler\(args"):

@@ -6,54 +6,21 @@ import json
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from recbole.config import Config
 from recbole.data import create_dataset, data_preparation
-from recbole.utils import get_model, get_trainer, init_logger, init_seed
+from recbole.utils import get_model, get_trainer, init_logger, init_seed, set_color
 
 from cprec_recbole import group
 from cprec_recbole.config import CompressionError
-from cprec_recbole.files import make_folder, write_whole
+from cprec_recbole.files import make_folder, remove_leftovers, write_whole
 from cprec_recbole.group import Place
-from cprec_recbole.host import recbole_config, whole_number
+from cprec_recbole.job import Job, check, checkpoint_steps, config_of
 from cprec_recbole.journal import BEST, LAST, RESULT, Journal, digest, terms_of
-from cprec_recbole.models import MODELS
 from cprec_recbole.processes import launch
 from cprec_recbole.trainer import CompressedTrainer
-
-OnEpoch = Callable[[int, float, float], None]  # epoch from 0, its training loss, its valid score
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a run is asked for; goes to every process.
-
-    Attributes:
-        model: RecBole's name of the model.
-        dataset: RecBole's name of the data set.
-        config_files: RecBole's YAML files.
-        options: RecBole's options.
-        saved: whether the best weights are written.
-        out: where everything is written; None for RecBole's `checkpoint_dir`.
-        resume: whether to go on with what `out` holds.
-        on_epoch: called after every validation, by the first process.
-        say: takes a line about where the run begins; the first process's.
-        logs: whether RecBole's own log is written and shown.
-    """
-
-    model: str
-    dataset: str
-    config_files: tuple[str, ...] = ()
-    options: dict[str, Any] = field(default_factory=dict)
-    saved: bool = True
-    out: str | None = None
-    resume: bool = False
-    on_epoch: OnEpoch | None = None
-    say: Callable[[str], None] | None = None
-    logs: bool = True
 
 
 def run(
@@ -106,7 +73,7 @@ def run(
 def train(job: Job, nproc: int | None = None) -> dict[str, Any]:
     """Carry out a job, here or on several processes; see `run`."""
     place = Place.from_environment()
-    _check(job, nproc, place)
+    check(job, nproc, place)
     if place is not None:
         group.expect(place)
         result = work(job)
@@ -115,7 +82,7 @@ def train(job: Job, nproc: int | None = None) -> dict[str, Any]:
     if nproc in (None, 1):
         return work(job)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    _config(job)  # a bad option is known before anything is started
+    config_of(job)  # a bad option is known before anything is started
     if visible is None:  # RecBole's Config sets it
         os.environ.pop("CUDA_VISIBLE_DEVICES", None)
     else:
@@ -125,11 +92,13 @@ def train(job: Job, nproc: int | None = None) -> dict[str, Any]:
 
 def work(job: Job) -> dict[str, Any]:
     """One process's part of a job, or all of it."""
-    config = _config(job)
+    config = config_of(job)
     if job.out is not None:
         config["checkpoint_dir"] = job.out
         if group.is_first():
             make_folder(Path(job.out))
+            for name in (LAST, BEST, RESULT):
+                remove_leftovers(Path(job.out) / name)
     init_seed(config["seed"], config["reproducibility"])
     _set_up_logging(config, job)
     loaders = _loaders(config)
@@ -174,6 +143,9 @@ def _fit(
     else:
         trainer.eval_collector.data_collect(train_data)  # as `fit` begins
     test_result = trainer.evaluate(test_data, load_best_model=job.saved, show_progress=show)
+    logger = logging.getLogger()
+    logger.info(set_color("best valid ", "yellow") + f": {trainer.best_valid_result}")
+    logger.info(set_color("test result", "yellow") + f": {test_result}")
     return {
         "best_valid_score": trainer.best_valid_score,
         "valid_score_bigger": config["valid_metric_bigger"],
@@ -188,24 +160,6 @@ def _callback(trainer: Any, job: Job) -> Callable[[int, float], None] | None:
     if on_epoch is None or not group.is_first():
         return None
     return lambda epoch, score: on_epoch(epoch, float(trainer.train_loss_dict[epoch]), score)
-
-
-def _config(job: Job) -> Config:
-    """RecBole's config of a job; in a process that is one of several, joins the others."""
-    config = recbole_config(job.model, job.dataset, job.options, list(job.config_files))
-    if checkpoint_steps(config) and (job.model not in _OURS or job.out is None or not job.saved):
-        raise CompressionError(
-            "Expected `checkpoint_steps` with an `out` folder and one of "
-            f"{', '.join(_OURS)}, but got it for {job.model} with out={job.out}, saved={job.saved}."
-        )
-    return config
-
-
-def checkpoint_steps(config: Config) -> int:
-    """The option of that name; 0 where it was not given."""
-    if config["checkpoint_steps"] is None:
-        return 0
-    return whole_number(config, "checkpoint_steps", 0)
 
 
 def _set_up_logging(config: Config, job: Job) -> None:
@@ -277,86 +231,3 @@ def _read_result(path: Path) -> dict[str, Any]:
             f"Expected {path} to hold the result of a run, but it is damaged: {error}. Remove it "
             "to test the model again."
         ) from error
-
-
-_OURS = tuple(model.__name__ for model in MODELS)
-
-
-def _check(job: Job, nproc: int | None, place: Place | None) -> None:
-    """Everything that is known to be wrong before anything is started."""
-    if nproc is not None and (not isinstance(nproc, int) or isinstance(nproc, bool) or nproc < 1):
-        raise CompressionError(
-            f"Expected `nproc` to be a whole number, 1 or more, but got {nproc!r}."
-        )
-    if place is not None and nproc not in (None, place.size):
-        raise CompressionError(
-            f"Expected no `nproc` under torchrun, which has started {place.size} processes, but "
-            f"got {nproc}."
-        )
-    _check_model(job.model)
-    if job.resume and (job.out is None or not job.saved):
-        raise CompressionError(
-            "Expected `resume` with the `out` folder of the run to go on with, but got "
-            f"out={job.out!r}, saved={job.saved}."
-        )
-    if job.resume and job.model not in _OURS:
-        raise CompressionError(
-            f"Expected `resume` with one of {', '.join(_OURS)}, whose trainer writes its whole "
-            f"state, but got {job.model}."
-        )
-    if job.out is not None and not job.resume:
-        folder = Path(job.out)
-        here = [name for name in (LAST, RESULT, BEST) if (folder / name).exists()]
-        if here:
-            raise CompressionError(
-                f"Expected `out` to be a folder without a run, but got {folder} with {here[0]}; "
-                "resume that run, or choose another folder."
-            )
-
-
-def _check_model(name: Any) -> None:
-    """Raise a CompressionError for what RecBole finds no model by."""
-    try:
-        get_model(name)
-    except (ValueError, AttributeError, TypeError, ImportError):
-        raise CompressionError(
-            f"Expected `model` to be one of {', '.join(_OURS)}, or the name of one of RecBole's "
-            f"own models, spelt as there, but got {name!r}."
-        ) from None
-
-
-def starting_the_plugin_too(original: Callable) -> Callable:
-    """RecBole's `run`, whose processes know this package and need no GPU.
-
-    What it was asked for on several machines is left to RecBole; torchrun starts those, too.
-    """
-
-    def run_with_plugin(
-        model: str | None,
-        dataset: str | None,
-        config_file_list: list[str] | None = None,
-        config_dict: dict[str, Any] | None = None,
-        saved: bool = True,
-        nproc: int = 1,
-        world_size: int = -1,
-        ip: str = "localhost",
-        port: str = "5678",
-        group_offset: int = 0,
-    ) -> Any:
-        if (nproc == 1 and world_size <= 0) or world_size not in (-1, nproc):
-            return original(
-                *(model, dataset, config_file_list, config_dict, saved),
-                *(nproc, world_size, ip, port, group_offset),
-            )
-        command_line = Config._load_cmd_line(Config.__new__(Config))  # which its `run` reads
-        options = {**(config_dict or {}), **command_line}
-        return run(
-            model or options.get("model", ""),
-            dataset or options.get("dataset", ""),
-            nproc=nproc,
-            config_file_list=config_file_list,
-            config_dict=options,
-            saved=saved,
-        )
-
-    return run_with_plugin

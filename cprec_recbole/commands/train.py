@@ -9,7 +9,8 @@ from rich.table import Table
 
 from cprec_recbole.commands.common import add_compression, console, given_options
 from cprec_recbole.group import Place
-from cprec_recbole.running import Job, train
+from cprec_recbole.job import Job
+from cprec_recbole.running import train
 
 
 def add_parser(commands: Any) -> None:
