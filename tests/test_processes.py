@@ -175,6 +175,21 @@ def test_only_the_first_process_writes_what_one_process_can_read(
     assert trainer.evaluate(test, load_best_model=False) == result["test_result"]
 
 
+@pytest.mark.parametrize("name", ["CpSASRec", "GRU4Rec"])
+def test_one_process_does_what_run_recbole_does(world, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["test"])
+    options = world.options(name, epochs=2, state="ERROR")
+    results, weights = [], []
+    for number, run in enumerate((cprec_recbole.run_recbole, cprec_recbole.run)):
+        options["checkpoint_dir"] = f"saved-{number}"
+        results.append(run(name, world.name, config_dict=dict(options)))
+        (file,) = (tmp_path / f"saved-{number}").iterdir()
+        weights.append(read_checkpoint(file).state)
+    assert results[0] == results[1]
+    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+
+
 def test_recboles_own_run_starts_processes_that_know_the_models(world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["test", "--epochs=2"])
