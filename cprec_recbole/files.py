@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 from cprec_recbole.config import CompressionError
 
@@ -60,3 +66,29 @@ def remove_leftovers(path: Path) -> None:
     """Remove what runs that were killed while they wrote a file left beside it."""
     for left in path.parent.glob(f".{path.name}-*.tmp"):
         left.unlink(missing_ok=True)
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Within: no other process that asks for it gets this folder; given back when a process dies.
+
+    Raises:
+        CompressionError: another process has it.
+    """
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise CompressionError(
+            f"Expected `out` to be a folder that no other run writes to, but one does: {folder}."
+        ) from None
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(descriptor)

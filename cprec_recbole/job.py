@@ -79,6 +79,8 @@ def check(job: Job, nproc: int | None, place: Place | None) -> None:
             f"got {nproc}."
         )
     _check_model(job.model)
+    if job.out == "":
+        raise CompressionError("Expected `out` to be a folder, but got ''.")
     if job.resume and (job.out is None or not job.saved):
         raise CompressionError(
             "Expected `resume` with the `out` folder of the run to go on with, but got "

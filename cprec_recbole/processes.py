@@ -6,11 +6,13 @@ while the others wait for it in a collective.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -75,6 +77,7 @@ def _process(
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // nproc))
     if sys.platform == "linux":  # they are on one machine, whatever its name resolves to
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    _end_with_parent()
     group.expect(Place(number, nproc, number, nproc, f"file://{folder}/meeting"))
     try:
         result = work(*arguments)
@@ -88,6 +91,19 @@ def _process(
         failure = _Failure(time.monotonic_ns(), message, traceback.format_exc())
         (Path(folder) / f"failure-{number}").write_bytes(pickle.dumps(failure))
         sys.exit(1)
+
+
+def _end_with_parent() -> None:
+    """Have this process killed when the one that started it is gone: nobody would end it, and it
+    would write into the folder of a run that may be resumed."""
+    parent = multiprocessing.parent_process()
+
+    def watch(sentinel: int) -> None:
+        connection.wait([sentinel])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if parent is not None:
+        threading.Thread(target=watch, args=(parent.sentinel,), daemon=True).start()
 
 
 def _first_to_fail(processes: Sequence[BaseProcess]) -> int | None:

@@ -9,6 +9,7 @@ for runs on several processes: one process alone does what it did.
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from collections.abc import Callable
 from typing import Any
@@ -103,7 +104,13 @@ def _gpus(options: dict[str, Any], given: bool, place: Place) -> list[int]:
             )
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names)  # as RecBole does
     found = torch.cuda.device_count()
-    return list(range(place.local_size)) if found >= place.local_size else []
+    if found >= place.local_size:
+        return list(range(place.local_size))
+    if place.local_rank == 0:
+        logging.getLogger().warning(
+            "%d processes find %d GPUs, and work on the CPU.", place.local_size, found
+        )
+    return []
 
 
 def _reading_a_share(original: Callable) -> Callable:
@@ -131,6 +138,11 @@ def _reading_a_share(original: Callable) -> Callable:
         self.__dict__["batch_sampler"] = batches  # which a DataLoader does not let one set
 
     return __init__
+
+
+def _has_rows(loader: Any) -> bool:
+    """What RecBole asks by `if not valid_data`; where this process has no rows, others have."""
+    return len(loader) > 0 if loader.config["single_spec"] else loader.sample_size > 0
 
 
 def _is_evaluation(loader: Any) -> bool:
@@ -236,6 +248,7 @@ def adapt() -> None:
 
     replace(Config, "_init_device", _joining_a_group)
     replace(AbstractDataLoader, "__init__", _reading_a_share)
+    AbstractDataLoader.__bool__ = _has_rows
     replace(AbstractTrainer, "__init__", _without_needing_gpus)
     replace(Trainer, "__init__", _with_one_file)
     replace(Trainer, "_save_checkpoint", _written_by_one)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -78,6 +79,7 @@ def clip_gradients(
     norm_type: float = 2.0,
     *,
     parted: Sequence[nn.Parameter] = (),
+    **others: Any,
 ) -> Tensor:
     """Scale gradients down to a norm of at most `max_norm`; returns the norm before, `[]`.
 
@@ -89,13 +91,22 @@ def clip_gradients(
         max_norm: the norm that is left at most.
         norm_type: which norm.
         parted: those of `parameters` of which every process holds other rows.
+        others: more of torch's options, for dense gradients that are whole.
+
+    Raises:
+        CompressionError: such an option with other gradients.
     """
     for parameter in parameters:
         if parameter.grad is not None and parameter.grad.is_sparse:
             parameter.grad = parameter.grad.coalesce()  # each row once
     grads = {id(p): p.grad for p in parameters if p.grad is not None}
     if not parted and not any(grad.is_sparse for grad in grads.values()):
-        return nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
+        return nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, **others)
+    if others:
+        raise CompressionError(
+            "Expected `clip_grad_norm` to hold max_norm and norm_type alone with sparse gradients "
+            f"or rows on several processes, but got {', '.join(others)}."
+        )
     device = parameters[0].device
     powers = {True: torch.zeros((), device=device), False: torch.zeros((), device=device)}
     parts = {id(parameter) for parameter in parted}

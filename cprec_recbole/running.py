@@ -15,7 +15,7 @@ from recbole.utils import get_model, get_trainer, init_logger, init_seed, set_co
 
 from cprec_recbole import group
 from cprec_recbole.config import CompressionError
-from cprec_recbole.files import make_folder, remove_leftovers, write_whole
+from cprec_recbole.files import held, make_folder, remove_leftovers, write_whole
 from cprec_recbole.group import Place
 from cprec_recbole.job import Job, check, checkpoint_steps, config_of
 from cprec_recbole.journal import BEST, LAST, RESULT, Journal, digest, terms_of
@@ -93,12 +93,21 @@ def train(job: Job, nproc: int | None = None) -> dict[str, Any]:
 def work(job: Job) -> dict[str, Any]:
     """One process's part of a job, or all of it."""
     config = config_of(job)
-    if job.out is not None:
-        config["checkpoint_dir"] = job.out
-        if group.is_first():
-            make_folder(Path(job.out))
-            for name in (LAST, BEST, RESULT):
-                remove_leftovers(Path(job.out) / name)
+    if job.out is None:
+        return _train_and_test(config, job)
+    config["checkpoint_dir"] = job.out
+    if not group.is_first():
+        return _train_and_test(config, job)
+    folder = Path(job.out)
+    make_folder(folder)
+    with held(folder):
+        for name in (LAST, BEST, RESULT):
+            remove_leftovers(folder / name)
+        return _train_and_test(config, job)
+
+
+def _train_and_test(config: Config, job: Job) -> dict[str, Any]:
+    """RecBole's steps in RecBole's order, up to the trainer; then the rest."""
     init_seed(config["seed"], config["reproducibility"])
     _set_up_logging(config, job)
     loaders = _loaders(config)
@@ -109,7 +118,13 @@ def work(job: Job) -> dict[str, Any]:
     trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
     if job.out is None:
         return _fit(trainer, config, loaders, job)
-    folder = Path(job.out)
+    return _into_folder(trainer, config, loaders, job, Path(job.out))
+
+
+def _into_folder(
+    trainer: Any, config: Config, loaders: Any, job: Job, folder: Path
+) -> dict[str, Any]:
+    """Train with everything in a folder, from where the run there stopped."""
     trainer.saved_model_file = str(folder / BEST)
     state = None
     if isinstance(trainer, CompressedTrainer) and job.saved:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from itertools import count
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 from recbole.utils import get_model, get_trainer, init_seed
 
-from cprec_recbole import CompressionError, group
+from cprec_recbole import CompressionError, group, processes
 from cprec_recbole.job import Job
 from cprec_recbole.journal import Journal
 from cprec_recbole.reducer import GradientReducer, clip_gradients
@@ -49,6 +50,18 @@ def end_one(how: str) -> None:
         if how == "exit":
             sys.exit(3)
     dist.all_reduce(torch.zeros(1))
+
+
+def start_two(pipe: Any) -> None:
+    """Start two processes that wait for ever."""
+    processes.START_METHOD = "forkserver"
+    processes.launch(2, wait_for_ever, pipe)
+
+
+def wait_for_ever(pipe: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as where a shell has started it with `&`
+    pipe.send(joined())
+    threading.Event().wait()
 
 
 def curves(world: World, cases: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from cprec_recbole.group import Place, share
 from cprec_recbole.job import Job
 from cprec_recbole.processes import launch
 from tests import children
+from tests.builders import World
 
 NO_DROPOUT = {
     "CpNextItNet": {},
@@ -47,6 +48,19 @@ def test_one_that_ends_ends_all_while_others_wait_for_it(how, kind, match):
     with pytest.raises(kind, match=match):
         launch(2, children.end_one, how)
     assert not multiprocessing.active_children()
+
+
+def test_processes_end_with_the_one_that_started_them():
+    context = multiprocessing.get_context("forkserver")
+    ours, theirs = context.Pipe()
+    starter = context.Process(target=children.start_two, args=(theirs,))
+    starter.start()
+    theirs.close()
+    assert {ours.recv(), ours.recv()} == {0, 1}
+    starter.kill()
+    starter.join()
+    with pytest.raises(EOFError):  # which is when nobody is left that could send
+        ours.recv()
 
 
 def test_a_run_that_loses_a_process_ends(world, tmp_path):
@@ -113,6 +127,15 @@ def test_metrics_are_those_of_all_rows_digit_for_digit(world):
     cases = [("CpSASRec", lists), ("CpGRU4Rec", dense), ("SASRec", lists), ("BPR", lists)]
     alone = children.metrics(world, cases)
     assert launch(3, children.metrics, world, cases) == alone
+
+
+def test_metrics_where_a_process_has_no_rows(tmp_path):
+    few = World.made_up(tmp_path, n_users=2)
+    options = {"topk": [20], "valid_metric": "NDCG@20"}
+    cases = [("CpGRU4Rec", options), ("BPR", options)]
+    alone = children.metrics(few, cases)
+    assert launch(3, children.metrics, few, cases) == alone
+    assert any(alone[0].values())
 
 
 def test_gradients_are_added_up_whatever_their_layout():

@@ -11,6 +11,7 @@ import torch
 import cprec_recbole
 from cprec_recbole import CompressionError
 from cprec_recbole.checkpoint import read_checkpoint
+from cprec_recbole.files import held
 from cprec_recbole.job import Job
 from cprec_recbole.processes import launch
 from cprec_recbole.running import train
@@ -189,10 +190,22 @@ def test_a_run_is_not_overwritten(world, whole):
         train(a_job(world, "dropout", whole["dropout"]))
 
 
+def test_two_runs_do_not_write_to_one_folder(world, tmp_path):
+    (tmp_path / "out").mkdir()
+    with (
+        held(tmp_path / "out"),
+        pytest.raises(CompressionError, match="`out` to be a folder that no other run writes to"),
+    ):
+        train(a_job(world, "dropout", tmp_path / "out"))
+    assert not list((tmp_path / "out").iterdir())
+    with held(tmp_path / "out"):
+        pass
+
+
 def test_a_folder_that_cannot_be_written(world, tmp_path):
     (tmp_path / "file").write_text("")
-    for out in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(CompressionError, match="`out` to be a folder that can be written"):
+    for out in (tmp_path / "file", tmp_path / "file" / "below", ""):
+        with pytest.raises(CompressionError, match="`out` to be a folder"):
             train(a_job(world, "dropout", out))
 
 
