@@ -67,7 +67,7 @@ def test_two_processes_write_and_print_once(world, how, tmp_path, capfd):
         )
         assert done.returncode == 0, done.stderr
         printed = done.stdout
-    assert printed.count("epoch 1: training loss") == 1
+        assert printed.count("epoch 1: training loss") == 1
     assert printed.count("ndcg@10") == 1
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         *("best.pth", "last.pth", "result.json")
