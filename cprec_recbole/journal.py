@@ -127,7 +127,9 @@ def digest(loaders: tuple[Any, ...]) -> str:
     """A checksum of all rows that loaders read."""
     found = hashlib.sha256()
     for loader in loaders:
-        columns = loader._dataset.inter_feat.interaction
+        columns = dict(loader._dataset.inter_feat.interaction)
+        if (sequence := getattr(loader._dataset, "_sequence", None)) is not None:
+            columns["_sequence"] = sequence  # into which the rows of our data sets point
         for name in sorted(columns):
             found.update(name.encode())
             found.update(np.ascontiguousarray(columns[name].numpy()).tobytes())

@@ -22,7 +22,7 @@ from cprec_recbole import group
 from cprec_recbole.config import CompressionError
 from cprec_recbole.group import Place
 from cprec_recbole.patching import replace
-from cprec_recbole.shares import GlobalBatches, RowsOrNone
+from cprec_recbole.shares import GlobalBatches, PartOf
 
 # what the collector keeps of evaluation batches, a row for each user or interaction
 _COLLECTED = ("rec.topk", "rec.meanrank", "rec.score", "rec.items", "data.label")
@@ -132,7 +132,7 @@ def _reading_a_share(original: Callable) -> Callable:
                 number=number,
                 parts=parts,
             )
-            self.collate_fn = RowsOrNone(self.collate_fn)
+            self.collate_fn = PartOf(self.collate_fn)
         else:
             return
         self.__dict__["batch_sampler"] = batches  # which a DataLoader does not let one set

@@ -134,8 +134,10 @@ def _is_max(norm_type: float) -> bool:
 
 
 def _values(grad: Tensor) -> Tensor:
-    """The numbers of a gradient, to be changed in place."""
-    return grad._values() if grad.is_sparse else grad
+    """The numbers that this process has of a gradient, to be changed in place."""
+    if grad.is_sparse:
+        return grad._values()
+    return group.own_rows(grad)
 
 
 def _as_dense(parameter: nn.Parameter) -> Tensor:

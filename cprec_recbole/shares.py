@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
+from recbole.data.interaction import Interaction
 from torch.utils.data import BatchSampler, RandomSampler, Sampler, SequentialSampler
 
 from cprec_recbole.group import share
@@ -47,18 +47,28 @@ class GlobalBatches(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         for batch in self.batches:
             mine = share(len(batch), self.number, self.parts)
-            yield batch[mine.start : mine.stop]
+            yield batch[mine.start : mine.stop] or batch[:1] * 2
 
     def __len__(self) -> int:
         return len(self.batches)
 
 
-class RowsOrNone:
-    """A DataLoader's `collate_fn` that gives None for a batch without rows."""
+class StandIn(Interaction):
+    """A row of a batch of which this process has none: it goes along, and counts for nothing.
 
-    def __init__(self, collate: Callable[[Sequence[int]], Any]) -> None:
+    So every process takes part in whatever a model has them do together, and as the row is another
+    process's too, no parameter is touched that the batch does not touch.
+    """
+
+
+class PartOf:
+    """A DataLoader's `collate_fn` for the indices that GlobalBatches gives."""
+
+    def __init__(self, collate: Callable[[Sequence[int]], Interaction]) -> None:
         self.collate = collate
 
-    def __call__(self, index: Sequence[int]) -> Any:
-        """The rows of an index `[B]`; None where B is 0."""
-        return self.collate(index) if len(index) else None
+    def __call__(self, index: Sequence[int]) -> Interaction:
+        """The rows of an index `[B]`, or a StandIn."""
+        if len(index) != 2 or index[0] != index[1]:  # no row is in a batch twice
+            return self.collate(index)
+        return StandIn(self.collate(index[:1]).interaction)

@@ -49,7 +49,7 @@ def take(trainer: Any, moment: Moment) -> dict[str, Any]:
     mine: dict[str, Any] = {"loss": moment.loss, "random": random_state(trainer.device)}
     parts = {"model": trainer.model.state_dict(), "optimizer": trainer.optimizer.state_dict()}
     if trainer.is_parted:  # each process has to get its own rows back
-        mine |= parts
+        mine |= _own(parts)
     result = trainer.best_valid_result
     valid = getattr(trainer.valid_data, "generator", None)
     return {
@@ -76,9 +76,12 @@ def restore(trainer: Any, state: dict[str, Any], train_data: Any) -> Moment:
     """
     mine = state["processes"][group.rank()]
     parts = mine if trainer.is_parted else state
-    trainer.model.load_state_dict(parts["model"])
+    spread = trainer.model.state_dict()
+    weights = {name: group.spread(rows, spread[name]) for name, rows in parts["model"].items()}
+    trainer.model.load_state_dict(weights)
     trainer.model.load_other_parameter(state["other_parameter"])
     trainer.optimizer.load_state_dict(parts["optimizer"])
+    _spread_moments(trainer.optimizer)
     trainer.cur_step = state["cur_step"]
     trainer.best_valid_score = state["best_valid_score"]
     trainer.best_valid_result = state["best_valid_result"]
@@ -94,6 +97,25 @@ def restore(trainer: Any, state: dict[str, Any], train_data: Any) -> Moment:
         state["ended"],
         mine["random"],
     )
+
+
+def _own(value: Any) -> Any:
+    """A state with this process's rows in place of tensors that are spread over processes."""
+    if isinstance(value, Tensor):
+        return group.own_rows(value)
+    if isinstance(value, dict):
+        return {key: _own(part) for key, part in value.items()}
+    return [_own(part) for part in value] if isinstance(value, list) else value
+
+
+def _spread_moments(optimizer: Any) -> None:
+    """Spread what an optimizer keeps of a parameter as the parameter is."""
+    for part in getattr(optimizer, "parts", {"all": optimizer}).values():
+        for parameter, kept in part.state.items():
+            shape = group.own_rows(parameter).shape
+            for name, value in kept.items():
+                if isinstance(value, Tensor) and value.shape == shape:
+                    kept[name] = group.spread(value, parameter)
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from cprec_recbole.models import CompressedRecommender
 from cprec_recbole.recbole_processes import alone
 from cprec_recbole.reducer import GradientReducer, begin_alike, clip_gradients
 from cprec_recbole.sequences import NEXT_ITEMS
+from cprec_recbole.shares import StandIn
 from cprec_recbole.snapshot import Moment, restore, set_random_state, take
 
 
@@ -142,20 +143,16 @@ class CompressedTrainer(Trainer):
         return begin
 
     def _step(
-        self, batch: Interaction | None, loss_func: Callable[[Interaction], Tensor], scaler: Any
+        self, batch: Interaction, loss_func: Callable[[Interaction], Tensor], scaler: GradScaler
     ) -> Tensor:
         """One step of the optimizer; returns this process's part of the loss, `[]`."""
         self.optimizer.zero_grad()
         weight = self._weight(batch)
-        loss = torch.zeros((), device=self.device)
-        if batch is not None:
-            with torch.autocast(device_type=self.device.type, enabled=self.enable_amp):
-                loss = loss_func(batch.to(self.device))
-            if self._reducer is not None:
-                loss = loss * weight
-        scaled = scaler.scale(loss)
-        if scaled.requires_grad:  # a batch may have no rows for this process
-            scaled.backward()
+        with torch.autocast(device_type=self.device.type, enabled=self.enable_amp):
+            loss = loss_func(batch.to(self.device))
+        if self._reducer is not None:
+            loss = loss * weight
+        scaler.scale(loss).backward()
         if self._reducer is not None:
             self._reducer.reduce()
         if self.clip_grad_norm:
@@ -167,13 +164,12 @@ class CompressedTrainer(Trainer):
         scaler.update()
         return loss.detach()
 
-    def _weight(self, batch: Interaction | None) -> float:
+    def _weight(self, batch: Interaction) -> float:
         """This process's part of the targets of a batch: its mean loss counts for so much."""
         if self._reducer is None:
             return 1.0
-        mine = 0 if batch is None else n_targets(batch)
-        everybody = group.total(torch.tensor(mine, dtype=torch.int64))
-        return mine / max(1, int(everybody))
+        mine = 0 if isinstance(batch, StandIn) else n_targets(batch)
+        return mine / int(group.total(torch.tensor(mine, dtype=torch.int64)))
 
     def _shown(
         self, batches: Iterable, epoch: int, done: int, n_steps: int, show_progress: bool

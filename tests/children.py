@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
 import threading
 from itertools import count
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from cprec_recbole.job import Job
 from cprec_recbole.journal import Journal
 from cprec_recbole.reducer import GradientReducer, clip_gradients
 from cprec_recbole.running import work
+from cprec_recbole.snapshot import Moment, restore, set_random_state, take
 from cprec_recbole.trainer import CompressedTrainer
 from tests.builders import World
 
@@ -165,6 +168,48 @@ def die_within_a_write(call: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     torch.save = half
+
+
+def parted_and_back() -> bool:
+    """Whether a training of rows that are spread over processes goes on as it would have."""
+    from torch.distributed.tensor import DTensor, Shard, init_device_mesh
+
+    rank = joined()
+    mesh = init_device_mesh("cpu", (group.size(),))
+
+    def trainer() -> Any:
+        torch.manual_seed(rank)
+        model = torch.nn.Linear(3, 5)  # 5 rows on two processes: 3 and 2
+        rows = torch.randn(3 - rank, 3)
+        model.weight = torch.nn.Parameter(
+            DTensor.from_local(rows, mesh, [Shard(0)], shape=(5, 3), stride=(3, 1))
+        )
+        model.other_parameter = model.load_other_parameter = lambda *state: None
+        return SimpleNamespace(
+            **{"model": model, "is_parted": True, "valid_data": None, "train_loss_dict": {}},
+            **{"cur_step": 0, "best_valid_score": 0.0, "best_valid_result": None},
+            optimizer=torch.optim.Adam([{"params": [p]} for p in model.parameters()], lr=0.1),
+            device=torch.device("cpu"),
+        )
+
+    def step(trainer: Any) -> torch.Tensor:
+        rows = trainer.model.weight.to_local()
+        trainer.optimizer.zero_grad()
+        (rows.sin().sum() + (trainer.model.bias * torch.rand(5)).sum()).backward()
+        trainer.optimizer.step()
+        return torch.cat([rows.detach().flatten(), trainer.model.bias.detach()])
+
+    one, other = trainer(), trainer()
+    step(one)
+    file = io.BytesIO()
+    state = take(one, Moment(0, 1, 0.0, torch.Generator().get_state(), {}))
+    torch.save(group.from_first(state), file)  # which the first process writes
+    file.seek(0)
+    wanted = step(one)
+    moment = restore(other, torch.load(file, weights_only=True), None)
+    set_random_state(moment.random or {}, other.device)
+    found = step(other)
+    return all(group.gather(torch.equal(wanted, found) and len(wanted) == 9 - 3 * rank + 5))
 
 
 def kill_before(owner: Any, name: str, call: int) -> None:

@@ -110,9 +110,10 @@ def test_two_processes_take_the_steps_of_one(world):
 
 
 def test_batches_with_fewer_rows_than_processes(world):
-    case = ("CpGRU4Rec", {**NO_DROPOUT["CpGRU4Rec"], "train_batch_size": 12, "epochs": 1})
+    options = {"MAX_ITEM_LIST_LENGTH": 40, "train_batch_size": 28}
+    case = ("CpGRU4Rec", {**NO_DROPOUT["CpGRU4Rec"], **options})
     (train, _, _) = world.loaders(world.config(*case[:1], **case[1]))
-    assert train.step == 2  # so the third process takes turns at having none
+    assert train.step == 2  # so the first process never has one, and the others always
     (other,) = launch(3, children.curves, world, [case])
     close(children.curves(world, [case])[0], other)
 
@@ -179,6 +180,10 @@ def test_clipping_is_by_the_norm_of_the_whole_gradient(norm_type):
     for number, (first, second) in enumerate(found):
         torch.testing.assert_close(first.to_dense(), whole[0].grad)
         torch.testing.assert_close(second, whole[1 + number].grad)
+
+
+def test_rows_that_are_spread_over_processes_are_kept_by_each():
+    assert launch(2, children.parted_and_back)
 
 
 @pytest.mark.parametrize("name", ["CpGRU4Rec", "SASRec"])
