@@ -78,7 +78,7 @@ class Journal:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CompressionError(
                 f"Expected {self.path} to be whole, but it is cut short or damaged: {reason} "
-                "Remove it to start afresh."
+                "Start afresh in another folder."
             ) from error
         if state["format"] != _FORMAT:
             raise CompressionError(

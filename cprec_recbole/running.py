@@ -126,14 +126,17 @@ def _into_folder(
 ) -> dict[str, Any]:
     """Train with everything in a folder, from where the run there stopped."""
     trainer.saved_model_file = str(folder / BEST)
-    state = None
+    unfinished = True
     if isinstance(trainer, CompressedTrainer) and job.saved:
         trainer.journal = Journal(folder, terms_of(config, loaders), checkpoint_steps(config))
         state = _state_of(trainer.journal, job) if job.resume else None
-    if state is not None and (folder / RESULT).is_file():
-        _say(job, f"The run in {folder} is finished; this is its result.")
-        return _read_result(folder / RESULT)
-    result = _fit(trainer, config, loaders, job, state)
+        if state is not None and (folder / RESULT).is_file():
+            _say(job, f"The run in {folder} is finished; this is its result.")
+            return _read_result(folder / RESULT)
+        if state is not None:
+            unfinished = trainer.resume(state, *loaders[:2])
+            del state  # as large as the model and its optimizer
+    result = _fit(trainer, config, loaders, job, unfinished)
     if group.is_first():
         text = json.dumps(result, indent=1)
         write_whole(folder / RESULT, lambda path: path.write_text(text + "\n", encoding="utf-8"))
@@ -141,11 +144,10 @@ def _into_folder(
 
 
 def _fit(
-    trainer: Any, config: Any, loaders: Any, job: Job, state: dict[str, Any] | None = None
+    trainer: Any, config: Any, loaders: Any, job: Job, unfinished: bool = True
 ) -> dict[str, Any]:
     """Train from where it is, test, and put RecBole's result together."""
     train_data, valid_data, test_data = loaders
-    unfinished = state is None or trainer.resume(state, train_data, valid_data)
     show = config["show_progress"]
     if unfinished:
         trainer.fit(
@@ -219,10 +221,15 @@ def _loaders(config: Config) -> tuple[Any, Any, Any]:
 def _state_of(journal: Journal, job: Job) -> dict[str, Any] | None:
     """What to go on with; None to start afresh."""
     state = journal.read()
+    best = journal.path.with_name(BEST)
+    for path in (best, journal.path.with_name(RESULT)) if state is None else ():
+        if path.is_file():
+            raise CompressionError(
+                f"Expected {LAST} beside {path}, but it is missing; start afresh in another folder."
+            )
     if state is None:
         _say(job, f"There is nothing to resume in {job.out} yet: starting afresh.")
         return None
-    best = journal.path.with_name(BEST)
     if state["best_valid_result"] is not None and not best.is_file():
         raise CompressionError(
             f"Expected {best} beside {LAST}, but it is missing; start afresh in another folder."

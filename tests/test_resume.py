@@ -172,10 +172,17 @@ def test_a_result_that_is_cut_short_is_named(world, whole, tmp_path):
         train(replace(a_job(world, "dropout", out), resume=True))
 
 
-def test_the_best_weights_are_missed(world, whole, tmp_path):
+@pytest.mark.parametrize(
+    ("missing", "match"),
+    [
+        ("best.pth", r"best\.pth beside last\.pth, but it is missing"),
+        ("last.pth", r"last\.pth beside .*best\.pth, but it is missing"),
+    ],
+)
+def test_a_file_that_is_missing_is_named(world, whole, tmp_path, missing, match):
     out = shutil.copytree(whole["dropout"], tmp_path / "out")
-    (out / "best.pth").unlink()
-    with pytest.raises(CompressionError, match=r"best\.pth beside last\.pth, but it is missing"):
+    (out / missing).unlink()
+    with pytest.raises(CompressionError, match=match):
         train(replace(a_job(world, "dropout", out), resume=True))
 
 
