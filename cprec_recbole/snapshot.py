@@ -120,10 +120,11 @@ def _spread_moments(optimizer: Any) -> None:
 
 def random_state(device: torch.device) -> dict[str, Any]:
     """The states of all generators that a training draws from."""
+    version, words, gauss = random.getstate()
     numpy_state: Any = np.random.get_state()
     name, keys, *others = numpy_state
     return {
-        "python": random.getstate(),
+        "python": (version, torch.tensor(words), gauss),
         "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *others),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
@@ -132,8 +133,9 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     """Put the states back that `random_state` gave."""
+    version, words, gauss = state["python"]
     name, keys, *others = state["numpy"]
-    random.setstate(state["python"])
+    random.setstate((version, tuple(words.tolist()), gauss))
     np.random.set_state((name, keys.numpy().astype(np.uint32), *others))
     torch.set_rng_state(state["torch"])
     if device.type == "cuda" and state["cuda"] is not None:

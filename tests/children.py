@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch._dynamo  # which the first optimizer imports: better before a process is forked
 import torch.distributed as dist
 from recbole.utils import get_model, get_trainer, init_seed
 
