@@ -58,7 +58,7 @@ def end_one(how: str) -> None:
 
 def start_two(pipe: Any) -> None:
     """Start two processes that wait for ever."""
-    processes.START_METHOD = "forkserver"
+    processes.START_METHOD = "fork"  # of a process that is fresh
     processes.launch(2, wait_for_ever, pipe)
 
 
