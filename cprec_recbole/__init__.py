@@ -19,6 +19,7 @@ from cprec_recbole.models import (  # noqa: E402
 from cprec_recbole.partition import Partition  # noqa: E402
 from cprec_recbole.pretrained import load_pretrained  # noqa: E402
 from cprec_recbole.recover import recover  # noqa: E402
+from cprec_recbole.running import run  # noqa: E402
 from cprec_recbole.softmax import FullSoftmax, TreeSoftmax  # noqa: E402
 from cprec_recbole.topk import TopK  # noqa: E402
 from cprec_recbole.vocabulary import Vocabulary  # noqa: E402
@@ -42,5 +43,6 @@ __all__ = [
     "load_data_and_model",
     "load_pretrained",
     "recover",
+    "run",
     "run_recbole",
 ]

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from cprec_recbole.config import CompressionError
+from cprec_recbole.files import flush
 
 FORMAT = "cprec_recbole"
 FORMAT_VERSION = 1
@@ -59,9 +60,9 @@ def write_folder(
         header["checksum"] = _checksum(header)
         temporary = out / f".cprec-config-{os.getpid()}.tmp"
         temporary.write_text(json.dumps(header, indent=1, ensure_ascii=False), encoding="utf-8")
-        _flush(temporary)
+        flush(temporary)
         os.replace(temporary, out / _CONFIG)
-        _flush(out)
+        flush(out)
         _remove_others(out, {entry["name"] for entry in files.values()})
     except OSError as error:
         raise CompressionError(
@@ -108,7 +109,7 @@ def _put(out: Path, kind: str, write: Callable[[Path], Any]) -> dict[str, Any]:
     temporary = out / f".cprec-{kind}-{os.getpid()}.tmp"
     try:
         write(temporary)
-        _flush(temporary)
+        flush(temporary)
         digest = _digest(temporary)
         size = temporary.stat().st_size
         name = f"{kind}-{digest[:16]}{_KINDS[kind]}"
@@ -186,18 +187,6 @@ def _digest(path: Path) -> str:
         while piece := file.read(2**20):
             digest.update(piece)
     return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Have the system write a file or a folder to its disk."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except PermissionError:  # a folder, on Windows
-        return
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove_others(out: Path, names: set[str]) -> None:

@@ -8,7 +8,6 @@ of the process.
 from __future__ import annotations
 
 import difflib
-import functools
 import importlib
 import sys
 import warnings
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 
 from cprec_recbole.config import CompressionConfig, reject_unknown
+from cprec_recbole.patching import replace
 
 _REMOVED_FROM_NUMPY = {
     "bool": np.bool_,
@@ -110,15 +110,6 @@ def _ray_if_possible() -> Iterator[None]:
         yield
 
 
-def _replace(owner: Any, name: str, make: Callable[[Callable], Callable]) -> None:
-    """Replace a function of RecBole's by one made from it; a second time changes nothing."""
-    original = getattr(owner, name)
-    if not hasattr(original, "_cprec_original"):
-        replacement = functools.wraps(original)(make(original))
-        replacement._cprec_original = original  # type: ignore[attr-defined]
-        setattr(owner, name, replacement)
-
-
 def _without_numpy_patching(original: Callable) -> Callable:
     def compatibility_settings(self: Any) -> None:
         adapt_recbole_modules()  # RecBole would put removed names back into NumPy for everybody
@@ -147,9 +138,10 @@ def _compression_defaults(given: dict[str, Any], defaults: dict[str, Any]) -> di
     from cprec_recbole.models import check_objective
 
     names = CompressionConfig.option_names()
+    known = (*names, "checkpoint_steps")
     for name in given:
-        if name not in defaults and name not in names:
-            _reject_misspelling(name, names)
+        if name not in defaults and name not in known:
+            _reject_misspelling(name, known)
     compression = CompressionConfig(**{name: given[name] for name in names if name in given})
     check_objective(compression, given.get("loss_type", defaults.get("loss_type", "CE")))
     return {name: getattr(CompressionConfig(), name) for name in names}
@@ -253,21 +245,26 @@ def register() -> None:
     from recbole.config import Config
     from recbole.data.dataset import Dataset
     from recbole.model.abstract_recommender import SequentialRecommender
-    from recbole.utils.argument_list import dataset_arguments
+    from recbole.utils.argument_list import dataset_arguments, training_arguments
 
+    from cprec_recbole import recbole_processes
     from cprec_recbole.models import MODELS
+    from cprec_recbole.recbole_run import starting_the_plugin_too
 
     adapt_recbole_modules()
     for message in ("The given NumPy array is not writable", r".*GradScaler\(args"):
         warnings.filterwarnings("ignore", message=message, module=r"recbole\.")
-    _replace(Config, "compatibility_settings", _without_numpy_patching)
-    _replace(Config, "_load_internal_config_dict", _with_parent_defaults)
-    _replace(Dataset, "_fill_nan", _with_working_fillna)
-    _replace(SequentialRecommender, "__init__", _with_remembered_counts)
-    _replace(recbole.data.utils, "get_dataloader", _with_positions_loader)
+    replace(Config, "compatibility_settings", _without_numpy_patching)
+    replace(Config, "_load_internal_config_dict", _with_parent_defaults)
+    replace(Dataset, "_fill_nan", _with_working_fillna)
+    replace(SequentialRecommender, "__init__", _with_remembered_counts)
+    replace(recbole.data.utils, "get_dataloader", _with_positions_loader)
     for module in (recbole.quick_start, recbole.quick_start.quick_start):
-        _replace(module, "load_data_and_model", lambda original: _load_data_and_model)
+        replace(module, "load_data_and_model", lambda original: _load_data_and_model)
+        replace(module, "run", starting_the_plugin_too)
+    recbole_processes.adapt()
     if "training" not in dataset_arguments:  # a saved dataset is reused only where these agree
         dataset_arguments.append("training")
+        training_arguments.append("checkpoint_steps")
     for model_class in MODELS:
         _register_model(model_class)

@@ -47,21 +47,21 @@ class World:
         (folder / cls.name / f"{cls.name}.inter").write_text("\n".join(lines) + "\n")
         return cls(str(folder))
 
+    def options(self, model: str, **options: Any) -> dict[str, Any]:
+        """RecBole's options for a small model on this data set."""
+        return {
+            "data_path": self.data_path,
+            "load_col": {"inter": ["user_id", "item_id", "timestamp"]},
+            "MAX_ITEM_LIST_LENGTH": 8,
+            "show_progress": False,
+            "epochs": 1,
+            "train_batch_size": 64,
+            **SMALL.get(model.removeprefix("Cp"), {}),
+            **options,
+        }
+
     def config(self, model: str, **options: Any):
-        return recbole_config(
-            model,
-            self.name,
-            {
-                "data_path": self.data_path,
-                "load_col": {"inter": ["user_id", "item_id", "timestamp"]},
-                "MAX_ITEM_LIST_LENGTH": 8,
-                "show_progress": False,
-                "epochs": 1,
-                "train_batch_size": 64,
-                **SMALL[model.removeprefix("Cp")],
-                **options,
-            },
-        )
+        return recbole_config(model, self.name, self.options(model, **options))
 
     def loaders(self, config):
         return data_preparation(config, create_dataset(config))

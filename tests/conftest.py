@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import cprec_recbole  # noqa: F401  (registers the models)
+from cprec_recbole import processes
 from tests.builders import HOSTS, World, train
 
 
@@ -45,6 +47,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 def trained(world: World):
     """RecBole's three models by name, trained for a while; not to be changed."""
     return {name: train(world.model(name), world, name) for name in HOSTS}
+
+
+@pytest.fixture(scope="module")
+def ready_processes():
+    """Processes off a server that has imported everything, in place of ones that import it."""
+    multiprocessing.set_forkserver_preload(["tests.children"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "START_METHOD", "forkserver")
+        yield
 
 
 @pytest.fixture(params=HOSTS)

@@ -1,12 +1,14 @@
 """The evaluating trainer against RecBole's own."""
 
+from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 from recbole.trainer import Trainer
 from recbole.utils import get_model, get_trainer, init_seed
 
-from cprec_recbole import softmax, trainer
+from cprec_recbole import collector, softmax
 from cprec_recbole.host import recbole_config
 from cprec_recbole.trainer import CompressedTrainer
 from tests.builders import HOSTS
@@ -83,7 +85,7 @@ def test_dense_scores_of_a_few_rows_at_a_time_where_a_metric_needs_them(movielen
 
     options = config(metrics=["GAUC"], valid_metric="GAUC")
     with (
-        mock.patch.object(trainer, "_SCORES", 7 * model.n_items),
+        mock.patch.object(collector, "_SCORES", 7 * model.n_items),
         mock.patch.object(softmax.SoftmaxHead, "scores", scores),
         mock.patch.object(type(model.head), "scores", scores),
     ):
@@ -98,3 +100,66 @@ def test_recbole_finds_it_for_the_compressed_models_alone(host):
 
     assert get_trainer(ModelType.SEQUENTIAL, f"Cp{host}") is CompressedTrainer
     assert get_trainer(ModelType.SEQUENTIAL, host) is Trainer
+
+
+def fitted(world, name, epoch, **options):
+    """A small model after RecBole's `fit` with some `_train_epoch`, and the losses."""
+    config = world.config(name, epochs=2, **options)
+    init_seed(config["seed"], True)
+    train, valid, _ = world.loaders(config)
+    model = get_model(name)(config, train._dataset)
+    runner = CompressedTrainer(config, model)
+    with mock.patch.object(CompressedTrainer, "_train_epoch", epoch):
+        runner.fit(train, valid, saved=False, verbose=False)
+    return model.state_dict(), runner.train_loss_dict
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("CpNextItNet", {"softmax": "tree"}),
+        ("CpSASRec", {"clip_grad_norm": {"max_norm": 0.3}}),
+        ("CpSASRec", {"enable_amp": True, "show_progress": True}),
+        ("CpGRU4Rec", {"training": "last_position", "loss_type": "BPR"}),
+    ],
+)
+def test_an_epoch_is_recboles_bit_by_bit(world, name, options):
+    ours = fitted(world, name, CompressedTrainer._train_epoch, **options)
+    theirs = fitted(world, name, Trainer._train_epoch, **options)
+    assert ours[1] == theirs[1]
+    assert all(torch.equal(value, theirs[0][key]) for key, value in ours[0].items())
+
+
+def test_a_loss_that_is_no_number_ends_the_training_in_its_epoch(world):
+    config = world.config("CpGRU4Rec", epochs=9)
+    train, _, _ = world.loaders(config)
+    model = get_model("CpGRU4Rec")(config, train._dataset)
+    losses = mock.Mock(side_effect=lambda batch: model.position_loss(*bad(len(batch))))
+
+    def bad(n):
+        return torch.full((n, 16), float("nan")), torch.ones(n, dtype=torch.int64)
+
+    with (
+        mock.patch.object(model, "calculate_loss", losses),
+        pytest.raises(ValueError, match="Training loss is nan"),
+    ):
+        CompressedTrainer(config, model).fit(train, saved=False, verbose=False)
+    assert losses.call_count == len(train)
+
+
+def test_a_checkpoint_is_whole_at_every_moment(world, tmp_path):
+    config = world.config("CpGRU4Rec", checkpoint_dir=str(tmp_path))
+    train, _, _ = world.loaders(config)
+    runner = CompressedTrainer(config, get_model("CpGRU4Rec")(config, train._dataset))
+    runner._save_checkpoint(0, verbose=False)
+    file = Path(runner.saved_model_file)
+    before = file.read_bytes()
+
+    def half(state, path, **options):
+        path.write_bytes(before[: len(before) // 2])
+        raise OSError("disk full")
+
+    with mock.patch.object(torch, "save", half), pytest.raises(OSError, match="disk full"):
+        runner._save_checkpoint(1, verbose=False)
+    assert file.read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 1

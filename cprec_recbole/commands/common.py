@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -27,16 +26,6 @@ TABLE_WIDTH = 140
 def console() -> Console:
     """A terminal as wide as it is; a file or a pipe as wide as the tables are."""
     return Console() if sys.stdout.isatty() else Console(width=TABLE_WIDTH)
-
-
-def make_folder(out: Path) -> None:
-    """Make a folder for results; a CompressionError where that cannot be."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CompressionError(
-            f"Expected `out` to be a folder that can be written, but got {out}: {error.strerror}."
-        ) from error
 
 
 def add_compression(parser: argparse.ArgumentParser, *, training: bool = True) -> None:

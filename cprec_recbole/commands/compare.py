@@ -21,11 +21,11 @@ from cprec_recbole.commands.common import (
     add_compression,
     console,
     given_options,
-    make_folder,
 )
 from cprec_recbole.compare import Experiment, as_markdown, as_table, contenders, save
 from cprec_recbole.compare.results import as_json
 from cprec_recbole.config import CompressionConfig
+from cprec_recbole.files import make_folder
 
 
 def add_parser(commands: Any) -> None:

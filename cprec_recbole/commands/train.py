@@ -1,0 +1,82 @@
+"""`cprec train`: train and test a model, on one process or several; or go on where it stopped."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from rich.table import Table
+
+from cprec_recbole.commands.common import add_compression, console, given_options
+from cprec_recbole.group import Place
+from cprec_recbole.job import Job
+from cprec_recbole.running import train
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to `cprec`."""
+    parser = commands.add_parser(
+        "train",
+        help="train and test a model, on one process or several",
+        description="Train and test a model, one of ours or one of RecBole's own, on one process "
+        "or several (--nproc, or under torchrun). Any further --name=value is passed on to "
+        "RecBole.",
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("--model", required=True, metavar="{CpSASRec,...,SASRec,...}")
+    parser.add_argument(
+        "--dataset", default="ml-100k", help="RecBole's name (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--nproc", type=int, metavar="N", help="processes to start on this machine (default: 1)"
+    )
+    parser.add_argument("--out", metavar="FOLDER", help="for best.pth, last.pth and result.json")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the run in --out, where it stopped"
+    )
+    add_compression(parser)
+
+
+def run(options: argparse.Namespace, passed_on: dict[str, Any], command: str) -> int:
+    """Train, and print a line an epoch and the table of metrics."""
+    job = Job(
+        options.model,
+        options.dataset,
+        tuple(options.config),
+        {"show_progress": False, **passed_on, **given_options(options)},
+        out=options.out,
+        resume=options.resume,
+        on_epoch=print_epoch,
+        say=print_line,
+        logs=False,
+    )
+    result = train(job, options.nproc)
+    place = Place.from_environment()
+    if place is None or place.rank == 0:  # torchrun starts this command several times
+        screen = console()
+        screen.print(_table(options.model, options.dataset, result))
+        if options.out is not None:
+            screen.print(f"Written: {options.out}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def print_epoch(epoch: int, loss: float, score: float) -> None:
+    """A line for an epoch, from 0: the sum of its steps' losses, and RecBole's `valid_metric`."""
+    print_line(f"epoch {epoch + 1}: training loss {loss:.4f}, valid {score:.4f}")
+
+
+def print_line(text: str) -> None:
+    """A line that is seen at once, also through a pipe."""
+    console().print(text, highlight=False, soft_wrap=True)
+
+
+def _table(model: str, dataset: str, result: dict[str, Any]) -> Table:
+    table = Table(title=f"{model} on {dataset}")
+    for name in ("metric", "valid", "test"):
+        table.add_column(name, justify="left" if name == "metric" else "right")
+    valid, test = result["best_valid_result"] or {}, result["test_result"] or {}
+    for metric in test or valid:
+        numbers = [found.get(metric) for found in (valid, test)]
+        table.add_row(metric, *("" if n is None else f"{n:.4f}" for n in numbers))
+    return table

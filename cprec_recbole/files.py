@@ -1,0 +1,94 @@
+"""Files that are whole at every moment: written beside, flushed, then put in place in one step."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+from cprec_recbole.config import CompressionError
+
+
+def make_folder(out: Path) -> None:
+    """Make a folder for results; a CompressionError where that cannot be."""
+    reason = "it cannot be written"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if os.access(out, os.W_OK | os.X_OK):
+            return
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+    raise CompressionError(
+        f"Expected `out` to be a folder that can be written, but got {out}: {reason}."
+    )
+
+
+def flush(path: Path) -> None:
+    """Have the system write a file or a folder to its disk."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:  # a folder, on Windows
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file so that a crash at any moment leaves the old one or the new one.
+
+    Args:
+        path: the file; what it held stays valid until the last step.
+        write: writes a file of the name it is given.
+
+    Raises:
+        OSError: a folder that cannot be written, a full disk.
+    """
+    temporary = path.with_name(f".{path.name}-{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        flush(temporary)
+        os.replace(temporary, path)
+        flush(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what runs that were killed while they wrote a file left beside it."""
+    for left in path.parent.glob(f".{path.name}-*.tmp"):
+        left.unlink(missing_ok=True)
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Within: no other process that asks for it gets this folder; given back when a process dies.
+
+    Raises:
+        CompressionError: another process has it.
+    """
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise CompressionError(
+            f"Expected `out` to be a folder that no other run writes to, but one does: {folder}."
+        ) from None
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(descriptor)

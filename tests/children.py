@@ -1,0 +1,225 @@
+"""What the tests have other processes do; a function here goes to them by its name."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import sys
+import threading
+from itertools import count
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch._dynamo  # which the first optimizer imports: better before a process is forked
+import torch.distributed as dist
+from recbole.utils import get_model, get_trainer, init_seed
+
+from cprec_recbole import CompressionError, group, processes
+from cprec_recbole.job import Job
+from cprec_recbole.journal import Journal
+from cprec_recbole.reducer import GradientReducer, clip_gradients
+from cprec_recbole.running import work
+from cprec_recbole.snapshot import Moment, restore, set_random_state, take
+from cprec_recbole.trainer import CompressedTrainer
+from tests.builders import World
+
+
+def joined() -> int:
+    """Join the group without RecBole; returns the rank."""
+    place = group.expected()
+    assert place is not None
+    group.join(place, gpus=False)
+    return place.rank
+
+
+def places() -> list[tuple[int, int, float]]:
+    rank = joined()
+    total = float(group.total(torch.tensor(rank + 1.0)))
+    return group.gather((rank, group.size(), total))
+
+
+def end_one(how: str) -> None:
+    """The second process ends in some way, while the others wait for it."""
+    if joined() == 1:
+        if how == "error":
+            raise CompressionError("Expected `x` to be 1.")
+        if how == "defect":
+            raise KeyError("no such thing")
+        if how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how == "segfault":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if how == "exit":
+            sys.exit(3)
+    dist.all_reduce(torch.zeros(1))
+
+
+def start_two(pipe: Any) -> None:
+    """Start two processes that wait for ever."""
+    processes.START_METHOD = "fork"  # of a process that is fresh
+    processes.launch(2, wait_for_ever, pipe)
+
+
+def wait_for_ever(pipe: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as where a shell has started it with `&`
+    pipe.send(joined())
+    threading.Event().wait()
+
+
+def curves(world: World, cases: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Train each model; what came of it."""
+    return [curve(world, name, options) for name, options in cases]
+
+
+def curve(world: World, name: str, options: dict[str, Any]) -> dict[str, Any]:
+    config = world.config(name, **options)
+    init_seed(config["seed"], True)
+    train, valid, test = world.loaders(config)
+    init_seed(config["seed"] + config["local_rank"], True)
+    model = get_model(name)(config, train._dataset)
+    trainer = get_trainer(config["MODEL_TYPE"], name)(config, model)
+    trainer.fit(train, valid, saved=False, verbose=False)
+    return {
+        "losses": list(trainer.train_loss_dict.values()),
+        "weights": {key: value.clone() for key, value in model.state_dict().items()},
+        "valid": dict(trainer.best_valid_result),
+        "test": dict(trainer.evaluate(test, load_best_model=False)),
+    }
+
+
+def summed(grads: list[list[Any]]) -> list[torch.Tensor | None]:
+    """The sums of gradients, process by process; the last parameter is left out."""
+    rank = joined()
+    parameters = [torch.nn.Parameter(torch.zeros(5, 2)) for _ in grads[rank]]
+    for parameter, grad in zip(parameters, grads[rank]):
+        parameter.grad = None if grad is None else grad.clone()  # the test's memory is shared
+    GradientReducer(parameters, parameters[-1:]).reduce()
+    found = [parameter.grad for parameter in parameters]
+    assert all(str(others) == str(found[:-1]) for others in group.gather(found[:-1]))
+    return found
+
+
+def clipped(grads: list[list[Any]], norm_type: float) -> tuple[list[list[Any]], float]:
+    """Gradients after clipping to .5, and the norm before, where the last are parts of one."""
+    rank = joined()
+    parameters = [torch.nn.Parameter(torch.zeros(5, 2)) for _ in grads[rank]]
+    for parameter, grad in zip(parameters, grads[rank]):
+        parameter.grad = grad.clone()
+    norm = clip_gradients(parameters, 0.5, norm_type, parted=parameters[-1:])
+    return group.gather([parameter.grad for parameter in parameters]), float(norm)
+
+
+def metrics(world: World, cases: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The test metrics of models that are the same in every process, without any training."""
+    found = []
+    for name, options in cases:
+        config = world.config(name, **options)
+        init_seed(config["seed"], True)
+        train, _, test = world.loaders(config)
+        init_seed(3, True)
+        model = get_model(name)(config, train._dataset)
+        trainer = get_trainer(config["MODEL_TYPE"], name)(config, model)
+        trainer.eval_collector.data_collect(train)
+        found.append(dict(trainer.evaluate(test, load_best_model=False)))
+    return found
+
+
+def carry_out(jobs: list[Job], alone: bool = True) -> list[dict[str, Any]]:
+    """The results of jobs, one after the other."""
+    if alone:
+        group.expect(None)
+    return [work(job) for job in jobs]
+
+
+def carry_out_and_die(job: Job, death: str, alone: bool = True) -> None:
+    """A job whose last process is killed at some moment.
+
+    Args:
+        job: what to carry out.
+        death: `half N` in the middle of the N-th writing of a file of ours; `name N` before the
+            N-th call of that function.
+        alone: whether it is one process's.
+    """
+    place = group.expected()
+    assert place is not None
+    if alone:
+        group.expect(None)
+    name, call = death.split()
+    if place.rank == place.size - 1:
+        if name == "half":
+            die_within_a_write(int(call))
+        else:
+            owner = next(
+                owner for owner in (CompressedTrainer, Journal, os) if hasattr(owner, name)
+            )
+            kill_before(owner, name, int(call))
+    work(job)
+
+
+def die_within_a_write(call: int) -> None:
+    """Have this process killed when half of the `call`-th file is written."""
+    original, calls = torch.save, count(1)
+
+    def half(state: Any, file: Any, **options: Any) -> None:
+        original(state, file, **options)
+        if next(calls) == call:
+            os.truncate(file, os.path.getsize(file) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.save = half
+
+
+def parted_and_back() -> bool:
+    """Whether a training of rows that are spread over processes goes on as it would have."""
+    from torch.distributed.tensor import DTensor, Shard, init_device_mesh
+
+    rank = joined()
+    mesh = init_device_mesh("cpu", (group.size(),))
+
+    def trainer() -> Any:
+        torch.manual_seed(rank)
+        model = torch.nn.Linear(3, 5)  # 5 rows on two processes: 3 and 2
+        rows = torch.randn(3 - rank, 3)
+        model.weight = torch.nn.Parameter(
+            DTensor.from_local(rows, mesh, [Shard(0)], shape=(5, 3), stride=(3, 1))
+        )
+        model.other_parameter = model.load_other_parameter = lambda *state: None
+        return SimpleNamespace(
+            **{"model": model, "is_parted": True, "valid_data": None, "train_loss_dict": {}},
+            **{"cur_step": 0, "best_valid_score": 0.0, "best_valid_result": None},
+            optimizer=torch.optim.Adam([{"params": [p]} for p in model.parameters()], lr=0.1),
+            device=torch.device("cpu"),
+        )
+
+    def step(trainer: Any) -> torch.Tensor:
+        rows = trainer.model.weight.to_local()
+        trainer.optimizer.zero_grad()
+        (rows.sin().sum() + (trainer.model.bias * torch.rand(5)).sum()).backward()
+        trainer.optimizer.step()
+        return torch.cat([rows.detach().flatten(), trainer.model.bias.detach()])
+
+    one, other = trainer(), trainer()
+    step(one)
+    file = io.BytesIO()
+    state = take(one, Moment(0, 1, 0.0, torch.Generator().get_state(), {}))
+    torch.save(group.from_first(state), file)  # which the first process writes
+    file.seek(0)
+    wanted = step(one)
+    moment = restore(other, torch.load(file, weights_only=True), None)
+    set_random_state(moment.random or {}, other.device)
+    found = step(other)
+    return all(group.gather(torch.equal(wanted, found) and len(wanted) == 9 - 3 * rank + 5))
+
+
+def kill_before(owner: Any, name: str, call: int) -> None:
+    """Have this process killed when a function is called for the `call`-th time."""
+    original, calls = getattr(owner, name), count(1)
+
+    def deadly(*arguments: Any, **others: Any) -> Any:
+        if next(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **others)
+
+    setattr(owner, name, deadly)

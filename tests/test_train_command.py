@@ -1,0 +1,93 @@
+"""`cprec train`: on one process, on several, under torchrun."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from cprec_recbole.cli import main
+from tests.builders import World
+
+pytestmark = pytest.mark.usefixtures("ready_processes")
+
+
+def arguments(world: World, model: str, **options) -> list[str]:
+    """The command for a small model on made-up data."""
+    given = world.options(model, **options)
+    named = [f"--{name}={yaml.safe_dump(value).strip()}" for name, value in given.items()]
+    named = [text.replace("\n...", "").replace("\n", " ") for text in named]
+    inter = "--load_col={inter: [user_id, item_id, timestamp]}"
+    kept = [text for text in named if not text.startswith("--load_col")]
+    return ["train", "--model", model, "--dataset", world.name, inter, *kept]
+
+
+def test_it_prints_a_line_an_epoch_and_the_metrics(world, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = arguments(world, "CpGRU4Rec", epochs=2, metrics=["NDCG"], valid_metric="NDCG@10")
+    assert main([*command, "--ranks=8,4", "--cutoffs=10", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    lines = printed.splitlines()
+    assert [line.split(":")[0] for line in lines[:2]] == ["epoch 1", "epoch 2"]
+    result = json.loads((out / "result.json").read_text())
+    (row,) = (line for line in lines if "ndcg@10" in line)
+    shown = [float(cell) for cell in row.split("│")[2:4]]
+    assert shown == [
+        pytest.approx(result[part]["ndcg@10"], abs=5e-5)
+        for part in ("best_valid_result", "test_result")
+    ]
+    assert result["best_valid_score"] == pytest.approx(float(lines[1].split()[-1])) or (
+        result["best_valid_score"] == pytest.approx(float(lines[0].split()[-1]))
+    )
+    assert main([*command, "--ranks=8,4", "--cutoffs=10", "--out", str(out), "--resume"]) == 0
+    assert "finished" in capsys.readouterr().out
+    assert main([*command, "--ranks=8,2", "--cutoffs=10", "--out", str(out), "--resume"]) == 2
+    assert "`ranks` to be [8, 4], with which the run began, but got [8, 2]" in (
+        capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("how", ["nproc", "torchrun"])
+def test_two_processes_write_and_print_once(world, how, tmp_path, capfd):
+    command = arguments(world, "CpGRU4Rec")
+    if how == "nproc":
+        assert main([*command, "--nproc", "2", "--out", str(tmp_path / "out")]) == 0
+        printed = capfd.readouterr().out
+    else:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        done = subprocess.run(
+            [sys.executable, *launcher, "-m", "cprec_recbole.cli", *command, "--out=out"],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        printed = done.stdout
+        assert printed.count("epoch 1: training loss") == 1
+    assert printed.count("ndcg@10") == 1
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *("best.pth", "last.pth", "result.json")
+    }
+
+
+@pytest.mark.parametrize(
+    ("more", "match"),
+    [
+        (["--nproc", "0"], "`nproc` to be a whole number, 1 or more, but got 0"),
+        (["--resume"], "`resume` with the `out` folder"),
+        (["--rank=8,4"], "did you mean `ranks`"),
+        (["--model", "Nothing"], "`model` to be one of CpNextItNet"),
+        (["--checkpoint_steps=2"], "`checkpoint_steps` with an `out` folder"),
+        (["--checkpoint_step=2"], "did you mean `checkpoint_steps`"),
+        (["--out", "/dev/null/x"], "`out` to be a folder that can be written"),
+    ],
+)
+def test_bad_arguments_are_one_line(world, capsys, more, match):
+    assert main([*arguments(world, "CpSASRec"), *more]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("cprec: ")
+    assert match in line
