@@ -76,6 +76,16 @@ class PositionsDataset(InteractionsDataset):
             )
         return [train, *others]
 
+    def sort(self, by: str | list[str], ascending: bool | list[bool] = True) -> None:
+        """Sort the interactions, equal ones in the order they had, as RecBole does."""
+        names = [by] if isinstance(by, str) else list(by)
+        feat = self.inter_feat
+        if ascending is not True or any(name not in feat or feat[name].dim() > 1 for name in names):
+            super().sort(by, ascending)
+            return
+        for name in reversed(names):
+            feat._reindex(torch.from_numpy(splits.stable_order(feat[name].numpy())))
+
     def leave_one_out(self, group_by: str | None, leave_one_mode: str) -> list[SequentialDataset]:
         """Split off each group's last rows, as RecBole does."""
         if group_by is None:
@@ -84,7 +94,9 @@ class PositionsDataset(InteractionsDataset):
         lengths = splits.leave_one_out(groups.sizes, leave_one_mode)
         if lengths is None:
             return super().leave_one_out(group_by, leave_one_mode)
-        return self._divide(groups.cut(lengths))
+        parts = groups.cut(lengths)
+        del groups  # as large as all parts together
+        return self._divide(parts)
 
     def split_by_ratio(
         self, ratios: list[float], group_by: str | None = None
@@ -119,7 +131,7 @@ class PositionsDataset(InteractionsDataset):
         self._drop_unused_col()
         others = [self.copy(_take(self.inter_feat, rows)) for rows in parts[1:]]
         rows = parts[0]
-        by_time = rows[np.argsort(self.inter_feat[_END].numpy()[rows])]  # and by user
+        by_time = rows[splits.stable_order(self.inter_feat[_END].numpy()[rows])]  # and by user
         train = self.copy(
             self._windows_of(by_time) if self._windows else _take(self.inter_feat, rows)
         )
@@ -196,9 +208,11 @@ def window_rows(users: np.ndarray, length: int) -> np.ndarray:
     """
     is_last = np.ones(len(users), dtype=bool)
     is_last[:-1] = users[1:] != users[:-1]
-    index = np.arange(len(users))
-    newest = np.minimum.accumulate(np.where(is_last, index, len(users))[::-1])[::-1]
-    return np.flatnonzero((newest - index) % length == 0)
+    lasts = np.flatnonzero(is_last)
+    n_windows = -(-np.diff(lasts, prepend=-1) // length)
+    ends = np.cumsum(n_windows)
+    n_newer = np.repeat(ends, n_windows) - np.arange(1, n_windows.sum() + 1)  # of the same user
+    return np.repeat(lasts, n_windows) - n_newer * length
 
 
 class PositionsDataLoader(TrainDataLoader):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+import torch
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,19 @@ class Groups:
         """Rows with the same value, `[n]`, are a group."""
         codes, values = pd.factorize(values)
         sizes = np.bincount(codes, minlength=len(values))
-        return cls(np.argsort(codes, kind="stable"), sizes)
+        return cls(stable_order(codes.astype(np.int32)), sizes)
 
     def cut(self, lengths: np.ndarray) -> list[np.ndarray]:
         """The rows of each part, from the lengths of the runs, `[n_groups, n_parts]`."""
         n_groups, n_parts = lengths.shape
         parts = np.repeat(np.tile(np.arange(n_parts, dtype=np.int16), n_groups), lengths.ravel())
         return [self.rows[parts == part] for part in range(n_parts)]
+
+
+def stable_order(keys: np.ndarray) -> np.ndarray:
+    """Row numbers by key, equal keys in the order they had, `[n]`. PyTorch sorts whole numbers by
+    their digits, NumPy compares them: at ten million a quarter of the time."""
+    return torch.from_numpy(keys).argsort(stable=True).numpy()
 
 
 def leave_one_out(sizes: np.ndarray, mode: str) -> np.ndarray | None:
