@@ -1,4 +1,4 @@
-"""Reading interactions: RecBole's atomic files and filters, without a Python object for each row.
+"""RecBole's atomic files, filters and orders of interactions, without an object for each row.
 
 RecBole reads with pandas' Python parser, keeps a string for every token of every row and counts in
 Python. Here the C parser reads, and token columns are pandas categories until they become ids. The
@@ -11,8 +11,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from recbole.data.dataset import SequentialDataset
 from recbole.utils import FeatureSource, FeatureType
+
+from cprec_recbole.splits import stable_order
 
 _DTYPES: dict[FeatureType, type] = {FeatureType.TOKEN: object, FeatureType.FLOAT: np.float64}
 _SEPARATORS = "\t,;|"
@@ -33,38 +36,36 @@ class InteractionsDataset(SequentialDataset):
 
     def _load_feat(self, filepath: str, source: Any) -> Any:
         kinds = self._simple_columns(filepath, source)
-        encoding, separator = self.config["encoding"], self.config["field_separator"]
-        if kinds and encoding in (None, "utf-8") and is_simple(filepath, separator):
-            types = {name: _DTYPES[kind] for name, kind in kinds.items()}
-            try:
-                frame = read_columns(filepath, separator, types)
-            except (
-                ValueError
-            ):  # of pandas: RecBole's own reading knows better, or says what is wrong
-                return super()._load_feat(filepath, source)
-            fields = []
-            for name, kind in kinds.items():
-                field = name.split(":")[0]
-                self.set_field_property(field, kind, source, 1)
-                if kind == FeatureType.FLOAT:
-                    self.field2bucketnum[field] = 2
-                fields.append(field)
-            frame.columns = fields
-            return frame
-        return super()._load_feat(filepath, source)
+        if not kinds or not is_simple(filepath, self.config["field_separator"]):
+            return super()._load_feat(filepath, source)
+        types = {name: _DTYPES[kind] for name, kind in kinds.items()}
+        try:
+            frame = read_columns(filepath, self.config["field_separator"], types)
+        except ValueError:  # RecBole's own reading knows a way, or says what is wrong
+            return super()._load_feat(filepath, source)
+        frame.columns = [name.split(":")[0] for name in kinds]
+        for field, kind in zip(frame.columns, kinds.values()):
+            self.set_field_property(field, kind, source, 1)
+            if kind == FeatureType.FLOAT:
+                self.field2bucketnum[field] = 2
+        return frame
 
     def _simple_columns(self, filepath: str, source: Any) -> dict[str, FeatureType]:
         """The columns to load and their types, as the header names them; empty where RecBole's own
         reading has to do it."""
-        if source != FeatureSource.INTERACTION or self.benchmark_filename_list is not None:
+        if (
+            source != FeatureSource.INTERACTION
+            or self.benchmark_filename_list is not None
+            or self.config["encoding"] not in (None, "utf-8")
+        ):
             return {}
         load, unload = self._get_load_and_unload_col(source)
         with open(filepath, encoding=self.config["encoding"]) as file:
             header = file.readline().rstrip("\n").split(self.config["field_separator"])
         known = {kind.value: kind for kind in FeatureType}
-        if len(set(header)) < len(header) or any(
-            name.count(":") != 1 or name.split(":")[1] not in known for name in header
-        ):
+        if any(name.count(":") != 1 or name.split(":")[1] not in known for name in header):
+            return {}
+        if len({name.split(":")[0] for name in header}) < len(header):
             return {}
         kinds = {}
         for name in header:
@@ -124,6 +125,16 @@ class InteractionsDataset(SequentialDataset):
         if field not in self.field2id_token:
             self.field2id_token[field] = names
             self.field2token_id[field] = dict(zip(names.tolist(), range(len(names))))
+
+    def sort(self, by: str | list[str], ascending: bool | list[bool] = True) -> None:
+        """Sort the interactions, equal ones in the order they had, as RecBole does."""
+        names = [by] if isinstance(by, str) else list(by)
+        feat = self.inter_feat
+        if ascending is not True or any(name not in feat or feat[name].dim() > 1 for name in names):
+            super().sort(by, ascending)
+            return
+        for name in reversed(names):
+            feat._reindex(torch.from_numpy(stable_order(feat[name].numpy())))
 
 
 def _is_category(column: pd.Series) -> bool:

@@ -76,16 +76,6 @@ class PositionsDataset(InteractionsDataset):
             )
         return [train, *others]
 
-    def sort(self, by: str | list[str], ascending: bool | list[bool] = True) -> None:
-        """Sort the interactions, equal ones in the order they had, as RecBole does."""
-        names = [by] if isinstance(by, str) else list(by)
-        feat = self.inter_feat
-        if ascending is not True or any(name not in feat or feat[name].dim() > 1 for name in names):
-            super().sort(by, ascending)
-            return
-        for name in reversed(names):
-            feat._reindex(torch.from_numpy(splits.stable_order(feat[name].numpy())))
-
     def leave_one_out(self, group_by: str | None, leave_one_mode: str) -> list[SequentialDataset]:
         """Split off each group's last rows, as RecBole does."""
         if group_by is None:

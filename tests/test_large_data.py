@@ -205,6 +205,10 @@ MORE = {
         {"inter": HEADER.replace("\n", "\tplace:point\n") + "u\ti\t1\tx\nv\ti\t1\tx\n"},
     ),
     "twice": ({}, {"inter": HEADER.replace("\n", "\titem_id:token\n") + "u\ti\t1\tj\n"}),
+    "two types": (
+        {"load_col": None},
+        {"inter": HEADER.replace("\n", "\titem_id:float\n") + "u\ti\t1\t2\nu\tj\t1\t2\n"},
+    ),
     "no number": ({}, {"inter": HEADER + "u\ti\tyesterday\n"}),
     "python's number": ({}, {"inter": HEADER + "u\ti\t1_0\nu\tj\t2\n"}),
     "no rows": ({}, {"inter": HEADER}),
@@ -222,7 +226,15 @@ def test_beyond_the_plain_case(tmp_path, case):
     for suffix, text in files.items():
         write(world, text, suffix)
     stock, ours = both(world.config("CpSASRec", **options))
-    refused = {"no type", "unknown type", "twice", "no number", "no rows", "nobody left"}
+    refused = {
+        "no type",
+        "unknown type",
+        "twice",
+        "two types",
+        "no number",
+        "no rows",
+        "nobody left",
+    }
     if case != "lists":  # which RecBole cannot read with pandas 3
         assert (stock is None) == (case in refused | {"byte order mark"})
     if stock is not None:
