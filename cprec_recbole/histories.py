@@ -16,6 +16,8 @@ from cprec_recbole.partition import PADDING
 from cprec_recbole.recommend import pad_histories
 from cprec_recbole.sequences import NEXT_ITEMS, window_rows
 
+_ROWS = 2**14  # of a data set that are gathered together
+
 
 @dataclass(frozen=True)
 class Histories:
@@ -125,14 +127,18 @@ def _of_dataset(dataset: Any, n_items: int, max_length: int) -> Histories:
     if not windows:
         users = np.asarray(fields[dataset.uid_field])
         rows = torch.from_numpy(window_rows(users, dataset.max_item_list_len))
-    batch = dataset[rows]
-    items, lengths = batch[lists], batch[dataset.item_list_length_field]
-    if windows:
-        targets = batch[NEXT_ITEMS]
-    else:
-        targets = torch.cat([items[:, 1:], items.new_zeros(len(items), 1)], dim=1)
-        targets[torch.arange(len(items)), lengths - 1] = batch[dataset.iid_field]
-    return Histories(items[:, :max_length], targets[:, :max_length])
+    width = min(max_length, dataset[rows[:1]][lists].shape[1])
+    whole = torch.zeros(2, len(rows), width, dtype=torch.int64)  # items and targets
+    for piece in torch.arange(len(rows)).split(_ROWS):  # gathering takes several times its result
+        batch = dataset[rows[piece]]
+        items, lengths = batch[lists], batch[dataset.item_list_length_field]
+        if windows:
+            targets = batch[NEXT_ITEMS]
+        else:
+            targets = torch.cat([items[:, 1:], items.new_zeros(len(items), 1)], dim=1)
+            targets[torch.arange(len(items)), lengths - 1] = batch[dataset.iid_field]
+        whole[0, piece], whole[1, piece] = items[:, :width], targets[:, :width]
+    return Histories(*whole)
 
 
 def drawn_histories(counts: np.ndarray, n: int, length: int, generator: torch.Generator) -> Tensor:

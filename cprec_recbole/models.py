@@ -121,9 +121,7 @@ class CompressedRecommender(Servable, SequentialRecommender):
         """Sparse gradients for the item table where RecBole's `learner` takes them and nothing but
         look-ups reads it: neither a softmax over all items nor a penalty on all weights."""
         looked_up = self.head.table is not self.table or self.loss_type == "BPR"
-        sparsely = steps_sparsely(
-            str(config["learner"]), config["weight_decay"] or 0.0, bool(config["clip_grad_norm"])
-        )
+        sparsely = steps_sparsely(str(config["learner"]), config["weight_decay"] or 0.0)
         if looked_up and sparsely and self.record.penalty is None:
             self.table.look_up_sparsely()
 

@@ -13,8 +13,6 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop, SparseAda
 from cprec_recbole.config import CompressionError
 from cprec_recbole.embedding import Block
 
-# A row whose gradient is zero stays where it is under these, so skipping it changes nothing
-EXACT_WHEN_SPARSE = ("sgd", "adagrad")
 _DENSE: dict[str, type[Optimizer]] = {
     "adam": Adam,
     "adamw": AdamW,
@@ -27,14 +25,13 @@ _SPARSE: dict[str, type[Optimizer]] = {"sgd": SGD, "adagrad": Adagrad, "sparse_a
 _FUSED = ("adam", "adamw", "sgd", "adagrad", "sparse_adam")
 
 
-def steps_sparsely(learner: str, weight_decay: float, clips: bool) -> bool:
+def steps_sparsely(learner: str, weight_decay: float) -> bool:
     """Whether rows that are only looked up may have sparse gradients under RecBole's options.
 
     With `learner: sgd` or `adagrad` the result is the same. `sparse_adam` asks for it: a row's
-    averages then move only when the row is looked up. Weight decay moves every row, and clipping
-    needs the norm of all of the gradient.
+    averages then move only when the row is looked up. Weight decay moves every row.
     """
-    return learner.lower() in _SPARSE and not weight_decay and not clips
+    return learner.lower() in _SPARSE and not weight_decay
 
 
 def build_optimizer(

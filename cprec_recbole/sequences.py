@@ -7,6 +7,7 @@ gathered for a batch when it is asked for. The evaluation rows are the same as R
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,15 @@ from recbole.data.dataset import SequentialDataset
 from recbole.data.interaction import Interaction
 from torch import Tensor
 
+from cprec_recbole import splits
 from cprec_recbole.config import CompressionError
+from cprec_recbole.interactions import InteractionsDataset
 
 NEXT_ITEMS = "next_item_id_list"  # the target at each position of a window, [B, L]; 0 is padding
-_START, _END = "_history_start", "_history_end"  # a row's history: sequence[start:end]
+_END = "_history_end"  # a row's history: sequence[end - length : end]
 
 
-class PositionsDataset(SequentialDataset):
+class PositionsDataset(InteractionsDataset):
     """RecBole's SequentialDataset, with the papers' objective as an option.
 
     `training: all_positions`: the training rows are windows of at most `MAX_ITEM_LIST_LENGTH`
@@ -53,14 +56,14 @@ class PositionsDataset(SequentialDataset):
         self.sort(by=[self.uid_field, self.time_field], ascending=True)
         users = self.inter_feat[self.uid_field].numpy()
         self._sequence = self.inter_feat[self.iid_field]
-        index = np.arange(len(users))
         is_first = np.ones(len(users), dtype=bool)
         is_first[1:] = users[1:] != users[:-1]
-        first = np.maximum.accumulate(np.where(is_first, index, 0))
-        targets = index[~is_first]
-        starts = np.maximum(first[targets], targets - self.max_item_list_len)
-        rows = self.inter_feat[targets]
-        rows.update(self._pointers(starts, targets))
+        ends = np.flatnonzero(~is_first)
+        firsts = np.flatnonzero(is_first)
+        n_targets = np.diff(firsts, append=len(users)) - 1
+        lengths = np.minimum(ends - np.repeat(firsts, n_targets), self.max_item_list_len)
+        rows = _take(self.inter_feat, ends)
+        rows.update(self._pointers(ends, lengths))
         self.inter_feat = rows
 
     def build(self) -> list[SequentialDataset]:
@@ -71,16 +74,66 @@ class PositionsDataset(SequentialDataset):
                 "Expected the training split to hold a target with a history before it, but it is "
                 "empty; users need at least two interactions, and four to be in every split."
             )
-        if self.config["benchmark_filename"] is None:
-            train._item_counts = train._count_items()
-            if self._windows:
-                train.inter_feat = train._into_windows()
+        return [train, *others]
+
+    def leave_one_out(self, group_by: str | None, leave_one_mode: str) -> list[SequentialDataset]:
+        """Split off each group's last rows, as RecBole does."""
+        if group_by is None:
+            return super().leave_one_out(group_by, leave_one_mode)
+        groups = splits.Groups.of(self.inter_feat[group_by].numpy())
+        lengths = splits.leave_one_out(groups.sizes, leave_one_mode)
+        if lengths is None:
+            return super().leave_one_out(group_by, leave_one_mode)
+        parts = groups.cut(lengths)
+        del groups  # as large as all parts together
+        return self._divide(parts)
+
+    def split_by_ratio(
+        self, ratios: list[float], group_by: str | None = None
+    ) -> list[SequentialDataset]:
+        """Split each group by ratios, or all rows where there are no groups, as RecBole does."""
+        if group_by is None:
+            groups = splits.Groups.of(np.zeros(len(self)))
+        else:
+            groups = splits.Groups.of(self.inter_feat[group_by].numpy())
+        total = sum(ratios)
+        shares = [ratio / total for ratio in ratios]
+        cuts_of = partial(self._calcu_split_ids, ratios=shares)
+        return self._divide(groups.cut(splits.by_ratio(groups.sizes, cuts_of)))
+
+    def time_based_split(
+        self, ratios: list[float], group_by: str | None
+    ) -> list[SequentialDataset]:
+        """Split at a point in time, and each group's rows before it by ratios, as RecBole does."""
+        times = (
+            self.inter_feat[self.time_field].numpy() if self.time_field in self.inter_feat else None
+        )
+        if group_by is None or times is None or len(ratios) != 3 or (np.diff(times) < 0).any():
+            return super().time_based_split(ratios, group_by)
+        total = sum(ratios)
+        train, _, test = (ratio / total for ratio in ratios)
+        is_early = times <= np.percentile(times, 100 * (1 - test))
+        groups = splits.Groups.of(self.inter_feat[group_by].numpy())
+        return self._divide(groups.cut(splits.by_time(groups, is_early, train / (1 - test))))
+
+    def _divide(self, parts: list[np.ndarray]) -> list[SequentialDataset]:
+        """A data set for the rows of each part, the first of them for training."""
+        self._drop_unused_col()
+        others = [self.copy(_take(self.inter_feat, rows)) for rows in parts[1:]]
+        rows = parts[0]
+        by_time = rows[splits.stable_order(self.inter_feat[_END].numpy()[rows])]  # and by user
+        train = self.copy(
+            self._windows_of(by_time) if self._windows else _take(self.inter_feat, rows)
+        )
+        train._item_counts = self._count_items(by_time)
         return [train, *others]
 
     def item_counts(self) -> np.ndarray:
         """Interactions of each item id in this split, `[n_items]`; first items of a history count
         where the split holds its first target."""
-        return self._item_counts if hasattr(self, "_item_counts") else self._count_items()
+        if hasattr(self, "_item_counts"):
+            return self._item_counts
+        return self._count_items(np.arange(len(self)))
 
     def targets_per_row(self) -> float:
         """Mean number of predictions that a training row asks for."""
@@ -88,9 +141,10 @@ class PositionsDataset(SequentialDataset):
 
     def __getitem__(self, index: Any, join: bool = True) -> Interaction:
         rows = super().__getitem__(index, join)
-        if _START not in rows:
+        if _END not in rows:
             return rows
-        starts, ends = rows[_START], rows[_END]
+        ends = rows[_END]
+        starts = ends - rows[self.item_list_length_field]
         rows[self.iid_field + self.config["LIST_SUFFIX"]] = self._gather(starts, ends)
         if NEXT_ITEMS in rows:
             rows[NEXT_ITEMS] = self._gather(starts + 1, ends + 1)
@@ -102,36 +156,39 @@ class PositionsDataset(SequentialDataset):
         items = self._sequence[index.clamp(max=len(self._sequence) - 1)]
         return items.masked_fill(index >= ends.unsqueeze(-1), 0)
 
-    def _pointers(self, starts: np.ndarray, ends: np.ndarray) -> Interaction:
+    def _pointers(self, ends: np.ndarray, lengths: np.ndarray) -> Interaction:
         return Interaction(
-            {
-                self.item_list_length_field: torch.from_numpy(ends - starts),
-                _START: torch.from_numpy(starts),
-                _END: torch.from_numpy(ends),
-            }
+            {self.item_list_length_field: torch.from_numpy(lengths), _END: torch.from_numpy(ends)}
         )
 
-    def _count_items(self) -> np.ndarray:
-        """Targets of the training rows, and the first item of each history that has one."""
-        ends = self.inter_feat[_END].numpy()
-        first = _first_targets(self.inter_feat, self.uid_field, self.item_list_length_field)
-        seen = np.concatenate([ends, ends[first] - 1])
-        return np.bincount(self._sequence.numpy()[seen], minlength=self.item_num)
+    def _count_items(self, rows: np.ndarray) -> np.ndarray:
+        """Targets of rows, and the first item of each history that has one, `[n] -> [n_items]`."""
+        sequence, ends = self._sequence.numpy(), self.inter_feat[_END].numpy()
+        columns = (self.uid_field, self.item_list_length_field)
+        first = _first_targets(*(self.inter_feat[column].numpy()[rows] for column in columns))
+        counts = np.bincount(sequence[ends[rows]], minlength=self.item_num)
+        return counts + np.bincount(sequence[ends[rows[first]] - 1], minlength=self.item_num)
 
-    def _into_windows(self) -> Interaction:
+    def _windows_of(self, rows: np.ndarray) -> Interaction:
         """Cut each user's training targets into windows, from the newest back: only the oldest
-        window of a user is short."""
-        rows = self.inter_feat
-        ends = rows[_END].numpy()
-        order = np.argsort(ends, kind="stable")  # the sequence is sorted by user, then time
-        users = rows[self.uid_field].numpy()[order]
+        window of a user is short.
+
+        Args:
+            rows: by user, then time, `[n]`.
+        """
+        users = self.inter_feat[self.uid_field].numpy()[rows]
         newest = window_rows(users, self.max_item_list_len)
-        remaining = np.diff(newest, prepend=-1)
-        windows = rows[order[newest]]
-        window_ends = ends[order[newest]]
-        windows.update(self._pointers(window_ends - remaining, window_ends))
-        windows[NEXT_ITEMS] = torch.zeros(len(window_ends), 0, dtype=torch.int64)
+        windows = _take(self.inter_feat, rows[newest])
+        lengths = np.diff(newest, prepend=-1)
+        windows.update(self._pointers(windows[_END].numpy(), lengths))
+        windows[NEXT_ITEMS] = torch.zeros(len(newest), 0, dtype=torch.int64)
         return windows
+
+
+def _take(feat: Interaction, rows: np.ndarray) -> Interaction:
+    """Rows of an Interaction, which would turn their numbers into Python ints first."""
+    index = torch.from_numpy(rows)
+    return Interaction({name: column[index] for name, column in feat.interaction.items()})
 
 
 def window_rows(users: np.ndarray, length: int) -> np.ndarray:
@@ -141,9 +198,11 @@ def window_rows(users: np.ndarray, length: int) -> np.ndarray:
     """
     is_last = np.ones(len(users), dtype=bool)
     is_last[:-1] = users[1:] != users[:-1]
-    index = np.arange(len(users))
-    newest = np.minimum.accumulate(np.where(is_last, index, len(users))[::-1])[::-1]
-    return np.flatnonzero((newest - index) % length == 0)
+    lasts = np.flatnonzero(is_last)
+    n_windows = -(-np.diff(lasts, prepend=-1) // length)
+    ends = np.cumsum(n_windows)
+    n_newer = np.repeat(ends, n_windows) - np.arange(1, n_windows.sum() + 1)  # of the same user
+    return np.repeat(lasts, n_windows) - n_newer * length
 
 
 class PositionsDataLoader(TrainDataLoader):
@@ -175,13 +234,13 @@ def item_counts(dataset: Any) -> np.ndarray:
     if (
         length in feat and item_list in feat
     ):  # prefix rows: the first item of a history is no target
-        first = _first_targets(feat, dataset.uid_field, length)
+        first = _first_targets(np.asarray(feat[dataset.uid_field]), np.asarray(feat[length]))
         counts += np.bincount(np.asarray(feat[item_list])[first, 0], minlength=n_items)
     return counts
 
 
-def _first_targets(rows: Interaction, uid_field: str, length_field: str) -> np.ndarray:
+def _first_targets(users: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Rows whose history is a user's very first item: of rows in order of time, a user's first with
     a history of one. (Under a limit of one item every row has such a history.)"""
-    short = np.flatnonzero(np.asarray(rows[length_field]) == 1)
-    return short[np.unique(np.asarray(rows[uid_field])[short], return_index=True)[1]]
+    short = np.flatnonzero(lengths == 1)
+    return short[np.unique(users[short], return_index=True)[1]]

@@ -12,6 +12,7 @@ from recbole.trainer import Trainer
 from recbole.utils import get_gpu_usage, set_color
 from torch import Tensor
 from torch.amp import GradScaler
+from torch.optim import Optimizer
 from tqdm import tqdm
 
 from cprec_recbole import group
@@ -19,6 +20,7 @@ from cprec_recbole.collector import TopKCollector, look_up
 from cprec_recbole.files import write_whole
 from cprec_recbole.journal import Journal
 from cprec_recbole.models import CompressedRecommender
+from cprec_recbole.optimizers import build_optimizer
 from cprec_recbole.recbole_processes import alone
 from cprec_recbole.reducer import GradientReducer, begin_alike, clip_gradients
 from cprec_recbole.sequences import NEXT_ITEMS
@@ -57,6 +59,13 @@ class CompressedTrainer(Trainer):
             self._reducer = GradientReducer(model.parameters(), self._parted)
             own = {id(parameter) for parameter in self._parted}
             begin_alike(t for t in (*model.parameters(), *model.buffers()) if id(t) not in own)
+
+    def _build_optimizer(self, **options: Any) -> Optimizer:
+        """The optimizer of RecBole's options, in its quickest form."""
+        if options:
+            return super()._build_optimizer(**options)
+        decay = self.weight_decay or 0.0
+        return build_optimizer(self.model, self.learner, self.learning_rate, decay)
 
     @property
     def is_parted(self) -> bool:

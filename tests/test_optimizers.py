@@ -119,7 +119,6 @@ def test_a_schedule_sets_the_rate_of_both_parts():
         ({"learner": "sparse_adam"}, False),  # tied: the softmax reads every row
         ({"learner": "adam", "tied": False}, False),  # moves every row
         ({"learner": "sgd", "tied": False, "weight_decay": 0.1}, False),
-        ({"learner": "sgd", "tied": False, "clip_grad_norm": {"max_norm": 1.0}}, False),
     ],
 )
 @pytest.mark.parametrize("name", ["CpSASRec", "CpNextItNet"])
