@@ -10,6 +10,7 @@ from recbole.evaluator import Collector
 from torch import Tensor
 
 from cprec_recbole.models import CompressedRecommender
+from cprec_recbole.recbole_processes import COLLECTED
 
 _ROWS = 512  # rows of a batch that go through the layers together
 _SCORES = 2**24  # dense scores at a time, where a metric needs them: 64 MiB
@@ -29,6 +30,7 @@ class TopKCollector(Collector):
     items (GAUC) get dense scores, a few rows at a time.
     """
 
+    n_rows: int | None = None  # how many of the evaluation's rows count; None for all
     register: Any
     data_struct: Any
     topk: list[int]
@@ -68,6 +70,13 @@ class TopKCollector(Collector):
             hits = torch.isin(rows * n_items + best, positive_u * n_items + positive_i)
             n_positive = torch.bincount(positive_u, minlength=len(best)).unsqueeze(1)
             self.data_struct.update_tensor("rec.topk", torch.cat([hits, n_positive], 1).int())
+
+    def get_data_struct(self) -> Any:
+        """What was kept; of several processes, of all their rows that count."""
+        for name in COLLECTED:
+            if self.n_rows is not None and name in self.data_struct:
+                self.data_struct.set(name, self.data_struct.get(name)[: self.n_rows])
+        return super().get_data_struct()
 
 
 def look_up(model: CompressedRecommender, users: Interaction) -> _Users:

@@ -25,7 +25,7 @@ from cprec_recbole.patching import replace
 from cprec_recbole.shares import GlobalBatches, PartOf
 
 # what the collector keeps of evaluation batches, a row for each user or interaction
-_COLLECTED = ("rec.topk", "rec.meanrank", "rec.score", "rec.items", "data.label")
+COLLECTED = ("rec.topk", "rec.meanrank", "rec.score", "rec.items", "data.label")
 _OF_A_GROUP = ("local_rank", "world_size", "nproc", "ip", "port", "offset")
 
 
@@ -120,7 +120,9 @@ def _reading_a_share(original: Callable) -> Callable:
             return
         number, parts = group.rank(), group.size()
         if _is_evaluation(self):
-            rows = group.share(self.sample_size, number, parts)
+            rows = list(group.share(self.sample_size, number, parts))
+            if config["shard_tails"]:  # all take every step together; see TopKCollector.n_rows
+                rows += [0] * (-(-self.sample_size // parts) - len(rows))
             batches: Any = BatchSampler(rows, self.step, drop_last=False)
         elif _is_ours(config["model"]):
             self._init_batch_size_and_step()  # RecBole has divided the batch by the processes
@@ -206,9 +208,9 @@ def _of_all_rows(original: Callable) -> Callable:
         struct = original(self)
         if self.config["single_spec"]:
             return struct
-        mine = {name: struct.get(name) for name in _COLLECTED if name in struct}
+        mine = {name: struct.get(name) for name in COLLECTED if name in struct}
         parts = group.gather(mine)
-        for name in _COLLECTED:
+        for name in COLLECTED:
             found = [part[name] for part in parts if name in part]  # one may have had no rows
             if found:
                 struct.set(name, torch.cat(found))

@@ -111,9 +111,10 @@ def _train_and_test(config: Config, job: Job) -> dict[str, Any]:
     init_seed(config["seed"], config["reproducibility"])
     _set_up_logging(config, job)
     loaders = _loaders(config)
-    # as RecBole does: what is drawn while training differs between processes
-    init_seed(config["seed"] + config["local_rank"], config["reproducibility"])
+    init_seed(config["seed"], config["reproducibility"])
     model = get_model(config["model"])(config, loaders[0]._dataset).to(config["device"])
+    if not group.is_first():  # the same weights everywhere; what is drawn while training differs
+        init_seed(config["seed"] + group.rank(), config["reproducibility"])
     logging.getLogger().info(model)
     trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
     if job.out is None:

@@ -199,13 +199,21 @@ class CompressedTrainer(Trainer):
             "best_valid_score": self.best_valid_score,
             "state_dict": self.model.state_dict(),
             "other_parameter": self.model.other_parameter(),
-            "optimizer": self.optimizer.state_dict(),
+            # no process has all of what it keeps of rows that are spread
+            "optimizer": {} if self.is_parted else self.optimizer.state_dict(),
         }
         if group.is_first():
             write_whole(Path(path), lambda file: torch.save(state, file, pickle_protocol=4))
             if verbose:
                 self.logger.info(set_color("Saving current", "blue") + f": {path}")
         group.wait()  # the others may be about to read the file
+
+    def evaluate(self, eval_data: Any, *arguments: Any, **options: Any) -> Any:
+        """RecBole's metrics, of the rows of all processes."""
+        if self.config["shard_tails"] and self._reducer is not None:
+            rows = group.share(eval_data.sample_size, group.rank(), group.size())
+            self.eval_collector.n_rows = len(rows)
+        return super().evaluate(eval_data, *arguments, **options)
 
     def _full_sort_batch_eval(self, batched_data: tuple) -> tuple:
         interaction, history, positive_u, positive_i = batched_data
