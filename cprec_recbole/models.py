@@ -17,12 +17,13 @@ from cprec_recbole.backbones import GRU4REC, NEXTITNET, SASREC, Backbone, Host, 
 from cprec_recbole.config import CompressionConfig, CompressionError
 from cprec_recbole.embedding import Block, BlockEmbedding
 from cprec_recbole.exchange import Group
+from cprec_recbole.group import own_rows
 from cprec_recbole.optimizers import steps_sparsely
 from cprec_recbole.outcome import Choice, WarmStart
 from cprec_recbole.partition import Partition
 from cprec_recbole.sequences import NEXT_ITEMS, item_counts
 from cprec_recbole.serving import Servable
-from cprec_recbole.shards import ShardedBlock, spread_parameters
+from cprec_recbole.shards import ShardedBlock, own_state, spread_parameters
 from cprec_recbole.sharing import share, sharing_plan
 from cprec_recbole.softmax import FullSoftmax, build_softmax
 from cprec_recbole.vocabulary import Vocabulary
@@ -186,6 +187,7 @@ class CompressedRecommender(Servable, SequentialRecommender):
             raise CompressionError(
                 "Expected `assign` to be False, but got True, which would undo tying and sharing."
             )
+        state_dict = own_state(self, state_dict)
         first: dict[int, str] = {}
         for name, parameter in self.named_parameters(remove_duplicate=False):
             other = first.setdefault(id(parameter), name)
@@ -253,9 +255,11 @@ def _group_of(config: Any) -> Group | None:
 
 def _same(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are equal; numbers that are none are equal to each other."""
-    return one is other or (
-        one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
-    )
+    if one is other:
+        return True
+    same_shape = one.shape == other.shape
+    one, other = own_rows(one), own_rows(other)
+    return same_shape and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 def _check_negatives(compression: CompressionConfig, config: Any) -> None:

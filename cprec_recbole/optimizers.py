@@ -23,6 +23,7 @@ _DENSE: dict[str, type[Optimizer]] = {
 }
 _SPARSE: dict[str, type[Optimizer]] = {"sgd": SGD, "adagrad": Adagrad, "sparse_adam": SparseAdam}
 _FUSED = ("adam", "adamw", "sgd", "adagrad", "sparse_adam")
+_FUSED_SPREAD = ("adam", "adamw", "sparse_adam")
 
 
 def steps_sparsely(learner: str, weight_decay: float) -> bool:
@@ -63,9 +64,7 @@ def build_optimizer(
     }
     dense = [p for p in model.parameters() if p.requires_grad and id(p) not in looked_up]
     options: dict[str, Any] = {"lr": learning_rate, "weight_decay": weight_decay}
-    # one pass over parameters, moments and gradients instead of a dozen; equal but for rounding
-    fused: dict[str, Any] = {"fused": True} if name in _FUSED and _can_fuse(dense) else {}
-    main = _DENSE[name](_groups(dense), **options, **fused)
+    main = _DENSE[name](_groups(dense, name), **options)
     if not looked_up:
         return main
     return Both(main, _SPARSE[name](list(looked_up.values()), lr=learning_rate))  # type: ignore[call-arg]
@@ -111,13 +110,19 @@ class Both(Optimizer):
         self.param_groups = [group for part in self.parts.values() for group in part.param_groups]
 
 
-def _groups(parameters: Iterable[Tensor]) -> list[dict[str, Any]]:
-    """Parameters that may be stepped in one call: those spread over processes on their own."""
-    kinds: dict[type, list[Tensor]] = {}
+def _groups(parameters: Iterable[Tensor], learner: str) -> list[dict[str, Any]]:
+    """Parameters that may be stepped in one call: those spread over processes on their own.
+
+    Fused: one pass over parameters, moments and gradients instead of a dozen, equal but for
+    rounding. Of parameters that are spread, torch can so step Adam's only.
+    """
+    kinds: dict[bool, list[Tensor]] = {}
     for parameter in parameters:
-        kinds.setdefault(type(parameter.data), []).append(parameter)
-    return [{"params": some} for some in kinds.values()]
-
-
-def _can_fuse(parameters: Iterable[Tensor]) -> bool:
-    return all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
+        kinds.setdefault(type(parameter.data) is Tensor, []).append(parameter)
+    groups: list[dict[str, Any]] = []
+    for whole, some in kinds.items():
+        fusing = _FUSED if whole else _FUSED_SPREAD
+        known = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in some)
+        fused = {"fused": True} if learner in fusing and known else {}
+        groups.append({"params": some, **fused})
+    return groups

@@ -9,9 +9,11 @@ look-ups are those of one process, but for rounding.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,6 +21,7 @@ from cprec_recbole.config import CompressionError
 from cprec_recbole.cross_entropy import Strip, log_sum
 from cprec_recbole.embedding import Block, BlockEmbedding
 from cprec_recbole.exchange import Group
+from cprec_recbole.group import spread
 from cprec_recbole.partition import PADDING
 
 _DRAWN = 2**16  # rows drawn at a time, as many as 16 divides: so the draws are those of one process
@@ -65,6 +68,18 @@ class ShardedBlock(Block):
             if first < last:
                 here = slice(first - self.own.start, last - self.own.start)
                 own[here] = drawn[first - start : last - start]
+
+    @torch.no_grad()
+    def whole_rows(self) -> Tensor:
+        """All rows of the block on the first process, `[k, r]`; `[0, r]` on the others."""
+        size, rank = self.weight.shape
+        share = -(-size // self.group.world)
+        own = self.own_rows.detach()
+        sent = F.pad(own, (0, 0, 0, share - len(own)))
+        first = self.group.rank == 0
+        found = own.new_empty(self.group.world * share if first else 0, rank)
+        dist.gather(sent, list(found.split(share)) if first else None, dst=0)
+        return found[:size]
 
     def look_up(self, positions: Tensor, start: int) -> Tensor:
         """See Block.look_up."""
@@ -167,38 +182,49 @@ def spread_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [m.weight for m in model.modules() if isinstance(m, ShardedBlock)]
 
 
-def gathered_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state of a model with every block whole, as that of one process; all must call it."""
-    state = model.state_dict()
-    return {name: _whole(value) for name, value in state.items()}
+def sharded_blocks(model: nn.Module) -> dict[str, ShardedBlock]:
+    """The blocks of which each process has a part, by the names of their rows in a state."""
+    blocks = model.named_modules(remove_duplicate=False)  # a tied table has two names
+    return {f"{name}.weight": m for name, m in blocks if isinstance(m, ShardedBlock)}
 
 
-@torch.no_grad()
-def take_state(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Load a state of whole blocks into a model, each process its own rows of spread blocks.
+def gathered_state(model: nn.Module) -> dict[str, Any]:
+    """The state of a model as one process would have it; all processes must call it.
+
+    Blocks are put together one at a time, on the first process alone, which needs the memory for
+    them; the others get empty tensors in their place.
+    """
+    blocks = {id(block): block for block in sharded_blocks(model).values()}
+    whole = {id(block.weight): block.whole_rows() for block in blocks.values()}
+    names = {name: id(block.weight) for name, block in sharded_blocks(model).items()}
+    return {
+        name: whole[names[name]] if name in names else value
+        for name, value in model.state_dict().items()
+    }
+
+
+def own_state(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state of whole blocks, as `gathered_state` gives it, with this process's rows of them.
 
     Args:
         model: with or without spread blocks.
-        state: what `gathered_state` gave, or the state of a model of one process.
+        state: it may hold rows that are spread already.
 
     Raises:
-        CompressionError: blocks of other sizes.
+        CompressionError: blocks of another size.
     """
-    spread = {
-        f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, ShardedBlock)
-    }
-    model.load_state_dict({k: v for k, v in state.items() if k not in spread}, strict=not spread)
-    for name, block in spread.items():
-        if name not in state or state[name].shape != block.weight.shape:
+    found = dict(state)
+    for name, block in sharded_blocks(model).items():
+        rows = state.get(name)
+        if rows is None or hasattr(rows, "to_local"):
+            continue
+        if rows.shape != block.weight.shape:
             raise CompressionError(
-                f"Expected `state` to hold {name} of {list(block.weight.shape)}, but got "
-                f"{list(state[name].shape) if name in state else 'none'}."
+                f"Expected `state_dict` to hold {name} of {list(block.weight.shape)}, but got "
+                f"{list(rows.shape)}."
             )
-        block.own_rows.copy_(state[name][block.own])
-
-
-def _whole(value: Any) -> Any:
-    return value.full_tensor() if hasattr(value, "full_tensor") else value
+        found[name] = spread(rows[block.own], block.weight)
+    return found
 
 
 def _distributed(own: Tensor, shape: tuple[int, int], group: Group) -> Tensor:

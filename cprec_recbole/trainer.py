@@ -24,6 +24,7 @@ from cprec_recbole.optimizers import build_optimizer
 from cprec_recbole.recbole_processes import alone
 from cprec_recbole.reducer import GradientReducer, begin_alike, clip_gradients
 from cprec_recbole.sequences import NEXT_ITEMS
+from cprec_recbole.shards import gathered_state
 from cprec_recbole.shares import StandIn
 from cprec_recbole.snapshot import Moment, restore, set_random_state, take
 
@@ -197,7 +198,7 @@ class CompressedTrainer(Trainer):
             "epoch": epoch,
             "cur_step": self.cur_step,
             "best_valid_score": self.best_valid_score,
-            "state_dict": self.model.state_dict(),
+            "state_dict": gathered_state(self.model),
             "other_parameter": self.model.other_parameter(),
             # no process has all of what it keeps of rows that are spread
             "optimizer": {} if self.is_parted else self.optimizer.state_dict(),
