@@ -21,6 +21,7 @@ from cprec_recbole.job import Job
 from cprec_recbole.journal import Journal
 from cprec_recbole.reducer import GradientReducer, clip_gradients
 from cprec_recbole.running import work
+from cprec_recbole.shards import gathered_state
 from cprec_recbole.snapshot import Moment, restore, set_random_state, take
 from cprec_recbole.trainer import CompressedTrainer
 from tests.builders import World
@@ -77,13 +78,14 @@ def curve(world: World, name: str, options: dict[str, Any]) -> dict[str, Any]:
     config = world.config(name, **options)
     init_seed(config["seed"], True)
     train, valid, test = world.loaders(config)
-    init_seed(config["seed"] + config["local_rank"], True)
+    init_seed(config["seed"], True)
     model = get_model(name)(config, train._dataset)
+    init_seed(config["seed"] + config["local_rank"], True)
     trainer = get_trainer(config["MODEL_TYPE"], name)(config, model)
     trainer.fit(train, valid, saved=False, verbose=False)
     return {
         "losses": list(trainer.train_loss_dict.values()),
-        "weights": {key: value.clone() for key, value in model.state_dict().items()},
+        "weights": {key: value.clone() for key, value in gathered_state(model).items()},
         "valid": dict(trainer.best_valid_result),
         "test": dict(trainer.evaluate(test, load_best_model=False)),
     }

@@ -109,6 +109,19 @@ def test_two_processes_take_the_steps_of_one(world):
         assert one["losses"][-1] < one["losses"][0]
 
 
+def test_tails_spread_over_processes_take_the_steps_of_one(world):
+    training = {"epochs": 3, "learning_rate": 0.01, "cutoffs": [6, 20], "shard_tails": True}
+    sgd = {"learner": "sgd", "clip_grad_norm": {"max_norm": 0.5}}
+    cases = [
+        ("CpNextItNet", {**training, "reg_weight": 0.01, "ranks": [16, 4, 2]}),
+        ("CpSASRec", {**training, **NO_DROPOUT["CpSASRec"], "softmax": "tree", "tied": False}),
+        ("CpGRU4Rec", {**training, **NO_DROPOUT["CpGRU4Rec"], **sgd, "softmax": "tree"}),
+    ]
+    alone, together = children.curves(world, cases), launch(2, children.curves, world, cases)
+    for one, other in zip(alone, together):
+        close(one, other, WITHOUT_GRADIENT)
+
+
 def test_batches_with_fewer_rows_than_processes(world):
     options = {"MAX_ITEM_LIST_LENGTH": 40, "train_batch_size": 28}
     case = ("CpGRU4Rec", {**NO_DROPOUT["CpGRU4Rec"], **options})

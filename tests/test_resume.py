@@ -25,6 +25,7 @@ CASES = {
     "dropout": ("CpSASRec", {"softmax": "tree"}),
     "negatives": ("CpGRU4Rec", {"loss_type": "BPR", "training": "last_position"}),
     "two processes": ("CpSASRec", {}),
+    "two processes, spread": ("CpSASRec", {"softmax": "tree", "shard_tails": True}),
 }
 DEATHS = [
     ("dropout", "_step 1"),  # nothing is trained yet
@@ -39,6 +40,7 @@ DEATHS = [
     ("dropout", "evaluate 3"),  # trained, but not tested
     ("negatives", "_step 6"),
     ("two processes", "_step 7"),
+    ("two processes, spread", "_step 7"),
 ]
 
 
@@ -49,7 +51,7 @@ def a_job(world, case: str, out: Path, **options) -> Job:
 
 
 def nproc_of(case: str) -> int:
-    return 2 if case == "two processes" else 1
+    return 2 if case.startswith("two processes") else 1
 
 
 @pytest.fixture(scope="module")
