@@ -176,7 +176,10 @@ class Sweeps:
         whole_groups = self.exact.device.type != "cpu"  # no such cache, and launches cost
         tile = logits if whole_groups else min(logits, _TILE)
         self.width = max(2, tile // self.size)
-        self.kept: list[Tensor] = []
+        # made once: memory that is given back and asked for again costs more than its use
+        held = n_columns if self.keeps else min(self.width, n_columns)
+        self._kept = self.exact.new_empty(self.size * held)
+        self._logits = self.exact.new_empty(self.size * min(self.width, n_columns))
 
     def groups(self) -> Iterator[slice]:
         """Groups of rows."""
@@ -185,12 +188,7 @@ class Sweeps:
 
     def log_sum(self, part: slice) -> Tensor:
         """Logarithm of the normaliser of some rows, `[m]`."""
-        self.kept, sums = [], []
-        for j, columns in self._pieces():
-            piece, log_sum = self._softmax(part, j, columns)
-            sums.append(log_sum)
-            if self.keeps:
-                self.kept.append(piece)
+        sums = [self._softmax(part, *place)[1] for place in self._pieces()]
         self._sums = torch.stack(sums, 1)  # [m, pieces]
         return self._sums.logsumexp(1)
 
@@ -202,15 +200,19 @@ class Sweeps:
         shares = (self._sums - log_sum.unsqueeze(1)).exp()  # of each piece, [m, pieces]
         if scale is not None:
             shares = shares * scale.unsqueeze(1)
-        for i, (j, columns) in enumerate(self._pieces()):
-            piece = self.kept[i] if self.keeps else self._softmax(part, j, columns)[0]
+        for i, (j, columns, first) in enumerate(self._pieces()):
+            piece = self._piece(part, columns, first)
+            if not self.keeps:
+                self._softmax(part, j, columns, first)
             piece, share = piece.to(self.slope), shares[:, i]
             codes, rows = self.strips[j].codes[part], self.strips[j].rows[columns]
             scaled = (codes * share.unsqueeze(1)).to(self.slope)
-            self.d_rows[j][:, columns] += scaled.T @ piece
             by_rank = rows.to(self.slope).T.contiguous()
             self.d_codes[j][:, part] += (by_rank @ piece.T) * share
-        self.kept = []
+            if self.slope == self.exact.dtype:
+                self.d_rows[j][:, columns].addmm_(scaled.T, piece)
+            else:
+                self.d_rows[j][:, columns] += scaled.T @ piece
 
     def add_targets(self, target: Tensor) -> Tensor:
         """Sum of the targets' logits, `[]`; their part of the gradients is added."""
@@ -233,22 +235,34 @@ class Sweeps:
         pairs = zip(self.d_codes, self.d_rows)
         return [gradient.T for pair in pairs for gradient in pair]
 
-    def _pieces(self) -> Iterator[tuple[int, slice]]:
-        """The strip and the columns of each piece, parts of equal size."""
+    def _pieces(self) -> Iterator[tuple[int, slice, int]]:
+        """The strip and the columns of each piece, parts of equal size, and how many columns come
+        before it."""
+        before = 0
         for j, strip in enumerate(self.strips):
             n = len(strip.rows)
             size = -(-n // -(-n // self.width))
             for start in range(0, n, size):
-                yield j, slice(start, min(start + size, n))
+                yield j, slice(start, min(start + size, n)), before + start
+            before += n
 
-    def _softmax(self, part: slice, j: int, columns: slice) -> tuple[Tensor, Tensor]:
+    def _piece(self, part: slice, columns: slice, first: int) -> Tensor:
+        """Where the softmax of a piece is kept, `[m, w]`; `first` columns come before it."""
+        shape = part.stop - part.start, columns.stop - columns.start
+        start = self.size * first if self.keeps else 0
+        return self._kept[start : start + shape[0] * shape[1]].view(shape)
+
+    def _softmax(self, part: slice, j: int, columns: slice, first: int) -> tuple[Tensor, Tensor]:
         """Softmax over the columns of a piece, `[m, w]`, and the logarithm of its normaliser."""
         codes, rows = self.strips[j].codes[part], self.strips[j].rows[columns]
-        logits = codes.to(self.product) @ rows.to(self.product).T
-        logits = logits.to(self.exact.dtype)
+        logits = self._logits[: len(codes) * len(rows)].view(len(codes), len(rows))
+        if self.product == codes.dtype == logits.dtype:
+            torch.mm(codes, rows.T, out=logits)
+        else:
+            logits.copy_(codes.to(self.product) @ rows.to(self.product).T)
         if self.padded and j == 0 and columns.start == PADDING:
             logits[:, PADDING] = -torch.inf
-        highest = logits.amax(1)
-        piece = logits.softmax(1)
+        piece = self._piece(part, columns, first)
+        torch.softmax(logits, 1, out=piece)
         # the highest logit's share is one over the normaliser: no second pass of exponentials
-        return piece, highest - piece.amax(1).log()
+        return piece, logits.amax(1) - piece.amax(1).log()
