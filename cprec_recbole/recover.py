@@ -143,7 +143,7 @@ class _Recovery:
         )
         show.begin(epochs, len(batches), self.result)
         for epoch in range(epochs):
-            self.small.train()
+            self.begin_training()
             total = 0.0
             for items, targets in batches.shuffled(generator):
                 loss = self.loss(items, targets)
@@ -166,6 +166,17 @@ class _Recovery:
             self.result.losses.append(total / len(batches))
             self.judge(epoch + 1)
             show.epoch(epoch + 1, self.result)
+
+    def begin_training(self) -> None:
+        """Train mode, without dropout where the original teaches: what it says of every item keeps
+        the model from learning its few labels by heart, and dropout would hide from a small model
+        what it is to repeat (SASRec as above: loss 5.868 without, 5.923 with 0.4 of it, 5.972
+        with all of it)."""
+        self.small.train()
+        if self.original is not None and self.distillation > 0:
+            for module in self.small.modules():
+                if isinstance(module, nn.Dropout):
+                    module.eval()
 
     def judge(self, epoch: int) -> None:
         """Evaluate, and remember the weights if they are the best so far, or if nothing tells."""

@@ -113,6 +113,21 @@ def test_pairs_and_trees_keep_their_own_loss_beside_the_divergence(trained, data
     torch.testing.assert_close(found, 0.75 * own + 0.25 * work.divergence(hidden, wanted, target))
 
 
+@pytest.mark.parametrize(
+    ("taught", "share", "dropped"), [(True, 0.5, False), (True, 0.0, True), (False, 0.5, True)]
+)
+def test_nothing_is_dropped_where_the_original_teaches(trained, data, taught, share, dropped):
+    small = squeezed(trained, "SASRec").eval()
+    original = Original.of(trained["SASRec"]) if taught else None
+    histories = histories_of(data["SASRec"][0], small.n_items, 8)
+    _Recovery(small, original, histories, share, None).begin_training()
+    dropouts = [m for m in small.modules() if isinstance(m, torch.nn.Dropout)]
+    assert small.training
+    assert {m.training for m in dropouts} == {dropped}
+    recover(small, trained["SASRec"] if taught else None, data["SASRec"][0], 1, progress=False)
+    assert not any(m.training for m in small.modules())
+
+
 @pytest.mark.parametrize("n_steps", [1, 3, 20, 1000])
 def test_the_rate_rises_and_falls_and_is_never_nothing(n_steps):
     rates = [_rate_at((i + 1) / n_steps) for i in range(n_steps)]
