@@ -31,7 +31,7 @@ def evaluate(model: nn.Module, data: Any) -> dict[str, float]:
     Raises:
         CompressionError: data of another kind.
     """
-    check_evaluation_data(data)
+    check_evaluation_data(data, "data")
     config = data.config
     collector = TopKCollector(config)
     device = next(model.parameters()).device
@@ -62,10 +62,15 @@ def valid_metric(data: Any) -> str:
     return str(data.config["valid_metric"]).lower()
 
 
-def check_evaluation_data(data: Any) -> None:
-    """Raise a CompressionError for what is not RecBole's evaluation data with full ranking."""
+def check_evaluation_data(data: Any, argument: str = "valid_data") -> None:
+    """Raise a CompressionError for what is not RecBole's evaluation data with full ranking.
+
+    Args:
+        data: what was given.
+        argument: the name that it was given by.
+    """
     if not isinstance(data, FullSortEvalDataLoader):
         raise CompressionError(
-            "Expected `valid_data` to be RecBole's evaluation data with full ranking, the second "
+            f"Expected `{argument}` to be RecBole's evaluation data with full ranking, the second "
             f"or third of data_preparation(config, dataset), but got {type(data).__name__}."
         )

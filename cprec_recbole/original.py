@@ -15,6 +15,8 @@ from cprec_recbole.config import CompressionConfig, CompressionError
 from cprec_recbole.models import CompressedRecommender
 from cprec_recbole.sequences import item_counts as count_items
 
+_MOST_OFTEN = 2**53  # an item's count: up to here a float holds every whole number
+
 
 @dataclass(frozen=True)
 class Original:
@@ -133,8 +135,11 @@ def _checked_counts(item_counts: Any, n_items: int) -> np.ndarray:
             f"Expected `item_counts` to have one entry for each of the {n_items} items (padding "
             f"included), but got shape {list(counts.shape)}."
         )
-    if not np.isfinite(counts).all() or (counts < 0).any():
+    wrong = ~((counts >= 0) & (counts <= _MOST_OFTEN))
+    if wrong.any():
+        item = int(wrong.argmax())
         raise CompressionError(
-            "Expected `item_counts` to be zero or above, but got negative or non-finite entries."
+            "Expected `item_counts` to be zero or above and at most 2^53, but got "
+            f"{counts[item]:g} for item {item}."
         )
     return counts

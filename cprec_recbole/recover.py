@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,8 +18,15 @@ from cprec_recbole.original import Original
 from cprec_recbole.outcome import Recovery
 from cprec_recbole.partition import PADDING
 from cprec_recbole.progress import Show, shown
+from cprec_recbole.softmax import FullSoftmax
 
+# SASRec at ratio 3.5 on MovieLens-100K (seed 2020), loss on the validation data after 5 epochs, the
+# original's 5.818: 6.009 with 2048 and 3e-3, 5.994 with 512 and 1e-3, 5.972 with 512 and 3e-3
+_BATCH_SIZE = 512
+_LEARNING_RATE = 3e-3
 _LAST_RATE = 0.1  # of the learning rate, at the last step
+_WARM_UP = 0.05  # of all steps: Adam knows no sizes yet, and its first steps go anywhere
+_HIGHEST_RATE = 1e30  # Adam's first step is ten times that, which float32 must hold
 
 
 def recover(
@@ -31,16 +37,17 @@ def recover(
     *,
     valid_data: Any = None,
     distillation: float = 0.5,
-    learning_rate: float = 1e-3,
-    batch_size: int = 2048,
+    learning_rate: float = _LEARNING_RATE,
+    batch_size: int = _BATCH_SIZE,
     seed: int = 0,
     progress: bool = True,
 ) -> Recovery:
     """Fine-tune a compressed model, in place, on the data and on what its original predicts.
 
-    The loss is the model's own, mixed with the divergence from the original's softmax over the
-    head's items and over the items of each target's own block: the blocks that a tree softmax reads
-    for those targets, so the original's opinion costs no more than that. Adam, its rate falling
+    The loss is the model's own, mixed with the divergence from the original's softmax: over all
+    items where the model's softmax is flat; in a tree over the head's items and those of each
+    target's own block, which it reads for those targets, so that the original's opinion costs no
+    more than that. Adam, its rate rising over the first twentieth of the steps, then falling
     evenly. With validation data the best epoch's weights are kept, which may be those at the start.
 
     Args:
@@ -52,8 +59,9 @@ def recover(
         valid_data: RecBole's validation data, to report quality before and after each epoch.
         distillation: weight of the original's predictions, from 0 (none) to 1 (nothing else);
             without a teacher there are none.
-        learning_rate: of the first step.
-        batch_size: predictions a step, as RecBole's `train_batch_size`.
+        learning_rate: the highest, after the rise.
+        batch_size: predictions a step, as RecBole's `train_batch_size`; fewer than that, for a
+            recovery has few epochs and needs its steps.
         seed: of dropout and the order of batches. The process's random state is left as it was.
         progress: show a bar; a line an epoch where the output is no terminal.
 
@@ -130,10 +138,12 @@ class _Recovery:
         generator = torch.Generator().manual_seed(seed)
         batches = _Batches(self.histories, batch_size, self.small.reads_last_column)
         n_steps = epochs * len(batches)
-        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, _LAST_RATE, n_steps)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda i: _rate_at((i + 1) / n_steps)
+        )
         show.begin(epochs, len(batches), self.result)
         for epoch in range(epochs):
-            self.small.train()
+            self.begin_training()
             total = 0.0
             for items, targets in batches.shuffled(generator):
                 loss = self.loss(items, targets)
@@ -156,6 +166,17 @@ class _Recovery:
             self.result.losses.append(total / len(batches))
             self.judge(epoch + 1)
             show.epoch(epoch + 1, self.result)
+
+    def begin_training(self) -> None:
+        """Train mode, without dropout where the original teaches: what it says of every item keeps
+        the model from learning its few labels by heart, and dropout would hide from a small model
+        what it is to repeat (SASRec as above: loss 5.868 without, 5.923 with 0.4 of it, 5.972
+        with all of it)."""
+        self.small.train()
+        if self.original is not None and self.distillation > 0:
+            for module in self.small.modules():
+                if isinstance(module, nn.Dropout):
+                    module.eval()
 
     def judge(self, epoch: int) -> None:
         """Evaluate, and remember the weights if they are the best so far, or if nothing tells."""
@@ -181,17 +202,29 @@ class _Recovery:
         real = targets != PADDING
         hidden = self._read(small.hidden_states(items), real)
         target = targets[real]
-        loss = small.position_loss(hidden, target)
-        if self.original is not None and self.distillation > 0:
+        if self.original is None or self.distillation == 0:
+            loss = small.position_loss(hidden, target)
+        else:
             with torch.no_grad():
                 wanted = self._read(self.original.hidden_states(items), real)
-            told = self.divergence(hidden, wanted, target)
-            loss = (1 - self.distillation) * loss + self.distillation * told
+            loss = self.taught(hidden, wanted, target)
         return loss if small.record.penalty is None else loss + small.record.penalty(small.backbone)
 
     def _read(self, states: Tensor, real: Tensor) -> Tensor:
         """Hidden states that predict something, `[B, L, d] -> [N, d]`."""
         return states[:, -1] if real.ndim == 1 else states[real]
+
+    def taught(self, hidden: Tensor, wanted: Tensor, target: Tensor) -> Tensor:
+        """The model's own loss mixed with what the original says, `[N, d], [N, d], [N] -> []`."""
+        small, share = self.small, self.distillation
+        if isinstance(small.head, FullSoftmax) and small.loss_type != "BPR":
+            with torch.no_grad():  # both in one softmax: against the mixture of the two
+                mixed = (wanted @ self.vectors[1:].T).softmax(1).mul_(share)
+                place = self.partition.positions(target) - 1
+                mixed[torch.arange(len(place), device=place.device), place] += 1 - share
+            return small.head.soft_loss(hidden, mixed.to(hidden.dtype))
+        own = small.position_loss(hidden, target)
+        return (1 - share) * own + share * self.divergence(hidden, wanted, target)
 
     def divergence(self, hidden: Tensor, wanted: Tensor, target: Tensor) -> Tensor:
         """Kullback-Leibler divergence from the original's softmax within the head, and within the
@@ -210,6 +243,11 @@ class _Recovery:
         told = (wanted @ self.vectors[start + first : end].T).log_softmax(1)
         given = self.small.head.table.blocks[j].logits(hidden)[:, first:].log_softmax(1)
         return (told.exp() * (told - given)).sum()
+
+
+def _rate_at(progress: float) -> float:
+    """Share of the learning rate after a share of all steps: up evenly, then down evenly."""
+    return min(progress / _WARM_UP, 1 - (1 - _LAST_RATE) * progress)
 
 
 class _Batches:
@@ -261,8 +299,11 @@ def _check_numbers(
             raise CompressionError(
                 f"Expected `{name}` to be a whole number, 1 or more, but got {value!r}."
             )
-    if not is_number(rate) or not 0 < rate < math.inf:
-        raise CompressionError(f"Expected `learning_rate` to be above 0, but got {rate!r}.")
+    if not is_number(rate) or not 0 < rate <= _HIGHEST_RATE:
+        raise CompressionError(
+            f"Expected `learning_rate` to be above 0 and at most {_HIGHEST_RATE:g}, but got "
+            f"{rate!r}."
+        )
     if not is_number(distillation) or not 0 <= distillation <= 1:
         raise CompressionError(
             f"Expected `distillation` to be a share from 0 to 1, but got {distillation!r}."

@@ -1,4 +1,5 @@
 import copy
+import re
 
 import numpy as np
 import pytest
@@ -140,8 +141,11 @@ def test_bad_options_are_named_before_anything_changes(world, host_name, options
 
 def test_counts_must_be_counts(world, host_name):
     model = world.model(host_name)
-    for wrong in (-1.0, float("nan")):
-        refused(model, "zero or above", item_counts=np.full(model.n_items, wrong))
+    for wrong in (-1.0, float("nan"), float("inf"), 1e308, 1e16):
+        counts = np.ones(model.n_items)
+        counts[3] = wrong
+        got = re.escape(f"got {wrong:g} for item 3")
+        refused(model, f"`item_counts` to be zero or above .* {got}", item_counts=counts)
 
 
 def test_missing_counts_are_named(world, host_name):

@@ -8,7 +8,7 @@ import torch
 from cprec_recbole import CompressionConfig, CompressionError, compress, evaluate, recover
 from cprec_recbole.histories import histories_of
 from cprec_recbole.original import Original
-from cprec_recbole.recover import _Recovery
+from cprec_recbole.recover import _rate_at, _Recovery
 from tests.builders import HOSTS
 
 METRICS = {"metrics": ["NDCG"], "topk": [10], "valid_metric": "NDCG@10"}
@@ -74,6 +74,70 @@ def test_an_equal_model_has_no_divergence(trained, data, host_name):
     hidden = torch.randn(10, 16)
     target = torch.randint(1, small.n_items, (10,))
     assert float(work.divergence(hidden, hidden, target)) == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_a_flat_softmax_learns_from_all_items(trained, data, host_name, share):
+    small = squeezed(trained, host_name, softmax="full").eval()
+    original = Original.of(trained[host_name])
+    histories = histories_of(data[host_name][0], small.n_items, 8)
+    work = _Recovery(small, original, histories, share, None)
+    hidden, wanted = torch.randn(30, 16, requires_grad=True), torch.randn(30, 16)
+    target = torch.randint(1, small.n_items, (30,))
+    told = (wanted @ original.table.T)[:, 1:].softmax(1)
+    given = (hidden @ small.head.table.dense().T)[:, 1:].log_softmax(1)
+    own = -given[torch.arange(30), target - 1].mean()
+    divergence = (told * (told.log() - given)).sum(1).mean()
+    expected = (1 - share) * own + share * divergence
+    found = work.taught(hidden, wanted, target)
+    entropy = -(told * told.log()).sum(1).mean()  # a constant that is left out
+    torch.testing.assert_close(found, expected + share * entropy)
+    slopes = [torch.autograd.grad(each, hidden)[0] for each in (expected, found)]
+    torch.testing.assert_close(*slopes, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("softmax", ["full", "tree"])
+def test_pairs_and_trees_keep_their_own_loss_beside_the_divergence(trained, data, softmax):
+    small = squeezed(trained, "SASRec", softmax=softmax).eval()
+    if softmax == "full":
+        small.loss_type = "BPR"
+    original = Original.of(trained["SASRec"])
+    histories = histories_of(data["SASRec"][0], small.n_items, 8)
+    work = _Recovery(small, original, histories, 0.25, None)
+    hidden, wanted = torch.randn(30, 16), torch.randn(30, 16)
+    target = torch.randint(1, small.n_items, (30,))
+    torch.manual_seed(0)  # of the negatives that pairs draw
+    own = small.position_loss(hidden, target)
+    torch.manual_seed(0)
+    found = work.taught(hidden, wanted, target)
+    torch.testing.assert_close(found, 0.75 * own + 0.25 * work.divergence(hidden, wanted, target))
+
+
+@pytest.mark.parametrize(
+    ("taught", "share", "dropped"), [(True, 0.5, False), (True, 0.0, True), (False, 0.5, True)]
+)
+def test_nothing_is_dropped_where_the_original_teaches(trained, data, taught, share, dropped):
+    small = squeezed(trained, "SASRec").eval()
+    original = Original.of(trained["SASRec"]) if taught else None
+    histories = histories_of(data["SASRec"][0], small.n_items, 8)
+    _Recovery(small, original, histories, share, None).begin_training()
+    dropouts = [m for m in small.modules() if isinstance(m, torch.nn.Dropout)]
+    assert small.training
+    assert {m.training for m in dropouts} == {dropped}
+    small.train()  # which recover() brings back, dropout included
+    recover(small, trained["SASRec"] if taught else None, data["SASRec"][0], 1, progress=False)
+    assert all(m.training for m in dropouts)
+
+
+@pytest.mark.parametrize("n_steps", [1, 3, 20, 1000])
+def test_the_rate_rises_and_falls_and_is_never_nothing(n_steps):
+    rates = [_rate_at((i + 1) / n_steps) for i in range(n_steps)]
+    peak = rates.index(max(rates))
+    assert 0 < min(rates) <= max(rates) <= 1
+    assert rates[: peak + 1] == sorted(rates[: peak + 1])
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert rates[-1] == pytest.approx(0.1)
+    assert peak <= n_steps / 20
 
 
 def test_the_teacher_the_modes_and_the_random_state_are_left_alone(trained, data, host_name):
@@ -145,6 +209,8 @@ def test_a_loss_that_is_no_number_ends_it_and_the_start_is_kept(trained, data):
         ({"epochs": 1.5}, "`epochs`"),
         ({"learning_rate": 0}, "`learning_rate` to be above 0"),
         ({"learning_rate": float("nan")}, "`learning_rate`"),
+        ({"learning_rate": 1e38}, r"`learning_rate` .* at most 1e\+30, but got 1e\+38"),
+        ({"learning_rate": 10**400}, "`learning_rate`"),
         ({"distillation": 2}, "`distillation` to be a share from 0 to 1"),
         ({"batch_size": -1}, "`batch_size`"),
         ({"seed": "a"}, "`seed` to be a whole number"),

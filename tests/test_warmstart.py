@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from cprec_recbole import CompressionConfig, compress, evaluate
+from cprec_recbole import CompressionConfig, CompressionError, compress, evaluate
 from cprec_recbole.clusters import block_masses, fit_clusters
 from cprec_recbole.compress import build
 from cprec_recbole.histories import Histories, drawn_histories
@@ -157,3 +157,8 @@ def test_evaluate_gives_what_recboles_trainer_gives(world, host_name, tmp_path):
         for data in (valid, test):
             expected = Trainer(config, model).evaluate(data, load_best_model=False)
             assert evaluate(model, data) == pytest.approx(dict(expected))
+
+
+def test_what_is_no_evaluation_data_is_named_as_evaluate_names_it(trained):
+    with pytest.raises(CompressionError, match=r"`data` to be .* but got list"):
+        evaluate(trained["SASRec"], [[1, 2]])
