@@ -53,8 +53,8 @@ Batch = tuple[Tensor, Tensor]  # items and the next item at each position, [B, L
 
 
 def ranks_of(n_items: int) -> tuple[int, ...]:
-    """Three blocks up to a million items, five above; both as torch's adaptive softmax has them."""
-    return (64, 16, 4) if n_items <= 10**6 else (64, 32, 16, 8, 4)
+    """Three blocks up to a million items, four above; both as torch's adaptive softmax has them."""
+    return (64, 16, 4) if n_items <= 10**6 else (64, 21, 7, 2)
 
 
 def cheapest_cutoffs(counts: np.ndarray, ranks: tuple[int, ...]) -> tuple[int, ...]:
@@ -164,7 +164,7 @@ def contender(name: str, counts: np.ndarray, table: BlockEmbedding) -> tuple[nn.
         return layers, plain
     layers.item_embedding = table
     inner = [cutoff - 1 for cutoff in table.partition.cutoffs[:-1]]  # no padding
-    step = table.ranks[0] / table.ranks[1]
+    step = float(table.ranks[0] // table.ranks[1])
     softmax = nn.AdaptiveLogSoftmaxWithLoss(DIM, n_items - 1, inner, div_value=step)
 
     def adaptive(batch: Batch) -> Tensor:

@@ -20,8 +20,9 @@ from cprec_recbole.partition import PADDING
 # Sizes that measured best on a CPU with 1 MiB of L2 cache a core; nothing depends on them but speed
 _TILE = 2**18  # logits that are worked on at a time
 _KEPT = 2**22  # logits of a group of rows that stay in the L3 cache between the two sweeps
-_FEWEST_ROWS = 64  # rows of a group: with fewer, reading the factors takes the time
-_TOO_FEW_ROWS = 16  # with fewer than these in the budget it is sooner done to compute logits twice
+# Rows of a group: with fewer, or fewer kept, reading the factors takes the time, and logits are
+# sooner made twice than fetched from memory; with more, pieces are too narrow for high ranks.
+_FEWEST_ROWS, _MOST_ROWS = 64, 512
 
 
 class Strip(NamedTuple):
@@ -168,10 +169,10 @@ class Sweeps:
     def _plan(self, logits: int) -> None:
         """Rows of a group and columns of a piece, so that at most so many logits are held."""
         n_columns = sum(len(strip.rows) for strip in self.strips)
-        rows = min(max(_FEWEST_ROWS, _KEPT // n_columns), logits // n_columns, self.n_rows)
-        self.keeps = self.differentiated and rows >= min(_TOO_FEW_ROWS, self.n_rows)
+        rows = min(min(_KEPT, logits) // n_columns, _MOST_ROWS, self.n_rows)
+        self.keeps = self.differentiated and rows >= min(_FEWEST_ROWS, self.n_rows)
         if not self.keeps:  # two columns at least, so that not all of a piece is padding
-            rows = min(self.n_rows, max(1, min(logits, _TILE) // 2))
+            rows = min(self.n_rows, _MOST_ROWS, max(1, min(logits, _TILE) // 2))
         self.size = max(1, rows)
         whole_groups = self.exact.device.type != "cpu"  # no such cache, and launches cost
         tile = logits if whole_groups else min(logits, _TILE)
