@@ -17,8 +17,9 @@ from torch.autograd.function import once_differentiable
 
 from cprec_recbole.partition import PADDING
 
-# Sizes that measured best on a CPU with 1 MiB of L2 cache a core; nothing depends on them but speed
-_TILE = 2**18  # logits that are worked on at a time
+# Sizes that measured best on a CPU with 1 MiB of L2 cache for each of two cores, on one thread and
+# on two; nothing depends on them but speed
+_TILE = 2**20  # logits that are worked on at a time
 _KEPT = 2**22  # logits of a group of rows that stay in the L3 cache between the two sweeps
 # Rows of a group: with fewer, or fewer kept, reading the factors takes the time, and logits are
 # sooner made twice than fetched from memory; with more, pieces are too narrow for high ranks.
