@@ -255,8 +255,8 @@ def rounds(arguments: argparse.Namespace, **options: Any) -> list[dict[str, Any]
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS}
     for _ in range(arguments.rounds):
         for name in CONTENDERS:
-            if name == PLAIN and options.get("size", 0) > 10**6:
-                continue  # parameters, gradients and moments alone are 10 GB
+            if name in (PLAIN, FULL) and options.get("size", 0) > 10**6:
+                continue  # 10 GB before the first logit the one, minutes a step the other
             given = {"contender": name, "data-path": arguments.data_path, **options}
             flags = [f"--{key}={value}" for key, value in given.items()]
             command = [sys.executable, __file__, "--child", *flags]
