@@ -47,7 +47,8 @@ STEADY_SECONDS, FEWEST_STEPS = 4.0, 2  # measured after one step to warm up
 PLAIN = "uncompressed, full softmax"
 ADAPTIVE = "torch's adaptive softmax"
 TREE, FULL = "ours, tree", "ours, full softmax"
-CONTENDERS = (PLAIN, ADAPTIVE, TREE, FULL)
+DEFAULT = "ours, tree, default blocks"
+CONTENDERS = (PLAIN, ADAPTIVE, TREE, FULL, DEFAULT)
 
 Batch = tuple[Tensor, Tensor]  # items and the next item at each position, [B, L] each
 
@@ -80,6 +81,15 @@ def cheapest_cutoffs(counts: np.ndarray, ranks: tuple[int, ...]) -> tuple[int, .
         found.append(int(ends[place]))
         place = starts[place]
     return (head, *reversed(found))
+
+
+def blocks_of(name: str, counts: np.ndarray) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Ranks and cutoffs of a contender: the same for all but the one with our defaults."""
+    if name == DEFAULT:
+        plan = CompressionConfig().plan(DIM, len(counts))
+        return plan.ranks, plan.cutoffs
+    ranks = ranks_of(len(counts))
+    return ranks, cheapest_cutoffs(counts, ranks)
 
 
 def zipf_batches(n_items: int, counts: np.ndarray) -> Iterator[Batch]:
@@ -146,8 +156,8 @@ Objective = Callable[[Batch], Tensor]
 def contender(name: str, counts: np.ndarray, table: BlockEmbedding) -> tuple[nn.Module, Objective]:
     """A model, and its mean loss of a batch."""
     n_items, layers = len(counts), host()
-    if name in (TREE, FULL):
-        kind = "tree" if name == TREE else "full"
+    if name in (TREE, FULL, DEFAULT):
+        kind = "full" if name == FULL else "tree"
         options = CompressionConfig(
             ranks=table.ranks, cutoffs=table.partition.cutoffs, sharing="none", softmax=kind
         )
@@ -191,8 +201,7 @@ def measure(name: str, counts: np.ndarray, batches: Iterator[Batch]) -> dict[str
     """Steps of a contender in this process."""
     n_items = len(counts)
     at_first = status_mib("VmRSS")
-    ranks = ranks_of(n_items)
-    cutoffs = cheapest_cutoffs(counts, ranks)
+    ranks, cutoffs = blocks_of(name, counts)
     partition = Partition.from_counts(counts, cutoffs)
     table = BlockEmbedding(partition, ranks, DIM)
     table.reset_parameters(std=0.02)  # SASRec's
@@ -297,12 +306,12 @@ def report(results: dict[str, Any]) -> str:
         groups.setdefault((row["dataset"], row["items"]), []).append(row)
     for (dataset, n_items), rows in groups.items():
         base = next((row for row in rows if row["contender"] == PLAIN), None)
-        blocks = ", ".join(map(str, rows[0]["cutoffs"]))
+        default = next(row for row in rows if row["contender"] == DEFAULT)
         lines += [
             "",
             f"## {n_items:,} items, {dataset}",
             "",
-            f"Ranks {'/'.join(map(str, rows[0]['ranks']))}, blocks up to {blocks}.",
+            f"{_blocks(rows[0])} Default blocks: {_blocks(default).lower()}",
             "",
             "| | parameters | ms a step | times faster | targets a second | seconds an epoch "
             "| MiB | times less | parts |",
@@ -319,6 +328,11 @@ def report(results: dict[str, Any]) -> str:
                 f"| {row['parts']} |"
             )
     return "\n".join(lines) + "\n"
+
+
+def _blocks(row: dict[str, Any]) -> str:
+    ends = ", ".join(map(str, row["cutoffs"]))
+    return f"Ranks {'/'.join(map(str, row['ranks']))}, blocks up to {ends}."
 
 
 def plot(results: dict[str, Any], target: Path) -> None:

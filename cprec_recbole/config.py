@@ -24,6 +24,12 @@ RANK_STEP = 4  # each block has a quarter of the rank of the one before (the aut
 HEAD_SHARE = 0.1
 HEAD_ITEMS = 400
 LARGEST_HEAD_SHARE = 0.25
+# From 200,000 items on, what a tree costs a step decides: the head's logits are made for every
+# target, those of a block of k items for the share of targets that it holds. By Zipf's law the sum
+# is about least where the roots of the cutoffs are in equal steps, and it falls with every block
+# (docs/scale.md), so that the head stops growing and each doubling brings two blocks.
+LARGEST_HEAD = 20_000
+LARGE_CATALOGUE = 200_000  # where a tenth of the items is the largest head
 LOSS_MEMORY = 256 * 2**20  # about what a step takes without the softmax of a large catalogue
 LEAST_LOSS_MEMORY = 2**20  # with less, a step would be nothing but calls
 
@@ -71,11 +77,12 @@ class CompressionConfig:
 
     Args:
         ranks: rank of each block from head to tail, e.g. `(64, 16, 4)`; at most the embedding size
-            and never rising. None: `d, d/4, d/16`.
+            and never rising. None: `d, d/4, d/16`, and d/16 for further blocks.
         cutoffs: where the blocks end when items are ordered by falling popularity: rows
             (`(400, 900)`, the padding row counted) or shares of the items (`(0.1, 0.3)`). The end
             of the catalogue may be left out. None: a head of 10% of the items (at least 400 items,
-            at most 25%), the other cutoffs in equal ratio.
+            at most 25% and 20,000 items), the other cutoffs in equal ratio; above 200,000 items in
+            equal steps of their roots, and two blocks more for each doubling.
         sharing: which layers use the same parameters, one of `none`, `cross_layer`, `cross_block`,
             `adjacent_layer`, `adjacent_block` (CpRec, section 3.3).
         softmax: `full` (one flat softmax over the factorised table; so far the more accurate one
@@ -152,8 +159,8 @@ class CompressionConfig:
         elif self.cutoffs is not None:
             n_blocks = len(_inner_cutoffs(self.cutoffs, n_items)) + 1
         else:
-            n_blocks = max(1, min(DEFAULT_BLOCKS, n_items - 1))
-        ranks = self.ranks or tuple(max(1, dim // RANK_STEP**j) for j in range(n_blocks))
+            n_blocks = _default_blocks(n_items)
+        ranks = self.ranks or tuple(_default_rank(dim, j) for j in range(n_blocks))
         if ranks[0] > dim:
             raise CompressionError(
                 f"Expected `ranks` to be at most the embedding size {dim}, but got {list(ranks)}."
@@ -167,9 +174,7 @@ class CompressionConfig:
 
     def _fitted_cutoffs(self, n_blocks: int, n_items: int) -> tuple[int, ...]:
         if self.cutoffs is None:
-            head = min(LARGEST_HEAD_SHARE, max(HEAD_SHARE, HEAD_ITEMS / (n_items - 1)))
-            shares = [head ** (1 - j / (n_blocks - 1)) for j in range(n_blocks - 1)]
-            return (*_rows_of_shares(shares, n_items), n_items)
+            return (*_rows_of_shares(_default_shares(n_blocks, n_items), n_items), n_items)
         inner = _inner_cutoffs(self.cutoffs, n_items)
         if len(inner) != n_blocks - 1:
             raise CompressionError(
@@ -177,6 +182,25 @@ class CompressionConfig:
                 f"{n_blocks} ranks, but got {list(self.cutoffs)}."
             )
         return (*inner, n_items)
+
+
+def _default_blocks(n_items: int) -> int:
+    more = max(0, math.floor(2 * math.log2(max(1, n_items - 1) / LARGE_CATALOGUE)))
+    return max(1, min(DEFAULT_BLOCKS + more, n_items - 1))
+
+
+def _default_rank(dim: int, block: int) -> int:
+    return max(1, dim // RANK_STEP ** min(block, DEFAULT_BLOCKS - 1))
+
+
+def _default_shares(n_blocks: int, n_items: int) -> list[float]:
+    """Where all blocks but the last end, as shares of the items."""
+    parts = [j / (n_blocks - 1) for j in range(n_blocks - 1)]
+    if n_items - 1 > LARGE_CATALOGUE:
+        root = math.sqrt(LARGEST_HEAD / (n_items - 1))
+        return [(root + part * (1 - root)) ** 2 for part in parts]
+    head = min(LARGEST_HEAD_SHARE, max(HEAD_SHARE, HEAD_ITEMS / (n_items - 1)))
+    return [head ** (1 - part) for part in parts]
 
 
 def is_number(value: object) -> TypeGuard[float]:

@@ -190,7 +190,11 @@ class Sweeps:
 
     def log_sum(self, part: slice) -> Tensor:
         """Logarithm of the normaliser of some rows, `[m]`."""
-        sums = [self._softmax(part, *place)[1] for place in self._pieces()]
+        sums = []
+        for place in self._pieces():
+            logits, piece = self._softmax(part, *place)
+            # the highest logit's share is one over the normaliser: no second pass of exponentials
+            sums.append(logits.amax(1) - piece.amax(1).log())
         self._sums = torch.stack(sums, 1)  # [m, pieces]
         return self._sums.logsumexp(1)
 
@@ -255,7 +259,7 @@ class Sweeps:
         return self._kept[start : start + shape[0] * shape[1]].view(shape)
 
     def _softmax(self, part: slice, j: int, columns: slice, first: int) -> tuple[Tensor, Tensor]:
-        """Softmax over the columns of a piece, `[m, w]`, and the logarithm of its normaliser."""
+        """Logits of a piece and the softmax over its columns, `[m, w]`, `[m, w]`."""
         codes, rows = self.strips[j].codes[part], self.strips[j].rows[columns]
         logits = self._logits[: len(codes) * len(rows)].view(len(codes), len(rows))
         if self.product == codes.dtype == logits.dtype:
@@ -266,5 +270,4 @@ class Sweeps:
             logits[:, PADDING] = -torch.inf
         piece = self._piece(part, columns, first)
         torch.softmax(logits, 1, out=piece)
-        # the highest logit's share is one over the normaliser: no second pass of exponentials
-        return piece, logits.amax(1) - piece.amax(1).log()
+        return logits, piece

@@ -15,6 +15,7 @@ import torch
 from recbole.data.dataset import SequentialDataset
 from recbole.utils import FeatureSource, FeatureType
 
+from cprec_recbole.config import CompressionError
 from cprec_recbole.splits import stable_order
 
 _DTYPES: dict[FeatureType, type] = {FeatureType.TOKEN: object, FeatureType.FLOAT: np.float64}
@@ -130,7 +131,14 @@ class InteractionsDataset(SequentialDataset):
         """Sort the interactions, equal ones in the order they had, as RecBole does."""
         names = [by] if isinstance(by, str) else list(by)
         feat = self.inter_feat
-        if ascending is not True or any(name not in feat or feat[name].dim() > 1 for name in names):
+        missing = [name for name in names if name not in feat]
+        if missing:
+            raise CompressionError(
+                f"Expected the interactions to have {', '.join(names)}, by which they are ordered, "
+                f"but {', '.join(missing)} was not loaded; name it in `load_col`, as in "
+                f"--load_col='{{inter: [{self.uid_field}, {self.iid_field}, {missing[0]}]}}'."
+            )
+        if ascending is not True or any(feat[name].dim() > 1 for name in names):
             super().sort(by, ascending)
             return
         for name in reversed(names):

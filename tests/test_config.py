@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -75,6 +76,33 @@ def test_the_default_head_is_a_tenth_within_bounds(items, head):
     plan = CompressionConfig().plan(64, items + 1)
     assert plan.cutoffs[0] == head + 1  # and the padding row
     assert plan.cutoffs[1] == pytest.approx((head * items) ** 0.5, abs=2)  # equal ratio
+
+
+@pytest.mark.parametrize(
+    ("items", "blocks"), [(200_001, 3), (300_000, 4), (400_000, 5), (10**6, 7), (10**7, 14)]
+)
+def test_a_large_catalogue_has_a_small_head_and_more_blocks(items, blocks):
+    plan = CompressionConfig().plan(64, items + 1)
+    assert plan.ranks == (64, 16, *[4] * (blocks - 2))
+    assert plan.cutoffs[0] == 20_001  # and the padding row
+    steps = np.diff(np.sqrt(np.array(plan.cutoffs) - 1))
+    assert steps == pytest.approx(np.full(blocks - 1, steps[0]), rel=1e-3)
+
+
+def test_the_default_blocks_of_a_large_catalogue_are_about_the_cheapest_by_zipfs_law():
+    n_items = 10**7
+    below = np.concatenate([[0.0], (1 / np.arange(1.0, n_items + 1)).cumsum()])
+
+    def logits(cutoffs):  # of a target, expected
+        ends = np.array([0, *cutoffs])
+        shares = np.diff(below[ends - np.arange(len(ends)).clip(max=1)]) / below[-1]
+        return ends[1] + (np.diff(ends) * shares)[1:].sum()
+
+    plan = CompressionConfig(ranks=[8, 4, 2, 1]).plan(8, n_items + 1)
+    grid = np.geomspace(30_000, 9e6, 40).astype(int)
+    least = min(logits((20_001, a, b, n_items + 1)) for a in grid for b in grid if a < b)
+    assert logits(plan.cutoffs) <= 1.05 * least
+    assert logits(CompressionConfig().plan(64, n_items + 1).cutoffs) < 0.5 * least
 
 
 def test_a_tiny_catalogue_has_fewer_blocks_unless_asked_for():

@@ -83,6 +83,11 @@ def test_two_processes_write_and_print_once(world, how, tmp_path, capfd):
         (["--model", "Nothing"], "`model` to be one of CpNextItNet"),
         (["--checkpoint_steps=2"], "`checkpoint_steps` with an `out` folder"),
         (["--checkpoint_step=2"], "did you mean `checkpoint_steps`"),
+        (
+            ["--load_col={inter: [user_id, item_id]}"],
+            "timestamp was not loaded; name it in `load_col`, as in "
+            "--load_col='{inter: [user_id, item_id, timestamp]}'",
+        ),
         (["--out", "/dev/null/x"], "`out` to be a folder that can be written"),
     ],
 )
