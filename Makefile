@@ -20,7 +20,7 @@ demo: $(STAMP)
 	$(BIN)/cprec compare --model NextItNet --dataset ml-100k
 
 test: $(STAMP) lint types
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 check: test
 

@@ -48,7 +48,10 @@ setup(
     ],
     extras_require={
         "bench": ["faiss-cpu", "matplotlib"],
-        "test": ["pytest>=8", "hypothesis>=6", "ruff>=0.6", "mypy>=1.11", "types-PyYAML"],
+        "test": [
+            *("pytest>=8", "pytest-xdist>=3", "hypothesis>=6"),
+            *("ruff>=0.6", "mypy>=1.11", "types-PyYAML"),
+        ],
     },
     entry_points={"console_scripts": ["cprec = cprec_recbole.cli:main"]},
     classifiers=[

@@ -1,5 +1,7 @@
 """What processes tell each other in a step, with gradients: rows to all, and back to their owners.
 
+`group.py` is about membership, and what is said between steps.
+
 Every process of the group must call these in the same order with tensors of the same shape; their
 gradients are exchanged in the reverse order.
 """
@@ -14,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from cprec_recbole import group
 
 _GATHER = "all_gather_single"  # since torch 2.13; before, all_gather_into_tensor
 _gather_into: Callable[..., Any] = getattr(dist, _GATHER, None) or dist.all_gather_into_tensor
@@ -34,9 +38,7 @@ class Group:
     @classmethod
     def current(cls) -> Group | None:
         """All processes of the run; None where there are not several."""
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() < 2:
-            return None
-        return cls(dist.get_rank(), dist.get_world_size())
+        return cls(group.rank(), group.size()) if group.size() > 1 else None
 
     def rows(self, size: int) -> slice:
         """Rows of a block of a size that this process has, as torch's `Shard(0)` deals them."""

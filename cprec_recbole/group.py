@@ -153,24 +153,3 @@ def share(n: int, number: int, parts: int) -> range:
     """Which of `n` rows the `number`-th of `parts` processes takes: each row once, in their order,
     and none where there are fewer rows than processes."""
     return range(number * n // parts, (number + 1) * n // parts)
-
-
-def own_rows(tensor: Tensor) -> Tensor:
-    """This process's rows of a tensor that is spread over processes (torch's DTensor); any other
-    tensor as it is."""
-    to_local: Any = getattr(tensor, "to_local", None)
-    return tensor if to_local is None else to_local()
-
-
-def spread(rows: Tensor, like: Tensor) -> Tensor:
-    """The reverse of `own_rows`: rows of this process, spread as another tensor is."""
-    if not hasattr(like, "to_local"):
-        return rows
-    kind: Any = type(like.detach())  # a parameter's kind is Parameter
-    spread_like: Any = like
-    return kind.from_local(
-        *(rows.to(like.device), spread_like.device_mesh, spread_like.placements),
-        shape=like.shape,
-        stride=like.stride(),
-        run_check=False,
-    )

@@ -17,7 +17,6 @@ from cprec_recbole.backbones import GRU4REC, NEXTITNET, SASREC, Backbone, Host, 
 from cprec_recbole.config import CompressionConfig, CompressionError
 from cprec_recbole.embedding import Block, BlockEmbedding
 from cprec_recbole.exchange import Group
-from cprec_recbole.group import own_rows
 from cprec_recbole.optimizers import steps_sparsely
 from cprec_recbole.outcome import Choice, WarmStart
 from cprec_recbole.partition import Partition
@@ -26,6 +25,7 @@ from cprec_recbole.serving import Servable
 from cprec_recbole.shards import ShardedBlock, own_state, spread_parameters
 from cprec_recbole.sharing import share, sharing_plan
 from cprec_recbole.softmax import FullSoftmax, build_softmax
+from cprec_recbole.spread import own_rows
 from cprec_recbole.vocabulary import Vocabulary
 
 _HOST_ATTRIBUTES = (

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cprec_recbole.config import CompressionError, is_number, is_whole
+from cprec_recbole.distillation import Teacher
 from cprec_recbole.evaluation import check_evaluation_data, evaluate, valid_metric
 from cprec_recbole.histories import Histories, histories_of
 from cprec_recbole.models import CompressedRecommender
@@ -18,7 +19,6 @@ from cprec_recbole.original import Original
 from cprec_recbole.outcome import Recovery
 from cprec_recbole.partition import PADDING
 from cprec_recbole.progress import Show, shown
-from cprec_recbole.softmax import FullSoftmax
 
 # SASRec at ratio 3.5 on MovieLens-100K (seed 2020), loss on the validation data after 5 epochs, the
 # original's 5.818: 6.009 with 2048 and 3e-3, 5.994 with 512 and 1e-3, 5.972 with 512 and 3e-3
@@ -115,12 +115,10 @@ class _Recovery:
         valid_data: Any,
     ) -> None:
         self.small, self.original = small, original
-        self.histories, self.distillation = histories, distillation
-        self.valid_data = valid_data
-        self.partition = small.table.partition
-        if original is not None:
-            # its vectors in the order of the blocks: one copy, and no gather a step
-            self.vectors = original.table[self.partition.item_at.long()]
+        self.histories, self.valid_data = histories, valid_data
+        self.teacher: Teacher | None = None
+        if original is not None and distillation > 0:
+            self.teacher = Teacher(small, original, distillation)
         self.result = Recovery()
         self.best = copy.deepcopy(small.state_dict())
         if valid_data is not None:
@@ -173,7 +171,7 @@ class _Recovery:
         what it is to repeat (SASRec as above: loss 5.868 without, 5.923 with 0.4 of it, 5.972
         with all of it)."""
         self.small.train()
-        if self.original is not None and self.distillation > 0:
+        if self.teacher is not None:
             for module in self.small.modules():
                 if isinstance(module, nn.Dropout):
                     module.eval()
@@ -197,52 +195,22 @@ class _Recovery:
     def loss(self, items: Tensor, targets: Tensor) -> Tensor:
         """Training loss of windows `[B, L]` and the next item at each position `[B, L]`; or, for
         models that read one position, of prefixes `[B, L]` and their targets `[B]`, `[]`."""
-        small, device = self.small, self.partition.item_at.device
+        small, device = self.small, self.small.table.partition.item_at.device
         items, targets = items.to(device), targets.to(device)
         real = targets != PADDING
         hidden = self._read(small.hidden_states(items), real)
         target = targets[real]
-        if self.original is None or self.distillation == 0:
+        if self.teacher is None:
             loss = small.position_loss(hidden, target)
         else:
             with torch.no_grad():
-                wanted = self._read(self.original.hidden_states(items), real)
-            loss = self.taught(hidden, wanted, target)
+                wanted = self._read(self.teacher.original.hidden_states(items), real)
+            loss = self.teacher.loss(hidden, wanted, target)
         return loss if small.record.penalty is None else loss + small.record.penalty(small.backbone)
 
     def _read(self, states: Tensor, real: Tensor) -> Tensor:
         """Hidden states that predict something, `[B, L, d] -> [N, d]`."""
         return states[:, -1] if real.ndim == 1 else states[real]
-
-    def taught(self, hidden: Tensor, wanted: Tensor, target: Tensor) -> Tensor:
-        """The model's own loss mixed with what the original says, `[N, d], [N, d], [N] -> []`."""
-        small, share = self.small, self.distillation
-        if isinstance(small.head, FullSoftmax) and small.loss_type != "BPR":
-            with torch.no_grad():  # both in one softmax: against the mixture of the two
-                mixed = (wanted @ self.vectors[1:].T).softmax(1).mul_(share)
-                place = self.partition.positions(target) - 1
-                mixed[torch.arange(len(place), device=place.device), place] += 1 - share
-            return small.head.soft_loss(hidden, mixed.to(hidden.dtype))
-        own = small.position_loss(hidden, target)
-        return (1 - share) * own + share * self.divergence(hidden, wanted, target)
-
-    def divergence(self, hidden: Tensor, wanted: Tensor, target: Tensor) -> Tensor:
-        """Kullback-Leibler divergence from the original's softmax within the head, and within the
-        block of each target, `[N, d], [N, d], [N] -> []`."""
-        blocks = self.partition.blocks(self.partition.positions(target))
-        total = self._within(0, hidden, wanted)
-        for j in range(1, len(self.partition.sizes)):
-            rows = (blocks == j).nonzero().squeeze(1)
-            if len(rows):
-                total = total + self._within(j, hidden[rows], wanted[rows])
-        return total / len(hidden)
-
-    def _within(self, j: int, hidden: Tensor, wanted: Tensor) -> Tensor:
-        start, end = self.partition.starts[j], self.partition.cutoffs[j]
-        first = PADDING + 1 if j == 0 else 0  # padding is no item
-        told = (wanted @ self.vectors[start + first : end].T).log_softmax(1)
-        given = self.small.head.table.blocks[j].logits(hidden)[:, first:].log_softmax(1)
-        return (told.exp() * (told - given)).sum()
 
 
 def _rate_at(progress: float) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cprec_recbole import group
 from cprec_recbole.config import CompressionError
+from cprec_recbole.spread import own_rows
 
 _SMALL = 2**18  # numbers; gradients below this travel together
 
@@ -137,7 +138,7 @@ def _values(grad: Tensor) -> Tensor:
     """The numbers that this process has of a gradient, to be changed in place."""
     if grad.is_sparse:
         return grad._values()
-    return group.own_rows(grad)
+    return own_rows(grad)
 
 
 def _as_dense(parameter: nn.Parameter) -> Tensor:

@@ -21,8 +21,8 @@ from cprec_recbole.config import CompressionError
 from cprec_recbole.cross_entropy import Strip, log_sum
 from cprec_recbole.embedding import Block, BlockEmbedding
 from cprec_recbole.exchange import Group
-from cprec_recbole.group import spread
 from cprec_recbole.partition import PADDING
+from cprec_recbole.spread import spread_as
 
 _DRAWN = 2**16  # rows drawn at a time, as many as 16 divides: so the draws are those of one process
 
@@ -223,7 +223,7 @@ def own_state(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
                 f"Expected `state_dict` to hold {name} of {list(block.weight.shape)}, but got "
                 f"{list(rows.shape)}."
             )
-        found[name] = spread(rows[block.own], block.weight)
+        found[name] = spread_as(rows[block.own], block.weight)
     return found
 
 

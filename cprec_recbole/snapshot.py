@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cprec_recbole import group
+from cprec_recbole.spread import own_rows, spread_as
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def restore(trainer: Any, state: dict[str, Any], train_data: Any) -> Moment:
     mine = state["processes"][group.rank()]
     parts = mine if trainer.is_parted else state
     spread = trainer.model.state_dict()
-    weights = {name: group.spread(rows, spread[name]) for name, rows in parts["model"].items()}
+    weights = {name: spread_as(rows, spread[name]) for name, rows in parts["model"].items()}
     trainer.model.load_state_dict(weights)
     trainer.model.load_other_parameter(state["other_parameter"])
     trainer.optimizer.load_state_dict(parts["optimizer"])
@@ -102,7 +103,7 @@ def restore(trainer: Any, state: dict[str, Any], train_data: Any) -> Moment:
 def _own(value: Any) -> Any:
     """A state with this process's rows in place of tensors that are spread over processes."""
     if isinstance(value, Tensor):
-        return group.own_rows(value)
+        return own_rows(value)
     if isinstance(value, dict):
         return {key: _own(part) for key, part in value.items()}
     return [_own(part) for part in value] if isinstance(value, list) else value
@@ -112,10 +113,10 @@ def _spread_moments(optimizer: Any) -> None:
     """Spread what an optimizer keeps of a parameter as the parameter is."""
     for part in getattr(optimizer, "parts", {"all": optimizer}).values():
         for parameter, kept in part.state.items():
-            shape = group.own_rows(parameter).shape
+            shape = own_rows(parameter).shape
             for name, value in kept.items():
                 if isinstance(value, Tensor) and value.shape == shape:
-                    kept[name] = group.spread(value, parameter)
+                    kept[name] = spread_as(value, parameter)
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

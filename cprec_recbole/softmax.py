@@ -184,9 +184,9 @@ class FullSoftmax(SoftmaxHead):
         return total / max(1, len(target))
 
     def soft_loss(self, hidden: Tensor, wanted: Tensor) -> Tensor:
-        """Mean cross-entropy with wanted probabilities of all items but padding, by popularity,
+        """Summed cross-entropy with wanted probabilities of all items but padding, by popularity,
         `[N, d], [N, n_items - 1] -> []`."""
-        return F.cross_entropy(self._logits(hidden)[:, 1:], wanted)
+        return F.cross_entropy(self._logits(hidden)[:, 1:], wanted, reduction="sum")
 
     def pairwise_loss(self, hidden: Tensor, target: Tensor, negative: Tensor) -> Tensor:
         """RecBole's BPR: mean `-log sigmoid(target - negative)`, `[N, d], [N], [N] -> []`."""

@@ -6,6 +6,9 @@ import multiprocessing
 import os
 import sys
 
+# one thread: for models this small a second one only waits, and tests run beside each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for the processes that tests start
+
 import pytest
 import torch
 

@@ -1,11 +1,20 @@
 """recover() against slow references, and what it leaves as it was."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 
-from cprec_recbole import CompressionConfig, CompressionError, compress, evaluate, recover
+from cprec_recbole import (
+    CompressionConfig,
+    CompressionError,
+    compress,
+    distillation,
+    evaluate,
+    recover,
+)
+from cprec_recbole.distillation import Teacher
 from cprec_recbole.histories import histories_of
 from cprec_recbole.original import Original
 from cprec_recbole.recover import _rate_at, _Recovery
@@ -18,6 +27,12 @@ METRICS = {"metrics": ["NDCG"], "topk": [10], "valid_metric": "NDCG@10"}
 def data(world):
     """RecBole's own training and validation data."""
     return {name: world.loaders(world.config(name, **METRICS))[:2] for name in HOSTS}
+
+
+@pytest.fixture(scope="module")
+def spare(trained):
+    """A compressed SASRec that nothing is to change."""
+    return squeezed(trained, "SASRec")
 
 
 def squeezed(trained, host_name, **options):
@@ -45,11 +60,10 @@ def test_a_recovery_lowers_the_loss_and_reports_every_epoch(trained, data, host_
     assert "(kept)" in str(found)
 
 
-def test_the_divergence_is_that_of_two_softmaxes_within_blocks(trained, data, host_name):
+def test_the_divergence_is_that_of_two_softmaxes_within_blocks(trained, host_name):
     small = squeezed(trained, host_name, softmax="tree").eval()
     original = Original.of(trained[host_name])
-    histories = histories_of(data[host_name][0], small.n_items, 8)
-    work = _Recovery(small, original, histories, 0.5, None)
+    teacher = Teacher(small, original, 0.5)
     hidden, wanted = torch.randn(30, 16), torch.randn(30, 16)
     target = torch.randint(1, small.n_items, (30,))
     table, dense = original.table, small.head.table.dense().detach()
@@ -62,26 +76,24 @@ def test_the_divergence_is_that_of_two_softmaxes_within_blocks(trained, data, ho
             members = members[members != 0]
             told, given = (w @ table[members].T).softmax(0), (h @ dense[members].T).softmax(0)
             expected += float((told * (told / given).log()).sum())
-    found = float(work.divergence(hidden, wanted, target))
+    found = float(teacher.divergence(hidden, wanted, target))
     assert found == pytest.approx(expected / 30, rel=1e-4)
 
 
-def test_an_equal_model_has_no_divergence(trained, data, host_name):
+def test_an_equal_model_has_no_divergence(trained, host_name):
     small = compress(trained[host_name], CompressionConfig.uncompressed())
     original = Original.of(trained[host_name])
-    histories = histories_of(data[host_name][0], small.n_items, 8)
-    work = _Recovery(small, original, histories, 1.0, None)
+    teacher = Teacher(small, original, 1.0)
     hidden = torch.randn(10, 16)
     target = torch.randint(1, small.n_items, (10,))
-    assert float(work.divergence(hidden, hidden, target)) == pytest.approx(0, abs=1e-5)
+    assert float(teacher.divergence(hidden, hidden, target)) == pytest.approx(0, abs=1e-5)
 
 
 @pytest.mark.parametrize("share", [0.3, 1.0])
-def test_a_flat_softmax_learns_from_all_items(trained, data, host_name, share):
+def test_a_flat_softmax_learns_from_all_items(trained, host_name, share):
     small = squeezed(trained, host_name, softmax="full").eval()
     original = Original.of(trained[host_name])
-    histories = histories_of(data[host_name][0], small.n_items, 8)
-    work = _Recovery(small, original, histories, share, None)
+    teacher = Teacher(small, original, share)
     hidden, wanted = torch.randn(30, 16, requires_grad=True), torch.randn(30, 16)
     target = torch.randint(1, small.n_items, (30,))
     told = (wanted @ original.table.T)[:, 1:].softmax(1)
@@ -89,7 +101,7 @@ def test_a_flat_softmax_learns_from_all_items(trained, data, host_name, share):
     own = -given[torch.arange(30), target - 1].mean()
     divergence = (told * (told.log() - given)).sum(1).mean()
     expected = (1 - share) * own + share * divergence
-    found = work.taught(hidden, wanted, target)
+    found = teacher.loss(hidden, wanted, target)
     entropy = -(told * told.log()).sum(1).mean()  # a constant that is left out
     torch.testing.assert_close(found, expected + share * entropy)
     slopes = [torch.autograd.grad(each, hidden)[0] for each in (expected, found)]
@@ -97,20 +109,45 @@ def test_a_flat_softmax_learns_from_all_items(trained, data, host_name, share):
 
 
 @pytest.mark.parametrize("softmax", ["full", "tree"])
-def test_pairs_and_trees_keep_their_own_loss_beside_the_divergence(trained, data, softmax):
+def test_pairs_and_trees_keep_their_own_loss_beside_the_divergence(trained, softmax):
     small = squeezed(trained, "SASRec", softmax=softmax).eval()
     if softmax == "full":
         small.loss_type = "BPR"
     original = Original.of(trained["SASRec"])
-    histories = histories_of(data["SASRec"][0], small.n_items, 8)
-    work = _Recovery(small, original, histories, 0.25, None)
+    teacher = Teacher(small, original, 0.25)
     hidden, wanted = torch.randn(30, 16), torch.randn(30, 16)
     target = torch.randint(1, small.n_items, (30,))
     torch.manual_seed(0)  # of the negatives that pairs draw
     own = small.position_loss(hidden, target)
     torch.manual_seed(0)
-    found = work.taught(hidden, wanted, target)
-    torch.testing.assert_close(found, 0.75 * own + 0.25 * work.divergence(hidden, wanted, target))
+    found = teacher.loss(hidden, wanted, target)
+    torch.testing.assert_close(
+        found, 0.75 * own + 0.25 * teacher.divergence(hidden, wanted, target)
+    )
+
+
+@pytest.mark.parametrize("softmax", ["full", "tree"])
+def test_rows_that_do_not_fit_the_memory_are_taught_in_parts(trained, monkeypatch, softmax):
+    small = squeezed(trained, "SASRec", softmax=softmax).eval()
+    teacher = Teacher(small, Original.of(trained["SASRec"]), 0.5)
+    hidden, wanted = torch.randn(30, 16, requires_grad=True), torch.randn(30, 16)
+    target = torch.randint(1, small.n_items, (30,))
+    wide = []  # columns of logits times their rows, made at a time
+    logits = type(small.head.head).logits
+    monkeypatch.setattr(
+        type(small.head.head), "logits", lambda b, h: wide.append(len(h)) or logits(b, h)
+    )
+    values, slopes = [], []
+    for memory in (2**28, 7 * distillation._HELD * 4 * small.n_items):
+        small.compression = replace(small.compression, loss_memory=2**20)
+        object.__setattr__(small.compression, "loss_memory", memory)
+        wide.clear()
+        values.append(teacher.loss(hidden, wanted, target))
+        slopes.append(torch.autograd.grad(values[-1], [hidden, *small.head.parameters()]))
+    assert softmax == "tree" or set(wide) == {7, 2}  # 30 rows in parts of 7
+    torch.testing.assert_close(*values)
+    for one, other in zip(*slopes):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -220,8 +257,8 @@ def test_a_loss_that_is_no_number_ends_it_and_the_start_is_kept(trained, data):
         ({"data": [[1, 400]]}, "item ids from 1 to 40"),
     ],
 )
-def test_bad_options_are_refused_before_anything_changes(trained, data, options, match):
-    small = squeezed(trained, "SASRec")
+def test_bad_options_are_refused_before_anything_changes(trained, data, spare, options, match):
+    small = spare
     before = copy.deepcopy(small.state_dict())
     given = {"data": data["SASRec"][0], "progress": False, **options}
     if given["data"] == "valid":
@@ -231,8 +268,8 @@ def test_bad_options_are_refused_before_anything_changes(trained, data, options,
     assert all(torch.equal(before[name], value) for name, value in small.state_dict().items())
 
 
-def test_other_models_are_refused(trained, data):
-    small, train = squeezed(trained, "SASRec"), data["SASRec"][0]
+def test_other_models_are_refused(trained, data, spare):
+    small, train = spare, data["SASRec"][0]
     with pytest.raises(CompressionError, match="`small` to be a compressed model, but got SASRec"):
         recover(trained["SASRec"], trained["SASRec"], train)
     with pytest.raises(CompressionError, match="`teacher` to be the original of `small`"):
