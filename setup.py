@@ -34,7 +34,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["cprec_recbole", "cprec_recbole.*"]),
-    package_data={"cprec_recbole": ["py.typed", "compare/settings.yaml"]},
+    package_data={"cprec_recbole": ["py.typed", "compare/settings.yaml", "compare/page/assets/*"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.4",

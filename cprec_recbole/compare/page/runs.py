@@ -1,0 +1,243 @@
+"""The runs of a study as they lie in its folder, checked field by field."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cprec_recbole.config import CompressionError
+
+QUALITY = "ndcg@20"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One learning rate of a search, and what it reached on the validation set (None: nothing)."""
+
+    learning_rate: float
+    valid: float | None
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """One contender, trained once on one data set; figures that were not measured are None or empty.
+
+    Attributes:
+        path: the file it came from; `<key>.npy` beside it holds each test user's NDCG@20.
+        key: its name in the study.
+        dataset: RecBole's name of the data set.
+        model: RecBole's name of the model.
+        length: items of a history.
+        seed: seed of data order and weights.
+        contender: its name in the study.
+        ratio: how many times smaller it was to be; None for no such aim.
+        options: what was set beside the defaults.
+        learning_rate: the one that was trained with.
+        search: learning rates tried before.
+        parts: parameters by part.
+        parameters: all parameters.
+        bytes: bytes of the weights.
+        test: metrics on the test set.
+        valid_curve: the validation metric after each evaluation.
+        best_epoch: the epoch whose weights were kept, counted from 1.
+        epochs: epochs trained.
+        epoch_seconds: seconds of each of them.
+        score_ms: milliseconds to score the catalogue for one user.
+        popularity: NDCG@20 of each group of items by popularity; None where it holds no case.
+        cases: test cases of each of those groups.
+        command: what repeats it.
+        environment: versions and hardware.
+        error: why it failed; None for a run that finished.
+    """
+
+    path: Path
+    key: str
+    dataset: str
+    model: str
+    length: int | None
+    seed: int | None
+    contender: str
+    ratio: float | None
+    options: dict[str, Any] = field(default_factory=dict)
+    learning_rate: float | None = None
+    search: tuple[Trial, ...] = ()
+    parts: dict[str, float] = field(default_factory=dict)
+    parameters: float = math.nan
+    bytes: float | None = None
+    test: dict[str, float] = field(default_factory=dict)
+    valid_curve: tuple[float, ...] = ()
+    best_epoch: float | None = None
+    epochs: float | None = None
+    epoch_seconds: tuple[float, ...] = ()
+    score_ms: float | None = None
+    popularity: dict[str, float | None] = field(default_factory=dict)
+    cases: dict[str, float] = field(default_factory=dict)
+    command: str = ""
+    environment: dict[str, Any] = field(default_factory=dict)
+    error: str | None = None
+
+
+def read_runs(study_folder: Path) -> list[StudyRun]:
+    """All runs of a study, those that failed too, sorted by the names of their files.
+
+    Args:
+        study_folder: holds `runs/*.json`, a run each.
+
+    Raises:
+        CompressionError: no run, a file that is no JSON object, a field that is missing or of
+            the wrong kind; the file is named.
+    """
+    folder = Path(study_folder) / "runs"
+    files = [path for path in sorted(folder.glob("*.json")) if not path.name.startswith(".")]
+    if not files:
+        raise CompressionError(
+            f"Expected `study_folder` to hold runs, but got no file {folder / '*.json'}; "
+            "run the study first."
+        )
+    return [read_run(path) for path in files]
+
+
+def read_run(path: Path) -> StudyRun:
+    """One run; a CompressionError that names the file where it is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise _refusal(path, "a run in JSON", str(error)) from None
+    if not isinstance(content, dict):
+        raise _refusal(path, "a run as a JSON object", type(content).__name__)
+    record = _Record(path, content)
+    about = {
+        "path": path,
+        "key": record.text("key", path.stem),
+        "contender": record.text("contender"),
+        "dataset": record.text("dataset"),
+        "model": record.text("model"),
+        "length": record.whole("length"),
+        "seed": record.whole("seed"),
+        "ratio": record.number("ratio"),
+        "options": record.mapping("options"),
+        "command": record.text("command", ""),
+        "environment": record.mapping("environment"),
+    }
+    if content.get("error") is not None:
+        return StudyRun(**about, error=str(content["error"]))
+    return StudyRun(**about, **_results(record))
+
+
+def _results(record: _Record) -> dict[str, Any]:
+    groups = record.mapping("popularity")
+    popularity = {name: record.inside("popularity", name) for name in groups}
+    return {
+        "learning_rate": record.number("learning_rate"),
+        "search": tuple(_trial(record, item) for item in record.items("search")),
+        "parts": {k: v for k, v in record.numbers("parameters").items() if k != "total"},
+        "parameters": record.needed(record.number("total_parameters"), "total_parameters"),
+        "bytes": record.number("bytes"),
+        "test": _metrics(record),
+        "valid_curve": record.series("valid_curve"),
+        "best_epoch": record.number("best_epoch"),
+        "epochs": record.number("epochs"),
+        "epoch_seconds": record.series("epoch_seconds"),
+        "score_ms": record.number("score_ms"),
+        "popularity": {k: _of_a_case(group) for k, group in popularity.items()},
+        "cases": {k: v for k, g in popularity.items() if (v := g.number("cases")) is not None},
+    }
+
+
+def _metrics(record: _Record) -> dict[str, float]:
+    metrics = record.numbers("test")
+    record.needed(metrics.get(QUALITY), f"test.{QUALITY}")
+    return metrics
+
+
+def _of_a_case(group: _Record) -> float | None:
+    return None if group.number("cases") == 0 else group.number(QUALITY)
+
+
+def _trial(record: _Record, item: Any) -> Trial:
+    trial = _Record(record.path, item if isinstance(item, dict) else {})
+    rate = trial.needed(trial.number("learning_rate"), "search.learning_rate")
+    return Trial(rate, trial.number("valid"))
+
+
+class _Record:
+    """A JSON object whose fields are asked for by kind; what is not finite counts as not there."""
+
+    def __init__(self, path: Path, content: dict[str, Any]) -> None:
+        self.path = path
+        self.content = content
+
+    def text(self, name: str, default: str | None = None) -> str:
+        value = self.content.get(name, default)
+        if not isinstance(value, str):
+            raise _refusal(self.path, f"`{name}` as a text", value)
+        return value
+
+    def number(self, name: str) -> float | None:
+        value = self.content.get(name)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise _refusal(self.path, f"`{name}` as a number", value)
+        return value if _finite(value) else None
+
+    def whole(self, name: str) -> int | None:
+        value = self.number(name)
+        if value is not None and value != int(value):
+            raise _refusal(self.path, f"`{name}` as a whole number", value)
+        return None if value is None else int(value)
+
+    def mapping(self, name: str) -> dict[str, Any]:
+        value = self.content.get(name)
+        if value is None:
+            return {}
+        if not isinstance(value, dict):
+            raise _refusal(self.path, f"`{name}` as an object", value)
+        return value
+
+    def inside(self, name: str, key: str) -> _Record:
+        value = self.mapping(name)[key]
+        if not isinstance(value, dict):
+            raise _refusal(self.path, f"`{name}.{key}` as an object", value)
+        return _Record(self.path, value)
+
+    def numbers(self, name: str) -> dict[str, float]:
+        fields = _Record(self.path, self.mapping(name))
+        found = {key: fields.number(key) for key in fields.content}
+        return {key: value for key, value in found.items() if value is not None}
+
+    def items(self, name: str) -> list[Any]:
+        value = self.content.get(name)
+        if value is not None and not isinstance(value, list):
+            raise _refusal(self.path, f"`{name}` as a list", value)
+        return value or []
+
+    def series(self, name: str) -> tuple[float, ...]:
+        entries = _Record(self.path, {str(i): v for i, v in enumerate(self.items(name))})
+        return tuple(
+            math.nan if (value := entries.number(key)) is None else value
+            for key in entries.content
+        )
+
+    def needed(self, value: float | None, name: str) -> float:
+        if value is None:
+            raise _refusal(self.path, f"`{name}` as a finite number", None)
+        return value
+
+
+def _finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond every float
+        return False
+
+
+def _refusal(path: Path, expected: str, got: Any) -> CompressionError:
+    what = got if isinstance(got, str) else json.dumps(got, default=str)
+    return CompressionError(
+        f"Expected {path} to hold {expected}, but got {what[:200]}; "
+        "remove the file and repeat the run."
+    )
