@@ -14,9 +14,11 @@ from cprec_recbole.compare.page.styles import KNOWN
 CONTENDERS = tuple(KNOWN)
 # what share of the quality is left at ratio 4, and what share of the rare items'
 KEPT = {
-    "compressed": (1.0, 0.9), "recovered": (1.02, 0.95), "tree": (0.95, 0.8), "untied": (0.93, 0.85),
+    "compressed": (1.0, 0.9), "recovered": (1.02, 0.95), "tree": (0.95, 0.8),
+    "untied": (0.93, 0.85),
     "blocks-only": (0.99, 0.9), "sharing-only": (1.01, 1.0), "narrower": (0.96, 0.9),
-    "one-rank": (0.92, 0.8), "uniform-svd": (0.85, 0.6), "int8": (0.998, 1.0), "hashing": (0.5, 0.3),
+    "one-rank": (0.92, 0.8), "uniform-svd": (0.85, 0.6), "int8": (0.998, 1.0),
+    "hashing": (0.5, 0.3),
     "recjpq-svd": (0.97, 0.7), "recjpq-random": (0.9, 0.6),
 }  # fmt: skip
 AFTER_TRAINING = ("uniform-svd", "int8")
@@ -41,7 +43,7 @@ def record(
     level = LEVEL.get(dataset, 0.05) * share * rng.normal(1, 0.02)
     table, layers = ITEMS.get(dataset, 5000) * 64, LAYERS.get(model, 70_000)
     parts = {
-        "table": int(table / size * rng.uniform(0.95, 1.0)),
+        "table": int(table / size * (rng.uniform(0.95, 1.0) if ratio else 1)),
         "layers": int(layers / size),
         "softmax": 128 if contender == "tree" else table // 16 if contender == "untied" else 0,
     }
@@ -85,7 +87,7 @@ def record(
                 ("tail", 0.25 * rare, 142),
             )
         },
-        "command": f"cprec compare --model {model} --dataset {dataset} --seeds 1 --learning_rate=0.001",
+        "command": f"cprec compare --model {model} --dataset {dataset} --learning_rate=0.001",
         "environment": {"python": "3.11", "torch": "2.13.0", "processor": "made up", "cores": 2},
     }
     return {**made, **changes}
@@ -93,7 +95,17 @@ def record(
 
 def failure(**changes: Any) -> dict[str, Any]:
     """One run that failed."""
-    about = ("key", "dataset", "model", "length", "seed", "contender", "ratio", "options", "command")
+    about = (
+        "key",
+        "dataset",
+        "model",
+        "length",
+        "seed",
+        "contender",
+        "ratio",
+        "options",
+        "command",
+    )
     made = record(contender="hashing", ratio=8.0, seed=2021)
     error = "CompressionError: Expected `ranks` to be at most 64, but got [128]; lower them."
     return {**{name: made[name] for name in about}, "error": error, **changes}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import html
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import plotly.graph_objects as go
@@ -69,15 +69,35 @@ def log_axis(title: str, values: Sequence[float], unit: str = "") -> dict[str, A
         range=[math.log10(low), math.log10(high)],
         tickvals=ticks,
         ticktext=[short(tick, unit) for tick in ticks],
+        tickangle=0,
     )
 
 
+def span(figures: Iterable[Figure | None]) -> list[float]:
+    """From the lowest to the highest end of the error bars, with room around; never empty."""
+    ends = [
+        f.mean + sign * (0 if math.isnan(f.spread) else f.spread)
+        for f in figures
+        if f is not None and math.isfinite(f.mean)
+        for sign in (-1, 1)
+    ]
+    low, high = min(ends, default=0.0), max(ends, default=1.0)
+    room = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
+    return [low - room, high + room]
+
+
 def round_figures(low: float, high: float) -> list[float]:
-    """Round figures from low to high, at most about seven, at about equal ratios."""
+    """Round figures from low to high, at most five where that can be, at about equal ratios."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for steps in ((1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,)):
+    for steps in (
+        (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8),
+        (1, 1.5, 2, 3, 5, 7),
+        (1, 2, 5),
+        (1, 3),
+        (1,),
+    ):
         ticks = [s * 10.0**d for d in decades for s in steps if low <= s * 10.0**d <= high]
-        if len(ticks) <= 7:
+        if len(ticks) <= 5:
             break
     return ticks
 
@@ -119,7 +139,7 @@ def with_spread(figure: Figure | None, form: str) -> str:
         return "–"
     if math.isnan(figure.spread):
         return format(figure.mean, form)
-    return f"{figure.mean:{form}} ± {figure.spread:{form}}"
+    return f"{figure.mean:{form}}\u00a0±\u00a0{figure.spread:{form}}"  # not to be broken
 
 
 def about(point: Point, reference: Point | None) -> str:

@@ -1,4 +1,4 @@
-"""Runs put together: a point for the seeds of one contender, a cell for one model on one data set."""
+"""Runs put together: the seeds of a contender to a point, a model's points on data to a cell."""
 
 from __future__ import annotations
 
@@ -21,11 +21,9 @@ from cprec_recbole.config import CompressionError
 REFERENCE = "uncompressed"
 Quantity = Callable[[StudyRun], float | None]
 
-# Paired difference over users: values [n_users] of a contender and of the reference, an array for each
-# seed -> mean difference, low and high end of its interval.
-PairedInterval = Callable[
-    [Sequence[np.ndarray], Sequence[np.ndarray]], tuple[float, float, float]
-]
+# Paired difference over users: values [n_users] of a contender and of the reference, an array for
+# each seed -> mean difference, low and high end of its interval.
+PairedInterval = Callable[[Sequence[np.ndarray], Sequence[np.ndarray]], tuple[float, float, float]]
 
 
 @dataclass
@@ -41,7 +39,7 @@ class Point:
     @property
     def label(self) -> str:
         """What tables and pictures call it."""
-        ratio = "" if self.ratio is None else f" ÷ {self.ratio:g}"
+        ratio = "" if self.ratio is None else f" ÷\u00a0{self.ratio:g}"
         return f"{self.contender}{ratio}{self.remark}"
 
     @property
@@ -177,7 +175,9 @@ def gaps(cells: Sequence[Cell]) -> list[tuple[Cell, list[str]]]:
     found = []
     for cell in cells:
         lacks = [
-            lack for (name, ratio), seeds in wanted.items() if (lack := _lack(cell, name, ratio, seeds))
+            lack
+            for (name, ratio), seeds in wanted.items()
+            if (lack := _lack(cell, name, ratio, seeds))
         ]
         if lacks:
             found.append((cell, lacks))
@@ -236,6 +236,6 @@ def _users_file(run: StudyRun) -> Path:
 def _check_pair(a: np.ndarray | None, b: np.ndarray | None, run: StudyRun) -> None:
     if a is not None and b is not None and a.shape != b.shape:
         raise CompressionError(
-            f"Expected {_users_file(run)} to hold {len(b)} test users, as the uncompressed model's, "
-            f"but got {len(a)}; repeat the run."
+            f"Expected {_users_file(run)} to hold {len(b)} test users, as for the uncompressed "
+            f"model, but got {len(a)}; repeat the run."
         )

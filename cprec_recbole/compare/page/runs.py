@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cprec_recbole.compare.page.records import Record, refusal
 from cprec_recbole.config import CompressionError
 
 QUALITY = "ndcg@20"
@@ -23,7 +24,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class StudyRun:
-    """One contender, trained once on one data set; figures that were not measured are None or empty.
+    """One contender, trained once on one data set; what was not measured is None or empty.
 
     Attributes:
         path: the file it came from; `<key>.npy` beside it holds each test user's NDCG@20.
@@ -105,11 +106,11 @@ def read_run(path: Path) -> StudyRun:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise _refusal(path, "a run in JSON", str(error)) from None
+        raise refusal(path, "a run in JSON", str(error)) from None
     if not isinstance(content, dict):
-        raise _refusal(path, "a run as a JSON object", type(content).__name__)
-    record = _Record(path, content)
-    about = {
+        raise refusal(path, "a run as a JSON object", type(content).__name__)
+    record = Record(path, content)
+    about: dict[str, Any] = {
         "path": path,
         "key": record.text("key", path.stem),
         "contender": record.text("contender"),
@@ -127,7 +128,7 @@ def read_run(path: Path) -> StudyRun:
     return StudyRun(**about, **_results(record))
 
 
-def _results(record: _Record) -> dict[str, Any]:
+def _results(record: Record) -> dict[str, Any]:
     groups = record.mapping("popularity")
     popularity = {name: record.inside("popularity", name) for name in groups}
     return {
@@ -147,97 +148,17 @@ def _results(record: _Record) -> dict[str, Any]:
     }
 
 
-def _metrics(record: _Record) -> dict[str, float]:
+def _metrics(record: Record) -> dict[str, float]:
     metrics = record.numbers("test")
     record.needed(metrics.get(QUALITY), f"test.{QUALITY}")
     return metrics
 
 
-def _of_a_case(group: _Record) -> float | None:
+def _of_a_case(group: Record) -> float | None:
     return None if group.number("cases") == 0 else group.number(QUALITY)
 
 
-def _trial(record: _Record, item: Any) -> Trial:
-    trial = _Record(record.path, item if isinstance(item, dict) else {})
+def _trial(record: Record, item: Any) -> Trial:
+    trial = Record(record.path, item if isinstance(item, dict) else {})
     rate = trial.needed(trial.number("learning_rate"), "search.learning_rate")
     return Trial(rate, trial.number("valid"))
-
-
-class _Record:
-    """A JSON object whose fields are asked for by kind; what is not finite counts as not there."""
-
-    def __init__(self, path: Path, content: dict[str, Any]) -> None:
-        self.path = path
-        self.content = content
-
-    def text(self, name: str, default: str | None = None) -> str:
-        value = self.content.get(name, default)
-        if not isinstance(value, str):
-            raise _refusal(self.path, f"`{name}` as a text", value)
-        return value
-
-    def number(self, name: str) -> float | None:
-        value = self.content.get(name)
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise _refusal(self.path, f"`{name}` as a number", value)
-        return value if _finite(value) else None
-
-    def whole(self, name: str) -> int | None:
-        value = self.number(name)
-        if value is not None and value != int(value):
-            raise _refusal(self.path, f"`{name}` as a whole number", value)
-        return None if value is None else int(value)
-
-    def mapping(self, name: str) -> dict[str, Any]:
-        value = self.content.get(name)
-        if value is None:
-            return {}
-        if not isinstance(value, dict):
-            raise _refusal(self.path, f"`{name}` as an object", value)
-        return value
-
-    def inside(self, name: str, key: str) -> _Record:
-        value = self.mapping(name)[key]
-        if not isinstance(value, dict):
-            raise _refusal(self.path, f"`{name}.{key}` as an object", value)
-        return _Record(self.path, value)
-
-    def numbers(self, name: str) -> dict[str, float]:
-        fields = _Record(self.path, self.mapping(name))
-        found = {key: fields.number(key) for key in fields.content}
-        return {key: value for key, value in found.items() if value is not None}
-
-    def items(self, name: str) -> list[Any]:
-        value = self.content.get(name)
-        if value is not None and not isinstance(value, list):
-            raise _refusal(self.path, f"`{name}` as a list", value)
-        return value or []
-
-    def series(self, name: str) -> tuple[float, ...]:
-        entries = _Record(self.path, {str(i): v for i, v in enumerate(self.items(name))})
-        return tuple(
-            math.nan if (value := entries.number(key)) is None else value
-            for key in entries.content
-        )
-
-    def needed(self, value: float | None, name: str) -> float:
-        if value is None:
-            raise _refusal(self.path, f"`{name}` as a finite number", None)
-        return value
-
-
-def _finite(value: float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # a whole number beyond every float
-        return False
-
-
-def _refusal(path: Path, expected: str, got: Any) -> CompressionError:
-    what = got if isinstance(got, str) else json.dumps(got, default=str)
-    return CompressionError(
-        f"Expected {path} to hold {expected}, but got {what[:200]}; "
-        "remove the file and repeat the run."
-    )

@@ -1,8 +1,8 @@
 """How each contender looks: one colour, symbol and dash in every picture.
 
 Colours are those of Okabe and Ito, which people with any kind of colour blindness can tell apart
-(M. Okabe, K. Ito, "Color Universal Design", 2008), but yellow, which white paper swallows; black is the
-page's ink, white on a dark page. Two contenders that share a colour are kin, and differ in symbol and dash.
+(M. Okabe, K. Ito, "Color Universal Design", 2008), but yellow, which white paper swallows; black is
+the page's ink, white on a dark page. Contenders that share a colour differ in symbol and dash.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ class Style:
     dash: str
 
 
+Styles = dict[str, Style]
+
 # in the order in which legends and tables show them
-KNOWN: dict[str, Style] = {
+KNOWN: Styles = {
     "uncompressed": Style(INK, "star", "solid"),
     "compressed": Style(VERMILLION, "circle", "solid"),
     "recovered": Style(VERMILLION, "circle-open", "dash"),
@@ -66,8 +68,8 @@ _OUTLINES = {
 }
 
 
-def assign_styles(contenders: Iterable[str]) -> dict[str, Style]:
-    """A style for each name, in the order of the legend; new names get spare ones, by the alphabet."""
+def assign_styles(contenders: Iterable[str]) -> Styles:
+    """A style for each name, in the order of the legend; unknown names get spare ones."""
     names = set(contenders)
     others = sorted(names - KNOWN.keys())
     return {

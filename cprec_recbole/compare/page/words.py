@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from statistics import median
 
 from cprec_recbole.compare.page.drawing import short, with_spread
-from cprec_recbole.compare.page.points import REFERENCE, Cell, Point
+from cprec_recbole.compare.page.points import Cell, Point
 from cprec_recbole.compare.page.runs import StudyRun
-
-SUBJECT = "compressed"
-Pair = tuple[Point, Point]  # a point and the uncompressed model of its cell
+from cprec_recbole.compare.page.summary import Standing
 
 
 def scope(runs: Sequence[StudyRun]) -> str:
@@ -23,19 +21,23 @@ def scope(runs: Sequence[StudyRun]) -> str:
     seeds = {run.seed for run in named}
     histories = f", histories of {listed([str(n) for n in lengths])} items" if lengths else ""
     searched = sum(len(run.search) for run in finished)
-    search = f"; {counted(searched, 'more run')} to find learning rates" if searched else ""
+    search = f", {counted(searched, 'more run')} to find learning rates" if searched else ""
     failed = len(runs) - len(finished)
     return (
         f"{listed(models)} on {listed(data)}{histories}: "
         f"{counted(len({run.contender for run in named}), 'contender')}, "
         f"{counted(len(seeds), 'seed')}, {counted(len(finished), 'finished run')}{search}"
-        f"{f'; {failed} failed' if failed else ''}."
+        f"{f', {failed} failed' if failed else ''}."
     )
 
 
-def main_finding(cells: Sequence[Cell]) -> str:
-    """The one sentence: what the compressed model keeps at the ratio that most cells have."""
-    subject = subject_of(cells)
+def main_finding(cells: Sequence[Cell], own: Sequence[Standing]) -> str:
+    """The one sentence: what the subject keeps at the ratio that most cells have.
+
+    Args:
+        cells: all cells.
+        own: where the subject stands, at each of its ratios.
+    """
     if not cells:
         return "No run finished, so nothing was found."
     if not any(cell.reference for cell in cells):
@@ -43,187 +45,145 @@ def main_finding(cells: Sequence[Cell]) -> str:
             "No uncompressed model was run, so nothing can be said about what compression costs; "
             "the contenders are compared with each other below."
         )
-    if subject is None:
+    if not own:
         return "Nothing but the uncompressed model was run so far."
-    ratios = ratios_of(cells, subject)
-    if not ratios:
-        return f"{subject} and the uncompressed model share no model and data set so far."
-    ratio = max(ratios, key=lambda r: (len(pairs_at(cells, subject, r)), -(r or 0)))
-    return kept(cells, subject, ratio)
+    if not any(standing.smaller for standing in own):
+        return (
+            f"{own[0].contender} and the uncompressed model have no model and data set in common "
+            "so far."
+        )
+    return kept(_first(own))
 
 
-def details(cells: Sequence[Cell]) -> list[str]:
+def details(own: Sequence[Standing], others: Sequence[Standing]) -> list[str]:
     """Further sentences: other ratios, rivals, rare items, latency."""
-    subject = subject_of(cells)
-    if subject is None or not any(cell.reference for cell in cells):
+    shown = [standing for standing in own if standing.smaller]
+    if not shown:
         return []
-    first = main_finding(cells)
-    found = []
-    for ratio in ratios_of(cells, subject):
-        sentence = kept(cells, subject, ratio)
-        found += [] if sentence == first else [sentence]
-        found += _against_rivals(cells, subject, ratio)
-    return [*found, *_rare_items(cells, subject), *_speed(cells, subject)]
+    first = _first(shown)
+    rest = [kept(standing) for standing in shown if standing is not first]
+    return [*rest, *_rivals(shown[0].contender, others), *_rare_items(shown), *_speed(shown)]
+
+
+def _first(own: Sequence[Standing]) -> Standing:
+    return max(own, key=lambda s: (len(s.smaller), -(s.ratio or 0)))
+
+
+def kept(standing: Standing) -> str:
+    """How much of the uncompressed model's quality a contender has at a ratio."""
+    shares, name = standing.shares, standing.contender
+    size = f"with {_range(standing.smaller, '.1f')} times fewer parameters"
+    start = (
+        f"{_at(standing).capitalize()}, {size}, {name}" if standing.ratio else f"{name}, {size},"
+    )
+    if not shares:
+        return f"{start} cannot be judged: the uncompressed model's NDCG@20 is zero."
+    share = _percent(median(shares))
+    text = f"{start} has {share} of the uncompressed model's NDCG@20 on the test set"
+    if len(shares) > 1:
+        text += (
+            f": the median of {len(shares)} comparisons, from {_percent(min(shares))} to "
+            f"{_percent(max(shares))}. It is not below the uncompressed model in "
+            f"{standing.not_below} of {len(shares)}"
+        )
+    if standing.intervals:
+        text += (
+            "; the interval of the paired difference over users includes or exceeds zero in "
+            f"{standing.certain} of {len(standing.intervals)}"
+        )
+    return f"{text}."
+
+
+def _rivals(subject: str, others: Sequence[Standing]) -> list[str]:
+    """Against whom the subject is above at equal ratio: always, at times, never."""
+    score: dict[str, tuple[int, int]] = {}
+    for standing in others:
+        won, fought = score.get(standing.contender, (0, 0))
+        if standing.ratio is not None:
+            score[standing.contender] = (won + standing.lost[0], fought + standing.lost[1])
+    fights = {name: result for name, result in score.items() if result[1]}
+    if not fights:
+        return []
+    total = sum(won for won, _ in fights.values())
+    always = [name for name, (won, fought) in fights.items() if won == fought]
+    never = [name for name, (won, _) in fights.items() if won == 0]
+    between = [f"{n} in {w} of {f}" for n, (w, f) in fights.items() if n not in always + never]
+    if not total:
+        return [
+            f"At equal ratio, {subject} has the higher NDCG@20 against none of {listed(never)}."
+        ]
+    parts = [f"{listed(always)} in every comparison"] if always else []
+    parts += [listed(between)] if between else []
+    parts += [f"{listed(never)} in none"] if never else []
+    return [f"At equal ratio, {subject} has the higher NDCG@20 against {'; '.join(parts)}."]
+
+
+def _rare_items(own: Sequence[Standing]) -> list[str]:
+    words = []
+    for standing in own:
+        medians = [f"{value:.0%} on {name}" for name, value in standing.group_medians.items()]
+        if medians:
+            words.append(f"{_at(standing)} {listed(medians)} items")
+    if not words:
+        return []
+    over = ", medians" if any(len(v) > 1 for s in own for v in s.groups.values()) else ""
+    return [
+        f"{own[0].contender} by popularity of the item asked for (shares of the uncompressed "
+        f"model's NDCG@20{over}): {'; '.join(words)}."
+    ]
+
+
+def _speed(own: Sequence[Standing]) -> list[str]:
+    times = [f"{median(s.slower):.2f} times {_at(s)}" for s in own if s.slower]
+    if not times:
+        return []
+    over = " (medians)" if any(len(s.slower) > 1 for s in own) else ""
+    return [
+        f"To score one user takes {own[0].contender} {listed(times)} as long as the uncompressed "
+        f"model{over}."
+    ]
+
+
+def _at(standing: Standing) -> str:
+    return "at no ratio" if standing.ratio is None else f"at ratio {standing.ratio:g}"
 
 
 def cell_words(cell: Cell) -> str:
     """What was found in one cell: the reference, and the best and the smallest of the others."""
     reference = cell.reference
-    others = [point for point in cell.points if point is not reference]
     if reference is None:
         return f"{cell.label}: no uncompressed model was run here."
     start = (
         f"{cell.label}: the uncompressed model has NDCG@20 {with_spread(reference.quality, '.4f')} "
         f"with {reference.parameters:,.0f} parameters."
     )
-    smaller = [point for point in others if 0 < point.parameters < reference.parameters]
+    smaller = [point for point in cell.points if 0 < point.parameters < reference.parameters]
     if not smaller:
         return f"{start} No contender with fewer parameters was run here."
     best = max(smaller, key=lambda point: point.quality.mean)
-    text = (
-        f"{start} Of {counted(len(smaller), 'contender')} with fewer, {best.label} has the highest, "
-        f"{_result(best, reference)}."
-    )
+    many = "The one point" if len(smaller) == 1 else f"The best of {len(smaller)} points"
+    text = f"{start} {many} with fewer is {best.label}: {_result(best, reference)}."
     near = [p for p in smaller if p.quality.mean >= 0.95 * reference.quality.mean]
     if not near:
         return f"{text} None reaches 95% of the uncompressed model's."
     least = min(near, key=lambda point: point.parameters)
     if least is best:
-        return f"{text} It is also the smallest that reaches 95% of the uncompressed model's."
-    return (
-        f"{text} The smallest that reaches 95% of the uncompressed model's is {least.label}, "
-        f"{_result(least, reference)}."
-    )
-
-
-def subject_of(cells: Sequence[Cell]) -> str | None:
-    """Whom the findings are about: `compressed`, or else the contender that was run most often."""
-    names = [p.contender for cell in cells for p in cell.points if p.contender != REFERENCE]
-    if SUBJECT in names or not names:
-        return SUBJECT if names else None
-    return max(dict.fromkeys(names), key=names.count)
-
-
-def ratios_of(cells: Sequence[Cell], contender: str) -> list[float | None]:
-    """Ratios at which a contender stands beside an uncompressed model."""
-    ratios = {
-        p.ratio for c in cells if c.reference for p in c.points if p.contender == contender
-    }
-    return sorted(ratios, key=lambda ratio: ratio or 0)
-
-
-def pairs_at(cells: Sequence[Cell], contender: str, ratio: float | None) -> list[Pair]:
-    """A contender's points at a ratio, each with its reference."""
-    return [
-        (point, cell.reference)
-        for cell in cells
-        if cell.reference and (point := cell.find(contender, ratio))
-    ]
-
-
-def kept(cells: Sequence[Cell], contender: str, ratio: float | None) -> str:
-    """How much of the uncompressed model's quality a contender has at a ratio."""
-    pairs = pairs_at(cells, contender, ratio)
-    shares = [p.quality.mean / r.quality.mean for p, r in pairs if r.quality.mean > 0]
-    smaller = [r.parameters / p.parameters for p, r in pairs if p.parameters > 0]
-    name = Point(contender, ratio, []).label
-    size = f"with {_range(smaller, '.1f')} times fewer parameters, " if smaller else ""
-    if not shares:
-        return f"{name}: the uncompressed model's NDCG@20 is zero, so shares of it say nothing."
-    if len(shares) == 1:
-        text = f"{name}, {size}has {shares[0]:.1%} of the uncompressed model's NDCG@20 on the test set"
-        return f"{text}{_certain(pairs)}."
-    least, most = min(shares), max(shares)
-    at_least = sum(share >= 1 for share in shares)
-    return (
-        f"{name}, {size}has {median(shares):.1%} of the uncompressed model's NDCG@20 on the test "
-        f"set: the median of {len(shares)} comparisons, from {least:.1%} to {most:.1%}. It is not "
-        f"below the uncompressed model in {at_least} of {len(shares)}{_certain(pairs)}."
-    )
-
-
-def _certain(pairs: Sequence[Pair]) -> str:
-    """What the intervals of the paired differences say, where they are known."""
-    intervals = [p.interval for p, _ in pairs if p.interval is not None]
-    if not intervals:
-        return ""
-    fine = sum(high >= 0 for _, _, high in intervals)
-    return (
-        f"; the interval of the paired difference over users includes or exceeds zero in {fine} of "
-        f"{len(intervals)}"
-    )
-
-
-def _against_rivals(cells: Sequence[Cell], subject: str, ratio: float | None) -> list[str]:
-    if ratio is None:
-        return []
-    rivals = list(
-        dict.fromkeys(
-            p.contender for c in cells for p in c.points if p.ratio == ratio and p.contender != subject
-        )
-    )
-    words = []
-    for rival in rivals:
-        both = [
-            (own.quality.mean, other.quality.mean)
-            for cell in cells
-            if (own := cell.find(subject, ratio)) and (other := cell.find(rival, ratio))
-        ]
-        if both:
-            words.append(f"{rival} in {sum(a > b for a, b in both)} of {len(both)}")
-    if not words:
-        return []
-    return [f"At ratio {ratio:g}, {subject} has the higher NDCG@20 against {listed(words)}."]
-
-
-def _rare_items(cells: Sequence[Cell], subject: str) -> list[str]:
-    found = []
-    for ratio in ratios_of(cells, subject):
-        shares: dict[str, list[float]] = {}
-        for point, reference in pairs_at(cells, subject, ratio):
-            for group in dict.fromkeys(g for run in point.runs for g in run.popularity):
-                own = point.figure(lambda run, group=group: run.popularity.get(group))  # type: ignore[misc]
-                base = reference.figure(lambda run, group=group: run.popularity.get(group))  # type: ignore[misc]
-                if own and base and base.mean > 0:
-                    shares.setdefault(group, []).append(own.mean / base.mean)
-        words = [f"{median(values):.0%} on {group} items" for group, values in shares.items()]
-        if words:
-            name = Point(subject, ratio, []).label
-            most = max(len(values) for values in shares.values())
-            over = "" if most == 1 else " (medians)"
-            found.append(
-                f"By popularity of the item asked for, {name} has {listed(words)} of the "
-                f"uncompressed model's NDCG@20{over}."
-            )
-    return found
-
-
-def _speed(cells: Sequence[Cell], subject: str) -> list[str]:
-    found = []
-    for ratio in ratios_of(cells, subject):
-        times = [
-            own.mean / base.mean
-            for point, reference in pairs_at(cells, subject, ratio)
-            if (own := point.figure(lambda run: run.score_ms))
-            and (base := reference.figure(lambda run: run.score_ms))
-            and base.mean > 0
-        ]
-        if times:
-            words = f"{median(times):.2f} times as long as with the uncompressed model"
-            over = "" if len(times) == 1 else f" (median of {len(times)})"
-            name = Point(subject, ratio, []).label
-            found.append(f"To score one user, {name} takes {words}{over}.")
-    return found
+        return f"{text} No smaller one reaches 95%."
+    return f"{text} The smallest that reaches 95% is {least.label}: {_result(least, reference)}."
 
 
 def _result(point: Point, reference: Point) -> str:
     share = point.quality.mean / reference.quality.mean if reference.quality.mean > 0 else None
-    of = "" if share is None else f" ({share:.1%} of it)"
+    of = "" if share is None else f", {_percent(share)} of it,"
     times = reference.parameters / point.parameters
     return (
         f"{with_spread(point.quality, '.4f')}{of} with {short(point.parameters)} parameters, "
         f"{times:.1f} times fewer"
     )
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}"
 
 
 def _range(values: Sequence[float], form: str) -> str:

@@ -12,17 +12,9 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from cprec_recbole.compare.page import words
+from cprec_recbole.compare.page.breakdowns import PARTS, parts_picture, popularity_picture
+from cprec_recbole.compare.page.curves import curves_picture
 from cprec_recbole.compare.page.drawing import short, with_spread
-from cprec_recbole.compare.page.figures import (
-    PARTS,
-    SIZES,
-    Styles,
-    curves_picture,
-    latency_picture,
-    parts_picture,
-    popularity_picture,
-    size_picture,
-)
 from cprec_recbole.compare.page.points import (
     Cell,
     PairedInterval,
@@ -32,7 +24,9 @@ from cprec_recbole.compare.page.points import (
     make_cells,
 )
 from cprec_recbole.compare.page.runs import StudyRun, read_runs
-from cprec_recbole.compare.page.styles import assign_styles, outline
+from cprec_recbole.compare.page.styles import Styles, assign_styles, outline
+from cprec_recbole.compare.page.summary import standings, subject_of
+from cprec_recbole.compare.page.tradeoffs import SIZES, latency_picture, size_picture
 from cprec_recbole.config import CompressionError
 from cprec_recbole.files import make_folder, write_whole
 
@@ -72,16 +66,23 @@ def render_page(runs: Sequence[StudyRun], cells: Sequence[Cell]) -> str:
     """The page's HTML."""
     loader = PackageLoader("cprec_recbole.compare.page", "assets")
     engine = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
-    engine.filters.update(spread=with_spread, short=short)
+    engine.policies["json.dumps_kwargs"] = {"sort_keys": False}
+    engine.filters.update(spread=with_spread, short=short, median=statistics.median)
     styles = assign_styles(point.contender for cell in cells for point in cell.points)
     environments = _environments(runs)
+    subject = subject_of(cells)
+    over_all = standings(cells, subject)
+    own = [standing for standing in over_all if standing.contender == subject]
     return engine.get_template("page.html").render(
         css=_asset("page.css"),
         script=_asset("page.js"),
         plotly=_inline(get_plotlyjs()),
         scope=words.scope(runs),
-        finding=words.main_finding(cells),
-        details=words.details(cells),
+        finding=words.main_finding(cells, own),
+        details=words.details(own, over_all),
+        subject=subject,
+        standings=[standing for standing in over_all if standing.shares],
+        groups=list(dict.fromkeys(group for standing in over_all for group in standing.groups)),
         legend=[(name, style, outline(style)) for name, style in styles.items()],
         cells=cells,
         study=[_cell_data(cell, styles) for cell in cells],
@@ -153,7 +154,8 @@ def _epoch_seconds(run: StudyRun) -> float | None:
 
 def _environments(runs: Sequence[StudyRun]) -> list[str]:
     """The different machines and versions of a study, in the order of their first run."""
-    return list(dict.fromkeys(_in_words(run.environment) for run in runs))
+    finished = [run for run in runs if run.error is None]
+    return list(dict.fromkeys(_in_words(run.environment) for run in finished))
 
 
 def _in_words(environment: dict[str, Any]) -> str:

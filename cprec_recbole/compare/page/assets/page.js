@@ -7,6 +7,7 @@
     [...document.querySelectorAll("[data-pick]")].map((select) => [select.dataset.pick, select]));
   const plots = [...document.querySelectorAll("[data-picture]")];
   const legend = [...document.querySelectorAll("[data-contender]")];
+  const everyone = document.getElementById("toggle-all");
   const hidden = new Set();
   const config = {
     displaylogo: false, responsive: true, displayModeBar: "hover",
@@ -61,15 +62,16 @@
   function showParts(cell) {
     const parts = cell.parts[picks.ratio.value] || [];
     document.querySelector(".part-names").replaceChildren(...parts.flatMap(([name, shade]) => {
-      const swatch = document.createElement("i");
-      swatch.className = `part-${shade}`;
-      return [swatch, document.createTextNode(name)];
+      const label = document.createElement("span");
+      label.append(Object.assign(document.createElement("i"), { className: `part-${shade}` }), name);
+      return [label, " "];
     }));
   }
 
   function showRows(cell) {
     const all = document.getElementById("all-rows").checked;
     const index = String(cells.indexOf(cell));
+    document.body.classList.toggle("all", all);
     for (const row of document.querySelectorAll("[data-cell]")) {
       row.hidden = !all && row.dataset.cell !== index;
     }
@@ -86,11 +88,14 @@
     showRows(cell);
   }
 
-  function toggle(button) {
-    const name = button.dataset.contender;
-    const shown = button.getAttribute("aria-pressed") === "true";
-    button.setAttribute("aria-pressed", String(!shown));
-    if (shown) hidden.add(name); else hidden.delete(name);
+  function show(button, shown) {
+    button.setAttribute("aria-pressed", String(shown));
+    if (shown) hidden.delete(button.dataset.contender); else hidden.add(button.dataset.contender);
+  }
+
+  function toggle(buttons, shown) {
+    for (const button of buttons) show(button, shown);
+    everyone.textContent = legend.every((b) => hidden.has(b.dataset.contender)) ? "show all" : "hide all";
     update();
   }
 
@@ -102,7 +107,7 @@
     const down = heading.getAttribute("aria-sort") === "ascending";
     for (const other of heading.parentElement.cells) other.removeAttribute("aria-sort");
     heading.setAttribute("aria-sort", down ? "descending" : "ascending");
-    const body = document.querySelector("#results tbody");
+    const body = heading.closest("table").tBodies[0];
     const value = (row) => row.cells[column].dataset.value;
     const numbers = body.rows[0].cells[column].classList.contains("num");
     const compare = (a, b) => numbers ? Number(a) - Number(b) : collator.compare(a, b);
@@ -114,8 +119,11 @@
   }
 
   for (const select of Object.values(picks)) select.addEventListener("change", update);
-  for (const button of legend) button.addEventListener("click", () => toggle(button));
-  for (const heading of document.querySelectorAll("#results thead th")) {
+  for (const button of legend) {
+    button.addEventListener("click", () => toggle([button], hidden.has(button.dataset.contender)));
+  }
+  everyone.addEventListener("click", () => toggle(legend, everyone.textContent === "show all"));
+  for (const heading of document.querySelectorAll(".sortable thead th")) {
     heading.firstElementChild.addEventListener("click", () => sort(heading));
   }
   document.getElementById("all-rows").addEventListener("change", update);
