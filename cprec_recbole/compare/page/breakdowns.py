@@ -73,15 +73,25 @@ def parts_picture(cell: Cell, ratio: float | None) -> tuple[Picture, list[str]] 
     traces.append(_totals(totals, cell.reference))
     drawn = picture(
         traces,
-        height=70 + 26 * len(points),
+        height=110 + 26 * len(points),
         barmode="stack",
         bargap=0.35,
-        xaxis=axis("parameters", range=[0, 1.5 * max(totals)], nticks=5, tickformat="~s"),
+        xaxis=axis(
+            "parameters", range=[0, 1.5 * max(totals)], nticks=5, tickangle=0, tickformat="~s"
+        ),
         yaxis=axis(
-            "", tickvals=list(range(len(points))), ticktext=labels, ticks="", showgrid=False
+            "",
+            tickvals=list(range(len(points))),
+            ticktext=[safe(_shortened(p.label)) for p in points],
+            ticks="",
+            showgrid=False,
         ),
     )
     return drawn, names
+
+
+def _shortened(label: str, longest: int = 24) -> str:
+    return label if len(label) <= longest else f"{label[: longest - 1]}…"
 
 
 def _totals(totals: list[float], reference: Point | None) -> go.Scatter:
@@ -134,7 +144,7 @@ def popularity_picture(cell: Cell, styles: Styles, ratio: float | None) -> Pictu
             showgrid=False,
             ticks="",
         ),
-        yaxis=axis("NDCG@20, share of uncompressed", tickformat=".0%", range=limits)
+        yaxis=axis("NDCG@20, share of uncompressed", ticksuffix="%", range=limits)
         if whole
         else axis(QUALITY_TITLE, range=limits),
     )
@@ -149,9 +159,10 @@ def _whole(reference: Point | None, groups: Sequence[str]) -> dict[str, float]:
 def _shares(point: Point, groups: Sequence[str], whole: dict[str, float]) -> list[Figure | None]:
     """A point's quality in each group by what counts as 100% there."""
     figures = [point.figure(in_group(group)) for group in groups]
+    unit = 100 if whole else 1
     bases = [whole.get(group) if whole else 1.0 for group in groups]
     return [
-        Figure(f.mean / base, f.spread / base) if f and base else None
+        Figure(unit * f.mean / base, unit * f.spread / base) if f and base else None
         for f, base in zip(figures, bases)
     ]
 
@@ -189,5 +200,5 @@ def _level(groups: int) -> go.Scatter:
     """The line of 100% across each group."""
     x = [place for i in range(groups) for place in (i - 0.44, i + 0.44, None)]
     line = {"color": "var(--ink)", "width": 1, "dash": "dot"}
-    y = [1, 1, None] * groups
+    y = [100, 100, None] * groups
     return go.Scatter(x=x, y=y, mode="lines", line=line, hoverinfo="skip", name="uncompressed")

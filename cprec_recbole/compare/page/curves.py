@@ -30,7 +30,7 @@ def curves_picture(cell: Cell, styles: Styles, ratio: float | None) -> Picture |
         [*thin, *(_mean_curve(point, styles[point.contender]) for point in points)],
         height=440,
         xaxis=axis("epoch", rangemode="tozero", nticks=8),
-        yaxis=axis("NDCG@20, validation", tickformat=".3f", range=span(scores)),
+        yaxis=axis("NDCG@20, validation", range=span(scores)),
     )
 
 

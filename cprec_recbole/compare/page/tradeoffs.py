@@ -81,7 +81,7 @@ def latency_picture(cell: Cell, styles: Styles) -> Picture | None:
 
 
 def _quality_axis(points: Sequence[Point]) -> dict[str, Any]:
-    return axis(QUALITY_TITLE, tickformat=".3f", range=span(p.quality for p in points))
+    return axis(QUALITY_TITLE, range=span(p.quality for p in points))
 
 
 def _scatter(

@@ -126,22 +126,20 @@ def _rare_items(own: Sequence[Standing]) -> list[str]:
             words.append(f"{_at(standing)} {listed(medians)} items")
     if not words:
         return []
-    over = ", medians" if any(len(v) > 1 for s in own for v in s.groups.values()) else ""
+    over = " (medians)" if any(len(v) > 1 for s in own for v in s.groups.values()) else ""
     return [
-        f"{own[0].contender} by popularity of the item asked for (shares of the uncompressed "
-        f"model's NDCG@20{over}): {'; '.join(words)}."
+        f"By popularity of the item asked for, {own[0].contender} has these shares of the "
+        f"uncompressed model's NDCG@20{over}: {'; '.join(words)}."
     ]
 
 
 def _speed(own: Sequence[Standing]) -> list[str]:
-    times = [f"{median(s.slower):.2f} times {_at(s)}" for s in own if s.slower]
+    times = [f"{median(s.slower):.2f} {_at(s)}" for s in own if s.slower]
     if not times:
         return []
     over = " (medians)" if any(len(s.slower) > 1 for s in own) else ""
-    return [
-        f"To score one user takes {own[0].contender} {listed(times)} as long as the uncompressed "
-        f"model{over}."
-    ]
+    name = own[0].contender
+    return [f"Time to score one user, {name} by uncompressed{over}: {listed(times)}."]
 
 
 def _at(standing: Standing) -> str:

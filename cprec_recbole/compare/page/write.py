@@ -167,16 +167,16 @@ def _unmeasured(runs: Sequence[StudyRun]) -> list[str]:
     """What runs lack that finished, as sentences."""
     finished = [run for run in runs if run.error is None]
     lacks = {
-        "no quality by popularity": [run for run in finished if not run.popularity],
-        "no latency": [run for run in finished if run.score_ms is None],
-        "no bytes": [run for run in finished if run.bytes is None],
-        "no training curve": [run for run in finished if not run.valid_curve],
-        "no parameters by part": [run for run in finished if not run.parts],
-        "no command": [run for run in finished if not run.command],
+        "quality by popularity": [run for run in finished if not run.popularity],
+        "latency": [run for run in finished if run.score_ms is None],
+        "bytes": [run for run in finished if run.bytes is None],
+        "training curve": [run for run in finished if not run.valid_curve],
+        "parameters by part": [run for run in finished if not run.parts],
+        "command": [run for run in finished if not run.command],
     }
     return [
-        f"{what} in {len(lacking)} of {words.counted(len(finished), 'finished run')}: "
-        f"{words.listed(sorted({run.contender for run in lacking}))}."
+        f"{what}: {len(lacking)} of {words.counted(len(finished), 'finished run')} "
+        f"({words.listed(sorted({run.contender for run in lacking}))})."
         for what, lacking in lacks.items()
         if lacking
     ]
