@@ -79,31 +79,48 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
+def watched(browser: Any, path: Path, width: str, scheme: str) -> tuple[Any, list[str]]:
+    """A page, and what its scripts complain of or fetch."""
+    wide, high = WIDTHS[width]
+    problems: list[str] = []
+    page = browser.new_page(viewport={"width": wide, "height": high}, color_scheme=scheme)
+    page.on("console", lambda message: problems.append(message.text))
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    local = ("file:", "data:", "blob:")
+    page.on("request", lambda r: None if r.url.startswith(local) else problems.append(r.url))
+    page.goto(path.as_uri())
+    return page, problems
+
+
 @pytest.fixture
 def open_page(browser: Any, pages: dict[str, Path]) -> Iterator[Open]:
     """Opens a page; at the end no script may have failed and nothing been fetched."""
-    opened, problems = [], []
+    opened = []
 
-    def start(name: str = "full", width: str = "desktop", scheme: str = "light") -> Any:
-        wide, high = WIDTHS[width]
-        page = browser.new_page(viewport={"width": wide, "height": high}, color_scheme=scheme)
-        page.on("console", lambda message: problems.append(message.text))
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on(
-            "request",
-            lambda request: (
-                None
-                if request.url.startswith(("file:", "data:", "blob:"))
-                else problems.append(request.url)
-            ),
-        )
-        page.goto(pages[name].as_uri())
-        opened.append(page)
-        return page
+    def start(name: str, width: str = "desktop", scheme: str = "light") -> Any:
+        opened.append(watched(browser, pages[name], width, scheme))
+        return opened[-1][0]
 
     yield start
-    for page in opened:
+    for page, problems in opened:
         page.close()
+        assert problems == []
+
+
+@pytest.fixture(scope="module")
+def shared(browser: Any, pages: dict[str, Path]) -> tuple[Any, list[str]]:
+    return watched(browser, pages["full"], "desktop", "light")
+
+
+@pytest.fixture
+def full(shared: tuple[Any, list[str]]) -> Iterator[Any]:
+    """The page of a whole study at SASRec on ml-100k, ratio 4; one page for all tests."""
+    page, problems = shared
+    choices = {"dataset": "ml-100k", "model": "SASRec", "ratio": "4", "size": "parameters"}
+    for name, value in choices.items():
+        page.select_option(f"[data-pick={name}]", value)
+    page.uncheck("#all-rows")
+    yield page
     assert problems == []
 
 
@@ -123,11 +140,21 @@ def marks(page: Any, picture: str) -> int:
     return int(page.locator(f"[data-picture={picture}] .main-svg").locator(paths).count())
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("name", ["full", "hostile", "one run"])
+@pytest.mark.parametrize(
+    ("name", "width", "scheme"),
+    [
+        ("full", "desktop", "dark"),
+        ("full", "phone", "light"),
+        ("hostile", "desktop", "light"),
+        ("hostile", "phone", "dark"),
+        ("one run", "desktop", "light"),
+        ("one run", "phone", "light"),
+    ],
+)
 def test_nothing_is_cut_off_and_every_picture_is_drawn(open_page, name, width, scheme):
     page = open_page(name, width, scheme)
+    page.check("#all-rows")
+    page.evaluate("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
     for size in ("bytes", "parameters"):
         page.select_option("[data-pick=size]", size)
         assert page.evaluate("document.documentElement.scrollWidth") <= WIDTHS[width][0]
@@ -136,31 +163,14 @@ def test_nothing_is_cut_off_and_every_picture_is_drawn(open_page, name, width, s
     missing = ["popularity"] if name == "one run" else []
     assert [picture for picture in PICTURES if not marks(page, picture)] == missing
     assert page.locator(".none:visible").count() == len(missing)
+    if width == "phone":  # the table is wider than the phone, and scrolls
+        table = page.locator(".scroll").last
+        assert table.evaluate("box => box.scrollWidth - box.clientWidth") > 0
+        assert table.evaluate("box => getComputedStyle(box).overflowX") == "auto"
 
 
-@pytest.mark.parametrize("width", WIDTHS)
-def test_tables_scroll_in_their_own_box(open_page, width):
-    page = open_page("full", width)
-    page.check("#all-rows")
-    boxes = page.locator(".scroll")
-    assert boxes.count() == 2
-    for i in range(2):
-        assert boxes.nth(i).evaluate("box => box.getBoundingClientRect().right <= innerWidth")
-    assert boxes.nth(1).evaluate("box => box.scrollWidth - box.clientWidth") > 0
-    assert page.evaluate("document.documentElement.scrollWidth") <= WIDTHS[width][0]
-
-
-@pytest.mark.parametrize("width", WIDTHS)
-def test_everything_opened_stays_within_the_window(open_page, width):
-    page = open_page("hostile", width)
-    page.evaluate("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
-    assert page.evaluate("document.documentElement.scrollWidth") <= WIDTHS[width][0]
-
-
-def test_pickers_change_every_picture(open_page):
-    page = open_page()
-    page.select_option("[data-pick=dataset]", "ml-100k")
-    page.select_option("[data-pick=model]", "SASRec")
+def test_pickers_change_every_picture(full):
+    page = full
     before = {picture: traces(page, picture) for picture in PICTURES}
     words = page.inner_text(".cell-words")
     page.select_option("[data-pick=model]", "GRU4Rec")
@@ -170,25 +180,24 @@ def test_pickers_change_every_picture(open_page):
     assert {picture: traces(page, picture) for picture in PICTURES} == before
 
 
-def test_the_ratio_changes_the_pictures_of_one_ratio(open_page):
-    page = open_page()
+def test_the_ratio_changes_the_pictures_of_one_ratio(full):
+    page = full
     before = {picture: traces(page, picture) for picture in PICTURES}
     page.select_option("[data-pick=ratio]", "8")
     changed = [picture for picture in PICTURES if traces(page, picture) != before[picture]]
     assert changed == ["popularity", "parts", "curves"]
 
 
-def test_the_size_picker_changes_the_axis(open_page):
-    page = open_page()
+def test_the_size_picker_changes_the_axis(full):
+    page = full
     title = page.locator("[data-picture=size] .xtitle")
     assert title.text_content() == "parameters"
     page.select_option("[data-pick=size]", "bytes")
     assert title.text_content() == "size of the weights"
 
 
-def test_models_are_those_that_the_data_set_has(open_page):
-    page = open_page()
-    page.select_option("[data-pick=dataset]", "ml-100k")
+def test_models_are_those_that_the_data_set_has(full):
+    page = full
     page.select_option("[data-pick=model]", "GRU4Rec")
     page.select_option("[data-pick=dataset]", "amazon-beauty")  # has no GRU4Rec
     assert page.locator("[data-pick=model] option").all_inner_texts() == ["SASRec"]
@@ -196,8 +205,8 @@ def test_models_are_those_that_the_data_set_has(open_page):
     assert shown == {"uncompressed", "tree", "new"}
 
 
-def test_lengths_have_a_picker_where_there_are_several(open_page):
-    assert open_page().locator("[data-pick=length]").is_hidden()
+def test_lengths_have_a_picker_where_there_are_several(open_page, full):
+    assert full.locator("[data-pick=length]").is_hidden()
     page = open_page("lengths")
     options = page.locator("[data-pick=length] option").all_inner_texts()
     assert options == ["10", "20", "50", "100"]
@@ -205,9 +214,8 @@ def test_lengths_have_a_picker_where_there_are_several(open_page):
     assert "length 100" in page.inner_text(".cell-words")
 
 
-def test_the_legend_hides_a_contender_everywhere(open_page):
-    page = open_page()
-    page.select_option("[data-pick=dataset]", "ml-100k")
+def test_the_legend_hides_a_contender_everywhere(full):
+    page = full
 
     def hidden() -> dict[str, set[str]]:
         drawn = ("size", "latency", "popularity", "curves")
@@ -228,16 +236,15 @@ def test_the_legend_hides_a_contender_everywhere(open_page):
     assert all(names == set() for names in hidden().values())
 
 
-def test_contenders_that_a_data_set_lacks_are_greyed_out(open_page):
-    page = open_page()
+def test_contenders_that_a_data_set_lacks_are_greyed_out(full):
+    page = full
     page.select_option("[data-pick=dataset]", "amazon-beauty")
     assert page.locator(".legend button[data-contender=int8]").is_disabled()
     assert page.locator(".legend button[data-contender=tree]").is_enabled()
 
 
-def test_the_table_shows_the_cell_and_sorts(open_page):
-    page = open_page()
-    page.select_option("[data-pick=dataset]", "ml-100k")
+def test_the_table_shows_the_cell_and_sorts(full):
+    page = full
     rows = page.locator("#results tbody tr:visible")
     few = rows.count()
     page.check("#all-rows")
@@ -266,22 +273,20 @@ def test_hostile_names_are_letters(open_page):
     assert page.locator(".legend button").nth(1).inner_text() == HOSTILE
     assert page.locator("b", has_text="bold").count() == 1  # the failed run's own
     point = page.locator("[data-picture=latency] .points path").last
+    point.scroll_into_view_if_needed()
     box = point.bounding_box()
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-    page.wait_for_selector("[data-picture=latency] .hovertext")
+    page.wait_for_selector("[data-picture=latency] .hovertext", timeout=10_000)
     assert HOSTILE in page.locator("[data-picture=latency] .hovertext").text_content()
     assert page.evaluate("window.hacked") is None
 
 
 def test_the_ink_follows_the_colour_scheme(open_page):
-    page = open_page(scheme="dark")
+    page = open_page("one run", scheme="dark")
     star = page.locator("[data-picture=latency] .points path").first
-    assert star.evaluate("path => path.style.fill") == "rgb(232, 234, 237)"
+    sync_api.expect(star).to_have_css("fill", "rgb(232, 234, 237)")
     page.emulate_media(color_scheme="light")
-    page.wait_for_function(
-        "document.querySelector('[data-picture=latency] .points path').style.fill"
-        " === 'rgb(27, 29, 32)'"
-    )
+    sync_api.expect(star).to_have_css("fill", "rgb(27, 29, 32)")
 
 
 def test_a_study_of_failures_only_has_no_pictures(open_page):
