@@ -15,7 +15,7 @@ VERSION = re.search(
 RECBOLE_NEEDS = [
     "colorama==0.4.4",  # RecBole's own pins
     "colorlog==4.7.2",
-    "plotly>=4",
+    "plotly>=5.24",  # RecBole: >=4; the page of a comparison needs a newer one
     "psutil>=5.9",
     "scikit-learn>=0.23.2",
     "scipy>=1.6",
@@ -43,12 +43,13 @@ setup(
         "pyyaml>=6.0",
         "rich>=13.0",
         "safetensors>=0.4",
+        "jinja2>=3.0",  # the page of a comparison
         *RECBOLE_NEEDS,
         "recbole==1.2.1; python_version < '3.12'",
     ],
     extras_require={
         "bench": ["faiss-cpu", "matplotlib"],
-        "test": ["pytest>=8", "hypothesis>=6", "ruff>=0.6", "mypy>=1.11", "types-PyYAML"],
+        "test": ["pytest>=8", "hypothesis>=6", "ruff>=0.6", "mypy>=1.11", "types-PyYAML", "playwright"],
     },
     entry_points={"console_scripts": ["cprec = cprec_recbole.cli:main"]},
     classifiers=[
