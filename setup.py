@@ -49,7 +49,14 @@ setup(
     ],
     extras_require={
         "bench": ["faiss-cpu", "matplotlib"],
-        "test": ["pytest>=8", "hypothesis>=6", "ruff>=0.6", "mypy>=1.11", "types-PyYAML", "playwright"],
+        "test": [
+            "pytest>=8",
+            "hypothesis>=6",
+            "ruff>=0.6",
+            "mypy>=1.11",
+            "types-PyYAML",
+            "playwright",
+        ],
     },
     entry_points={"console_scripts": ["cprec = cprec_recbole.cli:main"]},
     classifiers=[

@@ -39,7 +39,11 @@ def parts_picture(cell: Cell, ratio: float | None) -> tuple[Picture, list[str]] 
     if not points:
         return None
     points.sort(key=lambda p: p.parameters)
-    names = list(dict.fromkeys(n for p in points for run in p.runs for n in run.parts))
+    names = list(
+        dict.fromkeys(n for p in points for run in p.runs for n, v in run.parts.items() if v)
+    )
+    if not names:
+        return None
     # every point has a bar of its own, also where labels are equal
     labels = [safe(p.label) for p in points]
     traces = []

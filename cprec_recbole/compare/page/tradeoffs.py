@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,15 +68,19 @@ def latency_picture(cell: Cell, styles: Styles) -> Picture | None:
     if not timed:
         return None
     times = [f.mean for _, f in timed]
-    placed = [Figure(time, math.nan) for time in times]  # their spread is not drawn
     title = "milliseconds to score one user"
     far = min(times) > 0 and max(times) > 8 * min(times)
     return picture(
         _scatter(cell, timed, styles),
         height=400,
-        xaxis=log_axis(title, times) if far else axis(title, nticks=7, range=span(placed)),
+        xaxis=log_axis(title, times) if far else _linear_axis(title, max(times)),
         yaxis=_quality_axis([p for p, _ in timed]),
     )
+
+
+def _linear_axis(title: str, longest: float) -> dict[str, Any]:
+    """From zero on, so that times that hardly differ look so."""
+    return axis(title, nticks=7, range=[0, 1.08 * longest or 1.0])
 
 
 def _quality_axis(points: Sequence[Point]) -> dict[str, Any]:

@@ -123,7 +123,7 @@ def _rare_items(own: Sequence[Standing]) -> list[str]:
     for standing in own:
         medians = [f"{value:.0%} on {name}" for name, value in standing.group_medians.items()]
         if medians:
-            words.append(f"{_at(standing)} {listed(medians)} items")
+            words.append(f"{_at(standing)} {listed(medians)} items".strip())
     if not words:
         return []
     over = " (medians)" if any(len(v) > 1 for s in own for v in s.groups.values()) else ""
@@ -134,7 +134,7 @@ def _rare_items(own: Sequence[Standing]) -> list[str]:
 
 
 def _speed(own: Sequence[Standing]) -> list[str]:
-    times = [f"{median(s.slower):.2f} {_at(s)}" for s in own if s.slower]
+    times = [f"{median(s.slower):.2f} {_at(s)}".strip() for s in own if s.slower]
     if not times:
         return []
     over = " (medians)" if any(len(s.slower) > 1 for s in own) else ""
@@ -143,7 +143,7 @@ def _speed(own: Sequence[Standing]) -> list[str]:
 
 
 def _at(standing: Standing) -> str:
-    return "at no ratio" if standing.ratio is None else f"at ratio {standing.ratio:g}"
+    return "" if standing.ratio is None else f"at ratio {standing.ratio:g}"
 
 
 def cell_words(cell: Cell) -> str:
@@ -161,6 +161,8 @@ def cell_words(cell: Cell) -> str:
     best = max(smaller, key=lambda point: point.quality.mean)
     many = "The one point" if len(smaller) == 1 else f"The best of {len(smaller)} points"
     text = f"{start} {many} with fewer is {best.label}: {_result(best, reference)}."
+    if len(smaller) == 1:
+        return text
     near = [p for p in smaller if p.quality.mean >= 0.95 * reference.quality.mean]
     if not near:
         return f"{text} None reaches 95% of the uncompressed model's."
