@@ -7,6 +7,7 @@ import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -112,6 +113,13 @@ def test_a_worse_compressed_model_is_said_to_be_worse(tmp_path):
 )
 def test_studies_that_prove_nothing_say_so(tmp_path, records, words):
     assert words in Reader(page_of(tmp_path, records)).text
+
+
+def test_a_search_that_all_seeds_share_is_counted_once(tmp_path):
+    search = [{"learning_rate": rate, "valid": 0.05} for rate in (1e-3, 3e-3)]
+    records = [record(seed=seed, search=search) for seed in (1, 2, 3)]
+    text = Reader(page_of(tmp_path, records)).text
+    assert "3 finished runs, learning rates searched in 2 trainings." in text
 
 
 def test_failed_runs_and_gaps_are_named(tmp_path):
@@ -247,6 +255,12 @@ def test_two_hundred_runs(tmp_path):
 # the intervals' seam
 
 
+class Interval(NamedTuple):
+    mean: float
+    low: float
+    high: float
+
+
 def with_users(tmp_path, values):
     """A study whose runs have each test user's NDCG@20 beside them."""
     study = write_study(tmp_path / "study", [r for r in two_cells() if r["dataset"] == "lastfm"])
@@ -260,7 +274,7 @@ def test_intervals_are_what_the_function_makes_of_the_same_users(tmp_path):
 
     def paired(own, reference):
         difference = float(np.mean([a - b for a, b in zip(own, reference)]))
-        return difference, difference - 0.01, difference + 0.01
+        return Interval(difference, difference - 0.01, difference + 0.01)
 
     write_page(study, tmp_path / "out.html", paired_interval=paired)
     text = Reader((tmp_path / "out.html").read_text(encoding="utf-8")).text
@@ -275,7 +289,7 @@ def test_intervals_are_what_the_function_makes_of_the_same_users(tmp_path):
 def test_users_that_do_not_match_are_refused_by_file(tmp_path):
     study = with_users(tmp_path, [[0.0, 1.0], [0.5, 1.0, 1.0]])
     with pytest.raises(CompressionError, match=r"0001\.npy to hold 2 test users.* got 3"):
-        write_page(study, tmp_path / "out.html", paired_interval=lambda a, b: (0.0, 0.0, 0.0))
+        write_page(study, tmp_path / "out.html", paired_interval=lambda a, b: Interval(0, 0, 0))
 
 
 # input

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Protocol
 
 import numpy as np
 
@@ -21,9 +22,26 @@ from cprec_recbole.config import CompressionError
 REFERENCE = "uncompressed"
 Quantity = Callable[[StudyRun], float | None]
 
-# Paired difference over users: values [n_users] of a contender and of the reference, an array for
-# each seed -> mean difference, low and high end of its interval.
-PairedInterval = Callable[[Sequence[np.ndarray], Sequence[np.ndarray]], tuple[float, float, float]]
+
+class Interval(Protocol):
+    """A mean difference and the ends of its interval."""
+
+    @property
+    def mean(self) -> float:
+        """The mean over users."""
+
+    @property
+    def low(self) -> float:
+        """The lower end."""
+
+    @property
+    def high(self) -> float:
+        """The upper end."""
+
+
+# From values of the same users [n_users] for a contender and for the uncompressed model, an array
+# for each seed that both have.
+PairedInterval = Callable[[Sequence[np.ndarray], Sequence[np.ndarray]], Interval]
 
 
 @dataclass
@@ -34,7 +52,7 @@ class Point:
     ratio: float | None
     runs: list[StudyRun]
     remark: str = ""
-    interval: tuple[float, float, float] | None = None
+    interval: Interval | None = None
 
     @property
     def label(self) -> str:

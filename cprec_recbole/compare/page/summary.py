@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
-from cprec_recbole.compare.page.points import REFERENCE, Cell, Point, Quantity
+from cprec_recbole.compare.page.points import REFERENCE, Cell, Interval, Point, Quantity
 
 SUBJECT = "compressed"
 Ratio = float | None
@@ -34,7 +34,7 @@ class Standing:
     smaller: list[float] = field(default_factory=list)
     slower: list[float] = field(default_factory=list)
     groups: dict[str, list[float]] = field(default_factory=dict)
-    intervals: list[tuple[float, float, float]] = field(default_factory=list)
+    intervals: list[Interval] = field(default_factory=list)
     lost: tuple[int, int] = (0, 0)
 
     @property
@@ -50,7 +50,7 @@ class Standing:
     @property
     def certain(self) -> int:
         """In how many cells the interval of the difference includes or exceeds zero."""
-        return sum(high >= 0 for _, _, high in self.intervals)
+        return sum(interval.high >= 0 for interval in self.intervals)
 
     @property
     def group_medians(self) -> dict[str, float]:

@@ -20,8 +20,9 @@ def scope(runs: Sequence[StudyRun]) -> str:
     lengths = sorted({run.length for run in named if run.length is not None})
     seeds = {run.seed for run in named}
     histories = f", histories of {listed([str(n) for n in lengths])} items" if lengths else ""
-    searched = sum(len(run.search) for run in finished)
-    search = f", {counted(searched, 'more run')} to find learning rates" if searched else ""
+    searches = {(run.dataset, run.model, run.length, run.contender, run.search) for run in finished}
+    tried = sum(len(trials) for *_, trials in searches)
+    search = f", learning rates searched in {counted(tried, 'training')}" if tried else ""
     failed = len(runs) - len(finished)
     return (
         f"{listed(models)} on {listed(data)}{histories}: "

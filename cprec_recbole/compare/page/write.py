@@ -39,9 +39,9 @@ def write_page(
     Args:
         study_folder: holds `runs/*.json`, a run each, and may hold `runs/<key>.npy`.
         out: the page; what it held stays whole until the new one is.
-        paired_interval: from values of the same users for a contender and for the uncompressed
-            model, an array [n_users] for each common seed, to mean difference, low and high end.
-            Without it the page gives no intervals.
+        paired_interval: makes the interval of a contender's difference to the uncompressed model
+            (`mean`, `low`, `high`) from the values of both for the same users, an array [n_users]
+            for each common seed. Without it the page gives no intervals.
 
     Raises:
         CompressionError: no run, a run that cannot be read (the file is named), a place that
