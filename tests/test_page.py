@@ -197,6 +197,7 @@ def test_a_contender_looks_the_same_in_all_pictures(tmp_path):
     assert len(set.union(*looks.values())) == len(KNOWN)
 
 
+@settings(max_examples=30, deadline=None)
 @given(st.sets(st.text(min_size=1, max_size=8), max_size=20))
 def test_colours_are_okabe_itos_and_no_two_styles_are_equal(names):
     styles = assign_styles({*names, *KNOWN})
@@ -209,6 +210,7 @@ def test_a_names_style_does_not_hang_on_who_else_is_there():
     assert assign_styles(["tree"])["tree"] == assign_styles([*KNOWN, "zebra"])["tree"]
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 5), st.integers(0, 5)), min_size=1, max_size=12))
 def test_the_pareto_front_holds_what_nothing_dominates(places):
     runs = [

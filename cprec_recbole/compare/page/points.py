@@ -68,22 +68,12 @@ class Point:
     def figure(self, quantity: Quantity) -> Figure | None:
         """Mean and spread (NaN for one seed) over the runs in which this was measured."""
         values = [v for run in self.runs if (v := quantity(run)) is not None]
-        if not values:
-            return None
-        return Figure(mean(values), stdev(values) if len(values) > 1 else math.nan)
+        return _summed_up(values) if values else None
 
     @cached_property
     def quality(self) -> Figure:
         """NDCG@20 on the test set."""
-        return Figure(mean(self._qualities), self._spread)
-
-    @property
-    def _qualities(self) -> list[float]:
-        return [run.test[QUALITY] for run in self.runs]
-
-    @property
-    def _spread(self) -> float:
-        return stdev(self._qualities) if len(self.runs) > 1 else math.nan
+        return _summed_up([run.test[QUALITY] for run in self.runs])
 
     @cached_property
     def parameters(self) -> float:
@@ -208,6 +198,10 @@ def _lack(cell: Cell, contender: str, ratio: float | None, seeds: int) -> str | 
         return Point(contender, ratio, []).label
     have = len(set(point.seeds))
     return None if have == seeds else f"{point.label} ({have} of {seeds} seeds)"
+
+
+def _summed_up(values: Sequence[float]) -> Figure:
+    return Figure(mean(values), stdev(values) if len(values) > 1 else math.nan)
 
 
 def _options(run: StudyRun) -> str:
