@@ -8,16 +8,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from statistics import mean, stdev
 from typing import Protocol
-
-import numpy as np
 
 from cprec_recbole.compare.page.runs import QUALITY, StudyRun
 from cprec_recbole.compare.page.styles import assign_styles
 from cprec_recbole.compare.results import Figure
-from cprec_recbole.config import CompressionError
 
 REFERENCE = "uncompressed"
 Quantity = Callable[[StudyRun], float | None]
@@ -37,11 +33,6 @@ class Interval(Protocol):
     @property
     def high(self) -> float:
         """The upper end."""
-
-
-# From values of the same users [n_users] for a contender and for the uncompressed model, an array
-# for each seed that both have.
-PairedInterval = Callable[[Sequence[np.ndarray], Sequence[np.ndarray]], Interval]
 
 
 @dataclass
@@ -150,29 +141,6 @@ def pareto_front(points: Iterable[Point], size: Quantity) -> list[tuple[float, f
     return front
 
 
-def add_intervals(cells: Iterable[Cell], paired: PairedInterval) -> None:
-    """Give each point the interval of its difference to the uncompressed model of its cell.
-
-    Points are left without where a run has no `<key>.npy` beside it or no seed is common.
-
-    Raises:
-        CompressionError: such a file that cannot be read or does not match its pair; it is named.
-    """
-    for cell in cells:
-        if cell.reference is None:
-            continue
-        base = {run.seed: run for run in cell.reference.runs}
-        for point in cell.points:
-            if point is cell.reference:
-                continue
-            pairs = [(run, base[run.seed]) for run in point.runs if run.seed in base]
-            values = [(_users(a), _users(b)) for a, b in pairs]
-            if values and all(a is not None and b is not None for a, b in values):
-                for (a, b), (run, _) in zip(values, pairs):
-                    _check_pair(a, b, run)
-                point.interval = paired([a for a, _ in values], [b for _, b in values])  # type: ignore[misc]
-
-
 def gaps(cells: Sequence[Cell]) -> list[tuple[Cell, list[str]]]:
     """What other cells have and this one lacks: contenders at a ratio, and seeds of them."""
     wanted: Counter[tuple[str, float | None]] = Counter()
@@ -223,31 +191,3 @@ def _tell_apart(points: list[Point]) -> None:
         for point, chosen in zip(alike, options):
             words = [f"{name} {chosen.get(name, 'default')}" for name in differing]
             point.remark = f" ({', '.join(words)})" if len(alike) > 1 else ""
-
-
-def _users(run: StudyRun) -> np.ndarray | None:
-    """NDCG@20 of each test user [n_users], where it lies beside the run."""
-    path = _users_file(run)
-    if not path.exists():
-        return None
-    try:
-        values = np.load(path, allow_pickle=False)
-        if values.ndim != 1 or not np.isfinite(values).all():
-            raise ValueError(f"an array {list(values.shape)}")
-    except (OSError, ValueError, TypeError, AttributeError, EOFError) as error:
-        raise CompressionError(
-            f"Expected {path} to hold a number for each test user, but got {error}; repeat the run."
-        ) from None
-    return values
-
-
-def _users_file(run: StudyRun) -> Path:
-    return run.path.with_suffix(".npy")
-
-
-def _check_pair(a: np.ndarray | None, b: np.ndarray | None, run: StudyRun) -> None:
-    if a is not None and b is not None and a.shape != b.shape:
-        raise CompressionError(
-            f"Expected {_users_file(run)} to hold {len(b)} test users, as for the uncompressed "
-            f"model, but got {len(a)}; repeat the run."
-        )

@@ -15,11 +15,10 @@ from cprec_recbole.compare.page import words
 from cprec_recbole.compare.page.breakdowns import PARTS, parts_picture, popularity_picture
 from cprec_recbole.compare.page.curves import curves_picture
 from cprec_recbole.compare.page.drawing import short, with_spread
+from cprec_recbole.compare.page.intervals import PairedInterval, add_intervals
 from cprec_recbole.compare.page.points import (
     Cell,
-    PairedInterval,
     Point,
-    add_intervals,
     gaps,
     make_cells,
 )
