@@ -294,6 +294,19 @@ def test_users_that_do_not_match_are_refused_by_file(tmp_path):
         write_page(study, tmp_path / "out.html", paired_interval=lambda a, b: Interval(0, 0, 0))
 
 
+def test_without_the_users_values_there_is_no_interval(tmp_path):
+    study = with_users(tmp_path, [[0.0, 1.0], [0.5, 1.0]])  # narrower has none
+    write_page(study, tmp_path / "out.html", paired_interval=lambda a, b: Interval(0.5, 0.4, 0.6))
+    assert (tmp_path / "out.html").read_text(encoding="utf-8").count("[+0.4000, +0.6000]") == 1
+
+
+def test_a_users_file_that_cannot_be_read_is_named(tmp_path):
+    study = with_users(tmp_path, [[0.0, 1.0], [0.5, 1.0]])
+    (study / "runs" / "0001.npy").write_bytes(b"\x93NUMPY")
+    with pytest.raises(CompressionError, match=r"0001\.npy to hold a number for each test user"):
+        write_page(study, tmp_path / "out.html", paired_interval=lambda a, b: Interval(0, 0, 0))
+
+
 # input
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cprec_recbole.compare.page.points import Cell, Interval
+from cprec_recbole.compare.page.points import Cell, Interval, Point
 from cprec_recbole.compare.page.runs import StudyRun
 from cprec_recbole.config import CompressionError
 
@@ -25,18 +25,24 @@ def add_intervals(cells: Iterable[Cell], paired: PairedInterval) -> None:
         CompressionError: such a file that cannot be read or does not match its pair; it is named.
     """
     for cell in cells:
-        if cell.reference is None:
-            continue
-        base = {run.seed: run for run in cell.reference.runs}
         for point in cell.points:
-            if point is cell.reference:
-                continue
-            pairs = [(run, base[run.seed]) for run in point.runs if run.seed in base]
-            values = [(_users(a), _users(b)) for a, b in pairs]
-            if values and all(a is not None and b is not None for a, b in values):
-                for (a, b), (run, _) in zip(values, pairs):
-                    _check_pair(a, b, run)
-                point.interval = paired([a for a, _ in values], [b for _, b in values])  # type: ignore[misc]
+            if cell.reference is not None and point is not cell.reference:
+                point.interval = _interval(point, cell.reference, paired)
+
+
+def _interval(point: Point, reference: Point, paired: PairedInterval) -> Interval | None:
+    base = {run.seed: run for run in reference.runs}
+    ours, theirs = [], []
+    for run in point.runs:
+        if run.seed not in base:
+            continue
+        own, other = _users(run), _users(base[run.seed])
+        if own is None or other is None:
+            return None
+        _check_pair(own, other, run)
+        ours.append(own)
+        theirs.append(other)
+    return paired(ours, theirs) if ours else None
 
 
 def _users(run: StudyRun) -> np.ndarray | None:
@@ -59,9 +65,9 @@ def _users_file(run: StudyRun) -> Path:
     return run.path.with_suffix(".npy")
 
 
-def _check_pair(a: np.ndarray | None, b: np.ndarray | None, run: StudyRun) -> None:
-    if a is not None and b is not None and a.shape != b.shape:
+def _check_pair(own: np.ndarray, other: np.ndarray, run: StudyRun) -> None:
+    if own.shape != other.shape:
         raise CompressionError(
-            f"Expected {_users_file(run)} to hold {len(b)} test users, as for the uncompressed "
-            f"model, but got {len(a)}; repeat the run."
+            f"Expected {_users_file(run)} to hold {len(other)} test users, as for the uncompressed "
+            f"model, but got {len(own)}; repeat the run."
         )
