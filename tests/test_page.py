@@ -128,9 +128,29 @@ def test_failed_runs_and_gaps_are_named(tmp_path):
     records = [r for r in records if not at(r, 2)] + [failure(error="out of memory")]
     text = Reader(page_of(tmp_path, records)).text
     assert (
-        "1 run failed: hashing ÷ 8, SASRec on ml-100k, length 50, seed 2021: out of memory" in text
+        "1 run failed: SASRec on ml-100k, length 50: hashing ÷ 8 (seed 2021) out of memory" in text
     )
     assert "SASRec on lastfm, length 50: tree ÷ 4 (2 of 3 seeds)" in text
+
+
+def test_failures_of_one_reason_stand_together(tmp_path):
+    records = [failure(seed=1), failure(seed=2), failure(contender="tree"), failure(error="else")]
+    text = Reader(page_of(tmp_path, records)).text
+    assert "hashing ÷ 8 (seeds 1 and 2), tree ÷ 8 (seed 2021) CompressionError: Expected" in text
+    assert "4 runs failed" in text
+
+
+def test_shares_of_next_to_nothing_give_way_to_the_quality(tmp_path):
+    (cell,) = study_in(page_of(tmp_path / "plain", two_cells()[:2]))
+    assert cell["pictures"]["popularity"]["4"]["layout"]["yaxis"]["ticksuffix"] == "%"
+    low = {"tail": {"ndcg@20": 1e-5, "cases": 9}}
+    high = {"tail": {"ndcg@20": 1e-3, "cases": 9}}
+    records = [{**r, "popularity": low if r["ratio"] is None else high} for r in two_cells()[:2]]
+    page = page_of(tmp_path / "low", records)
+    picture = study_in(page)[0]["pictures"]["popularity"]["4"]
+    assert "ticksuffix" not in picture["layout"]["yaxis"]
+    assert [trace["y"] for trace in picture["data"]] == [[1e-5], [1e-3]]
+    assert "more than 300% on tail" in Reader(page).text
 
 
 def test_a_study_without_gaps_says_so(tmp_path):

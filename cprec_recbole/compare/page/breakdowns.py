@@ -24,6 +24,7 @@ from cprec_recbole.compare.page.styles import Style, Styles
 from cprec_recbole.compare.page.summary import in_group
 from cprec_recbole.compare.results import Figure
 
+HIGHEST_SHARE = 300  # percent
 # shades of the parts of a model, with a pattern beside the shade
 PARTS = (
     ("var(--part-1)", ""),
@@ -122,7 +123,8 @@ def _totals(totals: list[float], reference: Point | None) -> go.Scatter:
 def popularity_picture(cell: Cell, styles: Styles, ratio: float | None) -> Picture | None:
     """Quality by popularity of the item asked for, as a share of the uncompressed model's.
 
-    Where there is no uncompressed model the quality itself is shown.
+    The quality itself is shown where there is no uncompressed model, and where a share is above
+    300%: then the uncompressed model has next to nothing there, and shares say nothing.
     """
     points = [p for p in cell.at(ratio) if any(run.popularity for run in p.runs)]
     if not points:
@@ -131,6 +133,9 @@ def popularity_picture(cell: Cell, styles: Styles, ratio: float | None) -> Pictu
     whole = _whole(cell.reference, groups)
     width = 0.76 / len(points)
     shares = [_shares(point, groups, whole) for point in points]
+    if whole and any(f.mean > HIGHEST_SHARE for figures in shares for f in figures if f):
+        whole = {}
+        shares = [_shares(point, groups, whole) for point in points]
     traces = [_level(len(groups))] if whole else []
     for i, (point, figures) in enumerate(zip(points, shares)):
         places = [g - 0.38 + (i + 0.5) * width for g in range(len(groups))]

@@ -26,10 +26,13 @@ def curves_picture(cell: Cell, styles: Styles, ratio: float | None) -> Picture |
         if run.valid_curve and len(point.runs) > 1
     ]
     scores = [Figure(s, math.nan) for p in points for run in p.runs for s in run.valid_curve]
+    longest = max(_epochs(run)[-1] for p in points for run in p.runs if run.valid_curve)
     return picture(
         [*thin, *(_mean_curve(point, styles[point.contender]) for point in points)],
         height=440,
-        xaxis=axis("epoch", rangemode="tozero", nticks=8),
+        xaxis=axis(
+            "epoch", rangemode="tozero", **({"dtick": 1} if longest <= 8 else {"nticks": 8})
+        ),
         yaxis=axis("NDCG@20, validation", range=span(scores)),
     )
 

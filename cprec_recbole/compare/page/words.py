@@ -122,7 +122,7 @@ def _rivals(subject: str, others: Sequence[Standing]) -> list[str]:
 def _rare_items(own: Sequence[Standing]) -> list[str]:
     words = []
     for standing in own:
-        medians = [f"{value:.0%} on {name}" for name, value in standing.group_medians.items()]
+        medians = [f"{_share(value)} on {name}" for name, value in standing.group_medians.items()]
         if medians:
             words.append(f"{_at(standing)} {listed(medians)} items".strip())
     if not words:
@@ -185,6 +185,10 @@ def _result(point: Point, reference: Point) -> str:
 
 def _percent(share: float) -> str:
     return f"{share:.1%}"
+
+
+def _share(share: float) -> str:
+    return f"{share:.0%}" if share <= 3 else "more than 300%"
 
 
 def _range(values: Sequence[float], form: str) -> str:

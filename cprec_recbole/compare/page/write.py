@@ -90,6 +90,7 @@ def render_page(runs: Sequence[StudyRun], cells: Sequence[Cell]) -> str:
         environments=environments,
         environment_of=lambda run: environments.index(_in_words(run.environment)) + 1,
         failed=[run for run in runs if run.error is not None],
+        failures=_failures(runs),
         gaps=gaps(cells),
         unmeasured=_unmeasured(runs),
     )
@@ -160,6 +161,27 @@ def _environments(runs: Sequence[StudyRun]) -> list[str]:
 def _in_words(environment: dict[str, Any]) -> str:
     known = [f"{k.replace('_', ' ')} {v}" for k, v in environment.items() if v is not None]
     return ", ".join(known) or "not recorded"
+
+
+def _failures(runs: Sequence[StudyRun]) -> list[dict[str, str]]:
+    """What failed, together where it failed in one cell for one reason."""
+    together: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for run in runs:
+        if run.error is not None:
+            place = Cell(run.dataset, run.model, run.length).label
+            who = Point(run.contender, run.ratio, []).label
+            seeds = together.setdefault((place, run.error), {}).setdefault(who, [])
+            seeds += [] if run.seed is None else [str(run.seed)]
+    return [
+        {"place": place, "error": error, "who": ", ".join(map(_with_seeds, who, who.values()))}
+        for (place, error), who in together.items()
+    ]
+
+
+def _with_seeds(label: str, seeds: list[str]) -> str:
+    if not seeds:
+        return label
+    return f"{label} (seed{'s' if len(seeds) > 1 else ''} {words.listed(seeds)})"
 
 
 def _unmeasured(runs: Sequence[StudyRun]) -> list[str]:
