@@ -15,7 +15,7 @@ VERSION = re.search(
 RECBOLE_NEEDS = [
     "colorama==0.4.4",  # RecBole's own pins
     "colorlog==4.7.2",
-    "plotly>=4",
+    "plotly>=5.24",  # RecBole: >=4; the page of a comparison needs a newer one
     "psutil>=5.9",
     "scikit-learn>=0.23.2",
     "scipy>=1.6",
@@ -34,7 +34,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["cprec_recbole", "cprec_recbole.*"]),
-    package_data={"cprec_recbole": ["py.typed", "compare/settings.yaml"]},
+    package_data={"cprec_recbole": ["py.typed", "compare/settings.yaml", "compare/page/assets/*"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.4",
@@ -43,14 +43,20 @@ setup(
         "pyyaml>=6.0",
         "rich>=13.0",
         "safetensors>=0.4",
+        "jinja2>=3.0",  # the page of a comparison
         *RECBOLE_NEEDS,
         "recbole==1.2.1; python_version < '3.12'",
     ],
     extras_require={
         "bench": ["faiss-cpu", "matplotlib"],
         "test": [
-            *("pytest>=8", "pytest-xdist>=3", "hypothesis>=6"),
-            *("ruff>=0.6", "mypy>=1.11", "types-PyYAML"),
+            "pytest>=8",
+            "pytest-xdist>=3",  # `make test` runs files beside each other
+            "hypothesis>=6",
+            "ruff>=0.6",
+            "mypy>=1.11",
+            "types-PyYAML",
+            "playwright",
         ],
     },
     entry_points={"console_scripts": ["cprec = cprec_recbole.cli:main"]},

@@ -1,0 +1,116 @@
+"""Where each contender stands over all cells, against the uncompressed model and a chosen rival."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import median
+
+from cprec_recbole.compare.page.points import REFERENCE, Cell, Interval, Point, Quantity
+
+SUBJECT = "compressed"
+Ratio = float | None
+
+
+@dataclass
+class Standing:
+    """One contender at one ratio, over the cells that have an uncompressed model.
+
+    Attributes:
+        contender: its name.
+        ratio: the ratio that was aimed at.
+        shares: its NDCG@20 by the uncompressed model's, a cell each.
+        smaller: the uncompressed model's parameters by its own, a cell each.
+        slower: its milliseconds to score a user by the uncompressed model's, a cell each.
+        groups: shares of the NDCG@20 of each group of items by popularity.
+        intervals: of the paired differences, where they are known.
+        lost: cells in which the subject of the findings is above it at this ratio, and cells in
+            which both were run.
+    """
+
+    contender: str
+    ratio: Ratio
+    shares: list[float] = field(default_factory=list)
+    smaller: list[float] = field(default_factory=list)
+    slower: list[float] = field(default_factory=list)
+    groups: dict[str, list[float]] = field(default_factory=dict)
+    intervals: list[Interval] = field(default_factory=list)
+    lost: tuple[int, int] = (0, 0)
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        return Point(self.contender, self.ratio, []).label
+
+    @property
+    def not_below(self) -> int:
+        """In how many cells it is not below the uncompressed model."""
+        return sum(share >= 1 for share in self.shares)
+
+    @property
+    def certain(self) -> int:
+        """In how many cells the interval of the difference includes or exceeds zero."""
+        return sum(interval.high >= 0 for interval in self.intervals)
+
+    @property
+    def group_medians(self) -> dict[str, float]:
+        """The median share of each group of items."""
+        return {name: median(shares) for name, shares in self.groups.items()}
+
+
+def subject_of(cells: Sequence[Cell]) -> str | None:
+    """Whom the findings are about: `compressed`, or else the contender that was run most often."""
+    names = [p.contender for cell in cells for p in cell.points if p.contender != REFERENCE]
+    if SUBJECT in names or not names:
+        return SUBJECT if names else None
+    return max(dict.fromkeys(names), key=names.count)
+
+
+def standings(cells: Sequence[Cell], subject: str | None) -> list[Standing]:
+    """All contenders at all ratios, but the uncompressed model, in the order of the points."""
+    found: dict[tuple[str, Ratio], Standing] = {}
+    for cell in cells:
+        seen = set()
+        for point in cell.points:
+            key = (point.contender, point.ratio)
+            if point.contender == REFERENCE or key in seen:
+                continue
+            seen.add(key)
+            standing = found.setdefault(key, Standing(*key))
+            _add(standing, point, cell)
+            _fight(standing, point, subject and cell.find(subject, point.ratio))
+    order = {name: i for i, name in enumerate(dict.fromkeys(name for name, _ in found))}
+    return sorted(found.values(), key=lambda s: (order[s.contender], s.ratio or 0))
+
+
+def _add(standing: Standing, point: Point, cell: Cell) -> None:
+    reference = cell.reference
+    if reference is None:
+        return
+    if reference.quality.mean > 0:
+        standing.shares.append(point.quality.mean / reference.quality.mean)
+    if point.parameters > 0:
+        standing.smaller.append(reference.parameters / point.parameters)
+    if (time := _share(point, reference, lambda run: run.score_ms)) is not None:
+        standing.slower.append(time)
+    for group in dict.fromkeys(name for run in point.runs for name in run.popularity):
+        if (share := _share(point, reference, in_group(group))) is not None:
+            standing.groups.setdefault(group, []).append(share)
+    if point.interval is not None:
+        standing.intervals.append(point.interval)
+
+
+def _fight(standing: Standing, point: Point, subject: Point | str | None) -> None:
+    if isinstance(subject, Point) and subject.contender != point.contender:
+        won, fought = standing.lost
+        standing.lost = (won + (subject.quality.mean > point.quality.mean), fought + 1)
+
+
+def _share(point: Point, reference: Point, quantity: Quantity) -> float | None:
+    own, base = point.figure(quantity), reference.figure(quantity)
+    return own.mean / base.mean if own and base and base.mean > 0 else None
+
+
+def in_group(group: str) -> Quantity:
+    """NDCG@20 of a group of items by popularity."""
+    return lambda run: run.popularity.get(group)

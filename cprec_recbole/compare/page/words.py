@@ -1,0 +1,206 @@
+"""What a study found, in plain words, all of it computed from its runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import median
+
+from cprec_recbole.compare.page.drawing import short, with_spread
+from cprec_recbole.compare.page.points import Cell, Point
+from cprec_recbole.compare.page.runs import StudyRun
+from cprec_recbole.compare.page.summary import Standing
+
+
+def scope(runs: Sequence[StudyRun]) -> str:
+    """What was compared, counted."""
+    finished = [run for run in runs if run.error is None]
+    named = finished or runs
+    models = sorted({run.model for run in named})
+    data = sorted({run.dataset for run in named})
+    lengths = sorted({run.length for run in named if run.length is not None})
+    seeds = {run.seed for run in named}
+    histories = f", histories of {listed([str(n) for n in lengths])} items" if lengths else ""
+    searches = {(run.dataset, run.model, run.length, run.contender, run.search) for run in finished}
+    tried = sum(len(trials) for *_, trials in searches)
+    search = f", learning rates searched in {counted(tried, 'training')}" if tried else ""
+    failed = len(runs) - len(finished)
+    return (
+        f"{listed(models)} on {listed(data)}{histories}: "
+        f"{counted(len({run.contender for run in named}), 'contender')}, "
+        f"{counted(len(seeds), 'seed')}, {counted(len(finished), 'finished run')}{search}"
+        f"{f', {failed} failed' if failed else ''}."
+    )
+
+
+def main_finding(cells: Sequence[Cell], own: Sequence[Standing]) -> str:
+    """The one sentence: what the subject keeps at the ratio that most cells have.
+
+    Args:
+        cells: all cells.
+        own: where the subject stands, at each of its ratios.
+    """
+    if not cells:
+        return "No run finished, so nothing was found."
+    if not any(cell.reference for cell in cells):
+        return (
+            "No uncompressed model was run, so nothing can be said about what compression costs; "
+            "the contenders are compared with each other below."
+        )
+    if not own:
+        return "Nothing but the uncompressed model was run so far."
+    if not any(standing.smaller for standing in own):
+        return (
+            f"{own[0].contender} and the uncompressed model have no model and data set in common "
+            "so far."
+        )
+    return kept(_first(own))
+
+
+def details(own: Sequence[Standing], others: Sequence[Standing]) -> list[str]:
+    """Further sentences: other ratios, rivals, rare items, latency."""
+    shown = [standing for standing in own if standing.smaller]
+    if not shown:
+        return []
+    first = _first(shown)
+    rest = [kept(standing) for standing in shown if standing is not first]
+    return [*rest, *_rivals(shown[0].contender, others), *_rare_items(shown), *_speed(shown)]
+
+
+def _first(own: Sequence[Standing]) -> Standing:
+    return max(own, key=lambda s: (len(s.smaller), -(s.ratio or 0)))
+
+
+def kept(standing: Standing) -> str:
+    """How much of the uncompressed model's quality a contender has at a ratio."""
+    shares, name = standing.shares, standing.contender
+    size = f"with {_range(standing.smaller, '.1f')} times fewer parameters"
+    start = (
+        f"{_at(standing).capitalize()}, {size}, {name}" if standing.ratio else f"{name}, {size},"
+    )
+    if not shares:
+        return f"{start} cannot be judged: the uncompressed model's NDCG@20 is zero."
+    share = _percent(median(shares))
+    text = f"{start} has {share} of the uncompressed model's NDCG@20 on the test set"
+    if len(shares) > 1:
+        text += (
+            f": the median of {len(shares)} comparisons, from {_percent(min(shares))} to "
+            f"{_percent(max(shares))}. It is not below the uncompressed model in "
+            f"{standing.not_below} of {len(shares)}"
+        )
+    if standing.intervals:
+        text += (
+            "; the interval of the paired difference over users includes or exceeds zero in "
+            f"{standing.certain} of {len(standing.intervals)}"
+        )
+    return f"{text}."
+
+
+def _rivals(subject: str, others: Sequence[Standing]) -> list[str]:
+    """Against whom the subject is above at equal ratio: always, at times, never."""
+    score: dict[str, tuple[int, int]] = {}
+    for standing in others:
+        won, fought = score.get(standing.contender, (0, 0))
+        if standing.ratio is not None:
+            score[standing.contender] = (won + standing.lost[0], fought + standing.lost[1])
+    fights = {name: result for name, result in score.items() if result[1]}
+    if not fights:
+        return []
+    total = sum(won for won, _ in fights.values())
+    always = [name for name, (won, fought) in fights.items() if won == fought]
+    never = [name for name, (won, _) in fights.items() if won == 0]
+    between = [f"{n} in {w} of {f}" for n, (w, f) in fights.items() if n not in always + never]
+    if not total:
+        return [
+            f"At equal ratio, {subject} has the higher NDCG@20 against none of {listed(never)}."
+        ]
+    parts = [f"{listed(always)} in every comparison"] if always else []
+    parts += [listed(between)] if between else []
+    parts += [f"{listed(never)} in none"] if never else []
+    return [f"At equal ratio, {subject} has the higher NDCG@20 against {'; '.join(parts)}."]
+
+
+def _rare_items(own: Sequence[Standing]) -> list[str]:
+    words = []
+    for standing in own:
+        medians = [f"{_share(value)} on {name}" for name, value in standing.group_medians.items()]
+        if medians:
+            words.append(f"{_at(standing)} {listed(medians)} items".strip())
+    if not words:
+        return []
+    over = " (medians)" if any(len(v) > 1 for s in own for v in s.groups.values()) else ""
+    return [
+        f"By popularity of the item asked for, {own[0].contender} has these shares of the "
+        f"uncompressed model's NDCG@20{over}: {'; '.join(words)}."
+    ]
+
+
+def _speed(own: Sequence[Standing]) -> list[str]:
+    times = [f"{median(s.slower):.2f} {_at(s)}".strip() for s in own if s.slower]
+    if not times:
+        return []
+    over = " (medians)" if any(len(s.slower) > 1 for s in own) else ""
+    name = own[0].contender
+    return [f"Time to score one user, {name} by uncompressed{over}: {listed(times)}."]
+
+
+def _at(standing: Standing) -> str:
+    return "" if standing.ratio is None else f"at ratio {standing.ratio:g}"
+
+
+def cell_words(cell: Cell) -> str:
+    """What was found in one cell: the reference, and the best and the smallest of the others."""
+    reference = cell.reference
+    if reference is None:
+        return f"{cell.label}: no uncompressed model was run here."
+    start = (
+        f"{cell.label}: the uncompressed model has NDCG@20 {with_spread(reference.quality, '.4f')} "
+        f"with {reference.parameters:,.0f} parameters."
+    )
+    smaller = [point for point in cell.points if 0 < point.parameters < reference.parameters]
+    if not smaller:
+        return f"{start} No contender with fewer parameters was run here."
+    best = max(smaller, key=lambda point: point.quality.mean)
+    many = "The one point" if len(smaller) == 1 else f"The best of {len(smaller)} points"
+    text = f"{start} {many} with fewer is {best.label}: {_result(best, reference)}."
+    if len(smaller) == 1:
+        return text
+    near = [p for p in smaller if p.quality.mean >= 0.95 * reference.quality.mean]
+    if not near:
+        return f"{text} None reaches 95% of the uncompressed model's."
+    least = min(near, key=lambda point: point.parameters)
+    if least is best:
+        return f"{text} No smaller one reaches 95%."
+    return f"{text} The smallest that reaches 95% is {least.label}: {_result(least, reference)}."
+
+
+def _result(point: Point, reference: Point) -> str:
+    share = point.quality.mean / reference.quality.mean if reference.quality.mean > 0 else None
+    of = "" if share is None else f", {_percent(share)} of it,"
+    times = reference.parameters / point.parameters
+    return (
+        f"{with_spread(point.quality, '.4f')}{of} with {short(point.parameters)} parameters, "
+        f"{times:.1f} times fewer"
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}"
+
+
+def _share(share: float) -> str:
+    return f"{share:.0%}" if share <= 3 else "more than 300%"
+
+
+def _range(values: Sequence[float], form: str) -> str:
+    low, high = format(min(values), form), format(max(values), form)
+    return low if low == high else f"{low} to {high}"
+
+
+def listed(words: Sequence[str]) -> str:
+    """`a, b and c`."""
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def counted(count: int, noun: str) -> str:
+    """`1 run`, `1,200 runs`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
