@@ -66,7 +66,7 @@ def _built(header: dict[str, Any], weights: dict[str, Tensor]) -> CompressedReco
     compression = CompressionConfig.from_options(header["compression"])
     options = _Options(block_num=1, device="cpu", **header["architecture"])
     n_items = int(header["n_items"])
-    plan = compression.plan(options[record.size_option], n_items)
+    plan = compression.plan(record.dim(options[record.size_option]), n_items)
     member = unpacked_blocks(weights["blocks"], len(plan.ranks), n_items)
     sizes = np.bincount(member, minlength=len(plan.ranks))
     if tuple(sizes) != plan.sizes:
@@ -78,7 +78,8 @@ def _built(header: dict[str, Any], weights: dict[str, Tensor]) -> CompressedReco
         host.n_items = n_items
         partition = Partition(torch.from_numpy(np.argsort(member, kind="stable")), plan.cutoffs)
         table = BlockEmbedding(partition, plan.ranks, plan.dim)
-        model = model_class.from_host(host, table, compression)
+        record.table.put(host, record.table.look_up(host, table))
+        model = model_class.from_host(host, compression)
     model.reads_last_column = bool(header["reads_last_column"])
     return model.to(getattr(torch, header["dtype"]))
 

@@ -9,7 +9,6 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from cprec_recbole.backbones import BACKBONES
 from cprec_recbole.config import (
     OBJECTIVES,
     SHARING_SCHEMES,
@@ -18,6 +17,7 @@ from cprec_recbole.config import (
     CompressionError,
 )
 from cprec_recbole.host import read_options
+from cprec_recbole.records import BACKBONES
 
 MODELS = tuple(backbone.host.__name__ for backbone in BACKBONES)
 TABLE_WIDTH = 140
