@@ -37,16 +37,17 @@ class PlainTable:
 
     def parameters(self, host: Host) -> list[nn.Parameter]:
         """The host's parameters that a block embedding takes the place of."""
-        parts = [getattr(host, name) for name in self.holds]
-        return [
-            p for part in parts for p in ([part] if isinstance(part, Tensor) else part.parameters())
-        ]
+        held = [getattr(host, name) for name in self.holds]
+        return [p for h in held for p in (h.parameters() if isinstance(h, nn.Module) else [h])]
 
     def put(self, host: Host, look_up: nn.Module) -> None:
         """Put a look-up into a host, in place of all that it holds for each item."""
         for name in self.holds:
             setattr(host, name, None)
         host.item_embedding = look_up
+
+
+PLAIN = PlainTable()
 
 
 class MaskedTable(PlainTable):
@@ -73,14 +74,14 @@ class MaskedTable(PlainTable):
 class MaskedLookUp(nn.Module):
     """Vectors of items and of the mask, whose id is the number of items."""
 
-    def __init__(self, table: nn.Module, mask: Tensor) -> None:
+    def __init__(self, table: Any, mask: Tensor) -> None:
         super().__init__()
-        self.table = table
+        self.table: Any = table  # a BlockEmbedding
         self.mask = nn.Parameter(mask)
 
     def forward(self, items: Tensor) -> Tensor:
         """Vectors for the layers to read, `[...] -> [..., d - 1]`."""
-        is_mask = items == self.table.partition.n_items  # type: ignore[union-attr]
+        is_mask = items == self.table.partition.n_items
         vectors = self.table(items.masked_fill(is_mask, 0))[..., :-1]
         return torch.where(is_mask.unsqueeze(-1), self.mask, vectors)
 
