@@ -15,7 +15,7 @@ from cprec_recbole.config import (
     reject_unknown,
 )
 from cprec_recbole.host import known_options, recbole_config, whole_number
-from cprec_recbole.records import BACKBONES
+from cprec_recbole.records import record_named
 from cprec_recbole.report import Estimate, describe_sharing, estimate
 from cprec_recbole.sharing import sharing_plan, sharing_sets
 
@@ -46,7 +46,7 @@ def size_rows(
     """
     if items is not None and items < 1:
         raise CompressionError(f"Expected `items` to be 1 or more, but got {items}.")
-    record = next(b for b in BACKBONES if b.host.__name__ == model)
+    record = record_named(model)
     config = recbole_config(f"Cp{model}", dataset or "ml-100k", options or {}, config_files)
     if items is None:
         n_items = int(create_dataset(config).item_num)

@@ -200,7 +200,7 @@ def build(
     small_class = next(cls for cls in MODELS if cls.record is original.record)
     if compression.training not in original.record.objectives:
         compression = replace(compression, training=original.record.objectives[0])
-    small = small_class.from_host(original.copy_host(blocks), compression)
+    small = small_class.from_host(original.copy_host(), blocks, compression)
     small.reads_last_column = original.reads_last_column
     small.train_item_counts = counts
     small.item_tokens = getattr(original.model, "item_tokens", None)

@@ -26,12 +26,12 @@ class PlainTable:
         """Item vectors of RecBole's own model in id order, `[n_items, d]`, without a gradient."""
         return host.item_embedding.weight.detach()
 
-    def look_up(self, host: Host, table: nn.Module) -> nn.Module:
-        """What takes the place of the host's `item_embedding`: here, a table itself.
+    def look_up(self, host: Host, table: nn.Module | None) -> nn.Module | None:
+        """What takes the place of the host's `item_embedding`: here, the table itself.
 
         Args:
-            host: RecBole's model, with what it had until now.
-            table: turns ids into vectors, `[...] -> [..., d]`.
+            host: RecBole's model, with what it has until now.
+            table: a block embedding; None to leave its place free.
         """
         return table
 
@@ -40,8 +40,9 @@ class PlainTable:
         held = [getattr(host, name) for name in self.holds]
         return [p for h in held for p in (h.parameters() if isinstance(h, nn.Module) else [h])]
 
-    def put(self, host: Host, look_up: nn.Module) -> None:
-        """Put a look-up into a host, in place of all that it holds for each item."""
+    def put(self, host: Host, table: nn.Module) -> None:
+        """Put a block embedding into a host, in place of all that it holds for each item."""
+        look_up = self.look_up(host, table)
         for name in self.holds:
             setattr(host, name, None)
         host.item_embedding = look_up
@@ -64,7 +65,7 @@ class MaskedTable(PlainTable):
         """Item vectors and their biases, `[n_items, d]`; the mask is no item."""
         return torch.cat([host.item_embedding.weight[:-1], host.output_bias[:, None]], 1).detach()
 
-    def look_up(self, host: Host, table: nn.Module) -> nn.Module:
+    def look_up(self, host: Host, table: nn.Module | None) -> nn.Module:
         """A look-up that knows the mask, and leaves the bias out."""
         old = host.item_embedding
         mask = old.mask if isinstance(old, MaskedLookUp) else old.weight[-1]

@@ -57,8 +57,8 @@ def config_of(job: Job) -> Config:
     config = recbole_config(job.model, job.dataset, job.options, list(job.config_files))
     if checkpoint_steps(config) and (job.model not in _ours() or job.out is None or not job.saved):
         raise CompressionError(
-            "Expected `checkpoint_steps` with an `out` folder and one of "
-            f"{', '.join(_ours())}, but got it for {job.model} with out={job.out}, saved={job.saved}."
+            f"Expected `checkpoint_steps` with an `out` folder and one of {', '.join(_ours())}, "
+            f"but got it for {job.model} with out={job.out}, saved={job.saved}."
         )
     return config
 

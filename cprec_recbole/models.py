@@ -79,20 +79,21 @@ class CompressedRecommender(Servable, SequentialRecommender):
         table = BlockEmbedding(partition, plan.ranks, plan.dim, tail)
         std = self.record.table_std(host, self.n_items)
         table.reset_parameters(std)
-        self.record.table.put(host, self.record.table.look_up(host, table))
-        self.assemble(host, tail)
+        self.assemble(host, table, tail)
         if self.head.table is not table:
             self.head.table.reset_parameters(std)
         self._look_up_sparsely(config)
         self.train_item_counts = counts
 
     @classmethod
-    def from_host(cls, host: Host, compression: CompressionConfig) -> CompressedRecommender:
-        """Build around a model whose table has been replaced.
+    def from_host(
+        cls, host: Host, table: BlockEmbedding, compression: CompressionConfig
+    ) -> CompressedRecommender:
+        """Build around a model and the table that replaces its own.
 
         Args:
-            host: a RecBole model of this class's record that looks items up in a block embedding;
-                it becomes a part.
+            host: a RecBole model of this class's record, without a table; it becomes a part.
+            table: the block embedding that takes the table's place.
             compression: the options; layers that share keep the first of each set.
         """
         model = cls.__new__(cls)
@@ -101,17 +102,20 @@ class CompressedRecommender(Servable, SequentialRecommender):
             setattr(model, name, getattr(host, name))
         model.compression = compression
         model.reads_last_column = cls.record.reads_last_column
-        model.assemble(host)
+        model.assemble(host, table)
         return model
 
-    def assemble(self, host: Host, tail: Callable[[int, int, int], Block] = Block) -> None:
-        """Put the parts together: layers shared, softmax on top."""
+    def assemble(
+        self, host: Host, table: BlockEmbedding, tail: Callable[[int, int, int], Block] = Block
+    ) -> None:
+        """Put the parts together: table into host, layers shared, softmax on top."""
+        self.record.table.put(host, table)
         layers = self.record.layers(host)
         plan = sharing_plan(self.compression.sharing, len(layers), self.record.group)
         share(layers, plan)
         self.loss_type = host.loss_type
         self.backbone = host
-        softmax_table = table = self.table
+        softmax_table = table
         if not self.compression.tied:
             softmax_table = BlockEmbedding(table.partition, table.ranks, table.dim, tail)
         memory = int(self.compression.loss_memory)

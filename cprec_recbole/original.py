@@ -113,13 +113,13 @@ class Original:
                 )
         return _checked_counts(item_counts, self.n_items)
 
-    def copy_host(self, table: nn.Module) -> Host:
-        """A deep copy of the host with another item table, without what is known of its items."""
+    def copy_host(self) -> Host:
+        """A deep copy of the host without its item table, and what is known of its items."""
         holds = self.record.table.holds
         known = (*holds, "train_item_counts", "item_tokens", "vocabulary")
         left_out = [getattr(self.host, name, None) for name in known]
         host = copy.deepcopy(self.host, memo={id(each): None for each in left_out})
-        self.record.table.put(host, self.record.table.look_up(self.host, table))
+        host.item_embedding = self.record.table.look_up(self.host, None)
         return host
 
 

@@ -78,8 +78,7 @@ def _built(header: dict[str, Any], weights: dict[str, Tensor]) -> CompressedReco
         host.n_items = n_items
         partition = Partition(torch.from_numpy(np.argsort(member, kind="stable")), plan.cutoffs)
         table = BlockEmbedding(partition, plan.ranks, plan.dim)
-        record.table.put(host, record.table.look_up(host, table))
-        model = model_class.from_host(host, compression)
+        model = model_class.from_host(host, table, compression)
     model.reads_last_column = bool(header["reads_last_column"])
     return model.to(getattr(torch, header["dtype"]))
 

@@ -36,6 +36,11 @@ def find_backbone(model: nn.Module) -> Backbone:
     )
 
 
+def record_named(name: str) -> Backbone:
+    """The record of a supported model by RecBole's name of it."""
+    return next(backbone for backbone in BACKBONES if backbone.host.__name__ == name)
+
+
 def xavier_std(model: Host, n_items: int) -> float:
     """The spread of `xavier_normal_` for a table `[n_items, embedding_size]`."""
     return math.sqrt(2 / (n_items + model.embedding_size))
