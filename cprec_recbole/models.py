@@ -166,11 +166,13 @@ class CompressedRecommender(Servable, SequentialRecommender):
             hidden = self.hidden_states(item_seq[:, :longest])[real]  # [N, d]
             loss = self.position_loss(hidden, targets[real])
         elif self.record.training_states is not None:
-            loss = self.position_loss(*self.record.training_states(self.backbone, interaction))
+            hidden, target, negative = self.record.training_states(self.backbone, interaction)
+            # where RecBole's masks hid nothing, there is nothing to learn, and no loss that is NaN
+            loss = self.position_loss(hidden, target, negative) if len(target) else hidden.sum()
         else:
-            negative = interaction[self.NEG_ITEM_ID] if self.loss_type == "BPR" else None
+            drawn = interaction[self.NEG_ITEM_ID] if self.loss_type == "BPR" else None
             target = interaction[self.POS_ITEM_ID]
-            loss = self.position_loss(self.forward(item_seq, lengths), target, negative)
+            loss = self.position_loss(self.forward(item_seq, lengths), target, drawn)
         if self.record.penalty is not None:
             loss = loss + self.record.penalty(self.backbone)
         return loss

@@ -114,6 +114,7 @@ def estimate(
     )
     own = {id(p) for p in record.table.parameters(host)}
     in_layers = _count(p for p in host.parameters() if id(p) not in own) - dropped
+    in_layers += record.table.n_left(host)
     clusters = (len(plan.ranks) - 1) * dim if compression.softmax == "tree" else 0
     softmax = clusters + (0 if compression.tied else plan.n_parameters)
     sizes = PartSizes(plan.n_parameters, in_layers, softmax)
