@@ -95,6 +95,10 @@ class Original:
         """The host and the hidden states that it predicts from."""
         return Reading(self.record, self.host, self.reads_last_column)
 
+    def hidden_states(self, item_seq: Tensor) -> Tensor:
+        """Hidden state at every position, `[B, L] -> [B, L, d]`, for models that have them."""
+        return self.reading.everywhere(item_seq)
+
     def counts(self, item_counts: Any = None) -> np.ndarray:
         """Training interactions of each item id, `[n_items]`.
 

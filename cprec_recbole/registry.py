@@ -6,6 +6,7 @@ from typing import Any
 
 from recbole.model.abstract_recommender import SequentialRecommender
 
+from cprec_recbole import models
 from cprec_recbole.backbones import Backbone
 from cprec_recbole.config import CompressionError
 from cprec_recbole.models import MODELS, CompressedRecommender
@@ -28,9 +29,6 @@ def register(record: Backbone) -> type[CompressedRecommender]:
 
     Raises:
         CompressionError: no record, no sequential model of RecBole's kind, or a name that is taken.
-
-    Source:
-        The seams are those of CpRec (SIGIR 2020): item table, stack of layers, softmax.
     """
     if not isinstance(record, Backbone):
         raise CompressionError(
@@ -52,8 +50,9 @@ def register(record: Backbone) -> type[CompressedRecommender]:
         raise CompressionError(
             f"Expected `host` to have a name of its own, but {name} is known already; rename it."
         )
-    doc = f"{host.__name__}, compressed."
-    model_class = type(name, (CompressedRecommender,), {"record": record, "__doc__": doc})
+    about = {"__doc__": f"{host.__name__}, compressed.", "__module__": models.__name__}
+    model_class = type(name, (CompressedRecommender,), {"record": record, **about})
+    setattr(models, name, model_class)  # RecBole's checkpoints name the class by where it is
     BACKBONES.append(record)
     MODELS.append(model_class)
     register_model(model_class)
