@@ -26,6 +26,8 @@ RECBOLE_NEEDS = [
     "tqdm>=4.48.2",
 ]
 
+DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26", "latex2mathml>=3.77"]
+
 setup(
     name="cprec_recbole",
     version=VERSION,
@@ -48,7 +50,11 @@ setup(
     ],
     extras_require={
         "bench": ["faiss-cpu", "matplotlib"],
-        "test": ["pytest>=8", "hypothesis>=6", "ruff>=0.6", "mypy>=1.11", "types-PyYAML"],
+        "docs": DOCS,
+        "test": [
+            *("pytest>=8", "hypothesis>=6", "ruff>=0.6", "mypy>=1.11", "types-PyYAML"),
+            *DOCS,  # the tests build the site
+        ],
     },
     entry_points={"console_scripts": ["cprec = cprec_recbole.cli:main"]},
     classifiers=[

@@ -16,6 +16,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
 DOCS = "docs/"
+_MOVED = {"README.md": "repository.md"}  # a README is a folder's index, and the site has one
 _LINK = re.compile(r"\]\(([^)#\s]+)(#[^)\s]*)?\)")
 _BLOCK = re.compile(r'<div class="arithmatex">\\\[(.*?)\\\]</div>', re.DOTALL)
 _INLINE = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>', re.DOTALL)
@@ -42,7 +43,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Links by where their files are in the site; a link to what is no page is left as words."""
     here = page.file.src_uri
-    source = here if (ROOT / here).is_file() else DOCS + here
+    back = {site: file for file, site in _MOVED.items()}.get(here, here)
+    source = back if (ROOT / back).is_file() else DOCS + here
 
     def moved(match: re.Match[str]) -> str:
         link, anchor = match.group(1), match.group(2) or ""
@@ -82,4 +84,4 @@ def _resolved(source: str, link: str) -> str:
 
 def _in_site(target: str) -> str:
     """Where a file of the repository is in the site: docs/ is its root."""
-    return target.removeprefix(DOCS)
+    return _MOVED.get(target, target.removeprefix(DOCS))

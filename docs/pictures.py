@@ -33,10 +33,10 @@ def partition() -> str:
             height = 110 / (1 + rank_of_item) ** 0.6
             marks.append(rect(x, 180 - height, 6.5, height, colour))
             x, rank_of_item = x + 8, rank_of_item + 1
-    marks.append(text(40, 232, "the whole table: n items, d numbers each"))
+    marks.append(text(40, 232, "the whole table"))
     marks.append(rect(40, 244, 128, 280, "#ffffff", PALE))
     marks.append(text(104, 390, "n × d", middle=True))
-    marks.append(text(260, 232, "a block: its rows W, and a projection P back to d"))
+    marks.append(text(330, 232, "in blocks: rows W, and a projection P back to d"))
     names = ("head", "middle", "tail")
     y = 244
     for size, rank, colour, name in zip(sizes, ranks, BLOCKS, names):
@@ -76,7 +76,7 @@ def tree() -> str:
             marks.append(rect(left + index * 24, 180, 20, 28, colour))
         marks.append(text(left, 230, f"softmax over {name} alone"))
     marks.append(text(40, 274, "An item of the head: its share of the first softmax."))
-    marks.append(text(40, 296, "Any other item: the share of its cluster × its share of its block."))
+    marks.append(text(40, 296, "Any other item: its cluster's share × its share of its block."))
     return page(700, 318, "Tree softmax", marks)
 
 
