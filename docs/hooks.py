@@ -61,8 +61,13 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Formulas, which arithmatex has marked, as MathML."""
-    html = _BLOCK.sub(lambda match: convert(_plain(match.group(1)), display="block"), html)
+    html = _BLOCK.sub(_on_its_own, html)
     return _INLINE.sub(lambda match: convert(_plain(match.group(1))), html)
+
+
+def _on_its_own(match: re.Match[str]) -> str:
+    formula = convert(_plain(match.group(1)), display="block")
+    return f'<div style="overflow-x: auto">{formula}</div>'  # scrolls on a narrow screen
 
 
 def _plain(formula: str) -> str:
