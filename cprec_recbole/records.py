@@ -18,6 +18,8 @@ from cprec_recbole.config import CompressionError
 from cprec_recbole.item_tables import Host, MaskedTable, with_one
 from cprec_recbole.sharing import Layer
 
+HIDDEN_AT = "MASK_INDEX"  # RecBole's field: where a row's items were hidden, [B, m]; 0 is none
+
 
 def find_backbone(model: nn.Module) -> Backbone:
     """The record of a RecBole model.
@@ -108,7 +110,7 @@ def _bert4rec_last(model: Host, item_seq: Tensor, lengths: Tensor) -> Tensor:
 
 def _bert4rec_training(model: Host, batch: Interaction) -> tuple[Tensor, Tensor, Tensor]:
     """The states at the items that RecBole's `mask_itemseq` hid, and these items."""
-    states, index = model.forward(batch["Mask_" + model.ITEM_SEQ]), batch["MASK_INDEX"]
+    states, index = model.forward(batch["Mask_" + model.ITEM_SEQ]), batch[HIDDEN_AT]
     row, column = (index > 0).nonzero(as_tuple=True)  # 0 fills the rows up
     hidden = with_one(states[row, index[row, column]])
     targets = (batch[name + model.ITEM_ID][row, column] for name in ("Pos_", "Neg_"))

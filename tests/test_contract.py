@@ -15,6 +15,7 @@ from cprec_recbole.models import MODELS, CompressedRecommender
 from cprec_recbole.original import Original
 from cprec_recbole.records import record_named
 from cprec_recbole.report import estimate, part_sizes, shared_layers
+from cprec_recbole.trainer import n_targets
 from tests.builders import HOSTS, MORE_HOSTS, train
 from tests.oracles import best_items
 
@@ -186,6 +187,26 @@ def test_bpr_trains_too(world, name):
     batch = world.batch(f"Cp{name}", training=model.compression.training, **options)
     losses = losses_of(model, batch)
     assert losses[-1] < losses[0]
+
+
+def test_items_that_are_added_are_recommended_and_read(originals, name):
+    small = compress(originals(name), **BLOCKS)
+    (new,) = small.add_items(["new"], like=[["i1"]])
+    assert small.recommend([[1, 2]], k=1, allowed=[new]).items.tolist() == [[new]]
+    with_new, without = (small.recommend([row], k=3).scores for row in ([1, 2, new], [1, 2]))
+    assert torch.isfinite(with_new).all()
+    assert not torch.equal(with_new, without)
+
+
+def test_a_batch_without_anything_hidden_has_no_loss_and_counts_for_nothing(world):
+    model, batch = world.model("CpBERT4Rec"), world.batch("CpBERT4Rec")
+    assert n_targets(batch) == int((batch["MASK_INDEX"] > 0).sum()) > 0
+    batch["MASK_INDEX"] = torch.zeros_like(batch["MASK_INDEX"])
+    assert n_targets(batch) == 0
+    loss = model.calculate_loss(batch)
+    loss.backward()
+    assert loss == 0
+    assert all(p.grad is None or p.grad.abs().sum() == 0 for p in model.parameters())
 
 
 @pytest.mark.parametrize("name", MORE_HOSTS)
