@@ -41,7 +41,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Links by where their files are in the site; a link to what is no page is left as words."""
+    """Links by where their files are in the site; a link to a folder is left as words."""
     here = page.file.src_uri
     back = {site: file for file, site in _MOVED.items()}.get(here, here)
     source = back if (ROOT / back).is_file() else DOCS + here
@@ -52,7 +52,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             return match.group(0)
         target = _resolved(source, link)
         if files.get_file_from_path(_in_site(target)) is None:
-            return "]()"
+            return "]()" if (ROOT / target).is_dir() else match.group(0)
         start = posixpath.dirname(here)
         return f"]({posixpath.relpath(_in_site(target), start or '.')}{anchor})"
 

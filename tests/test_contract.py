@@ -1,10 +1,8 @@
 """What each of the ten models must do; the heavy grids over three of them are elsewhere."""
 
 import copy
-import io
 import itertools
 import re
-from contextlib import redirect_stdout
 
 import pytest
 import torch
@@ -210,15 +208,16 @@ def test_a_batch_without_anything_hidden_has_no_loss_and_counts_for_nothing(worl
 
 
 @pytest.mark.parametrize("name", MORE_HOSTS)
-def test_one_state_for_a_history_means_rows_of_prefixes(world, name):
+def test_one_state_for_a_history_means_rows_of_prefixes(world, name, capsys):
     model = world.model(f"Cp{name}")
     assert model.compression.training == "last_position"
     with pytest.raises(CompressionError, match=f"`training` to be last_position for {name}"):
         world.model(f"Cp{name}", training="all_positions")
     with pytest.raises(CompressionError, match="hidden state at every position"):
         model.hidden_states(torch.tensor([[1, 2]]))
-    with redirect_stdout(io.StringIO()), pytest.raises(SystemExit):
-        main(["report", name, "--items", "many"])
+    assert main(["report", name, "--training", "all_positions", "--items", "9"]) == 2
+    assert f"last_position for {name}" in capsys.readouterr().err
+    assert main(["report", name, "--items", "900"]) == 0
 
 
 def test_sharing_says_where_it_shares_nothing(world, name):
