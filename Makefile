@@ -14,7 +14,7 @@ TORCH  ?=
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check lint types install bench bench-search clean
+.PHONY: demo test check lint types install docs bench bench-search clean
 
 demo: $(STAMP)
 	$(BIN)/cprec compare --model NextItNet --dataset ml-100k
@@ -32,6 +32,11 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 install: $(STAMP)
+
+# build/site/index.html, which needs no network
+docs: $(STAMP)
+	$(BIN)/pip install --quiet --editable ".[docs]"
+	$(BIN)/mkdocs build --strict
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/objectives.py

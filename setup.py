@@ -26,6 +26,8 @@ RECBOLE_NEEDS = [
     "tqdm>=4.48.2",
 ]
 
+DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26", "latex2mathml>=3.77"]
+
 setup(
     name="cprec_recbole",
     version=VERSION,
@@ -49,6 +51,7 @@ setup(
     ],
     extras_require={
         "bench": ["faiss-cpu", "matplotlib"],
+        "docs": DOCS,
         "test": [
             "pytest>=8",
             "pytest-xdist>=3",  # `make test` runs files beside each other
@@ -57,6 +60,7 @@ setup(
             "mypy>=1.11",
             "types-PyYAML",
             "playwright",
+            *DOCS,  # the tests build the site
         ],
     },
     entry_points={"console_scripts": ["cprec = cprec_recbole.cli:main"]},

@@ -32,12 +32,12 @@ from inference import status_mib
 from torch import Tensor, nn
 
 from cprec_recbole import CompressionConfig, CpSASRec
-from cprec_recbole.backbones import SASREC, Host, build_host
 from cprec_recbole.compare.results import environment, save
 from cprec_recbole.embedding import BlockEmbedding
 from cprec_recbole.host import recbole_config
 from cprec_recbole.optimizers import build_optimizer
 from cprec_recbole.partition import Partition
+from cprec_recbole.records import SASREC, Host, build_host
 
 SIZES = (10_000, 100_000, 1_000_000, 10_000_000)
 TARGETS, LENGTH, DIM = 2048, 50, 64

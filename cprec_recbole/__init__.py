@@ -1,24 +1,33 @@
 """CpRec for RecBole: small and fast sequential recommenders. Importing it registers the models."""
 
+from cprec_recbole import plugin
 from cprec_recbole.config import CompressionConfig, CompressionError
-from cprec_recbole.plugin import register
 
-register()
+plugin.adapt()
 
 from recbole.quick_start import load_data_and_model, run_recbole  # noqa: E402
 
+from cprec_recbole.backbones import Backbone  # noqa: E402
 from cprec_recbole.compress import compress  # noqa: E402
 from cprec_recbole.embedding import BlockEmbedding  # noqa: E402
 from cprec_recbole.evaluation import evaluate  # noqa: E402
 from cprec_recbole.models import (  # noqa: E402
     CompressedRecommender,
+    CpBERT4Rec,
+    CpGCSAN,
     CpGRU4Rec,
+    CpLightSANs,
+    CpNARM,
     CpNextItNet,
     CpSASRec,
+    CpSINE,
+    CpSRGNN,
+    CpSTAMP,
 )
 from cprec_recbole.partition import Partition  # noqa: E402
 from cprec_recbole.pretrained import load_pretrained  # noqa: E402
 from cprec_recbole.recover import recover  # noqa: E402
+from cprec_recbole.registry import register  # noqa: E402
 from cprec_recbole.running import run  # noqa: E402
 from cprec_recbole.softmax import FullSoftmax, TreeSoftmax  # noqa: E402
 from cprec_recbole.topk import TopK  # noqa: E402
@@ -26,13 +35,21 @@ from cprec_recbole.vocabulary import Vocabulary  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
+    "Backbone",
     "BlockEmbedding",
     "CompressedRecommender",
     "CompressionConfig",
     "CompressionError",
+    "CpBERT4Rec",
+    "CpGCSAN",
     "CpGRU4Rec",
+    "CpLightSANs",
+    "CpNARM",
     "CpNextItNet",
     "CpSASRec",
+    "CpSINE",
+    "CpSRGNN",
+    "CpSTAMP",
     "FullSoftmax",
     "Partition",
     "TopK",
@@ -43,6 +60,7 @@ __all__ = [
     "load_data_and_model",
     "load_pretrained",
     "recover",
+    "register",
     "run",
     "run_recbole",
 ]

@@ -1,27 +1,35 @@
-"""A record for each RecBole model that can be compressed: its table, its layers, its hidden states.
+"""What compression has to know of a RecBole model: its table, its layers, its hidden states.
 
-Another model needs one record here and three lines in `models.py`.
+The records themselves are in `records.py`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from recbole.data.interaction import Interaction
 from recbole.model.abstract_recommender import SequentialRecommender
-from recbole.model.sequential_recommender.gru4rec import GRU4Rec
-from recbole.model.sequential_recommender.nextitnet import NextItNet
-from recbole.model.sequential_recommender.sasrec import SASRec
-from torch import Tensor, nn
+from torch import Tensor
 
-from cprec_recbole.config import CompressionError
+from cprec_recbole.config import OBJECTIVES, CompressionError
+from cprec_recbole.item_tables import PLAIN, Host, PlainTable
+from cprec_recbole.partition import PADDING
 from cprec_recbole.sharing import Layer
 
-# RecBole's models are not typed. A host is one; its `item_embedding` turns ids into vectors.
-Host = Any
+
+def no_layers(model: Host) -> list[Layer]:
+    """No stack of layers of one shape: nothing to share."""
+    return []
+
+
+def by_forward(model: Host, item_seq: Tensor, lengths: Tensor) -> Tensor:
+    """What most of RecBole's models call `forward`, `[B, L], [B] -> [B, d]`."""
+    model.device = item_seq.device  # some put their own tensors there
+    return model.forward(item_seq, lengths)
 
 
 @dataclass(frozen=True)
@@ -29,14 +37,23 @@ class Backbone:
     """What compression has to know of one RecBole model.
 
     Attributes:
-        host: RecBole's model class.
-        size_option: RecBole's name for the embedding size.
-        layers: the stack's layers as parameter slots, normalisation layers left out.
+        host: the model's class. Its `item_embedding` turns ids into vectors, and an item's score is
+            the product of a hidden state with the item's vector.
+        size_option: the RecBole option that is the embedding size.
+        table_std: `(model, n_items) -> float`, the spread that the host gives a fresh table.
+        architecture: the options by which an equal host can be built: names of attributes of the
+            host that are called as the options, or pairs (option, attribute).
+        layers: `(model)` to the stack's layers as parameter slots, normalisation layers left out;
+            for a model without such a stack, nothing is shared.
         group: layers `g` of one residual block.
         hidden_states: `(model, item_seq [B, L]) -> [B, L, d]`; position t sees items up to t only.
-        table_std: `(model, n_items) -> float`, the spread that the host gives a fresh table.
-        architecture: attributes of the host that are named as the RecBole options they came from;
-            with them an equal host can be built.
+            None for a model that has no such states: it has one for a whole history, and is trained
+            with `training: last_position`.
+        last_state: `(model, item_seq [B, L], lengths [B]) -> [B, d]`, for those models, of batches
+            as wide as `MAX_ITEM_LIST_LENGTH`; the host's `forward` if left out.
+        table: how the host keeps its items.
+        training_states: `(model, batch) -> hidden [N, d], target [N], negative [N]`, where the host
+            is not trained on the next item of RecBole's rows.
         penalty: `(model) -> []`, what the host adds to its loss; None for nothing.
         reads_last_column: the host predicts from the last column of a padded batch, even where a
             short history has padding there.
@@ -44,29 +61,86 @@ class Backbone:
 
     host: type[SequentialRecommender]
     size_option: str
-    layers: Callable[[Host], list[Layer]]
-    group: int
-    hidden_states: Callable[[Host, Tensor], Tensor]
     table_std: Callable[[Host, int], float]
-    architecture: tuple[str, ...]
+    architecture: Sequence[str | tuple[str, str]]
+    layers: Callable[[Host], list[Layer]] = no_layers
+    group: int = 1
+    hidden_states: Callable[[Host, Tensor], Tensor] | None = None
+    last_state: Callable[[Host, Tensor, Tensor], Tensor] = by_forward
+    table: PlainTable = PLAIN
+    training_states: Callable[[Host, Interaction], tuple[Tensor, Tensor, Tensor]] | None = None
     penalty: Callable[[Host], Tensor] | None = None
     reads_last_column: bool = False
 
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """What `training` may be, the default first."""
+        return OBJECTIVES if self.hidden_states is not None else ("last_position",)
 
-def find_backbone(model: nn.Module) -> Backbone:
-    """The record of a RecBole model.
+    def check_objective(self, training: str) -> None:
+        """Raise a CompressionError for a `training` that this model cannot do."""
+        if training not in self.objectives:
+            raise CompressionError(
+                f"Expected `training` to be last_position for {self.host.__name__}, which has one "
+                f"hidden state for a whole history, but got {training}; leave it out."
+            )
 
-    Raises:
-        CompressionError: not one of the supported models. A subclass may compute something else
-            than its parent, so it is refused too.
+    def dim(self, size: int) -> int:
+        """Size `d` of an item's vector for an embedding size."""
+        return size + self.table.n_more
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A host with its record, and the hidden states that it predicts from.
+
+    Attributes:
+        record: what is known of the host.
+        host: RecBole's model, with whatever table.
+        last_column: it is read at the last column of a padded batch, even at padding.
     """
-    for backbone in BACKBONES:
-        if type(model) is backbone.host:
-            return backbone
-    names = ", ".join(backbone.host.__name__ for backbone in BACKBONES)
-    raise CompressionError(
-        f"Expected `model` to be one of RecBole's {names}, but got {type(model).__name__}."
-    )
+
+    record: Backbone
+    host: Host
+    last_column: bool
+
+    @property
+    def one_state(self) -> bool:
+        """A history gives one state, whatever came before: earlier ones need their own rows."""
+        return self.last_column or self.record.hidden_states is None
+
+    def everywhere(self, item_seq: Tensor) -> Tensor:
+        """Hidden state at every position, `[B, L] -> [B, L, d]`.
+
+        Raises:
+            CompressionError: a model that has none.
+        """
+        if self.record.hidden_states is None:
+            raise CompressionError(
+                f"Expected a model with a hidden state at every position, but "
+                f"{self.record.host.__name__} has one for a whole history."
+            )
+        return self.record.hidden_states(self.host, item_seq)
+
+    def last(self, item_seq: Tensor, lengths: Tensor) -> Tensor:
+        """Hidden state that predicts the next item, `[B, L], [B] -> [B, d]`."""
+        if self.record.hidden_states is None:
+            missing = self.host.max_seq_length - item_seq.shape[1]
+            return self.record.last_state(self.host, F.pad(item_seq, (0, missing)), lengths)
+        if self.last_column:
+            return self.everywhere(item_seq)[:, -1]  # as RecBole trains and reads this model
+        longest = int(lengths.max())  # what follows is padding, and no position sees it
+        states = self.everywhere(item_seq[:, :longest])
+        return states[torch.arange(len(states), device=states.device), lengths - 1]
+
+    def all(self, item_seq: Tensor) -> Tensor:
+        """Every hidden state that predicts something, `[B, L] -> [N, d]`: one for each item, or
+        one for each history."""
+        real = item_seq != PADDING
+        if self.record.hidden_states is None:
+            return self.last(item_seq, real.sum(1))
+        states = self.everywhere(item_seq)
+        return states.flatten(0, 1) if self.last_column else states[real]
 
 
 def build_host(record: Backbone, config: Any, dataset: Any) -> Host:
@@ -87,7 +161,8 @@ def architecture(record: Backbone, host: Host) -> dict[str, Any]:
         record: the model's record.
         host: RecBole's model.
     """
-    options = {name: getattr(host, name) for name in record.architecture}
+    pairs = [(name, name) if isinstance(name, str) else name for name in record.architecture]
+    options = {option: getattr(host, attribute) for option, attribute in pairs}
     return options | {
         "MAX_ITEM_LIST_LENGTH": host.max_seq_length,
         "USER_ID_FIELD": host.USER_ID,
@@ -101,90 +176,11 @@ def architecture(record: Backbone, host: Host) -> dict[str, Any]:
 class _OneItemCatalogue:
     """A dataset as a host sees it that must not allocate its `[n_items, d]` table."""
 
+    item_num = 1
+    user_num = 1  # asked for, and not used, by a model without a user table
+
     def __init__(self, dataset: Any) -> None:
         self._dataset = dataset
 
     def num(self, field: str) -> int:
         return 1 if field == self._dataset.iid_field else self._dataset.num(field)
-
-
-def _nextitnet_layers(model: Host) -> list[Layer]:
-    convolutions = [c for block in model.residual_blocks for c in (block.conv1, block.conv2)]
-    return [[(c, "weight"), (c, "bias")] for c in convolutions]
-
-
-def _nextitnet_hidden(model: Host, item_seq: Tensor) -> Tensor:
-    return model.final_layer(model.residual_blocks(model.item_embedding(item_seq)))
-
-
-def _nextitnet_penalty(model: Host) -> Tensor:
-    """The L2 term on the whole table, the final layer and the kernels; a shared kernel once."""
-    kernels = [p for n, p in model.residual_blocks.named_parameters() if n.endswith("weight")]
-    norms = [torch.linalg.vector_norm(p) for p in (model.final_layer.weight, *kernels)]
-    return model.reg_weight * (model.item_embedding.norm() + torch.stack(norms).sum())
-
-
-def _sasrec_layers(model: Host) -> list[Layer]:
-    return [
-        [
-            (module, name)
-            for module in layer.modules()
-            if not isinstance(module, nn.LayerNorm)
-            for name, _ in module.named_parameters(recurse=False)
-        ]
-        for layer in model.trm_encoder.layer
-    ]
-
-
-def _sasrec_hidden(model: Host, item_seq: Tensor) -> Tensor:
-    positions = torch.arange(item_seq.shape[1], device=item_seq.device)
-    inputs = model.item_embedding(item_seq) + model.position_embedding(positions)
-    inputs = model.dropout(model.LayerNorm(inputs))
-    mask = model.get_attention_mask(item_seq)
-    return model.trm_encoder(inputs, mask, output_all_encoded_layers=False)[-1]
-
-
-def _gru4rec_layers(model: Host) -> list[Layer]:
-    gru = model.gru_layers
-    names = ("weight_ih_l{}", "weight_hh_l{}")
-    return [[(gru, name.format(i)) for name in names] for i in range(gru.num_layers)]
-
-
-def _gru4rec_hidden(model: Host, item_seq: Tensor) -> Tensor:
-    vectors = model.emb_dropout(model.item_embedding(item_seq))
-    return model.dense(model.gru_layers(vectors)[0])
-
-
-NEXTITNET = Backbone(
-    host=NextItNet,
-    size_option="embedding_size",
-    layers=_nextitnet_layers,
-    group=2,  # two dilated convolutions to a residual block
-    hidden_states=_nextitnet_hidden,
-    table_std=lambda model, n_items: math.sqrt(1 / (3 * n_items)),  # uniform in +-sqrt(1/n)
-    architecture=("embedding_size", "dilations", "kernel_size", "reg_weight", "loss_type"),
-    penalty=_nextitnet_penalty,
-    reads_last_column=True,
-)
-SASREC = Backbone(
-    host=SASRec,
-    size_option="hidden_size",
-    layers=_sasrec_layers,
-    group=1,
-    hidden_states=_sasrec_hidden,
-    table_std=lambda model, n_items: model.initializer_range,
-    architecture=(
-        *("n_layers", "n_heads", "hidden_size", "inner_size", "hidden_act", "layer_norm_eps"),
-        *("hidden_dropout_prob", "attn_dropout_prob", "initializer_range", "loss_type"),
-    ),
-)
-GRU4REC = Backbone(
-    host=GRU4Rec,
-    size_option="embedding_size",
-    layers=_gru4rec_layers,
-    group=1,
-    hidden_states=_gru4rec_hidden,
-    table_std=lambda model, n_items: math.sqrt(2 / (n_items + model.embedding_size)),  # Xavier
-    architecture=("embedding_size", "hidden_size", "num_layers", "dropout_prob", "loss_type"),
-)
-BACKBONES = (NEXTITNET, SASREC, GRU4REC)

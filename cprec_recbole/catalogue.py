@@ -7,7 +7,7 @@ from typing import Any
 
 from recbole.data import create_dataset
 
-from cprec_recbole.backbones import BACKBONES, build_host
+from cprec_recbole.backbones import build_host
 from cprec_recbole.config import (
     SHARING_SCHEMES,
     CompressionConfig,
@@ -15,6 +15,7 @@ from cprec_recbole.config import (
     reject_unknown,
 )
 from cprec_recbole.host import known_options, recbole_config, whole_number
+from cprec_recbole.records import record_named
 from cprec_recbole.report import Estimate, describe_sharing, estimate
 from cprec_recbole.sharing import sharing_plan, sharing_sets
 
@@ -30,7 +31,7 @@ def size_rows(
     """Sizes of a model, uncompressed and under each choice, without training or building a table.
 
     Args:
-        model: `NextItNet`, `SASRec` or `GRU4Rec`.
+        model: RecBole's name of a supported model.
         compression: the choice that the others vary, one option at a time.
         dataset: RecBole's name of a data set; `ml-100k` where neither this nor `items` is given.
         items: or a number of items.
@@ -45,7 +46,7 @@ def size_rows(
     """
     if items is not None and items < 1:
         raise CompressionError(f"Expected `items` to be 1 or more, but got {items}.")
-    record = next(b for b in BACKBONES if b.host.__name__ == model)
+    record = record_named(model)
     config = recbole_config(f"Cp{model}", dataset or "ml-100k", options or {}, config_files)
     if items is None:
         n_items = int(create_dataset(config).item_num)
@@ -54,7 +55,7 @@ def size_rows(
         n_items = items + 1  # and the padding item
         title = f"{model} for {items:,} items"
     reject_unknown(options or {}, known_options(config))
-    dim = whole_number(config, record.size_option)
+    dim = record.dim(whole_number(config, record.size_option))
     host = build_host(record, config, _Catalogue(config["ITEM_ID_FIELD"], n_items))
     uncompressed = estimate(record, host, CompressionConfig.uncompressed(), n_items, dim)
     rows = [_row("uncompressed", uncompressed, uncompressed, "")]

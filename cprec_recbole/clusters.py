@@ -87,7 +87,8 @@ def fit_clusters_to(
     fit = Fit(small, original)
     with in_eval_mode(small, original.model):
         items = fit.read(look)
-        real = fit.counted(items)
-        rows = torch.randperm(int(real.sum()), generator=generator)[:_ROWS].to(items.device)
-        masses = block_masses(small.head.table, original, original.hidden_states(items)[real][rows])
-        fit_clusters(small.head, small.hidden_states(items)[real][rows], masses)
+        wanted, given = original.reading.all(items), small.reading.all(items)
+        rows = torch.randperm(len(wanted), generator=generator)[:_ROWS].to(items.device)
+        fit_clusters(
+            small.head, given[rows], block_masses(small.head.table, original, wanted[rows])
+        )

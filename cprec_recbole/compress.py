@@ -45,7 +45,7 @@ def compress(
     verbose: bool = True,
     **options: Any,
 ) -> CompressedRecommender:
-    """Make a compressed copy of a RecBole NextItNet, SASRec or GRU4Rec, fresh or trained.
+    """Make a compressed copy of one of RecBole's sequential models, fresh or trained.
 
     The model itself is left as it was. Weights are carried over: the factors are the truncated
     SVD of each block of the table, rows weighted by item counts. Of a trained model the layers are
@@ -57,7 +57,8 @@ def compress(
     budget is always met; the choice is printed with its reasons, and is the result's `choice`.
 
     Args:
-        model: RecBole's NextItNet, SASRec or GRU4Rec, or a Cp model with the options of
+        model: RecBole's NextItNet, SASRec, GRU4Rec, BERT4Rec, LightSANs, GCSAN, NARM, STAMP, SRGNN
+            or SINE, one of your own (see `register`), or a Cp model with the options of
             `CompressionConfig.uncompressed()`.
         config: the options as one object; or name them one by one instead, e.g.
             `compress(model, ranks=[64, 16, 4], sharing="cross_block")`. See CompressionConfig for
@@ -77,7 +78,7 @@ def compress(
         verbose: whether to print what was chosen for a budget.
 
     Returns:
-        CpNextItNet, CpSASRec or CpGRU4Rec, on the model's device and in its train or eval mode.
+        The Cp model of the same name, on the model's device and in its train or eval mode.
 
     Raises:
         CompressionError: a model that is not supported or is compressed already, an option that
@@ -197,6 +198,8 @@ def build(
     blocks = blocks.to(table.device, table.dtype)
     blocks.approximate(table, weights)
     small_class = next(cls for cls in MODELS if cls.record is original.record)
+    if compression.training not in original.record.objectives:
+        compression = replace(compression, training=original.record.objectives[0])
     small = small_class.from_host(original.copy_host(), blocks, compression)
     small.reads_last_column = original.reads_last_column
     small.train_item_counts = counts

@@ -90,7 +90,8 @@ class CompressionConfig:
             each other block; the cheaper one on a large catalogue).
         tied: True: the softmax reads the block embedding's own factors. False: it has its own.
         training: `all_positions` predicts the next item at every position of a sequence in one
-            pass, as the papers do; `last_position` is RecBole's row for every prefix.
+            pass, as the papers do; `last_position` is RecBole's row for every prefix, and what
+            models with one hidden state for a whole history are trained with.
         loss_memory: bytes that the logits of a training step may take at a time, a number or text
             such as `"256MiB"`, 1 MiB or more. The loss and its gradient do not depend on it.
 

@@ -16,7 +16,6 @@ from cprec_recbole.host import recbole_config, whole_number
 from cprec_recbole.journal import BEST, LAST, RESULT
 from cprec_recbole.models import MODELS
 
-_OURS = tuple(model.__name__ for model in MODELS)
 OnEpoch = Callable[[int, float, float], None]  # epoch from 0, its training loss, its valid score
 
 
@@ -49,13 +48,17 @@ class Job:
     logs: bool = True
 
 
+def _ours() -> list[str]:
+    return [model.__name__ for model in MODELS]
+
+
 def config_of(job: Job) -> Config:
     """RecBole's config of a job; in a process that is one of several, joins the others."""
     config = recbole_config(job.model, job.dataset, job.options, list(job.config_files))
-    if checkpoint_steps(config) and (job.model not in _OURS or job.out is None or not job.saved):
+    if checkpoint_steps(config) and (job.model not in _ours() or job.out is None or not job.saved):
         raise CompressionError(
-            "Expected `checkpoint_steps` with an `out` folder and one of "
-            f"{', '.join(_OURS)}, but got it for {job.model} with out={job.out}, saved={job.saved}."
+            f"Expected `checkpoint_steps` with an `out` folder and one of {', '.join(_ours())}, "
+            f"but got it for {job.model} with out={job.out}, saved={job.saved}."
         )
     return config
 
@@ -86,9 +89,9 @@ def check(job: Job, nproc: int | None, place: Place | None) -> None:
             "Expected `resume` with the `out` folder of the run to go on with, but got "
             f"out={job.out!r}, saved={job.saved}."
         )
-    if job.resume and job.model not in _OURS:
+    if job.resume and job.model not in _ours():
         raise CompressionError(
-            f"Expected `resume` with one of {', '.join(_OURS)}, whose trainer writes its whole "
+            f"Expected `resume` with one of {', '.join(_ours())}, whose trainer writes its whole "
             f"state, but got {job.model}."
         )
     if job.out is not None and not job.resume:
@@ -107,6 +110,6 @@ def _check_model(name: Any) -> None:
         get_model(name)
     except (ValueError, AttributeError, TypeError, ImportError):
         raise CompressionError(
-            f"Expected `model` to be one of {', '.join(_OURS)}, or the name of one of RecBole's "
+            f"Expected `model` to be one of {', '.join(_ours())}, or the name of one of RecBole's "
             f"own models, spelt as there, but got {name!r}."
         ) from None

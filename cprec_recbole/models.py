@@ -1,5 +1,5 @@
-"""CpNextItNet, CpSASRec and CpGRU4Rec: RecBole's methods on top of a block embedding, a backbone
-and a softmax."""
+"""CpNextItNet, CpSASRec, CpGRU4Rec and the others: RecBole's methods on top of a block embedding, a
+backbone and a softmax."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from recbole.data.interaction import Interaction
 from recbole.model.abstract_recommender import SequentialRecommender
 from torch import Tensor
 
-from cprec_recbole.backbones import GRU4REC, NEXTITNET, SASREC, Backbone, Host, build_host
+from cprec_recbole import records
+from cprec_recbole.backbones import Backbone, Reading, build_host
 from cprec_recbole.config import CompressionConfig, CompressionError
 from cprec_recbole.embedding import Block, BlockEmbedding
 from cprec_recbole.exchange import Group
+from cprec_recbole.item_tables import Host
 from cprec_recbole.optimizers import steps_sparsely
 from cprec_recbole.outcome import Choice, WarmStart
 from cprec_recbole.partition import Partition
@@ -56,7 +58,8 @@ class CompressedRecommender(Servable, SequentialRecommender):
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
         self.compression = compression_of(config)
-        plan = self.compression.plan(config[self.record.size_option], self.n_items)
+        self.record.check_objective(self.compression.training)
+        plan = self.compression.plan(self.record.dim(config[self.record.size_option]), self.n_items)
         check_objective(self.compression, config["loss_type"])
         if config["loss_type"] == "BPR" and self.n_items < 3:
             raise CompressionError(
@@ -106,7 +109,7 @@ class CompressedRecommender(Servable, SequentialRecommender):
         self, host: Host, table: BlockEmbedding, tail: Callable[[int, int, int], Block] = Block
     ) -> None:
         """Put the parts together: table into host, layers shared, softmax on top."""
-        host.item_embedding = table
+        self.record.table.put(host, table)
         layers = self.record.layers(host)
         plan = sharing_plan(self.compression.sharing, len(layers), self.record.group)
         share(layers, plan)
@@ -133,19 +136,25 @@ class CompressedRecommender(Servable, SequentialRecommender):
     @property
     def table(self) -> BlockEmbedding:
         """The item table: what the backbone looks items up in."""
-        return self.backbone.item_embedding
+        look_up = self.backbone.item_embedding
+        return look_up if isinstance(look_up, BlockEmbedding) else look_up.table
+
+    @property
+    def reading(self) -> Reading:
+        """The backbone and the hidden states that it predicts from."""
+        return Reading(self.record, self.backbone, self.reads_last_column)
 
     def hidden_states(self, item_seq: Tensor) -> Tensor:
-        """Hidden state at every position, `[B, L] -> [B, L, d]`; position t sees items up to t."""
-        return self.record.hidden_states(self.backbone, item_seq)
+        """Hidden state at every position, `[B, L] -> [B, L, d]`; position t sees items up to t.
+
+        Raises:
+            CompressionError: a model with one state for a whole history.
+        """
+        return self.reading.everywhere(item_seq)
 
     def forward(self, item_seq: Tensor, item_seq_len: Tensor) -> Tensor:
         """Hidden state that predicts the next item, `[B, L], [B] -> [B, d]`."""
-        if self.reads_last_column:
-            return self.hidden_states(item_seq)[:, -1]  # as RecBole trains and reads this model
-        longest = int(item_seq_len.max())  # what follows is padding, and no position sees it
-        states = self.hidden_states(item_seq[:, :longest])
-        return states[torch.arange(len(states), device=states.device), item_seq_len - 1]
+        return self.reading.last(item_seq, item_seq_len)
 
     def calculate_loss(self, interaction: Interaction) -> Tensor:
         """Training loss of a batch, `[]`: every position of a window, or the last of a prefix."""
@@ -156,10 +165,14 @@ class CompressedRecommender(Servable, SequentialRecommender):
             real = targets != 0
             hidden = self.hidden_states(item_seq[:, :longest])[real]  # [N, d]
             loss = self.position_loss(hidden, targets[real])
+        elif self.record.training_states is not None:
+            hidden, target, negative = self.record.training_states(self.backbone, interaction)
+            # where RecBole's masks hid nothing, there is nothing to learn, and no loss that is NaN
+            loss = self.position_loss(hidden, target, negative) if len(target) else hidden.sum()
         else:
-            negative = interaction[self.NEG_ITEM_ID] if self.loss_type == "BPR" else None
+            drawn = interaction[self.NEG_ITEM_ID] if self.loss_type == "BPR" else None
             target = interaction[self.POS_ITEM_ID]
-            loss = self.position_loss(self.forward(item_seq, lengths), target, negative)
+            loss = self.position_loss(self.forward(item_seq, lengths), target, drawn)
         if self.record.penalty is not None:
             loss = loss + self.record.penalty(self.backbone)
         return loss
@@ -221,22 +234,67 @@ class CompressedRecommender(Servable, SequentialRecommender):
 class CpNextItNet(CompressedRecommender):
     """NextItNet (WSDM 2019), compressed."""
 
-    record = NEXTITNET
+    record = records.NEXTITNET
 
 
 class CpSASRec(CompressedRecommender):
     """SASRec (ICDM 2018), compressed."""
 
-    record = SASREC
+    record = records.SASREC
 
 
 class CpGRU4Rec(CompressedRecommender):
     """GRU4Rec (DLRS 2016), compressed."""
 
-    record = GRU4REC
+    record = records.GRU4REC
 
 
-MODELS: tuple[type[CompressedRecommender], ...] = (CpNextItNet, CpSASRec, CpGRU4Rec)
+class CpBERT4Rec(CompressedRecommender):
+    """BERT4Rec (CIKM 2019), compressed."""
+
+    record = records.BERT4REC
+
+
+class CpLightSANs(CompressedRecommender):
+    """LightSANs (SIGIR 2021), compressed."""
+
+    record = records.LIGHTSANS
+
+
+class CpGCSAN(CompressedRecommender):
+    """GC-SAN (IJCAI 2019), compressed."""
+
+    record = records.GCSAN
+
+
+class CpNARM(CompressedRecommender):
+    """NARM (CIKM 2017), compressed."""
+
+    record = records.NARM
+
+
+class CpSTAMP(CompressedRecommender):
+    """STAMP (KDD 2018), compressed."""
+
+    record = records.STAMP
+
+
+class CpSRGNN(CompressedRecommender):
+    """SR-GNN (AAAI 2019), compressed."""
+
+    record = records.SRGNN
+
+
+class CpSINE(CompressedRecommender):
+    """SINE (WSDM 2021), compressed."""
+
+    record = records.SINE
+
+
+MODELS: list[type[CompressedRecommender]] = [
+    *(CpNextItNet, CpSASRec, CpGRU4Rec, CpBERT4Rec, CpLightSANs),
+    *(CpGCSAN, CpNARM, CpSTAMP, CpSRGNN, CpSINE),
+]
 
 
 def compression_of(config: Any) -> CompressionConfig:

@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cprec_recbole.backbones import Backbone, Host, find_backbone
+from cprec_recbole.backbones import Backbone, Reading
 from cprec_recbole.config import CompressionConfig, CompressionError
+from cprec_recbole.item_tables import Host
 from cprec_recbole.models import CompressedRecommender
+from cprec_recbole.records import find_backbone
 from cprec_recbole.sequences import item_counts as count_items
 
 _MOST_OFTEN = 2**53  # an item's count: up to here a float holds every whole number
@@ -54,7 +56,7 @@ class Original:
                     f"has a {type(model.item_embedding).__name__}: it is a part of a compressed "
                     "model."
                 )
-            table = model.item_embedding.weight.detach()
+            table = record.table.vectors(model)
             original = cls(model, record, model, table, record.reads_last_column)
         for name, parameter in model.named_parameters():
             if not torch.isfinite(parameter).all():
@@ -88,9 +90,14 @@ class Original:
         """Size `d` of an item vector."""
         return self.table.shape[1]
 
+    @property
+    def reading(self) -> Reading:
+        """The host and the hidden states that it predicts from."""
+        return Reading(self.record, self.host, self.reads_last_column)
+
     def hidden_states(self, item_seq: Tensor) -> Tensor:
-        """Hidden state at every position, `[B, L] -> [B, L, d]`."""
-        return self.record.hidden_states(self.host, item_seq)
+        """Hidden state at every position, `[B, L] -> [B, L, d]`, for models that have them."""
+        return self.reading.everywhere(item_seq)
 
     def counts(self, item_counts: Any = None) -> np.ndarray:
         """Training interactions of each item id, `[n_items]`.
@@ -112,9 +119,12 @@ class Original:
 
     def copy_host(self) -> Host:
         """A deep copy of the host without its item table, and what is known of its items."""
-        known = ("item_embedding", "train_item_counts", "item_tokens", "vocabulary")
+        holds = self.record.table.holds
+        known = (*holds, "train_item_counts", "item_tokens", "vocabulary")
         left_out = [getattr(self.host, name, None) for name in known]
-        return copy.deepcopy(self.host, memo={id(each): None for each in left_out})
+        host = copy.deepcopy(self.host, memo={id(each): None for each in left_out})
+        host.item_embedding = self.record.table.look_up(self.host, None)
+        return host
 
 
 def _checked_counts(item_counts: Any, n_items: int) -> np.ndarray:

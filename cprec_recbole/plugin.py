@@ -124,7 +124,7 @@ def _with_parent_defaults(original: Callable) -> Callable:
         original(self, record.host.__name__ if record else model, model_class, dataset)
         given, defaults = self.external_config_dict, self.internal_config_dict
         if record:
-            defaults.update(_compression_defaults(given, defaults))
+            defaults.update(_compression_defaults(given, defaults, record))
         loss_type = given.get("loss_type", defaults.get("loss_type"))
         if model_class.type.name == "SEQUENTIAL" and loss_type == "CE":
             # overall.yaml samples negatives, which Config then refuses for a CE model
@@ -133,7 +133,9 @@ def _with_parent_defaults(original: Callable) -> Callable:
     return _load_internal_config_dict
 
 
-def _compression_defaults(given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+def _compression_defaults(
+    given: dict[str, Any], defaults: dict[str, Any], record: Any
+) -> dict[str, Any]:
     """The compression options that were not given; those given, and their spelling, are checked."""
     from cprec_recbole.models import check_objective
 
@@ -144,7 +146,9 @@ def _compression_defaults(given: dict[str, Any], defaults: dict[str, Any]) -> di
             _reject_misspelling(name, known)
     compression = CompressionConfig(**{name: given[name] for name in names if name in given})
     check_objective(compression, given.get("loss_type", defaults.get("loss_type", "CE")))
-    return {name: getattr(CompressionConfig(), name) for name in names}
+    record.check_objective(given.get("training", record.objectives[0]))
+    own = {name: getattr(CompressionConfig(), name) for name in names}
+    return own | {"training": record.objectives[0]}
 
 
 def _reject_misspelling(name: str, names: tuple[str, ...]) -> None:
@@ -216,7 +220,7 @@ def _load_data_and_model(model_file: str) -> tuple:
     return config, model, dataset, train_data, valid_data, test_data
 
 
-def _register_model(model_class: type) -> None:
+def register_model(model_class: type) -> None:
     """Let RecBole's get_model, create_dataset and get_trainer find a class by its name."""
     import recbole.data.dataset
     import recbole.trainer
@@ -233,7 +237,7 @@ def _register_model(model_class: type) -> None:
     setattr(recbole.trainer, model_class.__name__ + "Trainer", CompressedTrainer)
 
 
-def register() -> None:
+def adapt() -> None:
     """Make RecBole run on this Python and know the compressed models; a second call is harmless."""
     with _ray_if_possible():
         import recbole.quick_start
@@ -267,4 +271,4 @@ def register() -> None:
         dataset_arguments.append("training")
         training_arguments.append("checkpoint_steps")
     for model_class in MODELS:
-        _register_model(model_class)
+        register_model(model_class)

@@ -66,7 +66,7 @@ def _built(header: dict[str, Any], weights: dict[str, Tensor]) -> CompressedReco
     compression = CompressionConfig.from_options(header["compression"])
     options = _Options(block_num=1, device="cpu", **header["architecture"])
     n_items = int(header["n_items"])
-    plan = compression.plan(options[record.size_option], n_items)
+    plan = compression.plan(record.dim(options[record.size_option]), n_items)
     member = unpacked_blocks(weights["blocks"], len(plan.ranks), n_items)
     sizes = np.bincount(member, minlength=len(plan.ranks))
     if tuple(sizes) != plan.sizes:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cprec_recbole.backbones import Reading
 from cprec_recbole.config import CompressionError, is_number, is_whole
 from cprec_recbole.distillation import Teacher
 from cprec_recbole.evaluation import check_evaluation_data, evaluate, valid_metric
@@ -134,7 +135,7 @@ class _Recovery:
         """Train for some epochs; `result` and `best` are up to date after each."""
         optimizer = torch.optim.Adam(self.small.parameters(), lr=learning_rate)
         generator = torch.Generator().manual_seed(seed)
-        batches = _Batches(self.histories, batch_size, self.small.reads_last_column)
+        batches = _Batches(self.histories, batch_size, self.small.reading.one_state)
         n_steps = epochs * len(batches)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda i: _rate_at((i + 1) / n_steps)
@@ -197,20 +198,22 @@ class _Recovery:
         models that read one position, of prefixes `[B, L]` and their targets `[B]`, `[]`."""
         small, device = self.small, self.small.table.partition.item_at.device
         items, targets = items.to(device), targets.to(device)
-        real = targets != PADDING
-        hidden = self._read(small.hidden_states(items), real)
-        target = targets[real]
+        hidden = _read(small.reading, items, targets)
+        target = targets[targets != PADDING]
         if self.teacher is None:
             loss = small.position_loss(hidden, target)
         else:
             with torch.no_grad():
-                wanted = self._read(self.teacher.original.hidden_states(items), real)
+                wanted = _read(self.teacher.original.reading, items, targets)
             loss = self.teacher.loss(hidden, wanted, target)
         return loss if small.record.penalty is None else loss + small.record.penalty(small.backbone)
 
-    def _read(self, states: Tensor, real: Tensor) -> Tensor:
-        """Hidden states that predict something, `[B, L, d] -> [N, d]`."""
-        return states[:, -1] if real.ndim == 1 else states[real]
+
+def _read(reading: Reading, items: Tensor, targets: Tensor) -> Tensor:
+    """Hidden states that have targets, `[B, L], [B, L] or [B] -> [N, d]`."""
+    if targets.ndim == 1:
+        return reading.last(items, (items != PADDING).sum(1))
+    return reading.everywhere(items)[targets != PADDING]
 
 
 def _rate_at(progress: float) -> float:
@@ -220,7 +223,7 @@ def _rate_at(progress: float) -> float:
 
 class _Batches:
     """Windows with about as many targets a step as asked for, without columns of padding; prefixes
-    for models that read the last column."""
+    for models that have one state for a history."""
 
     def __init__(self, histories: Histories, batch_size: int, prefixes: bool) -> None:
         self.items, self.targets = histories.items, histories.required_targets()

@@ -13,6 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from cprec_recbole.backbones import Backbone
 from cprec_recbole.config import BlockPlan, CompressionConfig
 from cprec_recbole.models import CompressedRecommender
+from cprec_recbole.partition import PADDING
+from cprec_recbole.records import find_backbone
 from cprec_recbole.sharing import sharing_plan, sharing_sets
 
 BYTES_PER_FLOAT = 4
@@ -47,7 +49,7 @@ def part_sizes(model: nn.Module) -> PartSizes:
     if isinstance(model, CompressedRecommender):
         table, head = list(model.table.parameters()), list(model.head.parameters())
     else:
-        table, head = list(model.item_embedding.parameters()), []  # type: ignore[union-attr]
+        table, head = find_backbone(model).table.parameters(model), []
     known = {id(p) for p in table}
     softmax = [p for p in head if id(p) not in known]
     known |= {id(p) for p in softmax}
@@ -110,8 +112,9 @@ def estimate(
         for i in members[1:]
         for module, name in layers[i]
     )
-    own = {id(p) for p in host.item_embedding.parameters()}
+    own = {id(p) for p in record.table.parameters(host)}
     in_layers = _count(p for p in host.parameters() if id(p) not in own) - dropped
+    in_layers += record.table.n_left(host)
     clusters = (len(plan.ranks) - 1) * dim if compression.softmax == "tree" else 0
     softmax = clusters + (0 if compression.tied else plan.n_parameters)
     sizes = PartSizes(plan.n_parameters, in_layers, softmax)
@@ -123,7 +126,7 @@ def layer_flops(model: CompressedRecommender, item_seq: Tensor) -> int:
     was_training = model.training
     model.eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.hidden_states(item_seq)
+        model(item_seq, (item_seq != PADDING).sum(1))
     model.train(was_training)
     return int(counter.get_total_flops())
 

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cprec_recbole.backbones import Backbone, Host, architecture
+from cprec_recbole.backbones import Backbone, architecture
 from cprec_recbole.config import CompressionConfig, CompressionError
 from cprec_recbole.embedding import BlockEmbedding
 from cprec_recbole.folder import write_folder
 from cprec_recbole.growth import grown_block, similar_items
+from cprec_recbole.item_tables import Host
 from cprec_recbole.membership import packed_blocks
 from cprec_recbole.modes import in_eval_mode
 from cprec_recbole.partition import Partition

@@ -22,6 +22,7 @@ from cprec_recbole.journal import Journal
 from cprec_recbole.models import CompressedRecommender
 from cprec_recbole.optimizers import build_optimizer
 from cprec_recbole.recbole_processes import alone
+from cprec_recbole.records import HIDDEN_AT
 from cprec_recbole.reducer import GradientReducer, begin_alike, clip_gradients
 from cprec_recbole.sequences import NEXT_ITEMS
 from cprec_recbole.shards import gathered_state
@@ -179,7 +180,7 @@ class CompressedTrainer(Trainer):
         if self._reducer is None:
             return 1.0
         mine = 0 if isinstance(batch, StandIn) else n_targets(batch)
-        return mine / int(group.total(torch.tensor(mine, dtype=torch.int64)))
+        return mine / max(1, int(group.total(torch.tensor(mine, dtype=torch.int64))))
 
     def _shown(
         self, batches: Iterable, epoch: int, done: int, n_steps: int, show_progress: bool
@@ -226,4 +227,8 @@ class CompressedTrainer(Trainer):
 
 def n_targets(batch: Interaction) -> int:
     """How many predictions a training batch asks for."""
-    return int((batch[NEXT_ITEMS] != 0).sum()) if NEXT_ITEMS in batch else len(batch)
+    if NEXT_ITEMS in batch:
+        return int((batch[NEXT_ITEMS] != 0).sum())
+    if HIDDEN_AT in batch:
+        return int((batch[HIDDEN_AT] > 0).sum())
+    return len(batch)

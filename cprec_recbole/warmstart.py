@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cprec_recbole.backbones import Host
 from cprec_recbole.histories import Histories
+from cprec_recbole.item_tables import Host
 from cprec_recbole.models import CompressedRecommender
 from cprec_recbole.modes import in_eval_mode
 from cprec_recbole.original import Original
@@ -98,18 +98,12 @@ class Fit:
             return items
         return items[:, : int((items != PADDING).sum(1).max())]
 
-    def counted(self, items: Tensor) -> Tensor:
-        """Positions that count, `[B, L]`: those that the model can be read at."""
-        whole = torch.ones_like(items, dtype=torch.bool)
-        return whole if self.small.reads_last_column else items != PADDING
-
     @torch.no_grad()
     def error(self, histories: Histories) -> float:
         """Relative squared error of the hidden states."""
         items = self.read(histories)
-        real = self.counted(items)
-        target = self.original.hidden_states(items)[real]
-        return float(_relative_error(self.small.hidden_states(items)[real], target))
+        target = self.original.reading.all(items)
+        return float(_relative_error(self.small.reading.all(items), target))
 
     @torch.no_grad()
     def choose_start(self, look: Histories) -> tuple[int | None, float, float]:
@@ -143,11 +137,10 @@ class Fit:
         for _ in range(_PASSES):
             for batch in histories.batches(_BATCH, generator):
                 items = self.read(batch)
-                real = self.counted(items)
                 with torch.no_grad():
-                    target = self.original.hidden_states(items)[real]
+                    target = self.original.reading.all(items)
                 with torch.enable_grad():
-                    error = _relative_error(self.small.hidden_states(items)[real], target)
+                    error = _relative_error(self.small.reading.all(items), target)
                     gradients = torch.autograd.grad(error, self.free, allow_unused=True)
                 for parameter, gradient in zip(self.free, gradients):
                     parameter.grad = gradient
@@ -176,23 +169,31 @@ class Fit:
         """Solve for each free norm and linear map, in the order in which they run, so that it gives
         what it gave in the original; each sees what those before it now give."""
         items = self.read(look)
-        real = self.counted(items)
+        real = torch.ones_like(items, dtype=torch.bool)
+        if not self.small.reads_last_column:
+            real = items != PADDING
         wanted: dict[str, Tensor] = {}
 
         def keep(name: str) -> Any:
-            return lambda module, inputs, output: wanted.__setitem__(name, output[real])
+            return lambda module, inputs, output: wanted.__setitem__(name, _rows(output, real))
 
         def solve(name: str) -> Any:
             def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-                _solve(module, inputs[0][real], output[real], wanted[name])
+                _solve(module, _rows(inputs[0], real), _rows(output, real), wanted[name])
                 return _apply(module, inputs[0])
 
             return hook
 
         with _hooked(self.original.host, list(self.affine), keep):
-            self.original.hidden_states(items)
+            self.original.reading.all(items)
         with _hooked(self.small.backbone, list(self.affine), solve):
-            self.small.hidden_states(items)
+            self.small.reading.all(items)
+
+
+def _rows(states: Tensor, real: Tensor) -> Tensor:
+    """What a layer reads or gives as rows, `[..., d] -> [N, d]`: where it has a state for each
+    position, of those that count; of models that read whole histories, all it has."""
+    return states[real] if states.shape[:-1] == real.shape else states.flatten(0, -2)
 
 
 def _relative_error(hidden: Tensor, target: Tensor) -> Tensor:

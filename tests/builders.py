@@ -16,7 +16,8 @@ from cprec_recbole.embedding import BlockEmbedding
 from cprec_recbole.host import recbole_config
 from cprec_recbole.partition import Partition
 
-HOSTS = ("NextItNet", "SASRec", "GRU4Rec")
+HOSTS = ("NextItNet", "SASRec", "GRU4Rec")  # what the heavy grids run on
+MORE_HOSTS = ("BERT4Rec", "LightSANs", "GCSAN", "NARM", "STAMP", "SRGNN", "SINE")
 SCHEMES = ("none", "cross_layer", "cross_block", "adjacent_layer", "adjacent_block")
 
 # small enough to be quick, deep enough that every scheme has something to share
@@ -24,6 +25,14 @@ SMALL: dict[str, dict[str, Any]] = {
     "NextItNet": {"embedding_size": 16, "block_num": 2, "dilations": [1, 2]},
     "SASRec": {"hidden_size": 16, "inner_size": 24, "n_layers": 4, "n_heads": 2},
     "GRU4Rec": {"embedding_size": 16, "hidden_size": 20, "num_layers": 4},
+    "BERT4Rec": {"hidden_size": 15, "inner_size": 24, "n_layers": 2, "n_heads": 3}
+    | {"train_batch_size": 512},  # in a small one nothing may be hidden: RecBole's loss is then NaN
+    "LightSANs": {"hidden_size": 16, "inner_size": 24, "n_layers": 2, "k_interests": 3},
+    "GCSAN": {"hidden_size": 16, "inner_size": 24, "n_layers": 2},
+    "NARM": {"embedding_size": 16, "hidden_size": 20, "n_layers": 3},
+    "STAMP": {"embedding_size": 16},
+    "SRGNN": {"embedding_size": 16},
+    "SINE": {"embedding_size": 16, "prototype_size": 6, "interest_size": 2},
 }
 
 

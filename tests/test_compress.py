@@ -168,7 +168,7 @@ def test_clusters_of_a_half_precision_model_are_finite(world, host_name):
 
 
 def test_other_models_and_subclasses_are_refused(world, host_name):
-    with pytest.raises(CompressionError, match="NextItNet, SASRec, GRU4Rec, but got Linear"):
+    with pytest.raises(CompressionError, match=r"NextItNet, .*SINE, but got Linear"):
         compress(torch.nn.Linear(2, 2))
     model = world.model(host_name)
     model.__class__ = type("Changed", (type(model),), {})

@@ -1,16 +1,25 @@
 """The README's and the documents' code runs, and their commands are ones that `cprec` takes."""
 
 import re
+import runpy
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from recbole.data import create_dataset, data_preparation
+from recbole.utils import get_model
 
+from cprec_recbole import compress, load_pretrained, recover
 from cprec_recbole.cli import _parser, recbole_options
+from cprec_recbole.host import recbole_config
+from cprec_recbole.models import MODELS
+from cprec_recbole.records import BACKBONES
 
 ROOT = Path(__file__).parent.parent
+PAGES = [p for p in sorted((ROOT / "docs").glob("*.md")) if "```python" in p.read_text("utf-8")]
+FEW_USERS = "[0,60]"  # of MovieLens-100K, by their interactions
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # RecBole reads the command line, so the README's code is run as it stands, but for its cost
 CHEAP = ["--epochs=1", "--MAX_ITEM_LIST_LENGTH=5", "--block_num=1", "--n_layers=1", "--state=ERROR"]
@@ -38,6 +47,57 @@ def test_the_readmes_python_runs(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.fixture(scope="module")
+def at_hand(tmp_path_factory):
+    """What a page takes for granted: a RecBole model, its data, and a folder of a small one."""
+    folder = tmp_path_factory.mktemp("documents")
+    options = {"hidden_size": 16, "inner_size": 16, "n_layers": 1, "state": "ERROR"}
+    options |= {"MAX_ITEM_LIST_LENGTH": 5, "user_inter_num_interval": FEW_USERS}
+    config = recbole_config("SASRec", "ml-100k", options)
+    train_data, valid_data, _ = data_preparation(config, create_dataset(config))
+    model = get_model("SASRec")(config, train_data._dataset)
+    small = compress(model, ranks=[16, 4, 1])
+    small.save_pretrained(folder / "small")
+    return folder, {"model": model, "train_data": train_data, "valid_data": valid_data}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_the_pages_python_runs(path, at_hand, monkeypatch, capsys):
+    folder, names = at_hand
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("sys.argv", ["page", *CHEAP, f"--user_inter_num_interval={FEW_USERS}"])
+    names = {**names, "__name__": "page", "compress": compress, "recover": recover}
+    if path.name == "search.md":  # its model is one that has been compressed
+        names["model"] = load_pretrained(folder / "small")
+    known, records = list(MODELS), list(BACKBONES)
+    try:
+        exec(compile("\n".join(blocks(path, "python")), str(path), "exec"), names)
+    finally:
+        MODELS[:], BACKBONES[:] = known, records
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("name", ["partition", "tree", "sharing"])
+def test_the_pictures_are_those_of_the_script(name):
+    drawn = runpy.run_path(str(ROOT / "docs" / "pictures.py"))[name]()
+    assert drawn == (ROOT / "docs" / f"{name}.svg").read_text(encoding="utf-8")
+
+
+def test_the_site_builds_and_asks_nothing_of_a_network(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    pages = {path.name: path.read_text(encoding="utf-8") for path in tmp_path.glob("*.html")}
+    assert {f"{path.stem}.html" for path in (ROOT / "docs").glob("*.md")} <= set(pages)
+    for name, page in pages.items():
+        fetched = re.findall(r"<(?:script|img|iframe|source)[^>]*\bsrc=[\"']?(\S+)", page)
+        fetched += re.findall(r"<link[^>]*\bhref=[\"']?([^\s\"'>]+)", page)
+        assert not [link for link in fetched if re.match(r"[\"']?(https?:)?//", link)], name
+    assert "<math" in pages["method.html"]
+    assert "arithmatex" not in pages["method.html"]
+    assert "cross_block" in pages["reference.html"]
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)

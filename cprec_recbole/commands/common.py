@@ -9,7 +9,6 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from cprec_recbole.backbones import BACKBONES
 from cprec_recbole.config import (
     OBJECTIVES,
     SHARING_SCHEMES,
@@ -18,6 +17,7 @@ from cprec_recbole.config import (
     CompressionError,
 )
 from cprec_recbole.host import read_options
+from cprec_recbole.records import BACKBONES, record_named
 
 MODELS = tuple(backbone.host.__name__ for backbone in BACKBONES)
 TABLE_WIDTH = 140
@@ -51,6 +51,14 @@ def given_options(options: argparse.Namespace) -> dict[str, Any]:
         found |= {name: value for name, value in read_options(file).items() if name in names}
     given = {name: getattr(options, name, None) for name in names}
     return found | {name: value for name, value in given.items() if value is not None}
+
+
+def compression_for(model: str, options: argparse.Namespace) -> CompressionConfig:
+    """The compression that was asked for, for one of RecBole's models."""
+    record, given = record_named(model), given_options(options)
+    compression = CompressionConfig(**{"training": record.objectives[0], **given})
+    record.check_objective(compression.training)
+    return compression
 
 
 def value(text: str) -> Any:

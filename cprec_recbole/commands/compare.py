@@ -19,12 +19,11 @@ from rich.progress import (
 from cprec_recbole.commands.common import (
     MODELS,
     add_compression,
+    compression_for,
     console,
-    given_options,
 )
 from cprec_recbole.compare import Experiment, as_markdown, as_table, contenders, save
 from cprec_recbole.compare.results import as_json
-from cprec_recbole.config import CompressionConfig
 from cprec_recbole.files import make_folder
 
 
@@ -57,9 +56,8 @@ def run(options: argparse.Namespace, passed_on: dict[str, Any], command: str) ->
     """Train, measure, print the table and write it."""
     if options.length is not None:
         passed_on = {"MAX_ITEM_LIST_LENGTH": options.length, **passed_on}
-    columns = contenders(
-        options.model, CompressionConfig(**given_options(options)), with_stock=options.with_stock
-    )
+    compression = compression_for(options.model, options)
+    columns = contenders(options.model, compression, with_stock=options.with_stock)
     screen = console()
     logging.getLogger("recbole").setLevel(logging.ERROR)
     experiment = Experiment(columns, options.dataset, options.seeds, passed_on, options.config)

@@ -8,8 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from cprec_recbole.catalogue import size_rows
-from cprec_recbole.commands.common import MODELS, add_compression, console, given_options
-from cprec_recbole.config import CompressionConfig
+from cprec_recbole.commands.common import MODELS, add_compression, compression_for, console
 
 REPORT_CAPTION = (
     "Parameters by part; sharing: sets of parameters kept/layers; softmax +: what the softmax has "
@@ -37,7 +36,7 @@ def run(options: argparse.Namespace, passed_on: dict[str, Any], command: str) ->
     """Print the table."""
     title, rows = size_rows(
         options.model,
-        CompressionConfig(**given_options(options)),
+        compression_for(options.model, options),
         options.dataset,
         options.items,
         passed_on,

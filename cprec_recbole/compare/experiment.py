@@ -50,7 +50,7 @@ def contenders(
     """The uncompressed model, the compressed one, and RecBole's own where asked.
 
     Args:
-        model: `NextItNet`, `SASRec` or `GRU4Rec`.
+        model: RecBole's name of a supported model.
         compression: the options of the compressed one; its objective is trained by both.
         with_stock: also RecBole's own model, dataset and objective.
     """
@@ -148,7 +148,8 @@ class Experiment:
                 n_items = int(create_dataset(config).item_num)
             record = getattr(config.model_class, "record", None)
             if record is not None:
-                compression_of(config).plan(whole_number(config, record.size_option), n_items)
+                dim = record.dim(whole_number(config, record.size_option))
+                compression_of(config).plan(dim, n_items)
 
     def _config(self, column: Contender, seed: int | None) -> Config:
         options = {**self.options, **column.options}

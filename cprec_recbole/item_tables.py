@@ -1,0 +1,97 @@
+"""How RecBole's models keep their items, and what a block embedding is put in place of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# RecBole's models are not typed. A host is one; its `item_embedding` turns ids into vectors.
+Host = Any
+
+
+class PlainTable:
+    """An `nn.Embedding` named `item_embedding`, one row an item, that the score reads too.
+
+    Attributes:
+        holds: the host's attributes that hold one row an item.
+        n_more: numbers of an item's vector that the layers do not read.
+    """
+
+    holds: tuple[str, ...] = ("item_embedding",)
+    n_more: int = 0
+
+    def vectors(self, host: Host) -> Tensor:
+        """Item vectors of RecBole's own model in id order, `[n_items, d]`, without a gradient."""
+        return host.item_embedding.weight.detach()
+
+    def look_up(self, host: Host, table: nn.Module | None) -> nn.Module | None:
+        """What takes the place of the host's `item_embedding`: here, the table itself.
+
+        Args:
+            host: RecBole's model, with what it has until now.
+            table: a block embedding; None to leave its place free.
+        """
+        return table
+
+    def parameters(self, host: Host) -> list[nn.Parameter]:
+        """The host's parameters that a block embedding takes the place of."""
+        held = [h for h in (getattr(host, name) for name in self.holds) if h is not None]
+        return [p for h in held for p in (h.parameters() if isinstance(h, nn.Module) else [h])]
+
+    def n_left(self, host: Host) -> int:
+        """Of them, how many stay beside the block embedding."""
+        left = self.look_up(host, None)
+        return sum(p.numel() for p in left.parameters()) if left is not None else 0
+
+    def put(self, host: Host, table: nn.Module) -> None:
+        """Put a block embedding into a host, in place of all that it holds for each item."""
+        look_up = self.look_up(host, table)
+        for name in self.holds:
+            setattr(host, name, None)
+        host.item_embedding = look_up
+
+
+PLAIN = PlainTable()
+
+
+class MaskedTable(PlainTable):
+    """BERT4Rec's: a last row that stands for what is to be guessed, and a bias for each item.
+
+    The bias is the last number of an item's vector, and a hidden state ends in 1 (`with_one`); so
+    the bias is compressed with its item, and the score is a product like any other.
+    """
+
+    holds = ("item_embedding", "output_bias")
+    n_more = 1
+
+    def vectors(self, host: Host) -> Tensor:
+        """Item vectors and their biases, `[n_items, d]`; the mask is no item."""
+        return torch.cat([host.item_embedding.weight[:-1], host.output_bias[:, None]], 1).detach()
+
+    def look_up(self, host: Host, table: nn.Module | None) -> nn.Module:
+        """A look-up that knows the mask, and leaves the bias out."""
+        old = host.item_embedding
+        mask = old.mask if isinstance(old, MaskedLookUp) else old.weight[-1]
+        return MaskedLookUp(table, mask.detach().clone())
+
+
+class MaskedLookUp(nn.Module):
+    """Vectors of items and of the mask, whose id is the number of items."""
+
+    def __init__(self, table: Any, mask: Tensor) -> None:
+        super().__init__()
+        self.table: Any = table  # a BlockEmbedding
+        self.mask = nn.Parameter(mask)
+
+    def forward(self, items: Tensor) -> Tensor:
+        """Vectors for the layers to read, `[...] -> [..., d - 1]`."""
+        is_mask = items == self.table.partition.n_items
+        vectors = self.table(items.masked_fill(is_mask, 0))[..., :-1]
+        return torch.where(is_mask.unsqueeze(-1), self.mask, vectors)
+
+
+def with_one(hidden: Tensor) -> Tensor:
+    """Hidden states that meet a bias at their end, `[N, d - 1] -> [N, d]`."""
+    return torch.cat([hidden, hidden.new_ones(len(hidden), 1)], dim=1)

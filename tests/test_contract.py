@@ -1,0 +1,252 @@
+"""What each of the ten models must do; the heavy grids over three of them are elsewhere."""
+
+import copy
+import itertools
+import re
+
+import pytest
+import torch
+
+from cprec_recbole import CompressionError, compress, load_pretrained, recover, run_recbole
+from cprec_recbole.cli import main
+from cprec_recbole.models import MODELS, CompressedRecommender
+from cprec_recbole.original import Original
+from cprec_recbole.records import record_named
+from cprec_recbole.report import estimate, part_sizes, shared_layers
+from cprec_recbole.trainer import n_targets
+from tests.builders import HOSTS, MORE_HOSTS, train
+from tests.oracles import best_items
+
+ALL = (*HOSTS, *MORE_HOSTS)
+BLOCKS = {"ranks": [16, 4, 1]}
+STACKED = ("NextItNet", "SASRec", "GRU4Rec", "BERT4Rec", "LightSANs", "GCSAN", "NARM")
+EVERYWHERE = HOSTS  # models with a hidden state at every position
+HEADS = [
+    {"softmax": softmax, "tied": tied}
+    for softmax, tied in itertools.product(("full", "tree"), (True, False))
+]
+
+
+@pytest.fixture(params=ALL)
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def originals(world):
+    """RecBole's models, trained for a moment, every parameter moved besides; not to be changed."""
+    made = {}
+
+    def original(name):
+        if name not in made:
+            model = train(world.model(name), world, name)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(torch.randn_like(parameter), alpha=0.02)
+            made[name] = model
+        return made[name]
+
+    return original
+
+
+def lossless(model, **options):
+    return compress(model, ranks=[Original.of(model).dim], sharing="none", **options)
+
+
+def test_there_are_ten():
+    assert [model.__name__ for model in MODELS[:10]] == [f"Cp{name}" for name in ALL]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_with_nothing_to_lose_the_scores_are_the_originals(world, originals, name, tied):
+    model = originals(name)
+    same = lossless(model, tied=tied)
+    batch = world.evaluation_batch(name)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            same.full_sort_predict(batch)[:, 1:],
+            model.full_sort_predict(batch)[:, 1:],
+            atol=1e-5,
+            rtol=0,
+        )
+        torch.testing.assert_close(same.predict(batch), model.predict(batch), atol=1e-5, rtol=0)
+    again = lossless(lossless(model))  # a Cp model that has lost nothing is an original too
+    assert torch.equal(again.full_sort_predict(batch), lossless(model).full_sort_predict(batch))
+
+
+def test_the_loss_is_the_originals(world, originals, name):
+    training = "last_position"
+    model, same = originals(name), lossless(originals(name))
+    batch = world.batch(name if name in MORE_HOSTS else f"Cp{name}", training=training)
+    with torch.no_grad():
+        own, ours = model.calculate_loss(batch), same.calculate_loss(batch)
+    # RecBole's softmax counts the padding item among the others, which ours never does
+    extra = same.full_sort_predict(batch)
+    assert ours < own
+    assert own - ours < 2 / extra.shape[1]
+
+
+def test_what_is_compressed_is_recovered_saved_and_recommends(world, originals, name, tmp_path):
+    model = originals(name)
+    before = copy.deepcopy(model.state_dict())
+    data, _, _ = world.loaders(world.config(name))
+    small = compress(model, sharing="cross_layer", softmax="tree", data=data, **BLOCKS)
+    assert type(small).__name__ == f"Cp{name}"
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key])
+    assert small.warm_start.fitted <= small.warm_start.copied
+    original = Original.of(model)
+    options = small.compression
+    sizes = estimate(original.record, model, options, original.n_items, original.dim).sizes
+    assert part_sizes(small) == sizes
+    result = recover(small, model, data, epochs=1, progress=False)
+    assert result.kept == 1
+    folder = small.save_pretrained(tmp_path / "small")
+    loaded = load_pretrained(folder)
+    for each in (small, loaded):
+        best = each.eval().recommend([[1, 2, 3], [4]], k=6)
+        histories = torch.zeros(2, 8, dtype=torch.int64)
+        histories[0, :3], histories[1, 0] = torch.tensor([1, 2, 3]), 4
+        hidden = each(histories, torch.tensor([3, 1]))
+        dense = each.head.scores(hidden)
+        for row in range(2):
+            assert best.items[row].tolist() == best_items(dense[row].tolist(), 6)
+    again, once = (each.recommend([1, 2, 3], 7).scores for each in (loaded, small))
+    torch.testing.assert_close(again, once, rtol=1e-5, atol=1e-6)
+    tokens = loaded.recommend_tokens([["i1", "i2"]], k=3).tokens[0]
+    assert len(set(tokens)) == 3
+    assert all(re.fullmatch(r"i\d+", token) for token in tokens)
+
+
+def test_a_budget_is_met(originals, name):
+    model = originals(name)
+    n_parameters = sum(p.numel() for p in model.parameters())
+    small = compress(model, ratio=1.1, verbose=False)
+    kept = sum(p.numel() for p in small.parameters())
+    assert kept * 1.1 <= n_parameters
+    assert small.choice.parameters == kept
+
+
+@pytest.mark.parametrize("options", HEADS, ids=lambda o: f"{o['softmax']}-{o['tied']}")
+def test_a_step_lowers_the_loss_and_recommendations_are_exact(world, name, options):
+    model = world.model(f"Cp{name}", **options, **BLOCKS)
+    batch = world.batch(f"Cp{name}", **options, **BLOCKS)
+    losses = losses_of(model, batch)
+    assert losses[-1] < losses[0]
+    model.eval()
+    batch = world.evaluation_batch(f"Cp{name}")
+    dense = model.full_sort_predict(batch)
+    wanted = dense.gather(1, batch["item_id"].unsqueeze(1)).squeeze(1)
+    torch.testing.assert_close(model.predict(batch), wanted)
+    best = model.recommend(batch["item_id_list"], k=5)
+    for row in range(len(batch)):
+        assert best.items[row].tolist() == best_items(dense[row].tolist(), 5)
+
+
+def losses_of(model, batch):
+    """Losses before each of eight steps on one batch."""
+    model.train().apply(no_dropout)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    losses = []
+    for _ in range(8):
+        optimizer.zero_grad()
+        loss = model.calculate_loss(batch)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def no_dropout(module):
+    if isinstance(module, torch.nn.Dropout):
+        module.p = 0.0
+
+
+def test_gradients_reach_every_part(world, name):
+    model = world.model(f"Cp{name}", **BLOCKS)
+    for batch in world.loaders(world.config(f"Cp{name}", **BLOCKS))[0]:
+        model.calculate_loss(batch).backward()
+    without = [n for n, p in model.named_parameters() if p.grad is None or p.grad.abs().sum() == 0]
+    assert without == []
+
+
+def test_one_history_and_several_agree_and_the_newest_items_count(world, name):
+    model = world.model(f"Cp{name}", **BLOCKS)
+    histories = [[4], [1, 2, 3, 4, 5], [7, 7], list(range(1, 13))]
+    together = model.recommend(histories, k=6)
+    for row, history in enumerate(histories):
+        alone = model.recommend(history[-8:], k=6)
+        torch.testing.assert_close(alone.scores[0], together.scores[row])
+
+
+def test_bpr_trains_too(world, name):
+    options = {"loss_type": "BPR", **BLOCKS}
+    model = world.model(f"Cp{name}", **options)
+    batch = world.batch(f"Cp{name}", training=model.compression.training, **options)
+    losses = losses_of(model, batch)
+    assert losses[-1] < losses[0]
+
+
+def test_items_that_are_added_are_recommended_and_read(originals, name):
+    small = compress(originals(name), **BLOCKS)
+    (new,) = small.add_items(["new"], like=[["i1"]])
+    assert small.recommend([[1, 2]], k=1, allowed=[new]).items.tolist() == [[new]]
+    with_new, without = (small.recommend([row], k=3).scores for row in ([1, 2, new], [1, 2]))
+    assert torch.isfinite(with_new).all()
+    assert not torch.equal(with_new, without)
+
+
+def test_a_batch_without_anything_hidden_has_no_loss_and_counts_for_nothing(world):
+    model, batch = world.model("CpBERT4Rec"), world.batch("CpBERT4Rec")
+    assert n_targets(batch) == int((batch["MASK_INDEX"] > 0).sum()) > 0
+    batch["MASK_INDEX"] = torch.zeros_like(batch["MASK_INDEX"])
+    assert n_targets(batch) == 0
+    loss = model.calculate_loss(batch)
+    loss.backward()
+    assert loss == 0
+    assert all(p.grad is None or p.grad.abs().sum() == 0 for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", MORE_HOSTS)
+def test_one_state_for_a_history_means_rows_of_prefixes(world, name, capsys):
+    model = world.model(f"Cp{name}")
+    assert model.compression.training == "last_position"
+    with pytest.raises(CompressionError, match=f"`training` to be last_position for {name}"):
+        world.model(f"Cp{name}", training="all_positions")
+    with pytest.raises(CompressionError, match="hidden state at every position"):
+        model.hidden_states(torch.tensor([[1, 2]]))
+    assert main(["report", name, "--training", "all_positions", "--items", "9"]) == 2
+    assert f"last_position for {name}" in capsys.readouterr().err
+    assert main(["report", name, "--items", "900"]) == 0
+
+
+def test_sharing_says_where_it_shares_nothing(world, name):
+    model = world.model(f"Cp{name}", sharing="cross_layer")
+    words = shared_layers(model)
+    assert words.endswith("nothing to share") == (name not in STACKED)
+    layers = record_named(name).layers(model.backbone)
+    parameters = [[getattr(m, n) for m, n in layer] for layer in layers]
+    assert all(a is b for a, b in zip(*parameters[-2:]))
+
+
+def test_trained_and_compressed_from_the_command_line(world, name, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = str(tmp_path / "saved")
+    options = world.options(name, checkpoint_dir=folder, state="ERROR")
+    monkeypatch.setattr("sys.argv", ["run"])
+    run_recbole(model=name, dataset=world.name, config_dict=options)
+    checkpoint = next((tmp_path / "saved").glob(f"{name}-*.pth"))
+    arguments = ["--ratio", "1.1", "--out", "small", f"--data_path={world.data_path}"]
+    assert main(["compress", str(checkpoint), *arguments]) == 0
+    small = load_pretrained("small")
+    assert isinstance(small, CompressedRecommender)
+    assert main(["recommend", "small", "--history", "i1,i2", "-k", "3"]) == 0
+    result = run_recbole(model=f"Cp{name}", dataset=world.name, config_dict=options, saved=False)
+    assert result["test_result"]
+    capsys.readouterr()
+
+
+def test_other_models_are_refused_with_the_names_of_those_that_fit(world):
+    model = world.model("FPMC", loss_type="BPR")
+    with pytest.raises(CompressionError, match=r"NARM, STAMP, SRGNN, SINE, but got FPMC"):
+        compress(model)

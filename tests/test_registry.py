@@ -1,0 +1,108 @@
+"""Models of one's own: registered, trained by RecBole, compressed, kept in a folder."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from recbole.model.abstract_recommender import SequentialRecommender
+from torch import nn
+
+from cprec_recbole import Backbone, CompressionError, compress, load_pretrained, register
+from cprec_recbole.models import MODELS, CpSASRec
+from cprec_recbole.records import BACKBONES, SASREC
+from tests.builders import train
+from tests.oracles import best_items
+
+
+class MeanRec(SequentialRecommender):
+    """The mean of a history's vectors, through a linear map."""
+
+    def __init__(self, config, dataset):
+        super().__init__(config, dataset)
+        self.width = config["embedding_size"]
+        self.loss_type = config["loss_type"]
+        self.item_embedding = nn.Embedding(self.n_items, self.width, padding_idx=0)
+        self.dense = nn.Linear(self.width, self.width)
+
+    def forward(self, item_seq, item_seq_len):
+        total = self.item_embedding(item_seq).sum(1)
+        return self.dense(total / item_seq_len.unsqueeze(1))
+
+    def calculate_loss(self, interaction):
+        hidden = self.forward(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN])
+        logits = hidden @ self.item_embedding.weight.T
+        return nn.functional.cross_entropy(logits, interaction[self.POS_ITEM_ID])
+
+    def full_sort_predict(self, interaction):
+        hidden = self.forward(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN])
+        return hidden @ self.item_embedding.weight.T
+
+
+RECORD = Backbone(
+    host=MeanRec,
+    size_option="embedding_size",
+    table_std=lambda model, n_items: 1.0,
+    architecture=(("embedding_size", "width"), "loss_type"),
+)
+OPTIONS = {"embedding_size": 12, "loss_type": "CE"}
+
+
+@pytest.fixture
+def registered():
+    model_class = register(RECORD)
+    yield model_class
+    MODELS.remove(model_class)
+    BACKBONES.remove(RECORD)
+
+
+def original(world):
+    config = world.config("SASRec", **OPTIONS)
+    data = world.loaders(config)[0]
+    return train(MeanRec(config, data._dataset), world, "SASRec")
+
+
+def test_a_model_of_ones_own_is_compressed_and_kept(world, registered, tmp_path):
+    model = original(world)
+    same = compress(model, ranks=[12])
+    batch = world.evaluation_batch("SASRec")
+    torch.testing.assert_close(
+        same.full_sort_predict(batch), model.full_sort_predict(batch), atol=1e-5, rtol=0
+    )
+    small = compress(model, ranks=[12, 4, 1])
+    assert type(small) is registered
+    loaded = load_pretrained(small.save_pretrained(tmp_path))
+    best = loaded.recommend([[3, 2, 1]], k=5)
+    dense = small.full_sort_predict(batch)
+    assert torch.equal(best.items, small.recommend([[3, 2, 1]], k=5).items)
+    rows = small.recommend(batch["item_id_list"], k=5).items.tolist()
+    assert rows == [best_items(row.tolist(), 5) for row in dense]
+
+
+def test_recbole_builds_and_trains_it_by_name(world, registered):
+    model = world.model("CpMeanRec", **OPTIONS, ranks=[12, 4, 1])
+    assert type(model) is registered
+    batch = world.batch("CpMeanRec", **OPTIONS)
+    model.calculate_loss(batch).backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_an_unknown_model_of_ones_own_is_refused_with_the_way_out(world):
+    with pytest.raises(CompressionError, match=r"but got MeanRec.*register\(\)"):
+        compress(original(world))
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        (MeanRec, "`record` to be a Backbone, but got type"),
+        (replace(RECORD, host=nn.Linear), "`host` to be a class made from .*'Linear'"),
+        (replace(RECORD, host=7), "`host`.*but got 7"),
+        (replace(RECORD, host=CpSASRec), "`host` to be an uncompressed model, but got CpSASRec"),
+        (SASREC, "CpSASRec is known already"),
+    ],
+)
+def test_bad_records_are_named_and_change_nothing(record, words):
+    before = list(MODELS), list(BACKBONES)
+    with pytest.raises(CompressionError, match=words):
+        register(record)
+    assert (list(MODELS), list(BACKBONES)) == before
