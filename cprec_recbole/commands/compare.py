@@ -23,6 +23,7 @@ from cprec_recbole.commands.common import (
     given_options,
 )
 from cprec_recbole.compare import Experiment, as_markdown, as_table, contenders, save
+from cprec_recbole.compare.controls import ALL, CONTROLS, find_controls
 from cprec_recbole.compare.results import as_json
 from cprec_recbole.config import CompressionConfig
 from cprec_recbole.files import make_folder
@@ -50,6 +51,13 @@ def add_parser(commands: Any) -> None:
     compare.add_argument(
         "--out", default="cprec-compare", metavar="FOLDER", help="for compare.json and compare.md"
     )
+    compare.add_argument(
+        "--controls",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help=f"also controls: {ALL}, or out of {', '.join(CONTROLS)}",
+    )
     add_compression(compare)
 
 
@@ -58,7 +66,10 @@ def run(options: argparse.Namespace, passed_on: dict[str, Any], command: str) ->
     if options.length is not None:
         passed_on = {"MAX_ITEM_LIST_LENGTH": options.length, **passed_on}
     columns = contenders(
-        options.model, CompressionConfig(**given_options(options)), with_stock=options.with_stock
+        options.model,
+        CompressionConfig(**given_options(options)),
+        with_stock=options.with_stock,
+        controls=find_controls(options.controls),
     )
     screen = console()
     logging.getLogger("recbole").setLevel(logging.ERROR)
