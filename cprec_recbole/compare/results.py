@@ -38,8 +38,8 @@ class Run:
         checkpoint_bytes: bytes of RecBole's checkpoint, which holds the optimizer's state too; 0
             where there is none.
         score_ms: median milliseconds to score the catalogue for one user.
-        served_bytes: bytes that scoring needs: parameters, codes, rows in 8 bits, which block an item
-            is in.
+        served_bytes: bytes that scoring needs: parameters, codes, rows in 8 bits, which
+            block an item is in.
     """
 
     contender: str
@@ -79,8 +79,10 @@ class Comparison:
     runs: list[Run] = field(default_factory=list)
 
     def figure(self, contender: str, quantity: Callable[[Run], float]) -> Figure:
-        """Mean and spread of a quantity over the seeds of one contender."""
+        """Mean and spread of a quantity over the seeds of one contender; NaN where one has none."""
         values = [quantity(run) for run in self.runs if run.contender == contender]
+        if any(math.isnan(value) for value in values):
+            return Figure(math.nan, math.nan)
         return Figure(mean(values), stdev(values) if len(values) > 1 else math.nan)
 
     def rows(self) -> list[Row]:

@@ -21,8 +21,8 @@ def numbers(model: nn.Module) -> dict[str, int]:
 
 
 def served_bytes(model: nn.Module) -> int:
-    """Bytes that scoring needs: parameters, an item's codes or rows in 8 bits, and the block of each
-    item in as few bits as that takes. Not the names of items."""
+    """Bytes that scoring needs: parameters, an item's codes or rows in 8 bits, and the block of
+    each item in as few bits as that takes. Not the names of items."""
     if isinstance(model, TableRecommender) and model.n_bytes is not None:
         return model.n_bytes
     total = sum(p.nbytes for p in model.parameters())
