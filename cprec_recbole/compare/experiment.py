@@ -103,7 +103,7 @@ class Experiment:
         configs = [self._config(column, None) for column in columns]  # each is checked by this
         reject_unknown(self.options, known_options(configs[0]))
         for config in configs:
-            _check_measurable(config)
+            check_measurable(config)
         self.seeds = [whole_number(configs[0], "seed", lowest=0) + i for i in range(seeds)]
         self.epochs = whole_number(configs[0], "epochs")
 
@@ -255,7 +255,7 @@ def _shown(config: Config) -> dict[str, Any]:
     return {k: v for k, v in sorted(config.final_config_dict.items()) if k not in folders}
 
 
-def _check_measurable(config: Config) -> None:
+def check_measurable(config: Config) -> None:
     """Raise a CompressionError where no epoch would be trained or none evaluated."""
     for name in ("epochs", "eval_step"):
         whole_number(config, name)
