@@ -165,7 +165,8 @@ class _Bench:
         self.spec, self.store, self.data_path = spec, store, data_path
 
     def config(self, cell: Cell, options: dict[str, Any], seed: int, rate: float | None) -> Any:
-        given = {**self.spec.options, "MAX_ITEM_LIST_LENGTH": cell.length, "seed": seed}
+        given: dict[str, Any] = {"metric_decimal_place": 6}  # RecBole's 4 make ties of rates
+        given |= {**self.spec.options, "MAX_ITEM_LIST_LENGTH": cell.length, "seed": seed}
         if rate is not None:
             given["learning_rate"] = rate
         if self.data_path is not None:
@@ -276,7 +277,8 @@ class _Bench:
             "valid_curve": curve,
             "best_epoch": 0 if recovery is None else recovery.kept,
             "epochs": len(curve),
-            "epoch_seconds": [seconds / len(curve)] * len(curve),  # evaluation included
+            # evaluation included, as recover() does both
+            "epoch_seconds": [seconds / len(curve) for _ in curve],
         }
 
 
