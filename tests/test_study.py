@@ -32,6 +32,9 @@ learning_rates: [0.01, 0.001]
 options: {epochs: 2, stopping_step: 1, train_batch_size: 64,
           hidden_size: 16, inner_size: 24, n_layers: 2, n_heads: 2}
 """
+FEW = STUDY.replace("[1, 2]", "[1]").replace(
+    "[compressed, recovered, narrower, recjpq-random, full, int8]", "[int8]"
+)
 FIELDS = {
     *("key", "dataset", "model", "length", "seed", "contender", "ratio", "options"),
     *("learning_rate", "search", "parameters", "total_parameters", "bytes", "valid", "test"),
@@ -214,7 +217,7 @@ def test_a_recovery_takes_a_quarter_of_the_epochs_at_most(finished):
 
 
 def test_an_interrupted_study_goes_on_where_it_was(world, tmp_path, monkeypatch, finished):
-    spec, folder = spec_of(tmp_path), tmp_path / "out"
+    spec, folder = spec_of(tmp_path, FEW), tmp_path / "out"
     trained = []
 
     class Interrupted(Inline):
@@ -229,7 +232,7 @@ def test_an_interrupted_study_goes_on_where_it_was(world, tmp_path, monkeypatch,
             return super().attempt(work)
 
     monkeypatch.setattr(conduct, "Workers", Interrupted)
-    for n in (0, 1, 4):
+    for n in (0, 1, 3):
         Interrupted.left = n
         with pytest.raises(KeyboardInterrupt):
             run(spec, folder, world)
@@ -237,14 +240,13 @@ def test_an_interrupted_study_goes_on_where_it_was(world, tmp_path, monkeypatch,
     run(spec, folder, world)
     assert len(trained) == len(set(trained))  # nothing was trained twice
     whole, found = runs_of(finished[0]), runs_of(folder)
-    assert {key: r["test"] for key, r in found.items()} == {k: r["test"] for k, r in whole.items()}
+    assert len(found) == 3
+    for key, record in found.items():
+        assert record["test"] == whole[key]["test"], key
 
 
 def test_a_run_that_fails_is_written_down_and_stops_no_other(world, tmp_path, inline):
-    text = STUDY.replace("ratios: [1.5]", "ratios: [1.5, 400]").replace(
-        "seeds: [1, 2]", "seeds: [1]"
-    )
-    text = text.replace("recovered, narrower, recjpq-random, full, int8", "narrower, recovered")
+    text = FEW.replace("[int8]", "[compressed, narrower, recovered]").replace("[1.5]", "[400]")
     folder = tmp_path / "out"
     run(spec_of(tmp_path, text), folder, world)
     runs = runs_of(folder)
@@ -252,21 +254,20 @@ def test_a_run_that_fails_is_written_down_and_stops_no_other(world, tmp_path, in
     names = ("compressed", "narrower", "recovered")
     assert failed == {f"made-up_SASRec_L8_{name}_r400_s1" for name in names}
     assert "Expected a budget of" in runs["made-up_SASRec_L8_compressed_r400_s1"]["error"]
-    assert len(runs) == 8
+    assert len(runs) == 5
     write_summary(folder)
     assert "## Failed" in (folder / "compare.md").read_text()
     # tried again only where that is asked for
     before = {path.name for path in (folder / "trials").glob("*.json")}
     _, printed = run(spec_of(tmp_path, text), folder, world)
-    assert "8 runs, 8 of them finished" in printed
+    assert "5 runs, 5 of them finished" in printed
     _, printed = run(spec_of(tmp_path, text), folder, world, retry=True)
-    assert "8 runs, 5 of them finished" in printed
+    assert "5 runs, 2 of them finished" in printed
     assert {path.name for path in (folder / "trials").glob("*.json")} >= before - failed
 
 
 def test_a_rate_that_fails_is_not_the_best(world, tmp_path, inline, monkeypatch):
-    text = STUDY.replace("seeds: [1, 2]", "seeds: [1]").replace("0.001]", "0.001, 0.5]")
-    text = text.replace("compressed, recovered, narrower, recjpq-random, full, int8", "int8")
+    text = FEW.replace("0.001]", "0.001, 0.5]")
     spec, folder = spec_of(tmp_path, text), tmp_path / "out"
     store = Store(folder)
     plain = recipe_without_ratio(spec, "uncompressed")
@@ -281,8 +282,6 @@ def test_a_rate_that_fails_is_not_the_best(world, tmp_path, inline, monkeypatch)
 def test_processes_work_side_by_side_and_one_that_is_killed_is_replaced(
     world, tmp_path, ready_processes, monkeypatch
 ):
-    text = STUDY.replace("seeds: [1, 2]", "seeds: [1]")
-    text = text.replace("compressed, recovered, narrower, recjpq-random, full, int8", "int8")
     folder = tmp_path / "out"
     killed = []
 
@@ -295,7 +294,7 @@ def test_processes_work_side_by_side_and_one_that_is_killed_is_replaced(
                 killed.append(work.key)
 
     monkeypatch.setattr(conduct, "Workers", Killing)
-    _, printed = run(spec_of(tmp_path, text), folder, world, jobs=2)
+    _, printed = run(spec_of(tmp_path, FEW), folder, world, jobs=2)
     trial = read_json(folder / "trials" / f"{killed[0]}.json")
     assert "ended by SIGKILL" in trial["error"]
     assert "ended by SIGKILL" in printed
@@ -552,8 +551,7 @@ def test_a_users_file_that_is_missing_is_named(finished, tmp_path):
 
 
 def test_the_command_runs_a_study_and_writes_its_tables(world, tmp_path, inline, capsys):
-    text = STUDY.replace("seeds: [1, 2]", "seeds: [1]").replace("0.01, 0.001", "0.01")
-    text = text.replace("compressed, recovered, narrower, recjpq-random, full, int8", "int8")
+    text = FEW.replace("0.01, 0.001", "0.01")
     file, out = tmp_path / "study.yaml", tmp_path / "out"
     file.write_text(text)
     arguments = ["compare", "--study", str(file), "--out", str(out), "--latex"]
