@@ -203,6 +203,16 @@ def test_equal_scores_come_by_lower_id_and_what_is_barred_stays_out(on_a_table):
     assert head.topk(hidden, n_items - 1).items.tolist() == [list(range(1, n_items))] * 3
 
 
+def test_a_search_in_pieces_finds_the_same(on_a_table, monkeypatch):
+    hidden = torch.randn(7, on_a_table.table.dim)
+    exclude = torch.randint(0, on_a_table.n_items, (7, 3))
+    whole = on_a_table.head.topk(hidden, 5, exclude)
+    monkeypatch.setattr("cprec_recbole.compare.controls.table._SCORES", 2 * on_a_table.n_items)
+    pieces = on_a_table.head.topk(hidden, 5, exclude)
+    assert torch.equal(pieces.items, whole.items)
+    assert on_a_table.head.topk(hidden[:0], 5).items.shape == (0, 5)
+
+
 def test_what_a_control_is_not_made_for_is_refused(on_a_table, tmp_path):
     for attempt in (
         on_a_table.build_index,

@@ -78,7 +78,7 @@ class Int8(DerivedControl):
         table = Int8Table(original.table)
         model = with_table(trained.model, host, table)
         model.n_bytes = n_bytes + table.extra_bytes
-        return Derived(model.eval())
+        return Derived(model.to(original.table.device).eval())
 
 
 def rounded(rows: Tensor) -> tuple[Tensor, Tensor]:

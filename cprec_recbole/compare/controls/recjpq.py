@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from recbole.data.dataset import Dataset
 from scipy.sparse import csr_matrix
 from scipy.sparse.linalg import svds
@@ -57,12 +58,11 @@ class CodedTable(ItemTable):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See ItemTable.logits: sums of m looked-up products; no item's vector is made."""
-        pieces = hidden.view(len(hidden), len(self.centroids), -1)  # [B, m, d / m]
-        products = torch.einsum("bms,mcs->mbc", pieces, self.centroids)  # [m, B, 256]
-        total = hidden.new_zeros(len(hidden), self.n_items)
-        for product, code in zip(products, self.codes.T.long()):
-            total = total + product.index_select(1, code)
-        return total
+        m = len(self.centroids)
+        pieces = hidden.view(len(hidden), m, self.dim // m)
+        products = torch.einsum("mcs,bms->mcb", self.centroids, pieces).flatten(0, 1)
+        rows = self.codes.long() + CENTROIDS * torch.arange(m, device=hidden.device)
+        return F.embedding_bag(rows, products, mode="sum").T
 
 
 class RecJPQ(TrainedControl):

@@ -21,6 +21,8 @@ from cprec_recbole.sharing import share, sharing_plan
 from cprec_recbole.softmax import FullSoftmax
 from cprec_recbole.topk import Barred, Ids, TopK, allowed_positions, check_k
 
+_SCORES = 2**24  # scores at a time: 64 MiB
+
 
 class ItemTable(nn.Module, ABC):
     """Vectors of all items, kept in another way than as rows: `[n_items, d]` in id order.
@@ -105,14 +107,20 @@ class FlatSoftmax(FullSoftmax):
         barred = Barred.from_ids(exclude, len(hidden), partition)
         places = None if allowed is None else allowed_positions(allowed, partition)
         k = check_k(k, barred.least_left(len(hidden), partition.n_items, places))
-        scores = self.scores(hidden)
-        scores[:, PADDING] = -torch.inf
-        scores[barred.rows, barred.positions] = -torch.inf
+        others = torch.zeros(partition.n_items, dtype=torch.bool, device=hidden.device)
         if places is not None:
-            others = torch.ones(scores.shape[1], dtype=torch.bool, device=scores.device)
+            others = torch.ones_like(others)
             others[places] = False
+        others[PADDING] = True
+        size = max(1, _SCORES // partition.n_items)
+        pieces = []
+        for start in range(0, max(1, len(hidden)), size):
+            scores = self.scores(hidden[start : start + size])
             scores[:, others] = -torch.inf
-        return Found(_best(scores, k), 1.0)
+            out = barred.of_rows(start, start + size)
+            scores[out.rows, out.positions] = -torch.inf
+            pieces.append(_best(scores, k))
+        return Found(TopK(*(torch.cat(part) for part in zip(*pieces))), 1.0)
 
     def build_index(self) -> None:
         """Refused: an index is of blocks.

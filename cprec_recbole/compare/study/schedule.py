@@ -140,7 +140,7 @@ class Schedule:
         if run is None:
             return False
         if "error" in run:
-            return f"there is no {searched.key}: {run['error']}"
+            return str(run["error"])
         return (run["learning_rate"],)
 
     def _conclude(self, goal: Goal, trials: list[Trial], records: list[dict[str, Any]]) -> bool:

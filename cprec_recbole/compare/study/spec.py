@@ -71,7 +71,7 @@ class Spec:
     Attributes:
         datasets: RecBole's names, in the order in which they run, and the lengths of histories.
         models: RecBole's names.
-        ratios: how many times fewer parameters.
+        ratios: how many times fewer parameters, for each data set.
         seeds: with the first one learning rates are searched.
         contenders: in the order in which they run.
         settings: contenders of fixed compression options, by name.
@@ -82,7 +82,7 @@ class Spec:
 
     datasets: dict[str, tuple[int, ...]]
     models: tuple[str, ...]
-    ratios: tuple[float, ...]
+    ratios: dict[str, tuple[float, ...]]
     seeds: tuple[int, ...]
     contenders: tuple[str, ...]
     settings: dict[str, dict[str, Any]]
@@ -109,12 +109,13 @@ class Spec:
                     f"{options[name]!r}; see docs/comparing.md for where it is said."
                 )
         names = _listed(given, "contenders", [ALL])
+        datasets = _datasets(given.get("datasets", {"ml-100k": _LENGTH}))
         return cls(
-            datasets=_datasets(given.get("datasets", {"ml-100k": _LENGTH})),
+            datasets=datasets,
             models=tuple(
                 _listed(given, "models", ["SASRec"], [b.host.__name__ for b in BACKBONES])
             ),
-            ratios=tuple(checked_ratio(r) for r in _listed(given, "ratios", [4])),
+            ratios=_ratios(given, tuple(datasets)),
             seeds=_seeds(_listed(given, "seeds", [2020])),
             contenders=_contenders(names, schemes, settings),
             settings={name: _setting(name, value) for name, value in settings.items()},
@@ -128,7 +129,7 @@ class Spec:
         contender."""
         for seed, (dataset, lengths) in itertools.product(self.seeds, self.datasets.items()):
             for name, length, model in itertools.product(self.contenders, lengths, self.models):
-                for ratio in self.ratios if name in self.with_ratio else (None,):
+                for ratio in self.ratios[dataset] if name in self.with_ratio else (None,):
                     yield Goal(Cell(dataset, model, length), name, ratio, seed)
 
     @property
@@ -202,7 +203,7 @@ def _listed(given: dict[str, Any], name: str, default: list[Any], known: Any = N
                 f"Expected `{name}` to be out of {', '.join(known)}, but got {value!r}."
             )
     if default and not values:
-        raise CompressionError(f"Expected `{name}` to hold one value at least, but got none.")
+        raise CompressionError(f"Expected `{name}` to have one value at least, but got none.")
     return list(dict.fromkeys(values))
 
 
@@ -237,6 +238,20 @@ def _datasets(given: Any) -> dict[str, tuple[int, ...]]:
                 )
         found[str(name)] = tuple(lengths)
     return found
+
+
+def _ratios(given: dict[str, Any], datasets: tuple[str, ...]) -> dict[str, tuple[float, ...]]:
+    """Ratios for each data set: the same for all, or by name."""
+    by_name = given.get("ratios")
+    if not isinstance(by_name, dict):
+        by_name = dict.fromkeys(datasets, by_name if "ratios" in given else [4])
+    if set(by_name) != set(datasets):
+        raise CompressionError(
+            f"Expected `ratios` to be a list, or a list for each of {', '.join(datasets)}, but got "
+            f"{', '.join(str(name) for name in by_name)}."
+        )
+    found = {name: _listed({"ratios": by_name[name]}, "ratios", [4]) for name in datasets}
+    return {name: tuple(checked_ratio(r) for r in ratios) for name, ratios in found.items()}
 
 
 def _seeds(seeds: list[Any]) -> tuple[int, ...]:

@@ -130,4 +130,9 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_json(path: Path, record: dict[str, Any]) -> None:
     """Write an object beside its place and rename it."""
     text = json.dumps(record, indent=1, allow_nan=False, default=str) + "\n"
+    write_text(path, text)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file beside its place and rename it."""
     write_whole(path, lambda to: to.write_text(text, encoding="utf-8"))

@@ -74,9 +74,11 @@ class Summary:
 
     @property
     def trainings(self) -> int:
-        """Trainings in all: runs, and what the search of learning rates took beside them."""
-        searches = {_place(run) + _who(run): len(run["search"]) for run in self.runs}
-        return len(self.runs) + sum(max(0, n - 1) for n in searches.values())
+        """Trainings in all: runs that were trained, and what the search of learning rates took
+        beside them. Of runs that came to the same training, each counts."""
+        trained = [run for run in self.runs if run["epochs"]]
+        searches = {_place(run) + _who(run): len(run["search"]) for run in trained}
+        return len(trained) + sum(max(0, n - 1) for n in searches.values())
 
 
 def summarise(folder: Path) -> Summary:

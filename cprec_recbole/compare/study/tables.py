@@ -10,8 +10,8 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from cprec_recbole.compare.results import save
 from cprec_recbole.compare.statistics import LEVEL, RESAMPLES, Difference
+from cprec_recbole.compare.study.store import write_text
 from cprec_recbole.compare.study.summary import CellSummary, Line, Run, Summary, summarise
 from cprec_recbole.compare.users import PARTS
 
@@ -41,7 +41,7 @@ def write_summary(folder: Path, *, latex: bool = False) -> list[Path]:
     if latex:
         texts["compare.tex"] = as_latex(summary)
     for name, text in texts.items():
-        save(text, folder / name)
+        write_text(folder / name, text)
     written = [folder / name for name in texts]
     try:
         page: Any = importlib.import_module("cprec_recbole.compare.page")
@@ -86,9 +86,23 @@ def as_markdown(summary: Summary) -> str:
         lines += [""]
     if summary.failed:
         lines += ["## Failed", ""]
-        lines += [f"- {run['key']}: {run['error']}" for run in summary.failed]
-        lines += [""]
+        lines += [*_failures(summary.failed), ""]
     return "\n".join(lines)
+
+
+def _failures(failed: Sequence[Run]) -> list[str]:
+    """What failed for the same reason, in one line."""
+    groups: dict[tuple[str, str], list[Run]] = {}
+    for run in failed:
+        ratio = "" if run["ratio"] is None else f", ratio {run['ratio']:g}"
+        place = f"{run['model']} on {run['dataset']}, length {run['length']}{ratio}"
+        groups.setdefault((place, run["error"]), []).append(run)
+    lines = []
+    for (place, error), runs in groups.items():
+        names = ", ".join(dict.fromkeys(run["contender"] for run in runs))
+        seeds = ", ".join(str(seed) for seed in sorted({run["seed"] for run in runs}))
+        lines.append(f"- {place}: {names} (seeds {seeds}): {error}")
+    return lines
 
 
 def _notes(summary: Summary) -> list[str]:
