@@ -13,11 +13,11 @@ from rich.console import Console
 from cprec_recbole import CompressionConfig, CompressionError
 from cprec_recbole.cli import main
 from cprec_recbole.compare.study import Goal, Spec, conduct, run_study, write_summary
+from cprec_recbole.compare.study.recipes import Planning, recipe_without_ratio
 from cprec_recbole.compare.study.schedule import Schedule
 from cprec_recbole.compare.study.spec import Cell, own_options
 from cprec_recbole.compare.study.store import Store, read_json
 from cprec_recbole.compare.study.summary import summarise
-from cprec_recbole.compare.study.work import Planning, recipe_without_ratio
 from cprec_recbole.compare.study.workers import News, attempt
 
 STUDY = """
@@ -256,8 +256,8 @@ def test_a_run_that_fails_is_written_down_and_stops_no_other(world, tmp_path, in
     assert "Expected a budget of" in runs["made-up_SASRec_L8_compressed_r400_s1"]["error"]
     assert len(runs) == 5
     write_summary(folder)
-    text = (folder / "compare.md").read_text()
-    (line,) = [line for line in text.splitlines() if line.startswith("- SASRec on made-up")]
+    table = (folder / "compare.md").read_text()
+    (line,) = [line for line in table.splitlines() if line.startswith("- SASRec on made-up")]
     assert "length 8, ratio 400: compressed, narrower, recovered (seeds 1): Expected" in line
     # tried again only where that is asked for
     before = {path.name for path in (folder / "trials").glob("*.json")}
@@ -488,6 +488,16 @@ def test_runs_of_other_options_are_not_mixed(world, finished, tmp_path, inline):
     for change in (("epochs: 2", "epochs: 3"), ("0.001]", "0.002]"), ("[1, 2]", "[2, 1]")):
         with pytest.raises(CompressionError, match=r"with which the runs in .* use another --out"):
             run(spec_of(tmp_path, STUDY.replace(*change)), folder, world)
+
+
+def test_contenders_may_be_added_but_not_changed(tmp_path):
+    store = Store(tmp_path / "out")
+    store.agree(spec_of(tmp_path))
+    added = STUDY.replace("settings:", "settings:\n  other: {ranks: [8, 2]}")
+    store.agree(spec_of(tmp_path, added))
+    with pytest.raises(CompressionError, match="`settings: other` to be"):
+        store.agree(spec_of(tmp_path, added.replace("[8, 2]", "[8, 4]")))
+    store.agree(spec_of(tmp_path))  # what is not asked for any more does not matter
 
 
 @pytest.mark.parametrize("jobs", [0, 1.5, True])

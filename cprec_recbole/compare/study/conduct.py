@@ -15,10 +15,11 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from cprec_recbole.compare.study.recipes import QUALITY, Planning, Work
 from cprec_recbole.compare.study.schedule import Schedule
 from cprec_recbole.compare.study.spec import Spec
 from cprec_recbole.compare.study.store import TRIALS, Store
-from cprec_recbole.compare.study.work import QUALITY, Planning, Work, check
+from cprec_recbole.compare.study.work import check
 from cprec_recbole.compare.study.workers import Workers
 from cprec_recbole.config import CompressionError, is_whole
 from cprec_recbole.files import held, make_folder

@@ -5,9 +5,7 @@ from __future__ import annotations
 import fnmatch
 from typing import Any
 
-from cprec_recbole.compare.study.spec import UNCOMPRESSED, Goal, Spec, is_derived
-from cprec_recbole.compare.study.store import PLANS, RUNS, TRIALS, WEIGHTS, Store
-from cprec_recbole.compare.study.work import (
+from cprec_recbole.compare.study.recipes import (
     QUALITY,
     Planning,
     Recipe,
@@ -15,6 +13,8 @@ from cprec_recbole.compare.study.work import (
     Work,
     recipe_without_ratio,
 )
+from cprec_recbole.compare.study.spec import UNCOMPRESSED, Goal, Spec, is_derived
+from cprec_recbole.compare.study.store import PLANS, RUNS, TRIALS, WEIGHTS, Store
 from cprec_recbole.config import CompressionError
 
 

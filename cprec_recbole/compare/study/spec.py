@@ -152,7 +152,7 @@ class Spec:
             "learning_rates": list(self.learning_rates),
             "first seed": self.seeds[0],
             "compression": self.compression,
-            "settings": self.settings,
+            **{f"settings: {name}": options for name, options in self.settings.items()},
         }
 
 

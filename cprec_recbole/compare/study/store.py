@@ -39,16 +39,15 @@ class Store:
             CompressionError: the runs that are there were made with other options.
         """
         path, wanted = self.folder / "study.json", json.loads(json.dumps(spec.must_agree()))
-        if not path.exists():
-            write_json(path, wanted)
-            return
-        known = read_json(path)
-        for name, value in wanted.items():
-            if known.get(name) != value:
+        known = read_json(path) if path.exists() else {}
+        for name, value in known.items():
+            if wanted.setdefault(name, value) != value:
                 raise CompressionError(
-                    f"Expected `{name}` to be {known.get(name)}, with which the runs in "
-                    f"{self.folder} were made, but got {value}; use another --out."
+                    f"Expected `{name}` to be {value}, with which the runs in {self.folder} were "
+                    f"made, but got {wanted[name]}; use another --out."
                 )
+        if wanted != known:  # settings have been added
+            write_json(path, wanted)
 
     def path(self, kind: str, key: str, suffix: str = ".json") -> Path:
         """Where a file is: `kind` is one of `runs`, `trials`, `plans`, `weights`."""

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
@@ -26,6 +24,15 @@ from cprec_recbole.compare.experiment import SETTINGS, check_measurable
 from cprec_recbole.compare.fitting import Data, fit, score_times
 from cprec_recbole.compare.results import environment
 from cprec_recbole.compare.sizes import numbers, served_bytes
+from cprec_recbole.compare.study.recipes import (
+    MODEL,
+    QUALITY,
+    Planning,
+    Recipe,
+    Trial,
+    Work,
+    recipe_without_ratio,
+)
 from cprec_recbole.compare.study.spec import (
     COMPRESSED,
     RECOVERED,
@@ -47,81 +54,6 @@ from cprec_recbole.models import CompressedRecommender, compression_of
 from cprec_recbole.sequences import item_counts
 
 OnEpoch = Callable[[int, float], None]  # epoch from 0, validation score
-QUALITY = "ndcg@20"
-_MODEL = "model"  # what is built where no control builds it: a Cp model of its options
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a contender is made in a cell.
-
-    Attributes:
-        kind: `model` for a Cp model of these options, else the name of a control, or `recovered`.
-        options: RecBole options that only it has.
-    """
-
-    kind: str
-    options: dict[str, Any]
-
-    def trial_key(self, cell: Cell, rate: float | None, seed: int) -> str:
-        """The name of one training; equal trainings have equal names, whoever asks for them."""
-        text = json.dumps([self.kind, self.options], sort_keys=True)
-        digest = hashlib.sha256(text.encode()).hexdigest()[:10]
-        rated = "" if rate is None else f"_lr{rate:g}"
-        return f"{cell}_{self.kind}-{digest}{rated}_s{seed}"
-
-
-@dataclass(frozen=True)
-class Planning:
-    """Work: choose the compressed model of a ratio, and what follows from it for its controls."""
-
-    cell: Cell
-    ratio: float
-    contenders: tuple[str, ...]
-
-    @property
-    def key(self) -> str:
-        """The plan's name."""
-        return f"{self.cell}_r{self.ratio:g}"
-
-    @property
-    def words(self) -> str:
-        """What is being done, for the display."""
-        return f"{self.cell.dataset} {self.cell.model} L{self.cell.length} ÷{self.ratio:g}: sizes"
-
-
-@dataclass(frozen=True)
-class Trial:
-    """Work: make, train and measure one model.
-
-    Attributes:
-        source: for what is made of the trained uncompressed model: the trial whose weights it is,
-            and its best epoch.
-    """
-
-    cell: Cell
-    recipe: Recipe
-    rate: float | None
-    seed: int
-    contender: str
-    ratio: float | None
-    source: tuple[str, int] | None = None
-
-    @property
-    def key(self) -> str:
-        """The trial's name."""
-        return self.recipe.trial_key(self.cell, self.rate, self.seed)
-
-    @property
-    def words(self) -> str:
-        """What is being done, for the display."""
-        ratio = "" if self.ratio is None else f" ÷{self.ratio:g}"
-        rate = "" if self.rate is None else f" rate {self.rate:g}"
-        where = f"{self.cell.dataset} {self.cell.model} L{self.cell.length}"
-        return f"{where} {self.contender}{ratio}{rate} seed {self.seed}"
-
-
-Work = Planning | Trial
 
 
 def do(work: Work, spec: Spec, store: Store, data_path: str | None, on_epoch: OnEpoch) -> None:
@@ -297,21 +229,13 @@ def _recipe(name: str, setting: Setting, ratio: float, base: dict[str, Any]) -> 
         return {"kind": RECOVERED, "options": {"ratio": ratio, **base}}
     control = CONTROLS.get(name)
     if control is None:
-        return {"kind": _MODEL, "options": own_options(setting.compression)}
+        return {"kind": MODEL, "options": own_options(setting.compression)}
     if not control.differs(setting):
         return {"same": COMPRESSED}
     plain = isinstance(control, TrainedControl) and type(control).build is TrainedControl.build
     found = control.options(setting)
     options = {k: v for k, v in found.items() if k not in SHARED_OPTIONS}
-    return {"kind": _MODEL if plain else name, "options": options}
-
-
-def recipe_without_ratio(spec: Spec, contender: str) -> Recipe:
-    """How a contender is made that depends on no ratio: it needs no plan."""
-    if contender in spec.settings:
-        return Recipe(_MODEL, spec.settings[contender])
-    kind = _MODEL if contender == UNCOMPRESSED else contender
-    return Recipe(kind, own_options(CompressionConfig.uncompressed()))
+    return {"kind": MODEL if plain else name, "options": options}
 
 
 def _derive(recipe: Recipe, trained: Trained) -> Derived:
