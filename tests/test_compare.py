@@ -142,6 +142,15 @@ def test_controls_are_columns_beside_the_compressed_model(world):
     assert "NaN" not in as_json(found)
 
 
+def test_controls_need_what_they_are_measured_by(world):
+    controls = find_controls(["narrower"])
+    columns = contenders("SASRec", CompressionConfig(ranks=(16, 4)), controls=controls)
+    for some in ([columns[0], columns[2]], columns[1:]):
+        experiment = Experiment(some, world.name, options=cheap(world, "SASRec"))
+        with pytest.raises(CompressionError, match="`compressed` before the control narrower"):
+            experiment.run("", lambda *epoch: pytest.fail("trained"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [

@@ -158,7 +158,12 @@ class Experiment:
         planned: list[Contender] = []
         setting: Setting | None = None
         for column in self.columns:
-            if column.control is not None and setting is not None:
+            if column.control is not None:
+                if setting is None or planned[0].name != UNCOMPRESSED:
+                    raise CompressionError(
+                        f"Expected `{UNCOMPRESSED}` first and `{COMPRESSED}` before the control "
+                        f"{column.name}, which is measured by them; use contenders(...)."
+                    )
                 if not column.control.differs(setting):
                     continue
                 column = replace(column, options=column.control.options(setting))
