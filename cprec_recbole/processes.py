@@ -77,7 +77,7 @@ def _process(
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // nproc))
     if sys.platform == "linux":  # they are on one machine, whatever its name resolves to
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    _end_with_parent()
+    end_with_parent()
     group.expect(Place(number, nproc, number, nproc, f"file://{folder}/meeting"))
     try:
         result = work(*arguments)
@@ -93,7 +93,7 @@ def _process(
         sys.exit(1)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Have this process killed when the one that started it is gone: nobody would end it, and it
     would write into the folder of a run that may be resumed."""
     parent = multiprocessing.parent_process()

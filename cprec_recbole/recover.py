@@ -24,7 +24,7 @@ from cprec_recbole.progress import Show, shown
 # SASRec at ratio 3.5 on MovieLens-100K (seed 2020), loss on the validation data after 5 epochs, the
 # original's 5.818: 6.009 with 2048 and 3e-3, 5.994 with 512 and 1e-3, 5.972 with 512 and 3e-3
 _BATCH_SIZE = 512
-_LEARNING_RATE = 3e-3
+LEARNING_RATE = 3e-3
 _LAST_RATE = 0.1  # of the learning rate, at the last step
 _WARM_UP = 0.05  # of all steps: Adam knows no sizes yet, and its first steps go anywhere
 _HIGHEST_RATE = 1e30  # Adam's first step is ten times that, which float32 must hold
@@ -38,7 +38,7 @@ def recover(
     *,
     valid_data: Any = None,
     distillation: float = 0.5,
-    learning_rate: float = _LEARNING_RATE,
+    learning_rate: float = LEARNING_RATE,
     batch_size: int = _BATCH_SIZE,
     seed: int = 0,
     progress: bool = True,

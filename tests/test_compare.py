@@ -8,6 +8,7 @@ from rich.console import Console
 from cprec_recbole import CompressionConfig, CompressionError
 from cprec_recbole.cli import main, recbole_options
 from cprec_recbole.compare import Experiment, as_markdown, as_table, contenders, save
+from cprec_recbole.compare.controls import find_controls
 from cprec_recbole.compare.results import Comparison, Run, as_json
 from tests.builders import SMALL
 
@@ -121,6 +122,35 @@ def test_tables_show_mean_spread_and_ratio():
     assert "0.1100 ± 0.0141" in console.export_text()
 
 
+def test_controls_are_columns_beside_the_compressed_model(world):
+    compression = CompressionConfig(ranks=(16, 4, 1))
+    controls = find_controls(["full", "narrower", "int8", "uniform-svd-recovered"])
+    columns = contenders("SASRec", compression, controls=controls)
+    experiment = Experiment(columns, world.name, options=cheap(world, "SASRec"))
+    found = experiment.run("", lambda *epoch: None)
+    names = ["uncompressed", "compressed", "narrower", "int8", "uniform-svd-recovered"]
+    assert list(found.contenders) == names  # "full" is what the compressed model is
+    runs = {run.contender: run for run in found.runs}
+    assert runs["narrower"].parameters["total"] <= runs["compressed"].parameters["total"]
+    assert runs["int8"].parameters == runs["uncompressed"].parameters
+    assert runs["int8"].served_bytes < 0.4 * runs["uncompressed"].served_bytes
+    assert runs["int8"].epoch_seconds == []
+    assert len(runs["uniform-svd-recovered"].valid_curve) == 1
+    text = as_markdown(found)
+    assert "| seconds an epoch |" in text
+    assert "nan" not in text
+    assert "NaN" not in as_json(found)
+
+
+def test_controls_need_what_they_are_measured_by(world):
+    controls = find_controls(["narrower"])
+    columns = contenders("SASRec", CompressionConfig(ranks=(16, 4)), controls=controls)
+    for some in ([columns[0], columns[2]], columns[1:]):
+        experiment = Experiment(some, world.name, options=cheap(world, "SASRec"))
+        with pytest.raises(CompressionError, match="`compressed` before the control narrower"):
+            experiment.run("", lambda *epoch: pytest.fail("trained"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
@@ -215,6 +245,7 @@ def test_the_report_command_prints_sizes(capsys):
     [
         (["report", "SASRec", "--ranks", "8,16"], "`ranks` not to rise"),
         (["report", "SASRec", "--sharing", "all"], "`sharing` to be one of"),
+        (["compare", "--model", "SASRec", "--controls", "pruning"], "`controls` to be all or out"),
         (["compare", "--model", "SASRec", "--epoch=3"], "did you mean `epochs`"),
         (["compare", "--model", "SASRec", "epochs=3"], "Expected options as --name=value"),
         (["compare", "--model", "SASRec", "--epochs"], "Expected a value for --epochs"),

@@ -1,4 +1,4 @@
-"""`cprec compare`: an uncompressed and a compressed model, trained side by side."""
+"""`cprec compare`: an uncompressed and a compressed model, trained side by side; or a study."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ from cprec_recbole.commands.common import (
     console,
 )
 from cprec_recbole.compare import Experiment, as_markdown, as_table, contenders, save
+from cprec_recbole.compare.controls import ALL, CONTROLS, find_controls
 from cprec_recbole.compare.results import as_json
+from cprec_recbole.compare.study import Spec, run_study, write_summary
+from cprec_recbole.config import CompressionError
 from cprec_recbole.files import make_folder
 
 
@@ -37,9 +40,15 @@ def add_parser(commands: Any) -> None:
         allow_abbrev=False,
     )
     compare.set_defaults(run=run)
-    compare.add_argument("--model", required=True, choices=MODELS)
+    compare.add_argument("--model", choices=MODELS, help="needed but for a study")
     compare.add_argument(
         "--dataset", default="ml-100k", help="RecBole's name (default: %(default)s)"
+    )
+    compare.add_argument(
+        "--data-path",
+        "--data_path",
+        metavar="FOLDER",
+        help="where data sets are (RecBole: dataset)",
     )
     compare.add_argument("--seeds", type=int, default=1, metavar="N", help="repeat with N seeds")
     compare.add_argument("--with-stock", action="store_true", help="also RecBole's own model")
@@ -49,15 +58,47 @@ def add_parser(commands: Any) -> None:
     compare.add_argument(
         "--out", default="cprec-compare", metavar="FOLDER", help="for compare.json and compare.md"
     )
+    compare.add_argument(
+        "--controls",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help=f"also controls: {ALL}, or out of {', '.join(CONTROLS)}",
+    )
     add_compression(compare)
+    study = compare.add_argument_group("study", "many comparisons; see docs/comparing.md")
+    study.add_argument("--study", metavar="FILE", help="YAML: what to run; goes on where it was")
+    study.add_argument("--jobs", type=int, default=1, metavar="N", help="trainings at a time")
+    study.add_argument("--only", nargs="+", metavar="KEY", help="patterns of keys of runs")
+    study.add_argument("--retry", action="store_true", help="try again what failed")
+    study.add_argument("--summary", action="store_true", help="only write the tables of --out")
+    study.add_argument("--latex", action="store_true", help="also compare.tex")
 
 
 def run(options: argparse.Namespace, passed_on: dict[str, Any], command: str) -> int:
-    """Train, measure, print the table and write it."""
+    """Train, measure, print the table and write it; or run a study."""
+    if options.study is not None or options.summary:
+        return _study(options, passed_on)
+    if options.model is None:
+        raise CompressionError(
+            f"Expected `model` to be one of {', '.join(MODELS)}, but got none; use --model, or "
+            "--study for many."
+        )
+    for name in ("only", "retry", "latex"):
+        if getattr(options, name):
+            raise CompressionError(
+                f"Expected `{name}` only with --study or --summary, but got it without."
+            )
+    if options.data_path is not None:
+        passed_on = {"data_path": options.data_path, **passed_on}
     if options.length is not None:
         passed_on = {"MAX_ITEM_LIST_LENGTH": options.length, **passed_on}
-    compression = compression_for(options.model, options)
-    columns = contenders(options.model, compression, with_stock=options.with_stock)
+    columns = contenders(
+        options.model,
+        compression_for(options.model, options),
+        with_stock=options.with_stock,
+        controls=find_controls(options.controls),
+    )
     screen = console()
     logging.getLogger("recbole").setLevel(logging.ERROR)
     experiment = Experiment(columns, options.dataset, options.seeds, passed_on, options.config)
@@ -90,6 +131,38 @@ def run(options: argparse.Namespace, passed_on: dict[str, Any], command: str) ->
     save(as_markdown(comparison), out / "compare.md")
     screen.print(as_table(comparison))
     screen.print(f"Written: {out / 'compare.json'}, {out / 'compare.md'}")
+    return 0
+
+
+def _study(options: argparse.Namespace, passed_on: dict[str, Any]) -> int:
+    """Run what is left of a study, then write its tables; or the tables alone."""
+    own = {name: getattr(options, name) for name in ("model", "length", "ranks", "cutoffs")}
+    own |= {name: getattr(options, name) for name in ("sharing", "softmax", "tied", "training")}
+    given = [name for name, value in (own | passed_on).items() if value is not None]
+    given += [name for name in ("controls", "with_stock", "config") if getattr(options, name)]
+    if given:
+        raise CompressionError(
+            f"Expected a study to be all in its file, but got `{given[0]}` on the command line."
+        )
+    screen, out = console(), Path(options.out)
+    if not options.summary:
+        file = Path(options.study)
+        shown = file.name if file.is_absolute() else options.study
+        data = "" if options.data_path is None else " --data-path DATA"
+        done = run_study(
+            Spec.read(options.study),
+            out,
+            jobs=options.jobs,
+            data_path=options.data_path and str(Path(options.data_path).resolve()),
+            command=f"cprec compare --study {shown} --out FOLDER{data}",
+            only=options.only,
+            retry=options.retry,
+            console=screen,
+        )
+        for goal in done.dropped:
+            screen.print(f"{goal.key}: is what `compressed` is, left out", soft_wrap=True)
+    written = write_summary(out, latex=options.latex)
+    screen.print(f"Written: {', '.join(str(path) for path in written)}", soft_wrap=True)
     return 0
 
 

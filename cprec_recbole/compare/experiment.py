@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import io
-import os
-import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import median
-from time import perf_counter
 from typing import Any
 
 import torch
 from recbole.config import Config
-from recbole.data import create_dataset, data_preparation
+from recbole.data import create_dataset
 from recbole.data.interaction import Interaction
 from recbole.utils import get_model, init_seed
 
+from cprec_recbole.compare.controls import Control, DerivedControl, Setting, Trained, TrainedControl
+from cprec_recbole.compare.fitting import Data, fit, saved_bytes, score_times
 from cprec_recbole.compare.results import Comparison, Run, environment
+from cprec_recbole.compare.sizes import numbers, served_bytes
 from cprec_recbole.config import CompressionConfig, CompressionError, reject_unknown
-from cprec_recbole.host import known_options, recbole_config, whole_number, working_directory
+from cprec_recbole.evaluation import evaluate
+from cprec_recbole.host import known_options, recbole_config, whole_number
 from cprec_recbole.models import CompressedRecommender, compression_of
-from cprec_recbole.report import part_sizes, shared_layers
-from cprec_recbole.trainer import CompressedTrainer
+from cprec_recbole.report import shared_layers
 
 SETTINGS = Path(__file__).with_name("settings.yaml")
-SCORE_REPEATS = 50
+UNCOMPRESSED, COMPRESSED = "uncompressed", "compressed"
 
 
 @dataclass(frozen=True)
@@ -36,29 +34,37 @@ class Contender:
     Attributes:
         name: what the tables call it.
         model: RecBole's name of the model that is trained.
-        options: RecBole options that only this contender has.
+        options: RecBole options that only this contender has; a control's follow from the data.
+        control: what it is made by, where it is a control.
     """
 
     name: str
     model: str
     options: dict[str, Any] = field(default_factory=dict)
+    control: Control | None = None
 
 
 def contenders(
-    model: str, compression: CompressionConfig, *, with_stock: bool = False
+    model: str,
+    compression: CompressionConfig,
+    *,
+    with_stock: bool = False,
+    controls: Sequence[Control] = (),
 ) -> list[Contender]:
-    """The uncompressed model, the compressed one, and RecBole's own where asked.
+    """The uncompressed model, the compressed one, and controls and RecBole's own where asked.
 
     Args:
         model: RecBole's name of a supported model.
         compression: the options of the compressed one; its objective is trained by both.
         with_stock: also RecBole's own model, dataset and objective.
+        controls: contenders that are measured by the compressed one.
     """
     uncompressed = CompressionConfig.uncompressed(compression.training)
     columns = [
-        Contender("uncompressed", f"Cp{model}", uncompressed.as_dict()),
-        Contender("compressed", f"Cp{model}", compression.as_dict()),
+        Contender(UNCOMPRESSED, f"Cp{model}", uncompressed.as_dict()),
+        Contender(COMPRESSED, f"Cp{model}", compression.as_dict()),
     ]
+    columns += [Contender(control.name, f"Cp{model}", control=control) for control in controls]
     if with_stock:
         columns.append(Contender("RecBole's own", model))
     return columns
@@ -97,7 +103,7 @@ class Experiment:
         configs = [self._config(column, None) for column in columns]  # each is checked by this
         reject_unknown(self.options, known_options(configs[0]))
         for config in configs:
-            _check_measurable(config)
+            check_measurable(config)
         self.seeds = [whole_number(configs[0], "seed", lowest=0) + i for i in range(seeds)]
         self.epochs = whole_number(configs[0], "epochs")
 
@@ -117,39 +123,61 @@ class Experiment:
         Raises:
             CompressionError: blocks that do not fit the catalogue; before any training.
         """
-        self._check_plans()
+        columns = self._planned()
         runs: list[Run] = []
         description: dict[str, Any] = {}
         for seed in self.seeds:
             trained: list[tuple[Run, torch.nn.Module, Interaction]] = []
-            for column in self.columns:
+            for column in columns:
                 on_run(column.name, seed)
                 config = self._config(column, seed)
-                run, model, users, description = self._train(column, config, on_epoch)
+                if isinstance(column.control, DerivedControl):
+                    first, original, _ = trained[0]
+                    run, model, users = self._derive(column, config, first, original)
+                else:
+                    run, model, users, description = self._train(column, config, on_epoch)
                 trained.append((run, model, users))
-            _time_scoring(trained)
+            times = score_times([m for _, m, _ in trained], [users for _, _, users in trained])
+            for (run, _, _), milliseconds in zip(trained, times):
+                run.score_ms = milliseconds
             runs += [run for run, _, _ in trained]
         return Comparison(
             command=command,
             dataset=description,
             seeds=self.seeds,
             settings={**self.options, "config_files": self.config_files},
-            contenders={c.name: {"model": c.model, **c.options} for c in self.columns},
-            configuration={c.name: _shown(self._config(c, None)) for c in self.columns},
+            contenders={c.name: {"model": c.model, **c.options} for c in columns},
+            configuration={c.name: _shown(self._config(c, None)) for c in columns},
             environment=environment(),
             runs=runs,
         )
 
-    def _check_plans(self) -> None:
-        """Whether every contender's blocks fit the catalogue."""
+    def _planned(self) -> list[Contender]:
+        """The contenders with the options of the controls, all checked; controls that are no other
+        model than the compressed one are left out."""
+        planned: list[Contender] = []
+        setting: Setting | None = None
         for column in self.columns:
+            if column.control is not None:
+                if setting is None or planned[0].name != UNCOMPRESSED:
+                    raise CompressionError(
+                        f"Expected `{UNCOMPRESSED}` first and `{COMPRESSED}` before the control "
+                        f"{column.name}, which is measured by them; use contenders(...)."
+                    )
+                if not column.control.differs(setting):
+                    continue
+                column = replace(column, options=column.control.options(setting))
             config = self._config(column, None)
             if column is self.columns[0]:
-                n_items = int(create_dataset(config).item_num)
+                dataset = create_dataset(config)
             record = getattr(config.model_class, "record", None)
             if record is not None:
-                dim = record.dim(whole_number(config, record.size_option))
-                compression_of(config).plan(dim, n_items)
+                options, n_items = compression_of(config), int(dataset.item_num)
+                options.plan(record.dim(whole_number(config, record.size_option)), n_items)
+                if column.name == COMPRESSED:
+                    setting = Setting(config, dataset, options)
+            planned.append(column)
+        return planned
 
     def _config(self, column: Contender, seed: int | None) -> Config:
         options = {**self.options, **column.options}
@@ -162,116 +190,68 @@ class Experiment:
         self, column: Contender, config: Config, on_epoch: Callable[[str, int, int, float], None]
     ) -> tuple[Run, torch.nn.Module, Interaction, dict[str, Any]]:
         seed = int(config["seed"])
+        data = Data.of(config)
         init_seed(seed, config["reproducibility"])
-        dataset = create_dataset(config)
-        train_data, valid_data, test_data = data_preparation(config, dataset)
-        init_seed(seed, config["reproducibility"])
-        model = get_model(config["model"])(config, train_data._dataset).to(config["device"])
-        with tempfile.TemporaryDirectory() as folder:
-            config["checkpoint_dir"] = folder
-            with working_directory(folder):  # RecBole's trainer logs into the current folder
-                trainer = _MeasuredTrainer(config, model)
-            trainer.fit(
-                train_data,
-                valid_data,
-                verbose=False,
-                callback_fn=lambda epoch, score: on_epoch(column.name, seed, epoch, float(score)),
-            )
-            test = trainer.evaluate(test_data)
-            checkpoint_bytes = os.path.getsize(trainer.saved_model_file)
+        if isinstance(column.control, TrainedControl):
+            model: torch.nn.Module = column.control.build(config, data.train._dataset)
+        else:
+            model = get_model(config["model"])(config, data.train._dataset)
+        model = model.to(config["device"])
+        fitted = fit(config, model, data, lambda *epoch: on_epoch(column.name, seed, *epoch))
         run = Run(
             contender=column.name,
             seed=seed,
-            valid=_plain(trainer.best_valid_result),
-            test=_plain(test),
-            valid_curve=trainer.valid_scores,
-            best_epoch=trainer.best_epoch(),
-            epoch_seconds=trainer.epoch_seconds,
-            parameters=part_sizes(model).as_dict(),
-            sharing=shared_layers(model) if isinstance(model, CompressedRecommender) else "none",
-            weight_bytes=_saved_bytes(model.state_dict()),
-            checkpoint_bytes=checkpoint_bytes,
+            valid=fitted.valid,
+            test=fitted.test,
+            valid_curve=fitted.valid_curve,
+            best_epoch=fitted.best_epoch,
+            epoch_seconds=fitted.epoch_seconds,
+            checkpoint_bytes=fitted.checkpoint_bytes,
+            **_described(model),
         )
-        users = next(iter(test_data))[0]
+        users = next(iter(data.test))[0]
         described = {
             "name": self.dataset,
-            "users": int(dataset.user_num) - 1,
-            "items": int(dataset.item_num) - 1,
-            "test_cases": len(test_data._dataset),
+            "users": int(data.dataset.user_num) - 1,
+            "items": int(data.dataset.item_num) - 1,
+            "test_cases": len(data.test._dataset),
             "evaluation": config["eval_args"],
         }
         return run, model, users, described
 
-
-class _MeasuredTrainer(CompressedTrainer):
-    """RecBole's trainer with a clock around its training epochs, and without its event files."""
-
-    tensorboard: Any
-    eval_step: int
-    valid_metric_bigger: bool
-
-    def __init__(self, config: Config, model: torch.nn.Module) -> None:
-        super().__init__(config, model)
-        self.tensorboard.close()
-        self.tensorboard = _NoTensorboard()
-        self.epoch_seconds: list[float] = []
-        self.valid_scores: list[float] = []
-
-    def _train_epoch(self, *args: Any, **kwargs: Any) -> Any:
-        start = perf_counter()
-        loss = super()._train_epoch(*args, **kwargs)
-        self.epoch_seconds.append(perf_counter() - start)
-        return loss
-
-    def _valid_epoch(self, *args: Any, **kwargs: Any) -> Any:
-        score, result = super()._valid_epoch(*args, **kwargs)
-        self.valid_scores.append(float(score))
-        return score, result
-
-    def best_epoch(self) -> int:
-        """The epoch whose weights were kept, counted from 1; of equal ones the last."""
-        sign = 1 if self.valid_metric_bigger else -1
-        best = max(range(len(self.valid_scores)), key=lambda i: (sign * self.valid_scores[i], i))
-        return (best + 1) * self.eval_step
+    def _derive(
+        self, column: Contender, config: Config, first: Run, original: torch.nn.Module
+    ) -> tuple[Run, torch.nn.Module, Interaction]:
+        """A contender out of the uncompressed model, which was trained with the same seed."""
+        assert isinstance(column.control, DerivedControl)
+        assert isinstance(original, CompressedRecommender)
+        data = Data.of(config)
+        seed = int(config["seed"])
+        trained = Trained(original, data.train, data.valid, first.best_epoch, seed)
+        model, recovery = column.control.derive(trained, column.options)
+        curve = [] if recovery is None else [found[recovery.metric] for found in recovery.epochs]
+        run = Run(
+            contender=column.name,
+            seed=seed,
+            valid=evaluate(model, data.valid),
+            test=evaluate(model, data.test),
+            valid_curve=curve,
+            best_epoch=0 if recovery is None else recovery.kept,
+            epoch_seconds=[],
+            checkpoint_bytes=0,
+            **_described(model),
+        )
+        return run, model, next(iter(data.test))[0]
 
 
-class _NoTensorboard:
-    def add_scalar(self, *args: Any) -> None:
-        """Nothing is kept."""
-
-    def add_hparams(self, *args: Any) -> None:
-        """Nothing is kept."""
-
-
-@torch.no_grad()
-def _time_scoring(trained: list[tuple[Run, torch.nn.Module, Interaction]]) -> None:
-    """Median milliseconds to score the catalogue for one user; contenders take turns, so that a
-    machine that slows down slows all of them."""
-    times: dict[int, list[float]] = {index: [] for index in range(len(trained))}
-    for repeat in range(SCORE_REPEATS + 5):
-        for index, (_, model, users) in enumerate(trained):
-            model.eval()
-            device = next(model.parameters()).device
-            row = repeat % len(users)
-            user = users[slice(row, row + 1)].to(device)
-            start = perf_counter()
-            model.full_sort_predict(user)  # type: ignore[operator]
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if repeat >= 5:  # the first calls warm caches up
-                times[index].append(1e3 * (perf_counter() - start))
-    for index, (run, _, _) in enumerate(trained):
-        run.score_ms = median(times[index])
-
-
-def _saved_bytes(state: dict[str, Any]) -> int:
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return buffer.tell()
-
-
-def _plain(result: Any) -> dict[str, float]:
-    return {name: float(value) for name, value in (result or {}).items()}
+def _described(model: torch.nn.Module) -> dict[str, Any]:
+    """What a model is, for its Run."""
+    return {
+        "parameters": numbers(model),
+        "served_bytes": served_bytes(model),
+        "sharing": shared_layers(model) if isinstance(model, CompressedRecommender) else "none",
+        "weight_bytes": saved_bytes(model.state_dict()),
+    }
 
 
 def _shown(config: Config) -> dict[str, Any]:
@@ -280,7 +260,7 @@ def _shown(config: Config) -> dict[str, Any]:
     return {k: v for k, v in sorted(config.final_config_dict.items()) if k not in folders}
 
 
-def _check_measurable(config: Config) -> None:
+def check_measurable(config: Config) -> None:
     """Raise a CompressionError where no epoch would be trained or none evaluated."""
     for name in ("epochs", "eval_step"):
         whole_number(config, name)

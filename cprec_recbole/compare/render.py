@@ -99,6 +99,8 @@ def _cells(comparison: Comparison, row: Row) -> list[str]:
 
 
 def _write(figure: Figure, form: str) -> str:
+    if math.isnan(figure.mean):
+        return "-"
     if math.isnan(figure.spread) or figure.spread == 0:
         return format(figure.mean, form)
     return f"{figure.mean:{form}} ± {figure.spread:{form}}"
@@ -106,7 +108,7 @@ def _write(figure: Figure, form: str) -> str:
 
 def _ratio(value: float, base: float) -> str:
     """How this compares with the first contender: `x 1.08`, or `÷ 4.9` where it is far smaller."""
-    if base == 0:
+    if base == 0 or math.isnan(value) or math.isnan(base):
         return "-"
     ratio = value / base
     return f"÷ {1 / ratio:.1f}" if 0 < ratio < 0.75 else f"x {ratio:.2f}"

@@ -30,12 +30,16 @@ class Run:
         test: metrics on the test set, with the weights of that epoch.
         valid_curve: the validation metric after each evaluation.
         best_epoch: the epoch whose weights were kept, counted from 1.
-        epoch_seconds: seconds of each training epoch, evaluation not included.
+        epoch_seconds: seconds of each training epoch, evaluation not included; none for what
+            is made of a trained model.
         parameters: parameters by part.
         sharing: what the sharing scheme came to.
         weight_bytes: bytes of the saved weights.
-        checkpoint_bytes: bytes of RecBole's checkpoint, which holds the optimizer's state too.
+        checkpoint_bytes: bytes of RecBole's checkpoint, which holds the optimizer's state too; 0
+            where there is none.
         score_ms: median milliseconds to score the catalogue for one user.
+        served_bytes: bytes that scoring needs: parameters, codes, rows in 8 bits, which
+            block an item is in.
     """
 
     contender: str
@@ -50,6 +54,7 @@ class Run:
     weight_bytes: int
     checkpoint_bytes: int
     score_ms: float = math.nan
+    served_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,8 +79,10 @@ class Comparison:
     runs: list[Run] = field(default_factory=list)
 
     def figure(self, contender: str, quantity: Callable[[Run], float]) -> Figure:
-        """Mean and spread of a quantity over the seeds of one contender."""
+        """Mean and spread of a quantity over the seeds of one contender; NaN where one has none."""
         values = [quantity(run) for run in self.runs if run.contender == contender]
+        if any(math.isnan(value) for value in values):
+            return Figure(math.nan, math.nan)
         return Figure(mean(values), stdev(values) if len(values) > 1 else math.nan)
 
     def rows(self) -> list[Row]:
@@ -91,8 +98,8 @@ class Comparison:
         summary = {
             name: {
                 row.label: {
-                    "mean": (figure := self.figure(name, row.quantity)).mean,
-                    "spread": None if math.isnan(figure.spread) else figure.spread,
+                    "mean": _or_none((figure := self.figure(name, row.quantity)).mean),
+                    "spread": _or_none(figure.spread),
                 }
                 for row in self.rows()
             }
@@ -130,9 +137,10 @@ COSTS: tuple[Row, ...] = (
     Row("parameters: layers", lambda run: run.parameters["layers"], ",.0f"),
     Row("parameters: softmax", lambda run: run.parameters["softmax"], ",.0f"),
     Row("parameters", lambda run: run.parameters["total"], ",.0f"),
+    Row("bytes to score", lambda run: run.served_bytes or math.nan, ",.0f"),
     Row("saved weights (bytes)", lambda run: run.weight_bytes, ",.0f"),
-    Row("RecBole checkpoint (bytes)", lambda run: run.checkpoint_bytes, ",.0f"),
-    Row("seconds an epoch", lambda run: median(run.epoch_seconds), ".2f"),
+    Row("RecBole checkpoint (bytes)", lambda run: run.checkpoint_bytes or math.nan, ",.0f"),
+    Row("seconds an epoch", lambda run: median(run.epoch_seconds or [math.nan]), ".2f"),
     Row("epochs to the best", lambda run: run.best_epoch, ".1f"),
     Row("ms to score a user", lambda run: run.score_ms, ".2f"),
 )
@@ -168,6 +176,10 @@ def save(text: str, path: Path) -> None:
 def as_json(comparison: Comparison) -> str:
     """The comparison as JSON."""
     return json.dumps(comparison.as_dict(), indent=2, allow_nan=False, default=str) + "\n"
+
+
+def _or_none(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 def _version(package: str) -> str:

@@ -1,0 +1,230 @@
+"""Item tables that are no blocks, the flat softmax over them, and the model around both."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from cprec_recbole.backbones import build_host
+from cprec_recbole.config import CompressionError
+from cprec_recbole.cross_entropy import Strip, cross_entropy
+from cprec_recbole.embedding import Block, BlockEmbedding
+from cprec_recbole.index import Snapshot
+from cprec_recbole.models import MODELS, CompressedRecommender, compression_of
+from cprec_recbole.partition import PADDING, Partition
+from cprec_recbole.search import Found
+from cprec_recbole.sequences import item_counts
+from cprec_recbole.sharing import share, sharing_plan
+from cprec_recbole.softmax import FullSoftmax
+from cprec_recbole.topk import Barred, Ids, TopK, allowed_positions, check_k
+
+_SCORES = 2**24  # scores at a time: 64 MiB
+
+
+class ItemTable(nn.Module, ABC):
+    """Vectors of all items, kept in another way than as rows: `[n_items, d]` in id order.
+
+    Stands where a BlockEmbedding stands. The padding item's vector is zero.
+
+    Args:
+        n_items: items of the catalogue, padding included.
+        dim: size `d` of an item vector.
+    """
+
+    group = None  # its rows are never spread over processes
+
+    def __init__(self, n_items: int, dim: int) -> None:
+        super().__init__()
+        self.partition = Partition(torch.arange(n_items), (n_items,))  # positions are ids
+        self.partition.register_buffer("item_at", self.partition.item_at, persistent=False)
+        self.dim = dim
+
+    @property
+    def n_items(self) -> int:
+        """Items of the catalogue, padding included."""
+        return self.partition.n_items
+
+    @property
+    def extra_bytes(self) -> int:
+        """Bytes that scoring needs beside the parameters."""
+        return 0
+
+    @property
+    def extra_numbers(self) -> int:
+        """Values of item vectors that are no parameters."""
+        return 0
+
+    @abstractmethod
+    def vectors(self, items: Tensor) -> Tensor:
+        """Vectors of item ids, `[...] -> [..., d]`; that of padding is not looked at."""
+
+    @abstractmethod
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Products with every item in id order, `[B, d] -> [B, n_items]`; that of padding is not
+        looked at."""
+
+    def forward(self, items: Tensor) -> Tensor:
+        """Vectors of item ids, `[...] -> [..., d]`; IndexError outside the catalogue."""
+        if items.numel() and (int(items.min()) < 0 or int(items.max()) >= self.n_items):
+            raise IndexError(f"Expected item ids from 0 to {self.n_items - 1}.")
+        return self.vectors(items).masked_fill((items == PADDING).unsqueeze(-1), 0.0)
+
+    def dense(self) -> Tensor:
+        """The whole table in id order, `[n_items, d]`."""
+        return self(torch.arange(self.n_items, device=self.partition.item_at.device))
+
+    def norm(self) -> Tensor:
+        """Frobenius norm of the whole table, `[]`."""
+        return torch.linalg.vector_norm(self.dense())
+
+
+class FlatSoftmax(FullSoftmax):
+    """One flat softmax over an ItemTable. Scores come from the table's own `logits`.
+
+    The loss reads the vectors of all items, made for the step: the same values, and on a processor
+    many times faster than sums of looked-up products with their gradients.
+    """
+
+    table: ItemTable  # type: ignore[assignment]
+
+    def __init__(self, table: ItemTable, loss_memory: int) -> None:
+        super().__init__(table, loss_memory)  # type: ignore[arg-type]
+
+    def loss(self, hidden: Tensor, target: Tensor) -> Tensor:
+        """See SoftmaxHead.loss."""
+        strips = [Strip(hidden, self.table.dense())]
+        return cross_entropy(strips, target, self.loss_memory, padded=True) / max(1, len(target))
+
+    @torch.no_grad()
+    def search(
+        self, hidden: Tensor, k: int, exclude: Ids | None = None, allowed: Ids | None = None
+    ) -> Found:
+        """See SoftmaxHead.search; dense scores, of which all are read."""
+        partition = self.table.partition
+        barred = Barred.from_ids(exclude, len(hidden), partition)
+        places = None if allowed is None else allowed_positions(allowed, partition)
+        k = check_k(k, barred.least_left(len(hidden), partition.n_items, places))
+        others = torch.zeros(partition.n_items, dtype=torch.bool, device=hidden.device)
+        if places is not None:
+            others = torch.ones_like(others)
+            others[places] = False
+        others[PADDING] = True
+        size = max(1, _SCORES // partition.n_items)
+        pieces = []
+        for start in range(0, max(1, len(hidden)), size):
+            scores = self.scores(hidden[start : start + size])
+            scores[:, others] = -torch.inf
+            out = barred.of_rows(start, start + size)
+            scores[out.rows, out.positions] = -torch.inf
+            pieces.append(_best(scores, k))
+        return Found(TopK(*(torch.cat(part) for part in zip(*pieces))), 1.0)
+
+    def build_index(self) -> None:
+        """Refused: an index is of blocks.
+
+        Raises:
+            CompressionError: always.
+        """
+        raise CompressionError(
+            f"Expected a table of blocks to build an index, but got {type(self.table).__name__}."
+        )
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits = self.table.logits(hidden)
+        is_padding = torch.arange(logits.shape[1], device=logits.device) == PADDING
+        return logits.masked_fill(is_padding, 0.0)
+
+    def _current(self) -> Snapshot:
+        raise NotImplementedError("scores are dense")
+
+
+class TableRecommender(CompressedRecommender):
+    """A Cp model whose table is an ItemTable: the base of those that `on_table` makes.
+
+    Attributes:
+        n_bytes: bytes that scoring needs, where they are not those of parameters and table.
+    """
+
+    n_bytes: int | None = None
+
+    def assemble(self, host: Any, table: Any, tail: Any = Block) -> None:
+        """Put the parts together: table into host, layers shared, a flat softmax on top."""
+        host.item_embedding = table
+        layers = self.record.layers(host)
+        share(layers, sharing_plan(self.compression.sharing, len(layers), self.record.group))
+        self.loss_type = host.loss_type
+        self.backbone = host
+        self.head = FlatSoftmax(table, int(self.compression.loss_memory))
+
+    def save_pretrained(self, folder: Any, tokens: Any = None) -> Any:
+        """Refused: a control is there to be measured.
+
+        Raises:
+            CompressionError: always.
+        """
+        raise CompressionError(
+            f"Expected a table of blocks to save, but got {type(self.table).__name__}; controls "
+            "are not saved."
+        )
+
+    def add_items(self, tokens: Any, like: Any = None) -> list[int]:
+        """Refused: a control is there to be measured.
+
+        Raises:
+            CompressionError: always.
+        """
+        raise CompressionError(
+            f"Expected a table of blocks to add items to, but got {type(self.table).__name__}."
+        )
+
+
+_CLASSES: dict[type[CompressedRecommender], type[TableRecommender]] = {
+    model: type(f"Table{model.record.host.__name__}", (TableRecommender,), {"record": model.record})
+    for model in MODELS
+}
+
+
+def on_table(config: Any, dataset: Any, table: ItemTable) -> TableRecommender:
+    """A fresh model as RecBole would build it, on another kind of table.
+
+    Args:
+        config: a RecBole config of a Cp model; `sharing` and `training` are read.
+        dataset: the training split.
+        table: the item table.
+    """
+    model_class = _CLASSES[config.model_class]
+    host = build_host(model_class.record, config, dataset)
+    host.n_items = table.n_items
+    compression = compression_of(config)
+    model = model_class.from_host(host, cast(BlockEmbedding, table), compression)
+    last = compression.training == "last_position"
+    model.reads_last_column = model_class.record.reads_last_column and last
+    model.train_item_counts = item_counts(dataset)
+    model.item_tokens = dataset.field2id_token[dataset.iid_field]
+    return cast(TableRecommender, model.to(config["device"]))
+
+
+def with_table(model: CompressedRecommender, host: Any, table: ItemTable) -> TableRecommender:
+    """A model like another one, around a copy of its host and on another kind of table."""
+    model_class = next(c for m, c in _CLASSES.items() if m.record is model.record)
+    made = model_class.from_host(host, cast(BlockEmbedding, table), model.compression)
+    made.reads_last_column = model.reads_last_column
+    made.train_item_counts = model.train_item_counts
+    made.item_tokens = model.item_tokens
+    return cast(TableRecommender, made)
+
+
+def _best(scores: Tensor, k: int) -> TopK:
+    """The k best columns of each row, equal scores by lower column."""
+    least = scores.topk(k, dim=1).values[:, -1:]
+    rows, items = (scores >= least).nonzero(as_tuple=True)  # by row, then by item; k or more a row
+    values = scores[rows, items]
+    order = values.argsort(descending=True, stable=True)
+    order = order[rows[order].argsort(stable=True)]
+    counts = torch.bincount(rows, minlength=len(scores))
+    first = counts.cumsum(0) - counts
+    picked = order[first.unsqueeze(1) + torch.arange(k, device=scores.device)]
+    return TopK(items[picked], values[picked])

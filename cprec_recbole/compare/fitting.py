@@ -1,0 +1,171 @@
+"""Training one model for a comparison: RecBole's trainer, measured."""
+
+from __future__ import annotations
+
+import io
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+from recbole.config import Config
+from recbole.data import create_dataset, data_preparation
+from recbole.data.interaction import Interaction
+from recbole.utils import init_seed
+
+from cprec_recbole.host import working_directory
+from cprec_recbole.trainer import CompressedTrainer
+
+SCORE_REPEATS = 50
+_WARM_UP = 5  # the first calls warm caches up
+
+
+@dataclass(frozen=True)
+class Data:
+    """RecBole's data set and its three loaders."""
+
+    dataset: Any
+    train: Any
+    valid: Any
+    test: Any
+
+    @classmethod
+    def of(cls, config: Config) -> Data:
+        """Read, filter and split as RecBole does; draws are those of the config's seed."""
+        init_seed(config["seed"], config["reproducibility"])
+        dataset = create_dataset(config)
+        return cls(dataset, *data_preparation(config, dataset))
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a training came to; the model has its best epoch's weights.
+
+    Attributes:
+        valid: metrics on the validation set at the best epoch.
+        test: metrics on the test set.
+        valid_curve: the validation metric after each evaluation.
+        best_epoch: the epoch whose weights were kept, counted from 1.
+        epoch_seconds: seconds of each training epoch, evaluation not included.
+        checkpoint_bytes: bytes of RecBole's checkpoint.
+    """
+
+    valid: dict[str, float]
+    test: dict[str, float]
+    valid_curve: list[float]
+    best_epoch: int
+    epoch_seconds: list[float]
+    checkpoint_bytes: int
+
+
+def fit(
+    config: Config, model: torch.nn.Module, data: Data, on_epoch: Callable[[int, float], None]
+) -> Fitted:
+    """Train a model and test it.
+
+    Args:
+        config: RecBole's.
+        model: a fresh model; it is changed.
+        data: made for that config.
+        on_epoch: called after each evaluation with epoch and validation score.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        config["checkpoint_dir"] = folder
+        with working_directory(folder):  # RecBole's trainer logs into the current folder
+            trainer = _MeasuredTrainer(config, model)
+        trainer.fit(
+            data.train,
+            data.valid,
+            verbose=False,
+            callback_fn=lambda epoch, score: on_epoch(epoch, float(score)),
+        )
+        test = trainer.evaluate(data.test)  # with the best epoch's weights, which it loads
+        checkpoint_bytes = os.path.getsize(trainer.saved_model_file)
+    return Fitted(
+        valid=_plain(trainer.best_valid_result),
+        test=_plain(test),
+        valid_curve=trainer.valid_scores,
+        best_epoch=trainer.best_epoch(),
+        epoch_seconds=trainer.epoch_seconds,
+        checkpoint_bytes=checkpoint_bytes,
+    )
+
+
+class _MeasuredTrainer(CompressedTrainer):
+    """RecBole's trainer with a clock around its training epochs, and without its event files."""
+
+    tensorboard: Any
+    eval_step: int
+    valid_metric_bigger: bool
+
+    def __init__(self, config: Config, model: torch.nn.Module) -> None:
+        super().__init__(config, model)
+        self.tensorboard.close()
+        self.tensorboard = _NoTensorboard()
+        self.epoch_seconds: list[float] = []
+        self.valid_scores: list[float] = []
+
+    def _train_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        start = perf_counter()
+        loss = super()._train_epoch(*args, **kwargs)
+        self.epoch_seconds.append(perf_counter() - start)
+        return loss
+
+    def _valid_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        score, result = super()._valid_epoch(*args, **kwargs)
+        self.valid_scores.append(float(score))
+        return score, result
+
+    def best_epoch(self) -> int:
+        """The epoch whose weights were kept, counted from 1; of equal ones the last."""
+        sign = 1 if self.valid_metric_bigger else -1
+        best = max(range(len(self.valid_scores)), key=lambda i: (sign * self.valid_scores[i], i))
+        return (best + 1) * self.eval_step
+
+
+class _NoTensorboard:
+    def add_scalar(self, *args: Any) -> None:
+        """Nothing is kept."""
+
+    def add_hparams(self, *args: Any) -> None:
+        """Nothing is kept."""
+
+
+@torch.no_grad()
+def score_times(models: Sequence[torch.nn.Module], users: Sequence[Interaction]) -> list[float]:
+    """Median milliseconds to score the catalogue for one user, `[models]`; models take turns, so
+    that a machine that slows down slows all of them.
+
+    Args:
+        models: they are put into eval mode.
+        users: rows of evaluation data for each model.
+    """
+    times: list[list[float]] = [[] for _ in models]
+    for repeat in range(SCORE_REPEATS + _WARM_UP):
+        for model, rows, own in zip(models, users, times):
+            model.eval()
+            device = next(model.parameters()).device
+            row = repeat % len(rows)
+            user = rows[slice(row, row + 1)].to(device)
+            start = perf_counter()
+            model.full_sort_predict(user)  # type: ignore[operator]
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if repeat >= _WARM_UP:
+                own.append(1e3 * (perf_counter() - start))
+    return [median(own) for own in times]
+
+
+def saved_bytes(state: dict[str, Any]) -> int:
+    """Bytes of a state as torch saves it."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.tell()
+
+
+def _plain(result: Any) -> dict[str, float]:
+    return {name: float(value) for name, value in (result or {}).items()}

@@ -1,0 +1,137 @@
+"""The folder of a study: what is finished lies there, whole, and is never done again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cprec_recbole.compare.study.spec import Spec
+from cprec_recbole.config import CompressionError
+from cprec_recbole.files import make_folder, write_whole
+
+RUNS, TRIALS, PLANS, WEIGHTS = "runs", "trials", "plans", "weights"
+
+
+class Store:
+    """Plans, trials (a training each), runs (the trials that count) and weights, as files.
+
+    Args:
+        folder: made where it is missing.
+        tidy: remove what processes that were killed left half written; no other process may be at
+            work there.
+    """
+
+    def __init__(self, folder: Path, *, tidy: bool = True) -> None:
+        self.folder = folder
+        for name in (RUNS, TRIALS, PLANS, WEIGHTS):
+            make_folder(folder / name)
+            for left in (folder / name).glob(".*.tmp") if tidy else ():
+                left.unlink(missing_ok=True)
+
+    def agree(self, spec: Spec) -> None:
+        """Note what all runs of this folder have in common, or compare it with what was noted.
+
+        Raises:
+            CompressionError: the runs that are there were made with other options.
+        """
+        path, wanted = self.folder / "study.json", json.loads(json.dumps(spec.must_agree()))
+        known = read_json(path) if path.exists() else {}
+        for name, value in known.items():
+            if wanted.setdefault(name, value) != value:
+                raise CompressionError(
+                    f"Expected `{name}` to be {value}, with which the runs in {self.folder} were "
+                    f"made, but got {wanted[name]}; use another --out."
+                )
+        if wanted != known:  # settings have been added
+            write_json(path, wanted)
+
+    def path(self, kind: str, key: str, suffix: str = ".json") -> Path:
+        """Where a file is: `kind` is one of `runs`, `trials`, `plans`, `weights`."""
+        return self.folder / kind / f"{key}{suffix}"
+
+    def read(self, kind: str, key: str) -> dict[str, Any] | None:
+        """A plan, trial or run; None where there is none yet."""
+        path = self.path(kind, key)
+        return read_json(path) if path.exists() else None
+
+    def write(self, kind: str, key: str, record: dict[str, Any]) -> None:
+        """Keep a plan, trial or run."""
+        write_json(self.path(kind, key), record)
+
+    def write_users(self, key: str, values: np.ndarray) -> None:
+        """Keep each test user's NDCG@20 of a trial, `[users]` of float32."""
+
+        def write(file: Path) -> None:
+            with file.open("wb") as stream:
+                np.save(stream, values, allow_pickle=False)
+
+        write_whole(self.path(TRIALS, key, ".npy"), write)
+
+    def conclude(self, key: str, record: dict[str, Any], trial: str | None) -> None:
+        """Keep a run, with the users' file of the trial that it is; that file first."""
+        if trial is not None:
+            source = self.path(TRIALS, trial, ".npy")
+            write_whole(self.path(RUNS, key, ".npy"), lambda to: shutil.copyfile(source, to))
+        self.write(RUNS, key, record)
+
+    def forget_failures(self) -> None:
+        """Remove what failed, so that it is tried again."""
+        for kind in (TRIALS, RUNS, PLANS):
+            for path in (self.folder / kind).glob("*.json"):
+                record = read_json(path)
+                if record.get("error") or any(
+                    isinstance(value, dict) and value.get("error") for value in record.values()
+                ):
+                    path.unlink()
+
+
+def read_runs(folder: Path) -> list[dict[str, Any]]:
+    """All finished and failed runs of a study, by the names of their files.
+
+    Raises:
+        CompressionError: a folder without any.
+    """
+    paths = sorted(p for p in (folder / RUNS).glob("*.json") if not p.name.startswith("."))
+    if not paths:
+        raise CompressionError(
+            f"Expected `out` to be the folder of a study, but got {folder}, which holds no "
+            f"{RUNS}/*.json; run it first with --study."
+        )
+    return [read_json(path) for path in paths]
+
+
+def read_users(folder: Path, key: str) -> np.ndarray:
+    """NDCG@20 of every test user of a run, `[users]`."""
+    path = folder / RUNS / f"{key}.npy"
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise CompressionError(
+            f"Expected {path} to hold a number for each test user, but got {error}."
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; a CompressionError that names the file where it is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CompressionError(f"Expected {path} to hold JSON, but got {error}.") from error
+    if not isinstance(found, dict):
+        raise CompressionError(f"Expected {path} to hold an object, but got {type(found)}.")
+    return found
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """Write an object beside its place and rename it."""
+    text = json.dumps(record, indent=1, allow_nan=False, default=str) + "\n"
+    write_text(path, text)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file beside its place and rename it."""
+    write_whole(path, lambda to: to.write_text(text, encoding="utf-8"))

@@ -1,0 +1,154 @@
+"""What a study found, out of its folder alone: a line for each contender and ratio in a cell."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import numpy as np
+
+from cprec_recbole.compare.statistics import Difference, paired_difference
+from cprec_recbole.compare.study.spec import COMPRESSED, UNCOMPRESSED
+from cprec_recbole.compare.study.store import read_runs, read_users
+
+Run = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One contender at one ratio in one cell, over its seeds.
+
+    Attributes:
+        contender: its name.
+        ratio: what was aimed at; None for no such aim.
+        seeds: of the finished runs.
+        parameters: mean over seeds.
+        smaller: bytes of the uncompressed model over its own; None without that model.
+        test: NDCG@20 on test for each seed.
+        to_uncompressed: difference over users, of the seeds that both have; None for none.
+        to_compressed: the same to `compressed` at the same ratio.
+    """
+
+    contender: str
+    ratio: float | None
+    seeds: tuple[int, ...]
+    parameters: float
+    smaller: float | None
+    test: tuple[float, ...]
+    to_uncompressed: Difference | None
+    to_compressed: Difference | None
+
+    @property
+    def spread(self) -> float | None:
+        """Sample standard deviation over seeds; None for one."""
+        return stdev(self.test) if len(self.test) > 1 else None
+
+
+@dataclass(frozen=True)
+class CellSummary:
+    """A model on a data set: its lines, the uncompressed model first."""
+
+    dataset: str
+    model: str
+    length: int
+    users: int
+    lines: tuple[Line, ...]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A study summed up.
+
+    Attributes:
+        runs: all runs that finished.
+        failed: those that did not.
+        cells: in the order of data sets and models.
+    """
+
+    runs: tuple[Run, ...]
+    failed: tuple[Run, ...]
+    cells: tuple[CellSummary, ...]
+
+    @property
+    def trainings(self) -> int:
+        """Trainings in all: runs that were trained, and what the search of learning rates took
+        beside them. Of runs that came to the same training, each counts."""
+        trained = [run for run in self.runs if run["epochs"]]
+        searches = {_place(run) + _who(run): len(run["search"]) for run in trained}
+        return len(trained) + sum(max(0, n - 1) for n in searches.values())
+
+
+def summarise(folder: Path) -> Summary:
+    """Sum up the runs in the folder of a study.
+
+    Raises:
+        CompressionError: no runs, or files that do not belong together.
+    """
+    records = read_runs(folder)
+    runs = [run for run in records if "error" not in run]
+    places = dict.fromkeys(_place(run) for run in runs)
+    cells = [_cell(folder, [run for run in runs if _place(run) == place]) for place in places]
+    return Summary(tuple(runs), tuple(run for run in records if "error" in run), tuple(cells))
+
+
+def _cell(folder: Path, runs: list[Run]) -> CellSummary:
+    users = {run["key"]: read_users(folder, run["key"]) for run in runs}
+    groups: dict[tuple[str, float | None], dict[int, Run]] = {}
+    for run in runs:
+        groups.setdefault(_who(run), {})[run["seed"]] = run
+    plain = groups.get((UNCOMPRESSED, None))
+    lines = []
+    for (contender, ratio), own in groups.items():
+        ours = groups.get((COMPRESSED, ratio)) if contender != COMPRESSED else None
+        seeds = sorted(own)
+        lines.append(
+            Line(
+                contender=contender,
+                ratio=ratio,
+                seeds=tuple(seeds),
+                parameters=mean(own[seed]["total_parameters"] for seed in seeds),
+                smaller=_bytes(plain.values()) / _bytes(own.values()) if plain else None,
+                test=tuple(own[seed]["test"]["ndcg@20"] for seed in seeds),
+                to_uncompressed=None if own is plain else _difference(own, plain, users),
+                to_compressed=_difference(own, ours, users),
+            )
+        )
+    lines.sort(key=_order)
+    first = runs[0]
+    n_users = len(next(iter(users.values())))
+    return CellSummary(first["dataset"], first["model"], first["length"], n_users, tuple(lines))
+
+
+def _difference(
+    own: dict[int, Run], other: dict[int, Run] | None, users: dict[str, np.ndarray]
+) -> Difference | None:
+    """Over the users, of the seeds that both have."""
+    common = sorted(set(own) & set(other or {}))
+    if other is None or not common:
+        return None
+    return paired_difference(
+        [users[own[seed]["key"]] for seed in common],
+        [users[other[seed]["key"]] for seed in common],
+    )
+
+
+def _bytes(runs: Iterable[Run]) -> float:
+    return mean(run["bytes"] for run in runs)
+
+
+def _place(run: Run) -> tuple[Any, ...]:
+    return run["dataset"], run["model"], run["length"]
+
+
+def _who(run: Run) -> tuple[str, float | None]:
+    return run["contender"], run["ratio"]
+
+
+def _order(line: Line) -> tuple[Any, ...]:
+    """The uncompressed model, what has no ratio, then ratio by ratio ours before the controls."""
+    known = [UNCOMPRESSED, COMPRESSED, "recovered"]
+    place = known.index(line.contender) if line.contender in known else len(known)
+    return line.contender != UNCOMPRESSED, line.ratio or 0.0, place, line.contender

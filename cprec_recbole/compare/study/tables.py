@@ -1,0 +1,179 @@
+"""The summary of a study as CSV, Markdown and LaTeX, and the page where it can be made."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+from cprec_recbole.compare.statistics import LEVEL, RESAMPLES, Difference
+from cprec_recbole.compare.study.store import write_text
+from cprec_recbole.compare.study.summary import CellSummary, Line, Run, Summary, summarise
+from cprec_recbole.compare.users import PARTS
+
+_ABOUT = (
+    *("key", "dataset", "model", "length", "seed", "contender", "ratio", "learning_rate"),
+    *("total_parameters", "bytes", "best_epoch", "epochs", "score_ms"),
+)
+_HEADER = (
+    *("contender", "ratio", "seeds", "parameters", "smaller", "NDCG@20 test"),
+    *("to uncompressed", "verdict", "to compressed"),
+)
+
+
+def write_summary(folder: Path, *, latex: bool = False) -> list[Path]:
+    """Write `compare.csv`, `compare.md`, with `latex` also `compare.tex`, and `compare.html` where
+    the page is installed; returns what was written.
+
+    Args:
+        folder: of a study.
+        latex: whether tables for LaTeX are wanted.
+
+    Raises:
+        CompressionError: a folder without runs.
+    """
+    summary = summarise(folder)
+    texts = {"compare.csv": as_csv(summary), "compare.md": as_markdown(summary)}
+    if latex:
+        texts["compare.tex"] = as_latex(summary)
+    for name, text in texts.items():
+        write_text(folder / name, text)
+    written = [folder / name for name in texts]
+    try:
+        page: Any = importlib.import_module("cprec_recbole.compare.page")
+    except ImportError:  # an installation without it
+        return written
+    page.write_page(folder, folder / "compare.html")
+    return [*written, folder / "compare.html"]
+
+
+def as_csv(summary: Summary) -> str:
+    """A row for each run; runs that failed have their error and no figures."""
+    runs = [*summary.runs, *summary.failed]
+    metrics = list(dict.fromkeys(m for run in summary.runs for m in run["test"]))
+    parts = list(dict.fromkeys(p for run in summary.runs for p in run["parameters"]))
+    text = io.StringIO()
+    rows = [_csv_row(run, metrics, parts) for run in runs]
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _csv_row(run: Run, metrics: Sequence[str], parts: Sequence[str]) -> dict[str, Any]:
+    row = {name: run.get(name) for name in _ABOUT}
+    row |= {f"parameters_{part}": run.get("parameters", {}).get(part) for part in parts}
+    row |= {f"{s}_{m}": run.get(s, {}).get(m) for s in ("valid", "test") for m in metrics}
+    seconds = run.get("epoch_seconds")
+    row["epoch_seconds"] = median(seconds) if seconds else None
+    for part in PARTS:
+        found = run.get("popularity", {}).get(part, {})
+        row |= {f"{part}_{name}": found.get(name) for name in ("ndcg@20", "hit@20", "cases")}
+    return {**row, "error": run.get("error")}
+
+
+def as_markdown(summary: Summary) -> str:
+    """A table for each cell, what the figures are, and what failed."""
+    lines = ["# Study", "", *_notes(summary), ""]
+    for cell in summary.cells:
+        lines += [f"## {_title(cell)}", "", "| " + " | ".join(_HEADER) + " |"]
+        lines += ["|---|--:|--:|--:|--:|--:|--:|---|--:|"]
+        lines += ["| " + " | ".join(_cells(line)) + " |" for line in cell.lines]
+        lines += [""]
+    if summary.failed:
+        lines += ["## Failed", ""]
+        lines += [*_failures(summary.failed), ""]
+    return "\n".join(lines)
+
+
+def _failures(failed: Sequence[Run]) -> list[str]:
+    """What failed for the same reason, in one line."""
+    groups: dict[tuple[str, str], list[Run]] = {}
+    for run in failed:
+        ratio = "" if run["ratio"] is None else f", ratio {run['ratio']:g}"
+        place = f"{run['model']} on {run['dataset']}, length {run['length']}{ratio}"
+        groups.setdefault((place, run["error"]), []).append(run)
+    lines = []
+    for (place, error), runs in groups.items():
+        names = ", ".join(dict.fromkeys(run["contender"] for run in runs))
+        seeds = ", ".join(str(seed) for seed in sorted({run["seed"] for run in runs}))
+        lines.append(f"- {place}: {names} (seeds {seeds}): {error}")
+    return lines
+
+
+def _notes(summary: Summary) -> list[str]:
+    machines = dict.fromkeys(_machine(run["environment"]) for run in summary.runs)
+    return [
+        f"{len(summary.runs)} runs finished, {len(summary.failed)} failed; {summary.trainings} "
+        "trainings in all with the search of learning rates, which is the same for every "
+        "contender: the first seed is trained at each rate, and the rate that is best on "
+        "validation is used for all seeds.",
+        "",
+        "*Smaller*: bytes that scoring needs, of the uncompressed model over the contender's. "
+        "*NDCG@20 test*: mean ± standard deviation over seeds. *To uncompressed*, *to compressed* "
+        "(at the same ratio): mean difference of NDCG@20 over the test users, a user's difference "
+        f"averaged over seeds, with the {LEVEL:.0%} interval of {RESAMPLES:,} bootstrap samples of "
+        "users. *Verdict*: `worse` or `better` where the interval to uncompressed leaves zero out, "
+        "else `as good`. One interval in twenty misses by chance.",
+        "",
+        *[f"On {machine}." for machine in machines],
+    ]
+
+
+def _machine(environment: dict[str, Any]) -> str:
+    versions = ", ".join(
+        f"{n} {environment.get(n)}" for n in ("recbole", "torch", "numpy", "python")
+    )
+    hardware = environment.get("gpu") or environment.get("processor")
+    return f"{hardware}, one thread a run; {versions}"
+
+
+def _title(cell: CellSummary) -> str:
+    return f"{cell.model} on {cell.dataset}, length {cell.length} ({cell.users:,} test users)"
+
+
+def _cells(line: Line) -> list[str]:
+    ratio = "" if line.ratio is None else f"{line.ratio:g}"
+    smaller = "" if line.smaller is None else f"{line.smaller:.2f}"
+    quality = f"{mean(line.test):.4f}" + ("" if line.spread is None else f" ± {line.spread:.4f}")
+    verdict = "" if line.to_uncompressed is None else line.to_uncompressed.verdict
+    return [
+        *(line.contender, ratio, str(len(line.seeds)), f"{line.parameters:,.0f}", smaller, quality),
+        *(_interval(line.to_uncompressed), verdict, _interval(line.to_compressed)),
+    ]
+
+
+def _interval(difference: Difference | None) -> str:
+    if difference is None:
+        return ""
+    return f"{difference.mean:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
+
+
+def as_latex(summary: Summary) -> str:
+    """The same tables for LaTeX; they need the package booktabs."""
+    lines = ["% needs \\usepackage{booktabs}"]
+    for cell in summary.cells:
+        lines += [
+            "\\begin{table}",
+            f"\\caption{{{_escaped(_title(cell))}}}",
+            "\\begin{tabular}{lrrrrrrlr}",
+            "\\toprule",
+            " & ".join(_escaped(name) for name in _HEADER) + " \\\\",
+            "\\midrule",
+            *(" & ".join(_escaped(text) for text in _cells(line)) + " \\\\" for line in cell.lines),
+            "\\bottomrule",
+            "\\end{tabular}",
+            "\\end{table}",
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def _escaped(text: str) -> str:
+    for sign in "&%$#_{}":
+        text = text.replace(sign, f"\\{sign}")
+    return text.replace("±", "$\\pm$").replace("÷", "$\\div$")

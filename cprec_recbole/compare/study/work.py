@@ -1,0 +1,249 @@
+"""The pieces of work of a study: what its processes do, one piece after the other."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from time import perf_counter
+from typing import Any
+
+from recbole.utils import get_model, init_seed
+from safetensors.torch import load_model, save_model
+
+from cprec_recbole.compare.controls import (
+    CONTROLS,
+    Derived,
+    DerivedControl,
+    Setting,
+    Trained,
+    TrainedControl,
+)
+from cprec_recbole.compare.controls.svd import recovered
+from cprec_recbole.compare.experiment import SETTINGS, check_measurable
+from cprec_recbole.compare.fitting import Data, fit, score_times
+from cprec_recbole.compare.results import environment
+from cprec_recbole.compare.sizes import numbers, served_bytes
+from cprec_recbole.compare.study.recipes import (
+    MODEL,
+    QUALITY,
+    Planning,
+    Recipe,
+    Trial,
+    Work,
+    recipe_without_ratio,
+)
+from cprec_recbole.compare.study.spec import (
+    COMPRESSED,
+    RECOVERED,
+    SHARED_OPTIONS,
+    UNCOMPRESSED,
+    Cell,
+    Spec,
+    own_options,
+    scheme_of,
+)
+from cprec_recbole.compare.study.store import TRIALS, WEIGHTS, Store
+from cprec_recbole.compare.users import rank_targets
+from cprec_recbole.compress import compress
+from cprec_recbole.config import CompressionConfig, CompressionError, reject_unknown
+from cprec_recbole.evaluation import evaluate
+from cprec_recbole.files import write_whole
+from cprec_recbole.host import known_options, recbole_config
+from cprec_recbole.models import CompressedRecommender, compression_of
+from cprec_recbole.sequences import item_counts
+
+OnEpoch = Callable[[int, float], None]  # epoch from 0, validation score
+
+
+def do(work: Work, spec: Spec, store: Store, data_path: str | None, on_epoch: OnEpoch) -> None:
+    """Do a piece of work and keep what it gives.
+
+    Raises:
+        Exception: whatever went wrong; nothing is kept then.
+    """
+    logging.getLogger("recbole").setLevel(logging.ERROR)
+    bench = _Bench(spec, store, data_path)
+    if isinstance(work, Planning):
+        store.write("plans", work.key, bench.plan(work))
+    else:
+        bench.train(work, on_epoch)
+
+
+def check(spec: Spec, data_path: str | None) -> None:
+    """Whether RecBole takes what the study asks for, before anything is trained.
+
+    Raises:
+        CompressionError: a data set that is not there, an option that no model of the study has or
+            that RecBole refuses, or options that do not measure NDCG@20.
+    """
+    bench = _Bench(spec, None, data_path)
+    plain = recipe_without_ratio(spec, UNCOMPRESSED)
+    known: set[str] = set()
+    for cell in dict.fromkeys(goal.cell for goal in spec.goals()):
+        config = bench.config(cell, plain.options, spec.seeds[0], None)
+        known.update(known_options(config))
+        check_measurable(config)
+        measured = [f"{m}@{k}".lower() for m in config["metrics"] for k in config["topk"]]
+        if QUALITY not in measured:
+            raise CompressionError(
+                f"Expected `metrics` and `topk` to measure NDCG@20, but got {', '.join(measured)}."
+            )
+    reject_unknown(spec.options, sorted(known))
+
+
+class _Bench:
+    def __init__(self, spec: Spec, store: Any, data_path: str | None) -> None:
+        self.spec, self.store, self.data_path = spec, store, data_path
+
+    def config(self, cell: Cell, options: dict[str, Any], seed: int, rate: float | None) -> Any:
+        given: dict[str, Any] = {"metric_decimal_place": 6}  # RecBole's 4 make ties of rates
+        given |= {**self.spec.options, "MAX_ITEM_LIST_LENGTH": cell.length, "seed": seed}
+        if rate is not None:
+            given["learning_rate"] = rate
+        if self.data_path is not None:
+            given["data_path"] = self.data_path
+        given |= options
+        return recbole_config(f"Cp{cell.model}", cell.dataset, given, [str(SETTINGS)])
+
+    def plan(self, work: Planning) -> dict[str, Any]:
+        """The recipe of each contender, or why there is none, or that it is the compressed one."""
+        plain = recipe_without_ratio(self.spec, UNCOMPRESSED)
+        config = self.config(work.cell, plain.options, self.spec.seeds[0], None)
+        data = Data.of(config)
+        fresh = get_model(config["model"])(config, data.train._dataset)
+        known = compression_of(config)
+        found: dict[str, Any] = {}
+        chosen: dict[str | None, CompressionConfig | str] = {}
+        for name in work.contenders:
+            scheme = scheme_of(name)
+            try:
+                if scheme not in chosen:
+                    chosen[scheme] = _choice(fresh, work.ratio, self.spec.compression, scheme)
+                choice = chosen[scheme]
+                if isinstance(choice, str):
+                    raise CompressionError(choice)
+                compression = replace(
+                    choice, training=known.training, loss_memory=known.loss_memory
+                )
+                setting = Setting(config, data.dataset, compression)
+                found[name] = _recipe(name, setting, work.ratio, self.spec.compression)
+            except CompressionError as error:
+                chosen.setdefault(scheme, str(error))
+                found[name] = {"error": str(error)}
+        return found
+
+    def train(self, work: Trial, on_epoch: OnEpoch) -> None:
+        start = perf_counter()
+        options = {k: v for k, v in work.recipe.options.items() if k != "ratio"}
+        config = self.config(work.cell, options, work.seed, work.rate)
+        data = Data.of(config)
+        init_seed(work.seed, config["reproducibility"])
+        if work.source is None:
+            model, record = self._from_scratch(work, config, data, on_epoch)
+        else:
+            model, record = self._derived(work, config, data)
+        ranked = rank_targets(model, data.test)
+        users = next(iter(data.test))[0]
+        counts = item_counts(data.train._dataset)
+        found = {
+            "dataset": work.cell.dataset,
+            "model": work.cell.model,
+            "length": work.cell.length,
+            "seed": work.seed,
+            "options": work.recipe.options,
+            "learning_rate": work.rate,
+            "parameters": {k: v for k, v in numbers(model).items() if k != "total"},
+            "total_parameters": numbers(model)["total"],
+            "bytes": served_bytes(model),
+            **record,
+            "score_ms": score_times([model], [users])[0],
+            "popularity": ranked.by_popularity(counts),
+            "environment": environment(),
+            "seconds": perf_counter() - start,
+        }
+        if work.recipe == recipe_without_ratio(self.spec, UNCOMPRESSED):
+            path = self.store.path(WEIGHTS, work.key, ".safetensors")
+            write_whole(path, lambda to: save_model(model, str(to)))
+        self.store.write_users(work.key, ranked.by_user())
+        self.store.write(TRIALS, work.key, found)  # last: with it the trial is finished
+
+    def _from_scratch(
+        self, work: Trial, config: Any, data: Data, on_epoch: OnEpoch
+    ) -> tuple[CompressedRecommender, dict[str, Any]]:
+        control = CONTROLS.get(work.recipe.kind)
+        if isinstance(control, TrainedControl):
+            model = control.build(config, data.train._dataset)
+        else:
+            model = get_model(config["model"])(config, data.train._dataset)
+        model = model.to(config["device"])
+        fitted = fit(config, model, data, on_epoch)
+        return model, {
+            "valid": fitted.valid,
+            "test": fitted.test,
+            "valid_curve": fitted.valid_curve,
+            "best_epoch": fitted.best_epoch,
+            "epochs": len(fitted.epoch_seconds),
+            "epoch_seconds": fitted.epoch_seconds,
+        }
+
+    def _derived(
+        self, work: Trial, config: Any, data: Data
+    ) -> tuple[CompressedRecommender, dict[str, Any]]:
+        assert work.source is not None
+        key, best_epoch = work.source
+        recipe = recipe_without_ratio(self.spec, UNCOMPRESSED)
+        plain = self.config(work.cell, recipe.options, work.seed, work.rate)
+        original = get_model(plain["model"])(plain, data.train._dataset)
+        load_model(original, str(self.store.path(WEIGHTS, key, ".safetensors")))
+        original = original.to(plain["device"]).eval()
+        trained = Trained(original, data.train, data.valid, best_epoch, work.seed, work.rate)
+        start = perf_counter()
+        made = _derive(work.recipe, trained)
+        seconds = perf_counter() - start
+        recovery = made.recovery
+        curve = [] if recovery is None else [e[recovery.metric] for e in recovery.epochs]
+        return made.model, {
+            "valid": evaluate(made.model, data.valid),
+            "test": evaluate(made.model, data.test),
+            "valid_curve": curve,
+            "best_epoch": 0 if recovery is None else recovery.kept,
+            "epochs": len(curve),
+            # evaluation included, as recover() does both
+            "epoch_seconds": [seconds / len(curve) for _ in curve],
+        }
+
+
+def _choice(
+    fresh: Any, ratio: float, base: dict[str, Any], scheme: str | None
+) -> CompressionConfig:
+    options = base if scheme is None else {**base, "sharing": scheme}
+    choice = compress(fresh, ratio=ratio, verbose=False, **options).choice
+    assert choice is not None
+    return choice.compression
+
+
+def _recipe(name: str, setting: Setting, ratio: float, base: dict[str, Any]) -> dict[str, Any]:
+    """A contender's recipe for a ratio, as JSON."""
+    if name == RECOVERED:
+        return {"kind": RECOVERED, "options": {"ratio": ratio, **base}}
+    control = CONTROLS.get(name)
+    if control is None:
+        return {"kind": MODEL, "options": own_options(setting.compression)}
+    if not control.differs(setting):
+        return {"same": COMPRESSED}
+    plain = isinstance(control, TrainedControl) and type(control).build is TrainedControl.build
+    found = control.options(setting)
+    options = {k: v for k, v in found.items() if k not in SHARED_OPTIONS}
+    return {"kind": MODEL if plain else name, "options": options}
+
+
+def _derive(recipe: Recipe, trained: Trained) -> Derived:
+    if recipe.kind == RECOVERED:
+        ratio = recipe.options["ratio"]
+        options = {k: v for k, v in recipe.options.items() if k != "ratio"}
+        small = compress(trained.model, data=trained.train, ratio=ratio, verbose=False, **options)
+        return recovered(Derived(small), trained)
+    control = CONTROLS[recipe.kind]
+    assert isinstance(control, DerivedControl)
+    return control.derive(trained, recipe.options)

@@ -1,0 +1,607 @@
+"""Studies: what is run in which order, that nothing is done twice, and what is written."""
+
+import csv
+import io
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from cprec_recbole import CompressionConfig, CompressionError
+from cprec_recbole.cli import main
+from cprec_recbole.compare.study import Goal, Spec, conduct, run_study, write_summary
+from cprec_recbole.compare.study.recipes import Planning, recipe_without_ratio
+from cprec_recbole.compare.study.schedule import Schedule
+from cprec_recbole.compare.study.spec import Cell, own_options
+from cprec_recbole.compare.study.store import Store, read_json
+from cprec_recbole.compare.study.summary import summarise
+from cprec_recbole.compare.study.workers import News, attempt
+
+STUDY = """
+datasets: {made-up: 8}
+models: [SASRec]
+ratios: [1.5]
+seeds: [1, 2]
+contenders: [compressed, recovered, narrower, recjpq-random, full, int8]
+settings:
+  paper: {ranks: [16, 4, 1], softmax: tree}
+learning_rates: [0.01, 0.001]
+options: {epochs: 2, stopping_step: 1, train_batch_size: 64,
+          hidden_size: 16, inner_size: 24, n_layers: 2, n_heads: 2}
+"""
+FEW = STUDY.replace("[1, 2]", "[1]").replace(
+    "[compressed, recovered, narrower, recjpq-random, full, int8]", "[int8]"
+)
+FIELDS = {
+    *("key", "dataset", "model", "length", "seed", "contender", "ratio", "options"),
+    *("learning_rate", "search", "parameters", "total_parameters", "bytes", "valid", "test"),
+    *("valid_curve", "best_epoch", "epochs", "epoch_seconds", "score_ms", "popularity"),
+    *("command", "environment"),
+}
+KEYS = {
+    *(
+        f"made-up_SASRec_L8_{name}_s{seed}"
+        for name in ("uncompressed", "int8", "paper")
+        for seed in (1, 2)
+    ),
+    *(
+        f"made-up_SASRec_L8_{name}_r1.5_s{seed}"
+        for name in ("compressed", "recovered", "narrower", "recjpq-random")
+        for seed in (1, 2)
+    ),
+}  # fmt: skip
+
+
+class Inline:
+    """Workers that do their work in this process."""
+
+    def __init__(self, jobs, spec, folder, data_path):
+        self.arguments = spec, Store(folder, tidy=False), data_path
+        self.work = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    @property
+    def is_idle(self):
+        return self.work is None
+
+    @property
+    def has_room(self):
+        return self.work is None
+
+    def begin(self, work):
+        self.work = work
+
+    def news(self):
+        work, self.work = self.work, None
+        yield News(work, ended=True, error=self.attempt(work))
+
+    def attempt(self, work):
+        return attempt(work, *self.arguments)
+
+
+@pytest.fixture
+def inline(monkeypatch):
+    monkeypatch.setattr(conduct, "Workers", Inline)
+
+
+def spec_of(tmp_path, text=STUDY):
+    file = tmp_path / "study.yaml"
+    file.write_text(text)
+    return Spec.read(str(file))
+
+
+def quiet():
+    return Console(file=io.StringIO(), width=200)
+
+
+def run(spec, folder, world, **options):
+    screen = quiet()
+    schedule = run_study(spec, folder, data_path=world.data_path, console=screen, **options)
+    return schedule, screen.file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def finished(world, tmp_path_factory):
+    """A whole study: its folder and what was printed."""
+    folder = tmp_path_factory.mktemp("study")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conduct, "Workers", Inline)
+        schedule, printed = run(spec_of(folder), folder / "out", world)
+    return folder / "out", schedule, printed
+
+
+def runs_of(folder):
+    return {path.stem: read_json(path) for path in (folder / "runs").glob("*.json")}
+
+
+# what is run
+
+
+def test_every_run_is_kept_with_every_field(finished):
+    folder, schedule, _ = finished
+    runs = runs_of(folder)
+    assert set(runs) == KEYS
+    # "full" is what the compressed model is
+    assert [goal.contender for goal in schedule.dropped] == ["full", "full"]
+    for key, record in runs.items():
+        assert set(record) == FIELDS
+        assert record["key"] == key
+        assert record["total_parameters"] == sum(record["parameters"].values())
+        assert record["command"] == f"cprec compare --only {key}"
+        assert len(record["valid_curve"]) == record["epochs"] == len(record["epoch_seconds"])
+        assert record["environment"]["torch"]
+        assert sum(part["cases"] for part in record["popularity"].values()) == 59
+
+
+def test_users_are_in_one_order_and_their_mean_is_recboles_metric(finished):
+    folder, _, _ = finished
+    sizes = set()
+    for key, record in runs_of(folder).items():
+        users = np.load(folder / "runs" / f"{key}.npy")
+        assert users.dtype == np.float32
+        sizes.add(users.shape)
+        assert users.mean() == pytest.approx(record["test"]["ndcg@20"], abs=2e-6)
+        parts = record["popularity"].values()
+        total = sum((part["ndcg@20"] or 0.0) * part["cases"] for part in parts)
+        assert total / len(users) == pytest.approx(record["test"]["ndcg@20"], abs=2e-6)
+    assert sizes == {(59,)}
+
+
+def test_rates_are_searched_with_the_first_seed_and_the_best_is_used_for_all(finished):
+    folder, _, _ = finished
+    runs = runs_of(folder)
+    for key, record in runs.items():
+        if record["contender"] == "int8":
+            assert record["search"] == []
+            assert record["learning_rate"] is None
+            continue
+        first = runs[f"{key[:-2]}s1"]
+        assert [trial["learning_rate"] for trial in record["search"]] == [0.01, 0.001]
+        best = max(record["search"], key=lambda trial: trial["valid"])
+        assert record["learning_rate"] == best["learning_rate"]
+        assert record["search"] == first["search"]
+        assert first["valid"]["ndcg@20"] == best["valid"]
+    # a training of the search is reused: 2 rates for seed 1, one for seed 2, int8 one each
+    trained = {r["contender"] for r in runs.values()} - {"int8"}
+    assert len(list((folder / "trials").glob("*.json"))) == 3 * len(trained) + 2
+    assert summarise(folder).trainings == 3 * len(trained)
+
+
+def test_weights_of_the_uncompressed_models_alone_are_kept(finished):
+    folder, _, _ = finished
+    kept = sorted(path.name for path in (folder / "weights").iterdir())
+    assert len(kept) == 2
+    assert kept[0].endswith("_s1.safetensors")
+    assert kept[1].endswith("_s2.safetensors")
+
+
+def test_a_finished_study_does_nothing_again(finished, world, tmp_path, monkeypatch):
+    folder, _, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.json")}
+    monkeypatch.setattr(conduct, "Workers", Inline)
+    monkeypatch.setattr(Inline, "begin", lambda self, work: pytest.fail(work.key))
+    schedule, printed = run(spec_of(tmp_path), folder, world)
+    assert "16 runs, 14 of them finished before" in printed
+    assert schedule.open == []
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.json")} == before
+
+
+def test_sizes_are_near_what_was_asked(finished):
+    folder, _, _ = finished
+    runs = runs_of(folder)
+    size = {r["contender"]: r["total_parameters"] for r in runs.values()}
+    assert size["compressed"] <= size["uncompressed"] / 1.5
+    assert size["recovered"] <= size["uncompressed"] / 1.5
+    assert size["narrower"] <= size["compressed"]
+    assert size["int8"] == size["uncompressed"]
+    by_bytes = {r["contender"]: r["bytes"] for r in runs.values()}
+    assert by_bytes["int8"] < 0.4 * by_bytes["uncompressed"]
+
+
+def test_a_recovery_takes_a_quarter_of_the_epochs_at_most(finished):
+    for record in runs_of(finished[0]).values():
+        if record["contender"] == "recovered":
+            assert record["epochs"] == 1
+            assert record["options"]["ratio"] == 1.5
+
+
+# interruptions and failures
+
+
+def test_an_interrupted_study_goes_on_where_it_was(world, tmp_path, monkeypatch, finished):
+    spec, folder = spec_of(tmp_path, FEW), tmp_path / "out"
+    trained = []
+
+    class Interrupted(Inline):
+        left = 0
+
+        def attempt(self, work):
+            if not isinstance(work, Planning):
+                if Interrupted.left == 0:
+                    raise KeyboardInterrupt
+                Interrupted.left -= 1
+                trained.append(work.key)
+            return super().attempt(work)
+
+    monkeypatch.setattr(conduct, "Workers", Interrupted)
+    for n in (0, 1, 3):
+        Interrupted.left = n
+        with pytest.raises(KeyboardInterrupt):
+            run(spec, folder, world)
+    Interrupted.left = 1000
+    run(spec, folder, world)
+    assert len(trained) == len(set(trained))  # nothing was trained twice
+    whole, found = runs_of(finished[0]), runs_of(folder)
+    assert len(found) == 3
+    for key, record in found.items():
+        assert record["test"] == whole[key]["test"], key
+
+
+def test_a_run_that_fails_is_written_down_and_stops_no_other(world, tmp_path, inline):
+    text = FEW.replace("[int8]", "[compressed, narrower, recovered]").replace("[1.5]", "[400]")
+    folder = tmp_path / "out"
+    run(spec_of(tmp_path, text), folder, world)
+    runs = runs_of(folder)
+    failed = {key for key, record in runs.items() if "error" in record}
+    names = ("compressed", "narrower", "recovered")
+    assert failed == {f"made-up_SASRec_L8_{name}_r400_s1" for name in names}
+    assert "Expected a budget of" in runs["made-up_SASRec_L8_compressed_r400_s1"]["error"]
+    assert len(runs) == 5
+    write_summary(folder)
+    table = (folder / "compare.md").read_text()
+    (line,) = [line for line in table.splitlines() if line.startswith("- SASRec on made-up")]
+    assert "length 8, ratio 400: compressed, narrower, recovered (seeds 1): Expected" in line
+    # tried again only where that is asked for
+    before = {path.name for path in (folder / "trials").glob("*.json")}
+    _, printed = run(spec_of(tmp_path, text), folder, world)
+    assert "5 runs, 5 of them finished" in printed
+    _, printed = run(spec_of(tmp_path, text), folder, world, retry=True)
+    assert "5 runs, 2 of them finished" in printed
+    assert {path.name for path in (folder / "trials").glob("*.json")} >= before - failed
+
+
+def test_a_rate_that_fails_is_not_the_best(world, tmp_path, inline, monkeypatch):
+    text = FEW.replace("0.001]", "0.001, 0.5]")
+    spec, folder = spec_of(tmp_path, text), tmp_path / "out"
+    store = Store(folder)
+    plain = recipe_without_ratio(spec, "uncompressed")
+    cell = Cell("made-up", "SASRec", 8)
+    store.write("trials", plain.trial_key(cell, 0.5, 1), {"error": "loss is nan"})
+    run(spec, folder, world)
+    record = runs_of(folder)["made-up_SASRec_L8_uncompressed_s1"]
+    assert record["search"][2] == {"learning_rate": 0.5, "valid": None}
+    assert record["learning_rate"] in (0.01, 0.001)
+
+
+def test_processes_work_side_by_side_and_one_that_is_killed_is_replaced(
+    world, tmp_path, ready_processes, monkeypatch
+):
+    folder = tmp_path / "out"
+    killed = []
+
+    class Killing(conduct.Workers):
+        def begin(self, work):
+            super().begin(work)
+            if not killed:
+                worker = next(w for w in self.workers if w.work is work)
+                os.kill(worker.process.pid, signal.SIGKILL)
+                killed.append(work.key)
+
+    monkeypatch.setattr(conduct, "Workers", Killing)
+    _, printed = run(spec_of(tmp_path, FEW), folder, world, jobs=2)
+    trial = read_json(folder / "trials" / f"{killed[0]}.json")
+    assert "ended by SIGKILL" in trial["error"]
+    assert "ended by SIGKILL" in printed
+    runs = runs_of(folder)
+    assert len(runs) == 3
+    assert not any("error" in record for record in runs.values())  # the other rate was there
+    assert runs["made-up_SASRec_L8_paper_s1"]["environment"]["torch_threads"] == 1
+
+
+# the order of things
+
+
+def schedule_of(tmp_path, text=STUDY, only=None):
+    spec = spec_of(tmp_path, text)
+    return Schedule(spec, Store(tmp_path / "out"), "cprec compare", only)
+
+
+def finish(schedule, work, valid=0.1, error=None):
+    """Pretend that work was done."""
+    if error is None and isinstance(work, Planning):
+        recipe = {"kind": "model", "options": {}}
+        plan = {name: {**recipe, "options": {"name": name}} for name in work.contenders}
+        schedule.store.write("plans", work.key, plan)
+    elif error is None:
+        record = {
+            "learning_rate": work.rate,
+            "best_epoch": 4,
+            "valid": {"ndcg@20": valid},
+            "options": {},
+        }
+        schedule.store.write_users(work.key, np.zeros(3, np.float32))
+        schedule.store.write("trials", work.key, record)
+    schedule.done(work, error)
+
+
+def test_the_most_telling_runs_come_first_and_nothing_twice(tmp_path):
+    text = STUDY.replace("{made-up: 8}", "{a: [10, 20], b: 50}").replace(
+        "[SASRec]", "[SASRec, GRU4Rec]"
+    )
+    schedule = schedule_of(tmp_path, text)
+    order, keys = [], []
+    while (work := schedule.next()) is not None:
+        keys.append(work.key)
+        if not isinstance(work, Planning):
+            order.append((work.seed, work.cell.dataset, work.contender))
+        finish(schedule, work)
+    assert len(keys) == len(set(keys))
+    assert schedule.open == []
+    place = {name: i for i, name in enumerate(spec_of(tmp_path, text).contenders)}
+    assert order == sorted(order, key=lambda o: (o[0], o[1], place[o[2]]))
+    assert order[0] == (1, "a", "uncompressed")
+
+
+def test_what_waits_is_not_handed_out(tmp_path):
+    schedule = schedule_of(tmp_path)
+    begun = []
+    while (work := schedule.next()) is not None:
+        begun.append(work)
+    # both rates of the uncompressed model and of the fixed setting, and the plan of the others
+    assert [getattr(work, "contender", "plan") for work in begun] == [
+        *("uncompressed", "uncompressed", "plan", "paper", "paper")
+    ]
+    finish(schedule, begun[0], valid=0.1)
+    assert schedule.next() is None  # the other rate is not finished
+    finish(schedule, begun[1], valid=0.2)
+    following = schedule.next()
+    assert (following.contender, following.source[1]) == ("int8", 4)
+    assert following.source[0] == begun[1].key  # the weights of the better rate
+    others = schedule.next()
+    assert (others.contender, others.seed, others.rate) == ("uncompressed", 2, 0.001)
+
+
+def test_what_needs_a_failed_run_fails_with_it(tmp_path):
+    schedule = schedule_of(tmp_path)
+    while (work := schedule.next()) is not None:
+        broken = not isinstance(work, Planning) and work.contender == "uncompressed"
+        finish(schedule, work, error="no memory" if broken else None)
+    runs = runs_of(tmp_path / "out")
+    failed = {record["contender"] for record in runs.values() if "error" in record}
+    assert failed == {"uncompressed", "recovered", "int8"}
+    assert (
+        "there is no made-up_SASRec_L8_uncompressed_s1: no memory"
+        in (runs["made-up_SASRec_L8_int8_s1"]["error"])
+    )
+
+
+def test_only_some_runs_and_what_they_need(tmp_path):
+    schedule = schedule_of(tmp_path, only=["*_recovered_r1.5_s2"])
+    wanted = {(goal.contender, goal.seed) for goal in schedule.goals}
+    assert wanted == {(name, seed) for name in ("uncompressed", "recovered") for seed in (1, 2)}
+    with pytest.raises(CompressionError, match=r"`only` to be a pattern .* got 'x\*'"):
+        schedule_of(tmp_path, only=["x*"])
+
+
+def test_equal_trainings_have_one_name(tmp_path):
+    spec = spec_of(tmp_path, STUDY + "  \n".join(["", "sharing: [none, cross_layer]"]))
+    assert [n for n in spec.contenders if n.startswith("compressed-")] == [
+        "compressed-none",
+        "compressed-cross_layer",
+    ]
+    plain = recipe_without_ratio(spec, "uncompressed")
+    cell = Cell("a", "SASRec", 8)
+    same = type(plain)(plain.kind, dict(reversed(plain.options.items())))
+    assert plain.trial_key(cell, 0.01, 1) == same.trial_key(cell, 0.01, 1)
+    names = {
+        plain.trial_key(cell, 0.01, 1),
+        plain.trial_key(cell, 0.02, 1),
+        plain.trial_key(cell, 0.01, 2),
+        recipe_without_ratio(spec, "int8").trial_key(cell, 0.01, 1),
+        recipe_without_ratio(spec, "paper").trial_key(cell, 0.01, 1),
+    }
+    assert len(names) == 5
+
+
+# the file
+
+
+def test_a_file_says_what_to_run(tmp_path):
+    spec = spec_of(tmp_path)
+    assert spec.contenders == (
+        *("uncompressed", "compressed", "recovered", "narrower", "recjpq-random", "full", "int8"),
+        "paper",
+    )
+    assert spec.settings["paper"] == own_options(
+        CompressionConfig(ranks=(16, 4, 1), softmax="tree")
+    )
+    goals = list(spec.goals())
+    assert goals[0] == Goal(Cell("made-up", "SASRec", 8), "uncompressed", None, 1)
+    assert len({goal.key for goal in goals}) == len(goals) == 16
+    several = spec_of(tmp_path, "datasets: [a, b]\nratios: {a: [2, 4], b: 8}")
+    assert several.ratios == {"a": (2.0, 4.0), "b": (8.0,)}
+    everything = spec_of(tmp_path, "contenders: all")
+    assert {"recovered", "hashing", "recjpq-svd", "tree"} <= set(everything.contenders)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("dataset: ml-100k", "did you mean `datasets`"),
+        ("models: [BERT]", "`models` to be out of NextItNet.*got 'BERT'"),
+        ("ratios: [0.5]", "`ratio` to be a number of times"),
+        ("ratios: []", "`ratios` to have one value"),
+        (
+            "ratios: {lastfm: 4}",
+            "or a list for each of ml-100k, but got lastfm",
+        ),
+        ("seeds: []", "`seeds` to have one value"),
+        ("seeds: [a]", "`seeds` to be whole numbers"),
+        ("contenders: [pruning]", "`contenders` to be out of all, uncompressed.*got 'pruning'"),
+        ("sharing: [all]", "`sharing` to be out of none"),
+        ("learning_rates: [1e-3]", "write 0.001"),
+        ("learning_rates: [0]", "`learning_rates` to be numbers between"),
+        ("datasets: {a: 0}", "`datasets` to give a a length"),
+        ("datasets: {a/b: 5}", "`datasets` to hold names"),
+        ("datasets: 5", "`datasets` to be names"),
+        ("settings: {tree: {softmax: tree}}", "`settings` to have names"),
+        ("settings: {mine: {rank: 3}}", "did you mean `ranks`"),
+        ("settings: [1]", "`settings` to hold names and values"),
+        ("compression: {ranks: [4]}", "Expected an option out of softmax, tied, sharing"),
+        ("compression: {softmax: flat}", "`softmax` to be one of"),
+        ("options: {seed: 3}", "`options` to leave `seed` to the study"),
+        ("options: {ranks: [3]}", "`options` to leave `ranks` to the study"),
+        ("[1, 2]", "`config` to hold names and values"),
+    ],
+)
+def test_bad_files_are_refused(tmp_path, text, words):
+    with pytest.raises(CompressionError, match=words):
+        spec_of(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("epochs: 2", "epoch: 2"), "did you mean `epochs`"),
+        (("epochs: 2", "epochs: 0"), "`epochs` to be a whole number"),
+        (("epochs: 2", "topk: [10], valid_metric: NDCG@10"), "to measure NDCG@20"),
+        (("{made-up: 8}", "{missing: 8}"), "`dataset` to be ml-100k"),
+    ],
+)
+def test_what_recbole_refuses_is_found_before_training(world, tmp_path, inline, change, words):
+    spec = spec_of(tmp_path, STUDY.replace(*change))
+    with pytest.raises(CompressionError, match=words):
+        run(spec, tmp_path / "out", world)
+    assert not (tmp_path / "out").exists()
+
+
+def test_runs_of_other_options_are_not_mixed(world, finished, tmp_path, inline):
+    folder, _, _ = finished
+    for change in (("epochs: 2", "epochs: 3"), ("0.001]", "0.002]"), ("[1, 2]", "[2, 1]")):
+        with pytest.raises(CompressionError, match=r"with which the runs in .* use another --out"):
+            run(spec_of(tmp_path, STUDY.replace(*change)), folder, world)
+
+
+def test_contenders_may_be_added_but_not_changed(tmp_path):
+    store = Store(tmp_path / "out")
+    store.agree(spec_of(tmp_path))
+    added = STUDY.replace("settings:", "settings:\n  other: {ranks: [8, 2]}")
+    store.agree(spec_of(tmp_path, added))
+    with pytest.raises(CompressionError, match="`settings: other` to be"):
+        store.agree(spec_of(tmp_path, added.replace("[8, 2]", "[8, 4]")))
+    store.agree(spec_of(tmp_path))  # what is not asked for any more does not matter
+
+
+@pytest.mark.parametrize("jobs", [0, 1.5, True])
+def test_jobs_are_counted(world, tmp_path, jobs):
+    with pytest.raises(CompressionError, match="`jobs` to be 1 or more"):
+        run(spec_of(tmp_path), tmp_path / "out", world, jobs=jobs)
+
+
+# what is written
+
+
+def test_the_tables_hold_the_figures_of_the_runs(finished):
+    folder, _, _ = finished
+    written = write_summary(folder, latex=True)
+    assert {path.name for path in written} >= {"compare.csv", "compare.md", "compare.tex"}
+    runs = runs_of(folder)
+    rows = list(csv.DictReader((folder / "compare.csv").open()))
+    assert {row["key"] for row in rows} == KEYS
+    for row in rows:
+        record = runs[row["key"]]
+        assert float(row["test_ndcg@20"]) == record["test"]["ndcg@20"]
+        assert int(row["parameters_table"]) == record["parameters"]["table"]
+        assert int(row["tail_cases"]) == record["popularity"]["tail"]["cases"]
+        assert row["error"] == ""
+    text = (folder / "compare.md").read_text()
+    assert "SASRec on made-up, length 8 (59 test users)" in text
+    lines = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    assert [line[0] for line in lines[1:]] == [
+        *("| uncompressed", "| int8", "| paper"),
+        *("| compressed", "| recovered", "| narrower", "| recjpq-random"),
+    ]
+    found = {line[0][2:]: line for line in lines[1:]}
+    values = [r["test"]["ndcg@20"] for r in runs.values() if r["contender"] == "compressed"]
+    mean, spread = np.mean(values), np.std(values, ddof=1)
+    assert found["compressed"][5] == f"{mean:.4f} ± {spread:.4f}"
+    users = {key: np.load(folder / "runs" / f"{key}.npy") for key in runs}
+    difference = np.mean(
+        [
+            users[f"made-up_SASRec_L8_compressed_r1.5_s{s}"].astype(float)
+            - users[f"made-up_SASRec_L8_uncompressed_s{s}"]
+            for s in (1, 2)
+        ]
+    )
+    assert found["compressed"][6].startswith(f"{difference:+.4f} [")
+    assert found["compressed"][7] in ("as good", "better", "worse")
+    assert found["uncompressed"][6:8] == ["", ""]
+    assert found["narrower"][8] != " |"
+    assert found["int8"][8] == " |"  # of no ratio: there is no compressed model beside it
+    latex = (folder / "compare.tex").read_text()
+    assert latex.count("\\\\") == 1 + 7
+    assert "$\\pm$" in latex
+
+
+def test_a_summary_of_nothing_is_an_error(tmp_path):
+    with pytest.raises(CompressionError, match="`out` to be the folder of a study"):
+        write_summary(tmp_path)
+
+
+def test_a_users_file_that_is_missing_is_named(finished, tmp_path):
+    folder, _, _ = finished
+    key = "made-up_SASRec_L8_int8_s1"
+    (tmp_path / "runs").mkdir()
+    record = read_json(folder / "runs" / f"{key}.json")
+    (tmp_path / "runs" / f"{key}.json").write_text(json.dumps(record))
+    with pytest.raises(CompressionError, match=rf"{key}\.npy to hold a number for each test user"):
+        write_summary(tmp_path)
+    (tmp_path / "runs" / "x.json").write_text("{")
+    with pytest.raises(CompressionError, match=r"x\.json to hold JSON"):
+        write_summary(tmp_path)
+
+
+def test_the_command_runs_a_study_and_writes_its_tables(world, tmp_path, inline, capsys):
+    text = FEW.replace("0.01, 0.001", "0.01")
+    file, out = tmp_path / "study.yaml", tmp_path / "out"
+    file.write_text(text)
+    arguments = ["compare", "--study", str(file), "--out", str(out), "--latex"]
+    assert main([*arguments, "--data-path", world.data_path]) == 0
+    printed = capsys.readouterr().out
+    assert "3 runs, 0 of them finished before" in printed
+    assert "compare.md" in printed
+    record = read_json(out / "runs" / "made-up_SASRec_L8_int8_s1.json")
+    assert record["command"] == (
+        "cprec compare --study study.yaml --out FOLDER --data-path DATA "
+        "--only made-up_SASRec_L8_int8_s1"
+    )
+    (out / "compare.md").unlink()
+    assert main(["compare", "--summary", "--out", str(out)]) == 0
+    assert (out / "compare.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["compare"], "`model` to be one of"),
+        (["compare", "--study", "s.yaml", "--model", "SASRec"], "all in its file, but got `model`"),
+        (["compare", "--study", "s.yaml", "--epochs=3"], "all in its file, but got `epochs`"),
+        (["compare", "--study", "s.yaml", "--controls", "tree"], "but got `controls`"),
+        (["compare", "--study", "missing.yaml"], "missing.yaml"),
+        (["compare", "--model", "SASRec", "--latex"], "`latex` only with --study"),
+        (["compare", "--summary", "--out", "nowhere"], "`out` to be the folder of a study"),
+    ],
+)
+def test_bad_commands_are_one_line(arguments, words, capsys):
+    assert main(arguments) == 2
+    printed = capsys.readouterr().err
+    assert words in printed
+    assert printed.count("\n") == 1
