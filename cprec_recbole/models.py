@@ -18,7 +18,7 @@ from cprec_recbole.backbones import Backbone, Reading, build_host
 from cprec_recbole.config import CompressionConfig, CompressionError
 from cprec_recbole.embedding import Block, BlockEmbedding
 from cprec_recbole.exchange import Group
-from cprec_recbole.item_tables import Host
+from cprec_recbole.item_tables import Host, MaskedLookUp
 from cprec_recbole.optimizers import steps_sparsely
 from cprec_recbole.outcome import Choice, WarmStart
 from cprec_recbole.partition import Partition
@@ -137,7 +137,7 @@ class CompressedRecommender(Servable, SequentialRecommender):
     def table(self) -> BlockEmbedding:
         """The item table: what the backbone looks items up in."""
         look_up = self.backbone.item_embedding
-        return look_up if isinstance(look_up, BlockEmbedding) else look_up.table
+        return look_up.table if isinstance(look_up, MaskedLookUp) else look_up
 
     @property
     def reading(self) -> Reading:

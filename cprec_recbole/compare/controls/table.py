@@ -152,7 +152,7 @@ class TableRecommender(CompressedRecommender):
 
     def assemble(self, host: Any, table: Any, tail: Any = Block) -> None:
         """Put the parts together: table into host, layers shared, a flat softmax on top."""
-        host.item_embedding = table
+        self.record.table.put(host, table)
         layers = self.record.layers(host)
         share(layers, sharing_plan(self.compression.sharing, len(layers), self.record.group))
         self.loss_type = host.loss_type

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from cprec_recbole.records import BACKBONES
 from cprec_recbole.budget import checked_ratio
 from cprec_recbole.compare.controls import ALL, CONTROLS, DerivedControl, find_controls
 from cprec_recbole.config import (
@@ -20,6 +19,7 @@ from cprec_recbole.config import (
     reject_unknown,
 )
 from cprec_recbole.host import read_options
+from cprec_recbole.records import BACKBONES
 
 UNCOMPRESSED, COMPRESSED, RECOVERED = "uncompressed", "compressed", "recovered"
 WITHOUT_RATIO = (UNCOMPRESSED, "int8")  # what they are does not depend on a ratio

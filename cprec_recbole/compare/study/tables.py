@@ -1,16 +1,16 @@
-"""The summary of a study as CSV, Markdown and LaTeX, and the page where it can be made."""
+"""The summary of a study as CSV, Markdown and LaTeX, and its page."""
 
 from __future__ import annotations
 
 import csv
-import importlib
 import io
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from cprec_recbole.compare.statistics import LEVEL, RESAMPLES, Difference
+from cprec_recbole.compare.page import write_page
+from cprec_recbole.compare.statistics import LEVEL, RESAMPLES, Difference, paired_difference
 from cprec_recbole.compare.study.store import write_text
 from cprec_recbole.compare.study.summary import CellSummary, Line, Run, Summary, summarise
 from cprec_recbole.compare.users import PARTS
@@ -26,8 +26,8 @@ _HEADER = (
 
 
 def write_summary(folder: Path, *, latex: bool = False) -> list[Path]:
-    """Write `compare.csv`, `compare.md`, with `latex` also `compare.tex`, and `compare.html` where
-    the page is installed; returns what was written.
+    """Write `compare.csv`, `compare.md`, with `latex` also `compare.tex`, and the page
+    `compare.html`; returns what was written.
 
     Args:
         folder: of a study.
@@ -43,12 +43,9 @@ def write_summary(folder: Path, *, latex: bool = False) -> list[Path]:
     for name, text in texts.items():
         write_text(folder / name, text)
     written = [folder / name for name in texts]
-    try:
-        page: Any = importlib.import_module("cprec_recbole.compare.page")
-    except ImportError:  # an installation without it
-        return written
-    page.write_page(folder, folder / "compare.html")
-    return [*written, folder / "compare.html"]
+    page = folder / "compare.html"
+    write_page(folder, page, paired_interval=paired_difference)
+    return [*written, page]
 
 
 def as_csv(summary: Summary) -> str:
