@@ -18,6 +18,7 @@ from cprec_recbole.models import (  # noqa: E402
 )
 from cprec_recbole.partition import Partition  # noqa: E402
 from cprec_recbole.pretrained import load_pretrained  # noqa: E402
+from cprec_recbole.quantize import quantize  # noqa: E402
 from cprec_recbole.recover import recover  # noqa: E402
 from cprec_recbole.running import run  # noqa: E402
 from cprec_recbole.softmax import FullSoftmax, TreeSoftmax  # noqa: E402
@@ -42,6 +43,7 @@ __all__ = [
     "evaluate",
     "load_data_and_model",
     "load_pretrained",
+    "quantize",
     "recover",
     "run",
     "run_recbole",

@@ -18,6 +18,7 @@ from cprec_recbole.config import CompressionConfig, CompressionError
 from cprec_recbole.embedding import Block, BlockEmbedding
 from cprec_recbole.exchange import Group
 from cprec_recbole.group import own_rows
+from cprec_recbole.int8 import not_trained
 from cprec_recbole.optimizers import steps_sparsely
 from cprec_recbole.outcome import Choice, WarmStart
 from cprec_recbole.partition import Partition
@@ -84,7 +85,11 @@ class CompressedRecommender(Servable, SequentialRecommender):
 
     @classmethod
     def from_host(
-        cls, host: Host, table: BlockEmbedding, compression: CompressionConfig
+        cls,
+        host: Host,
+        table: BlockEmbedding,
+        compression: CompressionConfig,
+        make_block: Callable[[int, int, int], Block] = Block,
     ) -> CompressedRecommender:
         """Build around a model and the table that replaces its own.
 
@@ -92,6 +97,7 @@ class CompressedRecommender(Servable, SequentialRecommender):
             host: a RecBole model of this class's record, without a table; it becomes a part.
             table: the block embedding that takes the table's place.
             compression: the options; layers that share keep the first of each set.
+            make_block: what makes the blocks of an untied softmax.
         """
         model = cls.__new__(cls)
         torch.nn.Module.__init__(model)  # parts only: there is no config to read
@@ -99,13 +105,24 @@ class CompressedRecommender(Servable, SequentialRecommender):
             setattr(model, name, getattr(host, name))
         model.compression = compression
         model.reads_last_column = cls.record.reads_last_column
-        model.assemble(host, table)
+        model.assemble(host, table, make_block, make_block)
         return model
 
     def assemble(
-        self, host: Host, table: BlockEmbedding, tail: Callable[[int, int, int], Block] = Block
+        self,
+        host: Host,
+        table: BlockEmbedding,
+        tail: Callable[[int, int, int], Block] = Block,
+        first: Callable[[int, int, int], Block] = Block,
     ) -> None:
-        """Put the parts together: table into host, layers shared, softmax on top."""
+        """Put the parts together: table into host, layers shared, softmax on top.
+
+        Args:
+            host: a RecBole model without a table.
+            table: the block embedding that takes the table's place.
+            tail: what makes the tail blocks of an untied softmax.
+            first: what makes its head.
+        """
         host.item_embedding = table
         layers = self.record.layers(host)
         plan = sharing_plan(self.compression.sharing, len(layers), self.record.group)
@@ -114,7 +131,9 @@ class CompressedRecommender(Servable, SequentialRecommender):
         self.backbone = host
         softmax_table = table
         if not self.compression.tied:
-            softmax_table = BlockEmbedding(table.partition, table.ranks, table.dim, tail)
+            softmax_table = BlockEmbedding(
+                table.partition, table.ranks, table.dim, tail, first
+            )
         memory = int(self.compression.loss_memory)
         self.head = build_softmax(self.compression.softmax, softmax_table, memory)
 
@@ -148,7 +167,13 @@ class CompressedRecommender(Servable, SequentialRecommender):
         return states[torch.arange(len(states), device=states.device), item_seq_len - 1]
 
     def calculate_loss(self, interaction: Interaction) -> Tensor:
-        """Training loss of a batch, `[]`: every position of a window, or the last of a prefix."""
+        """Training loss of a batch, `[]`: every position of a window, or the last of a prefix.
+
+        Raises:
+            CompressionError: rows in int8, which cannot be trained.
+        """
+        if self.table.is_int8:
+            raise not_trained()
         item_seq, lengths = interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN]
         if NEXT_ITEMS in interaction:
             longest = int(lengths.max())

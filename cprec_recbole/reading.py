@@ -166,16 +166,18 @@ class Reader:
         buffer = self.query.new_empty(0 if one else per_piece * size, self.query.shape[1])
         for i, first in enumerate(firsts):
             if groups is None:
-                part = codes[first * size : (first + per_piece) * size]
+                start, end = first * size, min(len(codes), (first + per_piece) * size)
+            else:
+                start, end = 0, size * len(groups[first : first + per_piece])
+            if one:
+                piece = torch.mm(self._factor.T, self.strip.columns[:, start:end]).T
+            elif groups is None:
+                piece = self.strip.multiply(start, end, self._factor, buffer[: end - start])
             else:
                 some = groups[first : first + per_piece]
                 part = codes.view(-1, size, codes.shape[1])[some].flatten(0, 1)
-            if one:
-                across = self.strip.columns[:, first * size : first * size + len(part)]
-                piece = torch.mm(self._factor.T, across).T
-            else:
-                piece = torch.mm(part, self._factor, out=buffer[: len(part)])
-            self.rows_read += len(part)
+                piece = torch.mm(part, self._factor, out=buffer[:end])
+            self.rows_read += end - start
             here = slice(cuts[i], cuts[i + 1])
             barred = rows[here] - first * size, columns[here]
             if bar and len(barred[0]):
