@@ -1,8 +1,8 @@
 """Rows of a block in int8, each with a scale of its own; made by `quantize`.
 
 A row w is kept as whole numbers q from -127 to 127 and a scale s: `w = s q`, off by at most s / 2.
-Scales are numbers of bfloat16's precision: eight bits times seven are exact in float32, so that what
-a float32 and a float64 computation read is the very same row.
+Scales are numbers of bfloat16's precision: eight bits times seven are exact in float32, so that
+computations in float32 and float64 read the very same row.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from cprec_recbole.embedding import Block
 
 LARGEST = 127  # symmetric: -128 is not used
 SCALE_DTYPE = torch.bfloat16  # as which scales are kept in a folder
+BYTES_PER_SCALE = 2
 _PIECE = 2**15  # rows that are turned into float at a time: they stay in the cache
 _SMALLEST_SCALE = 2.0**-126  # so that no product of a scale is below float32's normal numbers
 
@@ -135,7 +136,7 @@ class Int8Block(Block):
     @classmethod
     def of(cls, block: Block) -> Int8Block:
         """A block's rows in int8, with a copy of its projection; the block is left as it was."""
-        size, rank = block.weight.shape
+        rank = block.weight.shape[1]
         dim = rank if block.projection is None else block.projection.shape[1]
         small = cls(0, rank, dim)
         small._take(*quantized_rows(block.weight.detach()))

@@ -131,9 +131,7 @@ class CompressedRecommender(Servable, SequentialRecommender):
         self.backbone = host
         softmax_table = table
         if not self.compression.tied:
-            softmax_table = BlockEmbedding(
-                table.partition, table.ranks, table.dim, tail, first
-            )
+            softmax_table = BlockEmbedding(table.partition, table.ranks, table.dim, tail, first)
         memory = int(self.compression.loss_memory)
         self.head = build_softmax(self.compression.softmax, softmax_table, memory)
 

@@ -89,7 +89,7 @@ def _block_kind(rows: object) -> type[Block]:
     kinds = {None: Block, "int8": Int8Block}
     if rows not in kinds:
         raise CompressionError(f"Expected `rows` to be int8 or left out, but got {rows!r}.")
-    return kinds[rows]  # type: ignore[index]
+    return kinds[rows]
 
 
 @torch.no_grad()

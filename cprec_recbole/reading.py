@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -136,7 +136,7 @@ class Reader:
         rows = groups.unsqueeze(1) * self.group + torch.arange(self.group, device=groups.device)
         n_rows, rank = self.strip.codes.shape
         if isinstance(self.strip, GroupedStrip):
-            codes = self.strip.codes.view(-1, self.group, rank)[groups]
+            codes = self.strip.members(groups)
         else:
             codes = self.strip.codes[rows.clamp(max=n_rows - 1).flatten()]
             codes = codes.view(-1, self.group, rank)
@@ -174,8 +174,7 @@ class Reader:
             elif groups is None:
                 piece = self.strip.multiply(start, end, self._factor, buffer[: end - start])
             else:
-                some = groups[first : first + per_piece]
-                part = codes.view(-1, size, codes.shape[1])[some].flatten(0, 1)
+                part = self._grouped.members(groups[first : first + per_piece]).flatten(0, 1)
                 piece = torch.mm(part, self._factor, out=buffer[:end])
             self.rows_read += end - start
             here = slice(cuts[i], cuts[i + 1])
@@ -183,6 +182,10 @@ class Reader:
             if bar and len(barred[0]):
                 piece[barred] = -torch.inf
             yield piece, barred
+
+    @property
+    def _grouped(self) -> GroupedStrip:
+        return cast(GroupedStrip, self.strip)  # only of these are some groups asked for
 
     def _barred_of(self, groups: Tensor) -> tuple[Tensor, Tensor]:
         """Barred rows as they lie in some groups read after one another."""

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from cprec_recbole.config import CompressionError, is_number, is_whole
 from cprec_recbole.evaluation import check_evaluation_data, evaluate, valid_metric
-from cprec_recbole.int8 import not_trained
 from cprec_recbole.histories import Histories, histories_of
+from cprec_recbole.int8 import not_trained
 from cprec_recbole.models import CompressedRecommender
 from cprec_recbole.modes import in_eval_mode
 from cprec_recbole.original import Original

@@ -156,10 +156,13 @@ class GroupedStrip(Strip):
     there, so that such a row's logit is -inf.
 
     Attributes:
+        codes: the rows, `[G s, r + 1]`, in float whatever they were made from.
         group: rows to a group.
         bounds: of the groups.
         branches: bounds of branches of the tree that the groups are the leaves of.
     """
+
+    codes: Tensor
 
     def __init__(self, whole: PlainStrip) -> None:
         axes, basis = _principal_axes(whole.codes, whole.basis)
@@ -182,6 +185,10 @@ class GroupedStrip(Strip):
         self._row_of[order[real]] = slots.view(order.shape)[real]
         own = torch.where(real, order + whole.start, PADDING)
         self._positions = own.flatten().to(torch.int32)
+
+    def members(self, groups: Tensor) -> Tensor:
+        """The rows of some groups, `[G] -> [G, s, r + 1]`."""
+        return self.codes.view(-1, self.group, self.codes.shape[1])[groups]
 
     def factor(self, query: Tensor) -> Tensor:
         """As Strip.factor, with a last row of ones, `[r, B] -> [r + 1, B]`."""
