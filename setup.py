@@ -26,6 +26,8 @@ RECBOLE_NEEDS = [
     "tqdm>=4.48.2",
 ]
 
+EXPORT = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"]
+
 setup(
     name="cprec_recbole",
     version=VERSION,
@@ -48,7 +50,8 @@ setup(
     ],
     extras_require={
         "bench": ["faiss-cpu", "matplotlib"],
-        "test": ["pytest>=8", "hypothesis>=6", "ruff>=0.6", "mypy>=1.11", "types-PyYAML"],
+        "export": EXPORT,
+        "test": [*EXPORT, "pytest>=8", "hypothesis>=6", "ruff>=0.6", "mypy>=1.11", "types-PyYAML"],
     },
     entry_points={"console_scripts": ["cprec = cprec_recbole.cli:main"]},
     classifiers=[

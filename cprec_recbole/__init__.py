@@ -10,6 +10,7 @@ from recbole.quick_start import load_data_and_model, run_recbole  # noqa: E402
 from cprec_recbole.compress import compress  # noqa: E402
 from cprec_recbole.embedding import BlockEmbedding  # noqa: E402
 from cprec_recbole.evaluation import evaluate  # noqa: E402
+from cprec_recbole.export import export  # noqa: E402
 from cprec_recbole.models import (  # noqa: E402
     CompressedRecommender,
     CpGRU4Rec,
@@ -41,6 +42,7 @@ __all__ = [
     "Vocabulary",
     "compress",
     "evaluate",
+    "export",
     "load_data_and_model",
     "load_pretrained",
     "quantize",

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from cprec_recbole.commands import compare, compress, recommend, report, train
+from cprec_recbole.commands import compare, compress, export, recommend, report, train
 from cprec_recbole.commands.common import value
 from cprec_recbole.config import CompressionError
 
@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (compare, report, train, compress, recommend):
+    for command in (compare, report, train, compress, export, recommend):
         command.add_parser(commands)
     return parser
 

@@ -80,7 +80,7 @@ class Partition(nn.Module):
 
     def by_item(self, by_position: Tensor) -> Tensor:
         """Bring columns from popularity order into RecBole's id order, `[..., n_items]`."""
-        return by_position[..., self.position_of]
+        return by_position.index_select(-1, self.position_of)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""

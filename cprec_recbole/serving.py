@@ -148,6 +148,14 @@ class Servable(nn.Module):
             [[vocabulary.token(i) for i in row] for row in best.items.tolist()], best.scores
         )
 
+    def known_vocabulary(self) -> Vocabulary:
+        """The tokens of the items.
+
+        Raises:
+            CompressionError: a model that knows none.
+        """
+        return self._vocabulary()
+
     def build_index(self) -> None:
         """Prepare `recommend` to skip most of a large catalogue; see SoftmaxHead.build_index."""
         self.head.build_index()
