@@ -26,7 +26,7 @@ RECBOLE_NEEDS = [
     "tqdm>=4.48.2",
 ]
 
-EXPORT = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"]
+EXPORT = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.7"]
 
 setup(
     name="cprec_recbole",

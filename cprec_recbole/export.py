@@ -23,10 +23,8 @@ from cprec_recbole.topk import check_k
 OPSET = 18
 SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
 INPUTS, OUTPUTS = ("history", "exclude"), ("items", "scores")
+_AXES = {"history": {0: "batch"}, "exclude": {0: "batch", 1: "excluded"}}  # that may differ
 _LARGEST = 2**31 - 2**24  # an ONNX file is one protocol buffer, which ends at 2 GiB
-# what may be computed when the graph is written, in numbers: shapes and positions of a history, but
-# no table, which would then be in the file twice
-_FOLDED = 64
 
 
 def export(
@@ -146,11 +144,13 @@ def _program(exportable: Exportable, small: CompressedRecommender) -> Any:
     history = torch.zeros(3, small.max_seq_length, dtype=torch.int64)
     history[:, 0] = 1
     exclude = torch.zeros(3, 2, dtype=torch.int64)
-    batch, excluded = torch.export.Dim("batch"), torch.export.Dim("excluded")
+    sizes = {name: torch.export.Dim(name) for axes in _AXES.values() for name in axes.values()}
     return torch.export.export(
         exportable,
         (history, exclude),
-        dynamic_shapes={"history": {0: batch}, "exclude": {0: batch, 1: excluded}},
+        dynamic_shapes={
+            name: {axis: sizes[of] for axis, of in axes.items()} for name, axes in _AXES.items()
+        },
         strict=False,
     )
 
@@ -170,13 +170,17 @@ def _write_onnx(program: Any, part: Path, facts: dict[str, str]) -> None:
         opset_version=OPSET,
         input_names=INPUTS,
         output_names=OUTPUTS,
+        dynamic_shapes={name: dict(axes) for name, axes in _AXES.items()},  # their names
         optimize=False,
         verbose=False,
     )
     model = result.model
     passes.DeduplicateInitializersPass()(model)  # what is tied or shared is there once
-    limit = max(_FOLDED, 8 * int(facts["max_length"]))  # bytes
-    onnxscript.optimizer.optimize(model, input_size_limit=limit, output_size_limit=limit)
+    # positions and shapes are computed here, but nothing of a parameter, which would be there twice
+    stored = set(model.graph.initializers.values())
+    onnxscript.optimizer.optimize_ir(
+        model, should_fold=lambda node: False if stored & set(node.inputs) else None
+    )
     passes.ClearMetadataAndDocStringPass()(model)
     model.metadata_props.update(facts)
     model.producer_name = "cprec_recbole"
