@@ -174,7 +174,7 @@ def main() -> None:
         for softmax in ("full", "tree"):
             lines.append(quality(name, softmax, arguments.epochs))
             print(lines[-1], flush=True)
-    save({arguments.out / "int8.md": "\n".join(lines) + "\n"})
+    save("\n".join(lines) + "\n", arguments.out / "int8.md")
 
 
 if __name__ == "__main__":

@@ -11,14 +11,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from recbole.model.abstract_recommender import SequentialRecommender
-from recbole.model.sequential_recommender.gru4rec import GRU4Rec
-from recbole.model.sequential_recommender.nextitnet import NextItNet
-from recbole.model.sequential_recommender.sasrec import SASRec
 from torch import Tensor, nn
 
 from cprec_recbole.config import CompressionError
+from cprec_recbole.registration import importing_models
 from cprec_recbole.sharing import Layer
+
+with importing_models():
+    from recbole.model.abstract_recommender import SequentialRecommender
+    from recbole.model.sequential_recommender.gru4rec import GRU4Rec
+    from recbole.model.sequential_recommender.nextitnet import NextItNet
+    from recbole.model.sequential_recommender.sasrec import SASRec
 
 # RecBole's models are not typed. A host is one; its `item_embedding` turns ids into vectors.
 Host = Any

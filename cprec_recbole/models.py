@@ -5,29 +5,38 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
-from recbole.data.interaction import Interaction
-from recbole.model.abstract_recommender import SequentialRecommender
 from torch import Tensor
 
-from cprec_recbole.backbones import GRU4REC, NEXTITNET, SASREC, Backbone, Host, build_host
+from cprec_recbole.backbones import (
+    GRU4REC,
+    NEXTITNET,
+    SASREC,
+    Backbone,
+    Host,
+    SequentialRecommender,
+    build_host,
+)
 from cprec_recbole.config import CompressionConfig, CompressionError
 from cprec_recbole.embedding import Block, BlockEmbedding
 from cprec_recbole.exchange import Group
+from cprec_recbole.fields import NEXT_ITEMS
 from cprec_recbole.group import own_rows
 from cprec_recbole.int8 import not_trained
 from cprec_recbole.optimizers import steps_sparsely
 from cprec_recbole.outcome import Choice, WarmStart
 from cprec_recbole.partition import Partition
-from cprec_recbole.sequences import NEXT_ITEMS, item_counts
 from cprec_recbole.serving import Servable
 from cprec_recbole.shards import ShardedBlock, own_state, spread_parameters
 from cprec_recbole.sharing import share, sharing_plan
 from cprec_recbole.softmax import FullSoftmax, build_softmax
 from cprec_recbole.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from recbole.data.interaction import Interaction
 
 _HOST_ATTRIBUTES = (
     *("USER_ID", "ITEM_ID", "ITEM_SEQ", "ITEM_SEQ_LEN", "POS_ITEM_ID", "NEG_ITEM_ID"),
@@ -55,6 +64,8 @@ class CompressedRecommender(Servable, SequentialRecommender):
     warm_start: WarmStart | None = None  # where compress() was given a trained model
 
     def __init__(self, config: Any, dataset: Any) -> None:
+        from cprec_recbole.sequences import item_counts
+
         super().__init__(config, dataset)
         self.compression = compression_of(config)
         plan = self.compression.plan(config[self.record.size_option], self.n_items)
