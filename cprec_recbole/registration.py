@@ -39,8 +39,13 @@ class _Finder(MetaPathFinder):
         if not rest or not (package == "recbole" or ours):
             return None
         register_now()
-        module = sys.modules.get(name)  # it may have been imported on the way
-        return None if module is None else ModuleSpec(name, _Imported(module))
+        module = sys.modules.get(name)
+        if module is None:
+            return None
+        # it was imported on the way: Python takes a module's own spec, and would run it once more
+        spec = ModuleSpec(name, _Imported(module))
+        module.__spec__ = spec
+        return spec
 
 
 class _Imported(Loader):
