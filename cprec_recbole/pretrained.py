@@ -77,7 +77,8 @@ def _built(header: dict[str, Any], weights: dict[str, Tensor]) -> CompressedReco
     with torch.random.fork_rng(devices=[]):  # fresh weights are drawn, and written over
         host = build_host(record, options, _Catalogue(options["ITEM_ID_FIELD"]))
         host.n_items = n_items
-        partition = Partition(torch.from_numpy(np.argsort(member, kind="stable")), plan.cutoffs)
+        order = np.argsort(member, kind="stable").astype(np.int32)
+        partition = Partition(torch.from_numpy(order), plan.cutoffs)
         kind = _block_kind(header.get("rows"))
         table = BlockEmbedding(partition, plan.ranks, plan.dim, kind, kind)
         model = model_class.from_host(host, table, compression, kind)

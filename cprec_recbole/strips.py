@@ -227,8 +227,8 @@ def _principal_axes(codes: Tensor | Int8Rows, basis: Tensor) -> tuple[Tensor, Te
 
 def _longest(codes: Tensor | Int8Rows, block: Block) -> float:
     pieces = codes.split(_FEW_ROWS) if isinstance(codes, Int8Rows) else [codes]
-    norms = [torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in pieces]
-    longest = float(torch.cat(norms).max()) if len(codes) else 0.0
+    norms = (torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in pieces)
+    longest = float(torch.stack([part.max() for part in norms]).max()) if len(codes) else 0.0
     projection = block.projection
     if not math.isfinite(longest) or not (projection is None or projection.isfinite().all()):
         raise CompressionError(
