@@ -1,5 +1,6 @@
 """From a fresh process to its first answer: an int8 folder against RecBole's own checkpoint.
 
+    pip install onnx onnxscript onnxruntime
     python benchmarks/ready.py [--items N] [--rounds N] [--folder FOLDER] [--out FOLDER]
 
 SASRec with RecBole's defaults (d 64) and made-up weights. The checkpoint is written as RecBole's
@@ -24,7 +25,7 @@ from typing import Any
 
 DIM, K, LENGTH = 64, 20, 20
 HISTORY = list(range(1000, 1000 + LENGTH))
-OURS = "int8 folder"
+OURS, GRAPH = "int8 folder", "the same as ONNX, with onnxruntime"
 WITH, WITHOUT = "RecBole's checkpoint", "RecBole's checkpoint without Adam's state"
 CHILD = "--child"
 
@@ -77,6 +78,8 @@ def prepare(folder: Path, n_items: int) -> None:
     )
     tokens = [f"B{item:09d}" for item in range(1, n_items)]  # as long as Amazon's
     small.save_pretrained(folder / "small", tokens)
+    del model
+    cprec_recbole.export(small, folder / "small.onnx", k=K)
 
 
 def answer(kind: str, folder: Path) -> None:
@@ -91,6 +94,20 @@ def answer(kind: str, folder: Path) -> None:
         parts["load"] = process_time() - started - parts["import"]
         best = model.recommend_tokens([[f"B{item:09d}" for item in HISTORY]], k=K)
         found = best.tokens[0]
+    elif kind == GRAPH:
+        import numpy as np
+        import onnxruntime
+
+        parts["import"] = process_time() - started
+        session = onnxruntime.InferenceSession(str(folder / "small.onnx"))
+        length = int(session.get_modelmeta().custom_metadata_map["max_length"])
+        tokens = json.loads((folder / "small.items.json").read_text())
+        ids = {token: item for item, token in enumerate(tokens, start=1)}
+        parts["load"] = process_time() - started - parts["import"]
+        history = np.zeros((1, length), dtype=np.int64)
+        history[0, :LENGTH] = [ids[f"B{item:09d}"] for item in HISTORY]
+        inputs = {"history": history, "exclude": np.zeros((1, 1), dtype=np.int64)}
+        found = [tokens[item - 1] for item in session.run(None, inputs)[0][0]]
     else:
         import torch
         from recbole.data.interaction import Interaction
@@ -140,7 +157,8 @@ def report(found: dict[str, list[dict[str, Any]]], folder: Path, n_items: int) -
     """The table, and what was asked for."""
     small = sum(path.stat().st_size for path in (folder / "small").iterdir())
     tokens = sum(path.stat().st_size for path in (folder / "small").glob("items-*"))
-    sizes = {OURS: small}
+    graph = [folder / "small.onnx", folder / "small.items.json"]
+    sizes = {OURS: small, GRAPH: sum(path.stat().st_size for path in graph)}
     sizes |= {WITH: (folder / "with.pth").stat().st_size}
     sizes |= {WITHOUT: (folder / "without.pth").stat().st_size}
     lines = [
@@ -166,7 +184,9 @@ def report(found: dict[str, list[dict[str, Any]]], folder: Path, n_items: int) -
         f"without them {sizes[WITH] / (small - tokens):.1f} and "
         f"{sizes[WITHOUT] / (small - tokens):.1f} times. Its process needs "
         f"{middle[OURS]['MiB'] / middle[WITH]['MiB']:.0%} of the memory of the checkpoint's, and "
-        f"{middle[OURS]['MiB'] / middle[WITHOUT]['MiB']:.0%} of that without Adam's state.",
+        f"{middle[OURS]['MiB'] / middle[WITHOUT]['MiB']:.0%} of that without Adam's state; with "
+        f"onnxruntime {middle[GRAPH]['MiB'] / middle[WITH]['MiB']:.0%} and "
+        f"{middle[GRAPH]['MiB'] / middle[WITHOUT]['MiB']:.0%}.",
     ]
     return lines
 
@@ -185,14 +205,14 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "small" / "config.json").exists():
             prepare(folder, arguments.items + 1)
-        found: dict[str, list[dict[str, Any]]] = {OURS: [], WITH: [], WITHOUT: []}
+        found: dict[str, list[dict[str, Any]]] = {OURS: [], GRAPH: [], WITH: [], WITHOUT: []}
         for _ in range(arguments.rounds):
             for kind, runs in found.items():
                 runs.append(measure(kind, folder))
                 print(kind, runs[-1], flush=True)
         table = report(found, folder, arguments.items + 1)
-    shown = [argument for argument in sys.argv[1:] if str(arguments.folder) not in argument]
-    command = shlex.join(["python", "benchmarks/ready.py", *(a for a in shown if a != "--folder")])
+    sizes = ["--items", str(arguments.items), "--rounds", str(arguments.rounds)]
+    command = shlex.join(["python", "benchmarks/ready.py", *sizes])
     about = ", ".join(f"{name} {value}" for name, value in environment().items() if value)
     title = f"# Ready to answer: SASRec, {arguments.items:,} items, {arguments.rounds} rounds"
     save(
