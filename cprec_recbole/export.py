@@ -64,7 +64,8 @@ def export(
             program = _program(exportable, small)
             write_whole(file, lambda part: write(program, part, _facts(small, k)))
         if small.vocabulary is not None or small.item_tokens is not None:
-            tokens = json.dumps(small.known_vocabulary().tokens, ensure_ascii=False)
+            names = small.known_vocabulary().tokens
+            tokens = json.dumps(list(names), ensure_ascii=False, separators=(",", ":"))
             write_whole(tokens_path(file), lambda part: part.write_text(tokens, encoding="utf-8"))
     except OSError as error:
         raise CompressionError(
