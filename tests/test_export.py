@@ -17,7 +17,7 @@ pytest.importorskip("onnxscript", reason="onnxscript is not there")
 
 OPTIONS = {"ranks": [16, 4, 1], "cutoffs": [6, 20]}
 K = 10
-# each model, head, scheme and kind of rows; every pair of them in benchmarks/export.py
+# each model, head, scheme and kind of rows
 GRID = [
     ("NextItNet", "full", "cross_block", True, None),
     ("NextItNet", "tree", "adjacent_layer", True, "int8"),
