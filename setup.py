@@ -27,6 +27,7 @@ RECBOLE_NEEDS = [
 ]
 
 DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26", "latex2mathml>=3.77"]
+EXPORT = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.7"]
 
 setup(
     name="cprec_recbole",
@@ -51,6 +52,7 @@ setup(
     ],
     extras_require={
         "bench": ["faiss-cpu", "matplotlib"],
+        "export": EXPORT,
         "docs": DOCS,
         "test": [
             "pytest>=8",
@@ -60,6 +62,7 @@ setup(
             "mypy>=1.11",
             "types-PyYAML",
             "playwright",
+            *EXPORT,
             *DOCS,  # the tests build the site
         ],
     },

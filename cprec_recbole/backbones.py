@@ -7,18 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from recbole.data.interaction import Interaction
-from recbole.model.abstract_recommender import SequentialRecommender
 from torch import Tensor
 
 from cprec_recbole.config import OBJECTIVES, CompressionError
 from cprec_recbole.item_tables import PLAIN, Host, PlainTable
 from cprec_recbole.partition import PADDING
+from cprec_recbole.registration import importing_models
 from cprec_recbole.sharing import Layer
+
+if TYPE_CHECKING:
+    from recbole.data.interaction import Interaction
+
+with importing_models():
+    from recbole.model.abstract_recommender import SequentialRecommender
 
 
 def no_layers(model: Host) -> list[Layer]:

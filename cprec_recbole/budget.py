@@ -19,7 +19,7 @@ from cprec_recbole.original import Original
 from cprec_recbole.outcome import Choice
 from cprec_recbole.report import describe_sharing, estimate
 from cprec_recbole.sharing import sharing_plan, sharing_sets
-from cprec_recbole.spectra import Cost, Spectra, block_ends
+from cprec_recbole.spectra import PARAMETERS, Cost, Spectra, Unit, block_ends
 from cprec_recbole.units import n_bytes
 
 # What sharing is taken to cost a model that is trained afterwards, when all layers become one set:
@@ -59,10 +59,13 @@ def checked_bytes(size: object) -> int:
     return found
 
 
-def smallest_possible(original: Original, base: CompressionConfig, sharing: str | None) -> int:
-    """Parameters of the smallest model: one block of rank 1, as much shared as may be."""
+def smallest_possible(
+    original: Original, base: CompressionConfig, sharing: str | None, unit: Unit = PARAMETERS
+) -> int:
+    """What the smallest model costs: one block of rank 1, as much shared as may be."""
     schemes = (sharing,) if sharing else SHARING_SCHEMES
-    return min(_one_block(original, base, scheme) for scheme in schemes)
+    table = _cost(original, base, unit).of(_rank_one(original))
+    return table + min(_layers(original, base, scheme, unit) for scheme in schemes)
 
 
 def choose(
@@ -73,8 +76,9 @@ def choose(
     sharing: str | None,
     hidden_error: Callable[[CompressionConfig], float],
     trained: bool,
+    unit: Unit = PARAMETERS,
 ) -> Choice:
-    """The options that lose least within a number of parameters.
+    """The options that lose least within a number of parameters, or of bytes.
 
     For each way of sharing layers that leaves room for a table, the best table is found; then what
     the table loses is added to what the hidden states lose, both as relative squared errors, and
@@ -83,23 +87,24 @@ def choose(
     Args:
         original: what is compressed.
         counts: training interactions of each item id, `[n_items]`.
-        limit: parameters at most.
+        limit: what the model may cost.
         base: the other options, without ranks and cutoffs.
         sharing: the scheme, or None to choose one.
         hidden_error: relative error of the hidden states under given options; asked of a trained
             original only.
         trained: whether the original is; of a fresh one only the counts say anything.
+        unit: what `limit` is counted in.
 
     Raises:
         CompressionError: the budget is below the smallest possible model.
     """
-    smallest = smallest_possible(original, base, sharing)
+    smallest = smallest_possible(original, base, sharing, unit)
     if limit < smallest:
-        whole = sum(p.numel() for p in original.model.parameters())
+        whole = unit.other * sum(p.numel() for p in original.model.parameters())
         raise CompressionError(
-            f"Expected a budget of {smallest:,} parameters or more (ratio "
+            f"Expected a budget of {smallest:,} {unit.name} or more (ratio "
             f"{math.floor(100 * whole / smallest) / 100:.2f} at most), which is the smallest "
-            f"possible model, but got {limit:,}: {_why_no_smaller(original, base, sharing)}."
+            f"possible model, but got {limit:,}: {_why_no_smaller(original, base, sharing, unit)}."
         )
     ends = block_ends(original.n_items)
     if trained:
@@ -107,11 +112,11 @@ def choose(
         spectra = Spectra.of_table(original.table, np.sqrt(counts), ends)
     else:
         spectra = Spectra.of_counts(counts, original.dim, ends)
-    cost = _cost(original, base)
+    cost = _cost(original, base, unit)
     found: list[_Candidate] = []
     crowded: list[str] = []
     for scheme, in_words, freedom in _schemes(original, sharing):
-        layers = _one_block(original, base, scheme) - cost.of(_rank_one(original))
+        layers = _layers(original, base, scheme, unit)
         plan = spectra.best_plan(limit - layers, cost)
         if plan is None:
             crowded.append(f"{in_words} leaves no room for a table ({layers:,} in the layers)")
@@ -120,10 +125,10 @@ def choose(
         hidden = hidden_error(options) if trained else _FRESH_SHARING * (1 - freedom)
         found.append(_Candidate(options, in_words, spectra.loss(plan), hidden))
     best = min(found, key=lambda candidate: candidate.total)
-    host, record = original.host, original.record
-    sizes = estimate(record, host, best.options, original.n_items, original.dim).sizes
+    plan = best.options.plan(original.dim, original.n_items)
+    total = cost.of(plan) + _layers(original, base, best.options.sharing, unit)
     reasons = _reasons(best, [c for c in found if c is not best], crowded, trained)
-    return Choice(best.options, sizes.total, limit, reasons)
+    return Choice(best.options, total, limit, reasons, unit.name)
 
 
 def _reasons(
@@ -165,21 +170,23 @@ def _rank_one(original: Original) -> BlockPlan:
     return BlockPlan((1,), (original.n_items,), original.dim)
 
 
-def _one_block(original: Original, base: CompressionConfig, scheme: str) -> int:
-    """Parameters with one block of rank 1."""
+def _layers(original: Original, base: CompressionConfig, scheme: str, unit: Unit) -> int:
+    """What everything but the table and the softmax costs."""
     options = replace(base, ranks=(1,), cutoffs=(), sharing=scheme)
     sizes = estimate(original.record, original.host, options, original.n_items, original.dim).sizes
-    return sizes.total
+    return unit.other * sizes.layers
 
 
-def _cost(original: Original, base: CompressionConfig) -> Cost:
+def _cost(original: Original, base: CompressionConfig, unit: Unit) -> Cost:
     cluster = original.dim if base.softmax == "tree" else 0
-    return Cost(copies=1 if base.tied else 2, cluster=cluster)
+    return Cost(copies=1 if base.tied else 2, cluster=cluster, unit=unit)
 
 
-def _why_no_smaller(original: Original, base: CompressionConfig, sharing: str | None) -> str:
-    smallest = smallest_possible(original, base, sharing)
-    table = _cost(original, base).of(_rank_one(original))
+def _why_no_smaller(
+    original: Original, base: CompressionConfig, sharing: str | None, unit: Unit
+) -> str:
+    smallest = smallest_possible(original, base, sharing, unit)
+    table = _cost(original, base, unit).of(_rank_one(original))
     return (
         f"{smallest - table:,} are in the layers, shared as far as they can be, {table:,} in a "
         "table of rank 1"

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from cprec_recbole.commands import compare, compress, recommend, report, train
-from cprec_recbole.commands.common import value
 from cprec_recbole.config import CompressionError
+
+COMMANDS = ("compare", "report", "train", "compress", "export", "recommend")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `cprec`; returns the exit status. Errors of the user's are one line on standard error."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        options, rest = _parser().parse_known_args(argv)
+        options, rest = _parser(argv).parse_known_args(argv)
         return options.run(options, recbole_options(rest), shlex.join(["cprec", *argv]))
     except CompressionError as error:
         print(f"cprec: {error}", file=sys.stderr)
@@ -33,6 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def recbole_options(arguments: Sequence[str]) -> dict[str, Any]:
     """RecBole options off a command line: `--name=value` or `--name value`, values as YAML."""
+    if not arguments:
+        return {}
+    from cprec_recbole.commands.common import value
+
     options: dict[str, Any] = {}
     rest = list(arguments)
     while rest:
@@ -48,15 +53,18 @@ def recbole_options(arguments: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """The parser of the command that is called, or of all where it is none of them: to import what
+    trains takes seconds, which `cprec recommend` need not wait for."""
     parser = argparse.ArgumentParser(
         prog="cprec",
         description="CpRec for RecBole: small and fast sequential recommenders.",
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (compare, report, train, compress, recommend):
-        command.add_parser(commands)
+    called = [name for name in COMMANDS if name in argv[:1]]
+    for name in called or COMMANDS:
+        importlib.import_module(f"cprec_recbole.commands.{name}").add_parser(commands)
     return parser
 
 

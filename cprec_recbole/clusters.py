@@ -56,7 +56,7 @@ def fit_clusters(head: TreeSoftmax, hidden: Tensor, masses: Tensor, steps: int =
     if not len(head.tails):
         return
     exact = hidden.double()
-    items = (head.head.into_rank(hidden) @ head.head.weight[1:].T).double()
+    items = head.head.logits(hidden)[:, 1:].double()
     in_head = items.logsumexp(1, keepdim=True)
     clusters = head.clusters.detach().double().clone().requires_grad_()
     optimizer = torch.optim.LBFGS([clusters], max_iter=steps, line_search_fn="strong_wolfe")

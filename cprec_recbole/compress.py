@@ -20,11 +20,13 @@ from cprec_recbole.config import CompressionConfig, CompressionError, is_number,
 from cprec_recbole.embedding import BlockEmbedding
 from cprec_recbole.evaluation import check_evaluation_data, evaluate, valid_metric
 from cprec_recbole.histories import Histories, drawn_histories, histories_of
+from cprec_recbole.int8 import BYTES_PER_SCALE
 from cprec_recbole.models import MODELS, CompressedRecommender, check_objective
 from cprec_recbole.original import Original
 from cprec_recbole.partition import Partition
+from cprec_recbole.quantize import check_dtype, quantize
 from cprec_recbole.softmax import TreeSoftmax
-from cprec_recbole.spectra import looks_trained
+from cprec_recbole.spectra import PARAMETERS, Unit, looks_trained
 from cprec_recbole.warmstart import FIT_HISTORIES, warm_start
 
 _QUICK_LOOK = 64  # histories on which ways of sharing are compared
@@ -42,6 +44,7 @@ def compress(
     size: int | str | None = None,
     max_loss: float | None = None,
     valid_data: Any = None,
+    dtype: str | None = None,
     verbose: bool = True,
     **options: Any,
 ) -> CompressedRecommender:
@@ -75,6 +78,9 @@ def compress(
         max_loss: a budget: the smallest model that loses at most this share of the model's
             validation metric before any fine-tuning, e.g. 0.01.
         valid_data: RecBole's validation data; with `max_loss`.
+        dtype: `"int8"` keeps the rows of all blocks in int8, as `quantize` does; a budget then
+            counts bytes of the weights, of which `ratio` allows so many times fewer than the
+            model's. Such a model cannot be trained.
         verbose: whether to print what was chosen for a budget.
 
     Returns:
@@ -85,22 +91,55 @@ def compress(
             is unknown or breaks a rule, counts or data that are missing or do not fit, a budget
             below the smallest possible model.
     """
+    small = compress_in_float(
+        model,
+        config,
+        item_counts=item_counts,
+        data=data,
+        ratio=ratio,
+        size=size,
+        max_loss=max_loss,
+        valid_data=valid_data,
+        dtype=dtype,
+        verbose=verbose,
+        **options,
+    )
+    return small if dtype is None else quantize(small)
+
+
+def compress_in_float(
+    model: nn.Module,
+    config: CompressionConfig | None = None,
+    *,
+    item_counts: Any = None,
+    data: Any = None,
+    ratio: float | None = None,
+    size: int | str | None = None,
+    max_loss: float | None = None,
+    valid_data: Any = None,
+    dtype: str | None = None,
+    verbose: bool = True,
+    **options: Any,
+) -> CompressedRecommender:
+    """As `compress`, but the rows are still in float, whatever `dtype`: for a recovery before
+    `quantize`. A budget counts what `dtype` will cost."""
     base = _options(config, options)
     sharing = options.get("sharing") if config is None else config.sharing
+    check_dtype(dtype, next(model.parameters(), torch.empty(0)).dtype)
     _check_budget(base, ratio=ratio, size=size, max_loss=max_loss, valid_data=valid_data)
     original = Original.of(model)
     check_objective(base, str(original.host.loss_type))
     base.plan(original.dim, original.n_items)
     counts = original.counts(item_counts if item_counts is not None else _dataset_of(data))
-    work = _Compression(original, counts, _histories(data, item_counts, original, counts))
+    histories = _histories(data, item_counts, original, counts)
+    work = _Compression(original, counts, histories, dtype)
     with torch.random.fork_rng(devices=[]):  # fresh factors are drawn, and written over
         if max_loss is not None:
             small = work.within_loss(float(max_loss), valid_data, base, sharing)
         elif ratio is not None:
-            limit = int(work.n_parameters / checked_ratio(ratio))
-            small = work.within(limit, base, sharing)
+            small = work.within(int(work.cost / checked_ratio(ratio)), base, sharing)
         elif size is not None:
-            small = work.within(_affordable(size, model), base, sharing)
+            small = work.within(work.affordable(checked_bytes(size)), base, sharing)
         else:
             small = work.small(base)
     if verbose and small.choice is not None:
@@ -111,12 +150,22 @@ def compress(
 class _Compression:
     """One original on its way to one or several compressed models."""
 
-    def __init__(self, original: Original, counts: np.ndarray, histories: Histories) -> None:
+    def __init__(
+        self,
+        original: Original,
+        counts: np.ndarray,
+        histories: Histories,
+        dtype: str | None,
+    ) -> None:
         self.original, self.counts, self.histories = original, counts, histories
         self.trained = looks_trained(original.table)
         # RecBole's layers mix types in half precision, and steps as small as these would be lost
         self.fits = original.table.dtype in (torch.float32, torch.float64)
-        self.n_parameters = sum(p.numel() for p in original.model.parameters())
+        self.dtype, self.unit = dtype, PARAMETERS
+        if dtype is not None:
+            self.unit = Unit("bytes", 1, BYTES_PER_SCALE, original.table.element_size())
+        n_parameters = sum(p.numel() for p in original.model.parameters())
+        self.cost = self.unit.other * n_parameters  # of the original, as a budget counts it
 
     def small(self, compression: CompressionConfig) -> CompressedRecommender:
         """The compressed model for given options, as near to a trained original as it gets."""
@@ -129,13 +178,24 @@ class _Compression:
     def within(
         self, limit: int, base: CompressionConfig, sharing: str | None
     ) -> CompressedRecommender:
-        """The compressed model for a number of parameters."""
+        """The compressed model that costs at most `limit`; its rows still in float."""
         choice = choose(
-            self.original, self.counts, limit, base, sharing, self._hidden_error, self.trained
+            self.original,
+            self.counts,
+            limit,
+            base,
+            sharing,
+            self._hidden_error,
+            self.trained,
+            self.unit,
         )
         small = self.small(choice.compression)
         small.choice = choice
         return small
+
+    def affordable(self, n_bytes: int) -> int:
+        """What a number of bytes may cost as a budget counts it."""
+        return n_bytes * self.unit.other // self.original.table.element_size()
 
     def within_loss(
         self, max_loss: float, valid_data: Any, base: CompressionConfig, sharing: str | None
@@ -149,15 +209,16 @@ class _Compression:
                 f"Expected a `model` whose {metric} on `valid_data` is above 0, to measure "
                 f"`max_loss` by, but got {whole:.4f}."
             )
-        largest = self.n_parameters / smallest_possible(self.original, base, sharing)
+        largest = self.cost / smallest_possible(self.original, base, sharing, self.unit)
         ratios = np.geomspace(min(_LEAST_RATIO, largest), largest, _LADDER)
         found: CompressedRecommender | None = None
         tried: list[str] = []
         low, high = -1, len(ratios)  # ratios[low] is good enough, ratios[high] is not
         while high - low > 1:
             middle = (low + high) // 2
-            small = self.within(int(self.n_parameters / ratios[middle]), base, sharing)
-            score = evaluate(small, valid_data)[metric]
+            small = self.within(int(self.cost / ratios[middle]), base, sharing)
+            kept = small if self.dtype is None else quantize(small)
+            score = evaluate(kept, valid_data)[metric]
             tried.append(f"ratio {ratios[middle]:.2f}: {metric} {score:.4f}, {score / whole:.1%}")
             if score >= (1 - max_loss) * whole:
                 low, found = middle, small
@@ -226,11 +287,6 @@ def _histories(data: Any, item_counts: Any, original: Original, counts: np.ndarr
         return histories_of(source, original.n_items, length)
     generator = torch.Generator().manual_seed(0)
     return Histories(drawn_histories(counts, FIT_HISTORIES, length, generator))
-
-
-def _affordable(size: object, model: nn.Module) -> int:
-    """Parameters of the model's type in a number of bytes."""
-    return checked_bytes(size) // next(model.parameters()).element_size()
 
 
 def _check_budget(base: CompressionConfig, valid_data: Any, **budgets: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,9 @@ from cprec_recbole.config import CompressionError
 from cprec_recbole.cross_entropy import Strip, cross_entropy
 from cprec_recbole.exchange import Group
 from cprec_recbole.partition import PADDING, Partition
+
+if TYPE_CHECKING:
+    from cprec_recbole.int8 import Int8Rows
 
 # A block with fewer rows has a dense gradient: a step over all of them is sooner done
 SPARSE_ROWS = 2**14
@@ -41,6 +44,36 @@ class Block(nn.Module):
         self.weight = nn.Parameter(torch.empty(size, rank))
         self.projection = nn.Parameter(torch.empty(rank, dim)) if rank != dim else None
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision that rows are read in."""
+        return self.weight.dtype
+
+    def rows(self) -> Tensor | Int8Rows:
+        """The rows without a gradient, as a search reads them, `[k, r]`."""
+        return self.weight.detach()
+
+    def whole(self) -> Tensor:
+        """All rows at once, `[k, r]`, with their gradient if they have one."""
+        return self.weight
+
+    def per_row(self) -> list[nn.Parameter]:
+        """The parameters with an entry for each row, in the order of the rows."""
+        return [self.weight]
+
+    def learnt(self) -> Tensor:
+        """The rows as a loss reads them, `[k, r]`.
+
+        Raises:
+            CompressionError: rows that cannot be trained.
+        """
+        return self.weight
+
+    def extend(self, rows: Tensor) -> None:
+        """Append rows `[n, r]`; those that are there stay as they are."""
+        weight = torch.cat([self.weight.detach(), rows])
+        self.weight = nn.Parameter(weight, self.weight.requires_grad)
+
     def look_up(self, positions: Tensor, start: int) -> Tensor:
         """Rows of those positions that are in this block, which starts at one; zero for others.
 
@@ -58,8 +91,11 @@ class Block(nn.Module):
         here = (positions >= start) & (positions < start + size)
         rows = torch.where(here, positions - start, 0)
         padding = PADDING if start == 0 else None
-        codes = F.embedding(rows, self.weight, padding_idx=padding, sparse=self.sparse)
-        return torch.where(here.unsqueeze(-1), codes, 0.0)
+        return torch.where(here.unsqueeze(-1), self._embed(rows, padding), 0.0)
+
+    def _embed(self, rows: Tensor, padding: int | None) -> Tensor:
+        """Some rows, `[...] -> [..., r]`; the padding row gets no gradient."""
+        return F.embedding(rows, self.weight, padding_idx=padding, sparse=self.sparse)
 
     def into_rank(self, hidden: Tensor) -> Tensor:
         """Hidden states in the block's own space, `[..., d] -> [..., r]`."""
@@ -92,9 +128,10 @@ class Block(nn.Module):
 
     def squared_norm(self) -> Tensor:
         """Squared Frobenius norm of `weight @ projection`, from the two `[r, r]` Gram matrices."""
+        rows = self.whole()
         if self.projection is None:
-            return self.weight.square().sum()
-        return ((self.weight.T @ self.weight) * (self.projection @ self.projection.T)).sum()
+            return rows.square().sum()
+        return ((rows.T @ rows) * (self.projection @ self.projection.T)).sum()
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
@@ -114,6 +151,7 @@ class BlockEmbedding(nn.Module):
         ranks: rank of each block, `[n_blocks]`.
         dim: size `d` of an item vector.
         make_tail: what makes the blocks after the head, from size, rank and dim.
+        make_head: what makes the head.
 
     Use `blocks[j].weight` and `blocks[j].projection` for a block's own factors.
     """
@@ -124,6 +162,7 @@ class BlockEmbedding(nn.Module):
         ranks: Sequence[int],
         dim: int,
         make_tail: Callable[[int, int, int], Block] = Block,
+        make_head: Callable[[int, int, int], Block] = Block,
     ) -> None:
         super().__init__()
         if len(ranks) != len(partition.sizes) or not all(0 < rank <= dim for rank in ranks):
@@ -133,7 +172,7 @@ class BlockEmbedding(nn.Module):
             )
         self.partition = partition
         self.dim = dim
-        kinds = [Block, *[make_tail] * (len(ranks) - 1)]
+        kinds = [make_head, *[make_tail] * (len(ranks) - 1)]
         self.factors = nn.ModuleList(
             kind(size, rank, dim) for kind, size, rank in zip(kinds, partition.sizes, ranks)
         )
@@ -143,6 +182,16 @@ class BlockEmbedding(nn.Module):
     def blocks(self) -> list[Block]:
         """The blocks from head to tail; the factors that a tied softmax reads too."""
         return cast("list[Block]", list(self.factors))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of item vectors."""
+        return self.blocks[0].dtype
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether the rows are in int8."""
+        return not self.blocks[0].weight.is_floating_point()
 
     @property
     def group(self) -> Group | None:
@@ -203,14 +252,14 @@ class BlockEmbedding(nn.Module):
     def forward(self, items: Tensor) -> Tensor:
         """Vectors of item ids, `[...] -> [..., d]`."""
         positions = self.partition.positions(items)
-        vectors = torch.zeros((), dtype=self.blocks[0].weight.dtype, device=items.device)
+        vectors = torch.zeros((), dtype=self.dtype, device=items.device)
         for block, start in zip(self.blocks, self.partition.starts):
             vectors = vectors + block.out_of_rank(block.look_up(positions, start))
         return vectors
 
     def dense(self) -> Tensor:
         """The whole table in id order, `[n_items, d]`. For tests and small catalogues only."""
-        by_position = torch.cat([block.out_of_rank(block.weight) for block in self.blocks])
+        by_position = torch.cat([block.out_of_rank(block.whole()) for block in self.blocks])
         return by_position[self.partition.position_of]
 
     def norm(self) -> Tensor:

@@ -26,7 +26,7 @@ from cprec_recbole.config import CompressionError
 from cprec_recbole.files import flush
 
 FORMAT = "cprec_recbole"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: rows in int8; models without are written as 1, which older readers know
 _CONFIG = "config.json"
 _OURS = re.compile(r"(weights-[0-9a-f]{16}\.safetensors|items-[0-9a-f]{16}\.json|\.cprec-.*\.tmp)")
 _KINDS = {"weights": ".safetensors", "items": ".json"}
@@ -56,7 +56,8 @@ def write_folder(
         if tokens is not None:
             text = json.dumps(list(tokens), ensure_ascii=False, separators=(",", ":"))
             files["items"] = _put(out, "items", lambda p: p.write_text(text, encoding="utf-8"))
-        header = {"format": FORMAT, "format_version": FORMAT_VERSION, **options, "files": files}
+        version = FORMAT_VERSION if "rows" in options else 1
+        header = {"format": FORMAT, "format_version": version, **options, "files": files}
         header["checksum"] = _checksum(header)
         temporary = out / f".cprec-config-{os.getpid()}.tmp"
         temporary.write_text(json.dumps(header, indent=1, ensure_ascii=False), encoding="utf-8")

@@ -39,14 +39,11 @@ def _is_list(entry: object) -> bool:
     return isinstance(entry, Sequence) and not isinstance(entry, str | bytes)
 
 
-def grown_block(table: BlockEmbedding, models: Sequence[Sequence[int]]) -> Tensor:
-    """The last block's rows and one for each new item, `[k + n, r]`."""
-    block = table.blocks[-1]
-    weight = block.weight.detach()
-    real = weight[1:] if len(table.blocks) == 1 else weight  # of one block, row 0 is padding
-    rows = [real.mean(0)]
-    new = torch.stack([_codes(table, ids) if ids else rows[0] for ids in models])
-    return torch.cat([weight, new])
+def new_rows(table: BlockEmbedding, models: Sequence[Sequence[int]]) -> Tensor:
+    """A row of the last block for each new item, `[n, r]`."""
+    skip = 1 if len(table.blocks) == 1 else 0  # of one block, row 0 is padding
+    mean = table.blocks[-1].rows()[skip:].mean(0)
+    return torch.stack([_codes(table, ids) if ids else mean for ids in models])
 
 
 def _codes(table: BlockEmbedding, ids: Sequence[int]) -> Tensor:

@@ -12,9 +12,10 @@ from recbole.data.dataloader import FullSortEvalDataLoader, NegSampleEvalDataLoa
 from torch import Tensor
 
 from cprec_recbole.config import CompressionError
+from cprec_recbole.fields import NEXT_ITEMS
 from cprec_recbole.partition import PADDING
 from cprec_recbole.recommend import pad_histories
-from cprec_recbole.sequences import NEXT_ITEMS, window_rows
+from cprec_recbole.sequences import window_rows
 
 _ROWS = 2**14  # of a data set that are gathered together
 

@@ -40,7 +40,7 @@ class Snapshot:
         ]
         kept.append((table.partition._buffers, "item_at"))
         self._marks = [_Mark(place, name) for place, name in kept if place[name] is not None]
-        dtype = table.blocks[0].weight.dtype
+        dtype = table.dtype
         dtype = dtype if dtype == torch.float64 else torch.float32
         blocks = zip(table.blocks, table.partition.starts)
         whole = [PlainStrip(block, start, dtype) for block, start in blocks]

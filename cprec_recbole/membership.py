@@ -27,9 +27,10 @@ def unpacked_blocks(planes: Tensor, n_blocks: int, n_items: int) -> np.ndarray:
             f"Expected the weights' `blocks` to be {expected} bytes for {n_items} items, but got "
             f"{list(planes.shape)} of {planes.dtype}."
         )
-    member = np.zeros(n_items, dtype=np.int64)
+    kind = np.dtype(np.uint8 if len(planes) <= 8 else np.int64)
+    member = np.zeros(n_items, dtype=kind)
     for bit, plane in enumerate(planes.numpy()):
-        member |= np.unpackbits(plane, count=n_items).astype(np.int64) << bit
+        np.bitwise_or(member, np.unpackbits(plane, count=n_items).astype(kind) << bit, out=member)
     return member
 
 

@@ -5,30 +5,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
-from recbole.data.interaction import Interaction
-from recbole.model.abstract_recommender import SequentialRecommender
 from torch import Tensor
 
 from cprec_recbole import records
-from cprec_recbole.backbones import Backbone, Reading, build_host
+from cprec_recbole.backbones import Backbone, Reading, SequentialRecommender, build_host
 from cprec_recbole.config import CompressionConfig, CompressionError
 from cprec_recbole.embedding import Block, BlockEmbedding
 from cprec_recbole.exchange import Group
+from cprec_recbole.fields import NEXT_ITEMS
+from cprec_recbole.int8 import not_trained
 from cprec_recbole.item_tables import Host, MaskedLookUp
 from cprec_recbole.optimizers import steps_sparsely
 from cprec_recbole.outcome import Choice, WarmStart
 from cprec_recbole.partition import Partition
-from cprec_recbole.sequences import NEXT_ITEMS, item_counts
 from cprec_recbole.serving import Servable
 from cprec_recbole.shards import ShardedBlock, own_state, spread_parameters
 from cprec_recbole.sharing import share, sharing_plan
 from cprec_recbole.softmax import FullSoftmax, build_softmax
 from cprec_recbole.spread import own_rows
 from cprec_recbole.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from recbole.data.interaction import Interaction
 
 _HOST_ATTRIBUTES = (
     *("USER_ID", "ITEM_ID", "ITEM_SEQ", "ITEM_SEQ_LEN", "POS_ITEM_ID", "NEG_ITEM_ID"),
@@ -56,6 +58,8 @@ class CompressedRecommender(Servable, SequentialRecommender):
     warm_start: WarmStart | None = None  # where compress() was given a trained model
 
     def __init__(self, config: Any, dataset: Any) -> None:
+        from cprec_recbole.sequences import item_counts
+
         super().__init__(config, dataset)
         self.compression = compression_of(config)
         self.record.check_objective(self.compression.training)
@@ -87,7 +91,11 @@ class CompressedRecommender(Servable, SequentialRecommender):
 
     @classmethod
     def from_host(
-        cls, host: Host, table: BlockEmbedding, compression: CompressionConfig
+        cls,
+        host: Host,
+        table: BlockEmbedding,
+        compression: CompressionConfig,
+        make_block: Callable[[int, int, int], Block] = Block,
     ) -> CompressedRecommender:
         """Build around a model and the table that replaces its own.
 
@@ -95,6 +103,7 @@ class CompressedRecommender(Servable, SequentialRecommender):
             host: a RecBole model of this class's record, without a table; it becomes a part.
             table: the block embedding that takes the table's place.
             compression: the options; layers that share keep the first of each set.
+            make_block: what makes the blocks of an untied softmax.
         """
         model = cls.__new__(cls)
         torch.nn.Module.__init__(model)  # parts only: there is no config to read
@@ -102,13 +111,24 @@ class CompressedRecommender(Servable, SequentialRecommender):
             setattr(model, name, getattr(host, name))
         model.compression = compression
         model.reads_last_column = cls.record.reads_last_column
-        model.assemble(host, table)
+        model.assemble(host, table, make_block, make_block)
         return model
 
     def assemble(
-        self, host: Host, table: BlockEmbedding, tail: Callable[[int, int, int], Block] = Block
+        self,
+        host: Host,
+        table: BlockEmbedding,
+        tail: Callable[[int, int, int], Block] = Block,
+        first: Callable[[int, int, int], Block] = Block,
     ) -> None:
-        """Put the parts together: table into host, layers shared, softmax on top."""
+        """Put the parts together: table into host, layers shared, softmax on top.
+
+        Args:
+            host: a RecBole model without a table.
+            table: the block embedding that takes the table's place.
+            tail: what makes the tail blocks of an untied softmax.
+            first: what makes its head.
+        """
         self.record.table.put(host, table)
         layers = self.record.layers(host)
         plan = sharing_plan(self.compression.sharing, len(layers), self.record.group)
@@ -117,7 +137,7 @@ class CompressedRecommender(Servable, SequentialRecommender):
         self.backbone = host
         softmax_table = table
         if not self.compression.tied:
-            softmax_table = BlockEmbedding(table.partition, table.ranks, table.dim, tail)
+            softmax_table = BlockEmbedding(table.partition, table.ranks, table.dim, tail, first)
         memory = int(self.compression.loss_memory)
         self.head = build_softmax(self.compression.softmax, softmax_table, memory)
 
@@ -157,7 +177,13 @@ class CompressedRecommender(Servable, SequentialRecommender):
         return self.reading.last(item_seq, item_seq_len)
 
     def calculate_loss(self, interaction: Interaction) -> Tensor:
-        """Training loss of a batch, `[]`: every position of a window, or the last of a prefix."""
+        """Training loss of a batch, `[]`: every position of a window, or the last of a prefix.
+
+        Raises:
+            CompressionError: rows in int8, which cannot be trained.
+        """
+        if self.table.is_int8:
+            raise not_trained()
         item_seq, lengths = interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN]
         if NEXT_ITEMS in interaction:
             longest = int(lengths.max())

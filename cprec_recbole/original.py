@@ -67,6 +67,11 @@ class Original:
 
     @classmethod
     def _of_uncompressed(cls, model: CompressedRecommender) -> Original:
+        if model.table.is_int8:
+            raise CompressionError(
+                "Expected `model` to have float rows, but its rows are in int8; compress the model "
+                "that it was made from."
+            )
         options = model.compression
         plain = CompressionConfig.uncompressed(options.training)
         whole = set(model.table.ranks) == {model.table.dim}

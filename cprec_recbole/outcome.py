@@ -13,18 +13,20 @@ class Choice:
 
     Attributes:
         compression: the options, ranks and cutoffs spelt out.
-        parameters: of the model that they make.
+        parameters: of the model that they make; bytes of its weights where `unit` says so.
         limit: the most that the budget allows.
         reasons: a sentence for each choice.
+        unit: what both are counted in: `parameters`, or `bytes` for rows in int8.
     """
 
     compression: CompressionConfig
     parameters: int
     limit: int
     reasons: tuple[str, ...]
+    unit: str = "parameters"
 
     def __str__(self) -> str:
-        head = f"{self.parameters:,} parameters, {self.limit:,} allowed"
+        head = f"{self.parameters:,} {self.unit}, {self.limit:,} allowed"
         return "\n".join([head, *(f"  {reason}" for reason in self.reasons)])
 
 

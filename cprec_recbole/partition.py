@@ -80,7 +80,7 @@ class Partition(nn.Module):
 
     def by_item(self, by_position: Tensor) -> Tensor:
         """Bring columns from popularity order into RecBole's id order, `[..., n_items]`."""
-        return by_position[..., self.position_of]
+        return by_position.index_select(-1, self.position_of)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
@@ -96,10 +96,13 @@ class Partition(nn.Module):
 def _inverse(item_at: Tensor) -> Tensor:
     """Position of each id, `[n_items]`; refuses what is not a permutation that starts with 0."""
     order = item_at.to(torch.int64)
-    identity = torch.arange(len(order), device=order.device)
-    if order[0] != PADDING or not torch.equal(order.sort().values, identity):
+    inside = len(order) and order[0] == PADDING and bool((order >= 0).all())
+    inverse = torch.full_like(order, -1)
+    if inside and int(order.max()) < len(order):  # of a permutation every place is taken
+        inverse.scatter_(0, order, torch.arange(len(order), device=order.device))
+    if (inverse < 0).any():
         raise CompressionError(
             "Expected `item_at` to hold every item id once, the padding id 0 first, but it does "
             "not; the checkpoint or the order of items is damaged."
         )
-    return torch.empty_like(order).scatter_(0, order, identity)
+    return inverse

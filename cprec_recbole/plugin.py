@@ -22,6 +22,7 @@ import torch
 
 from cprec_recbole.config import CompressionConfig, reject_unknown
 from cprec_recbole.patching import replace
+from cprec_recbole.registration import importing_models
 
 _REMOVED_FROM_NUMPY = {
     "bool": np.bool_,
@@ -76,17 +77,6 @@ def adapt_recbole_modules() -> None:
                 module.__dict__["np"] = _NUMPY_FOR_RECBOLE
             if module.__dict__.get("torch") is torch:
                 module.__dict__["torch"] = _TORCH_FOR_RECBOLE
-
-
-@contextmanager
-def _same_anomaly_mode() -> Iterator[None]:
-    """Within: imports of RecBole's models. One of them (sine.py) turns autograd's anomaly detection
-    on for the whole process, which about doubles the time of a training step."""
-    was_on, checked_nan = torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
-    try:
-        yield
-    finally:
-        torch.autograd.set_detect_anomaly(was_on, checked_nan)
 
 
 @contextmanager
@@ -241,7 +231,7 @@ def adapt() -> None:
     """Make RecBole run on this Python and know the compressed models; a second call is harmless."""
     with _ray_if_possible():
         import recbole.quick_start
-    with _same_anomaly_mode():
+    with importing_models():
         import recbole.model.sequential_recommender
     import recbole.data.utils
     import recbole.quick_start.quick_start

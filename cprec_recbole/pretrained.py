@@ -11,8 +11,9 @@ from torch import Tensor
 
 from cprec_recbole.backbones import build_host
 from cprec_recbole.config import CompressionConfig, CompressionError
-from cprec_recbole.embedding import BlockEmbedding
+from cprec_recbole.embedding import Block, BlockEmbedding
 from cprec_recbole.folder import read_folder
+from cprec_recbole.int8 import Int8Block
 from cprec_recbole.membership import unpacked_blocks
 from cprec_recbole.models import MODELS, CompressedRecommender
 from cprec_recbole.partition import Partition
@@ -76,11 +77,20 @@ def _built(header: dict[str, Any], weights: dict[str, Tensor]) -> CompressedReco
     with torch.random.fork_rng(devices=[]):  # fresh weights are drawn, and written over
         host = build_host(record, options, _Catalogue(options["ITEM_ID_FIELD"]))
         host.n_items = n_items
-        partition = Partition(torch.from_numpy(np.argsort(member, kind="stable")), plan.cutoffs)
-        table = BlockEmbedding(partition, plan.ranks, plan.dim)
-        model = model_class.from_host(host, table, compression)
+        order = np.argsort(member, kind="stable").astype(np.int32)
+        partition = Partition(torch.from_numpy(order), plan.cutoffs)
+        kind = _block_kind(header.get("rows"))
+        table = BlockEmbedding(partition, plan.ranks, plan.dim, kind, kind)
+        model = model_class.from_host(host, table, compression, kind)
     model.reads_last_column = bool(header["reads_last_column"])
     return model.to(getattr(torch, header["dtype"]))
+
+
+def _block_kind(rows: object) -> type[Block]:
+    kinds = {None: Block, "int8": Int8Block}
+    if rows not in kinds:
+        raise CompressionError(f"Expected `rows` to be int8 or left out, but got {rows!r}.")
+    return kinds[rows]
 
 
 @torch.no_grad()
@@ -98,6 +108,11 @@ def _fill(model: CompressedRecommender, weights: dict[str, Tensor]) -> None:
             raise CompressionError(
                 f"Expected the weight {name} to be {list(parameter.shape)} by the options, but it "
                 f"is {list(weights[name].shape)}."
+            )
+        if parameter.is_floating_point() != weights[name].is_floating_point():
+            raise CompressionError(
+                f"Expected the weight {name} to be {parameter.dtype} by the options, but it is "
+                f"{weights[name].dtype}."
             )
         parameter.copy_(weights[name])
 

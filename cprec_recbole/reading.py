@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -136,7 +136,7 @@ class Reader:
         rows = groups.unsqueeze(1) * self.group + torch.arange(self.group, device=groups.device)
         n_rows, rank = self.strip.codes.shape
         if isinstance(self.strip, GroupedStrip):
-            codes = self.strip.codes.view(-1, self.group, rank)[groups]
+            codes = self.strip.members(groups)
         else:
             codes = self.strip.codes[rows.clamp(max=n_rows - 1).flatten()]
             codes = codes.view(-1, self.group, rank)
@@ -166,21 +166,26 @@ class Reader:
         buffer = self.query.new_empty(0 if one else per_piece * size, self.query.shape[1])
         for i, first in enumerate(firsts):
             if groups is None:
-                part = codes[first * size : (first + per_piece) * size]
+                start, end = first * size, min(len(codes), (first + per_piece) * size)
             else:
-                some = groups[first : first + per_piece]
-                part = codes.view(-1, size, codes.shape[1])[some].flatten(0, 1)
+                start, end = 0, size * len(groups[first : first + per_piece])
             if one:
-                across = self.strip.columns[:, first * size : first * size + len(part)]
-                piece = torch.mm(self._factor.T, across).T
+                piece = torch.mm(self._factor.T, self.strip.columns[:, start:end]).T
+            elif groups is None:
+                piece = self.strip.multiply(start, end, self._factor, buffer[: end - start])
             else:
-                piece = torch.mm(part, self._factor, out=buffer[: len(part)])
-            self.rows_read += len(part)
+                part = self._grouped.members(groups[first : first + per_piece]).flatten(0, 1)
+                piece = torch.mm(part, self._factor, out=buffer[:end])
+            self.rows_read += end - start
             here = slice(cuts[i], cuts[i + 1])
             barred = rows[here] - first * size, columns[here]
             if bar and len(barred[0]):
                 piece[barred] = -torch.inf
             yield piece, barred
+
+    @property
+    def _grouped(self) -> GroupedStrip:
+        return cast(GroupedStrip, self.strip)  # only of these are some groups asked for
 
     def _barred_of(self, groups: Tensor) -> tuple[Tensor, Tensor]:
         """Barred rows as they lie in some groups read after one another."""

@@ -7,16 +7,22 @@ own needs the record alone, see `register`.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
-from recbole.data.interaction import Interaction
-from recbole.model import sequential_recommender as recbole_models
 from torch import Tensor, nn
 
 from cprec_recbole.backbones import Backbone
 from cprec_recbole.config import CompressionError
 from cprec_recbole.item_tables import Host, MaskedTable, with_one
+from cprec_recbole.registration import importing_models
 from cprec_recbole.sharing import Layer
+
+if TYPE_CHECKING:
+    from recbole.data.interaction import Interaction
+
+with importing_models():
+    from recbole.model import sequential_recommender as recbole_models
 
 HIDDEN_AT = "MASK_INDEX"  # RecBole's field: where a row's items were hidden, [B, m]; 0 is none
 

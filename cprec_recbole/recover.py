@@ -14,6 +14,7 @@ from cprec_recbole.config import CompressionError, is_number, is_whole
 from cprec_recbole.distillation import Teacher
 from cprec_recbole.evaluation import check_evaluation_data, evaluate, valid_metric
 from cprec_recbole.histories import Histories, histories_of
+from cprec_recbole.int8 import not_trained
 from cprec_recbole.models import CompressedRecommender
 from cprec_recbole.modes import in_eval_mode
 from cprec_recbole.original import Original
@@ -78,7 +79,9 @@ def recover(
         raise CompressionError(
             f"Expected `small` to be a compressed model, but got {type(small).__name__}."
         )
-    dtype = small.table.blocks[0].weight.dtype
+    if small.table.is_int8:
+        raise not_trained()
+    dtype = small.table.dtype
     if dtype == torch.float16:
         raise CompressionError(
             f"Expected `small` to be in float32, float64 or bfloat16, but got {dtype}, in which "

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cprec_recbole.backbones import Backbone
 from cprec_recbole.config import BlockPlan, CompressionConfig
+from cprec_recbole.int8 import BYTES_PER_SCALE, Int8Block
 from cprec_recbole.models import CompressedRecommender
 from cprec_recbole.partition import PADDING
 from cprec_recbole.records import find_backbone
@@ -55,6 +56,16 @@ def part_sizes(model: nn.Module) -> PartSizes:
     known |= {id(p) for p in softmax}
     layers = [p for p in model.parameters() if id(p) not in known]
     return PartSizes(_count(table), _count(layers), _count(softmax))
+
+
+def saved_bytes(model: nn.Module) -> int:
+    """Bytes of a model's weights as a folder keeps them, each parameter once; the file's header and
+    the tokens come on top."""
+    scales = {id(m.scale) for m in model.modules() if isinstance(m, Int8Block)}
+    return sum(
+        p.numel() * (BYTES_PER_SCALE if id(p) in scales else p.element_size())
+        for p in model.parameters()
+    )
 
 
 def shared_layers(model: CompressedRecommender) -> str:

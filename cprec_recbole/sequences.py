@@ -19,9 +19,9 @@ from torch import Tensor
 
 from cprec_recbole import splits
 from cprec_recbole.config import CompressionError
+from cprec_recbole.fields import NEXT_ITEMS
 from cprec_recbole.interactions import InteractionsDataset
 
-NEXT_ITEMS = "next_item_id_list"  # the target at each position of a window, [B, L]; 0 is padding
 _END = "_history_end"  # a row's history: sequence[end - length : end]
 
 

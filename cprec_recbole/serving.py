@@ -16,7 +16,8 @@ from cprec_recbole.backbones import Backbone, architecture
 from cprec_recbole.config import CompressionConfig, CompressionError
 from cprec_recbole.embedding import BlockEmbedding
 from cprec_recbole.folder import write_folder
-from cprec_recbole.growth import grown_block, similar_items
+from cprec_recbole.growth import new_rows, similar_items
+from cprec_recbole.int8 import SCALE_DTYPE, Int8Block
 from cprec_recbole.item_tables import Host
 from cprec_recbole.membership import packed_blocks
 from cprec_recbole.modes import in_eval_mode
@@ -148,6 +149,14 @@ class Servable(nn.Module):
             [[vocabulary.token(i) for i in row] for row in best.items.tolist()], best.scores
         )
 
+    def known_vocabulary(self) -> Vocabulary:
+        """The tokens of the items.
+
+        Raises:
+            CompressionError: a model that knows none.
+        """
+        return self._vocabulary()
+
     def build_index(self) -> None:
         """Prepare `recommend` to skip most of a large catalogue; see SoftmaxHead.build_index."""
         self.head.build_index()
@@ -183,19 +192,25 @@ class Servable(nn.Module):
             torch.argsort(partition.item_at[start:end])
             for start, end in zip(partition.starts, partition.cutoffs)
         ]
+        tables = (self.table, self.head.table)
         rows = {
-            id(block.weight): permutation
-            for table in (self.table, self.head.table)
+            id(parameter): permutation
+            for table in tables
             for block, permutation in zip(table.blocks, order)
+            for parameter in block.per_row()
         }
+        scales = {id(b.scale) for t in tables for b in t.blocks if isinstance(b, Int8Block)}
         for name, parameter in self.named_parameters():
             permutation = rows.get(id(parameter))
             weights[name] = parameter if permutation is None else parameter[permutation]
+            if id(parameter) in scales:
+                weights[name] = weights[name].to(SCALE_DTYPE)  # they have no more bits than that
         plan = {"ranks": list(self.table.ranks), "cutoffs": list(partition.cutoffs)}
         options = {
             "model": type(self).__name__,
             "n_items": self.n_items,
-            "dtype": str(self.table.blocks[0].weight.dtype).removeprefix("torch."),
+            "dtype": str(self.table.dtype).removeprefix("torch."),
+            **({"rows": "int8"} if self.table.is_int8 else {}),
             "reads_last_column": self.reads_last_column,
             "compression": self.compression.as_dict() | plan,
             "architecture": architecture(self.record, self.backbone),
@@ -240,11 +255,11 @@ class Servable(nn.Module):
         tables = [self.table]
         if self.head.table is not self.table:
             tables.append(self.head.table)
-        grown = [grown_block(table, models) for table in tables]  # all that can fail has been done
+        rows = [new_rows(table, models) for table in tables]  # all that can fail has been done
         partition = self._grow_partition(len(tokens))
-        for table, weight in zip(tables, grown):
+        for table, new in zip(tables, rows):
             table.partition = partition
-            table.blocks[-1].weight = nn.Parameter(weight, table.blocks[-1].weight.requires_grad)
+            table.blocks[-1].extend(new)
         first, self.n_items = self.n_items, self.n_items + len(tokens)
         self.backbone.n_items = self.n_items
         if self.train_item_counts is not None:

@@ -179,7 +179,7 @@ class FullSoftmax(SoftmaxHead):
         positions = self.table.partition.positions(target)
         if self.table.group is not None:
             return full_loss(self.table, hidden, positions, self.loss_memory)
-        strips = [Strip(block.into_rank(hidden), block.weight) for block in self.table.blocks]
+        strips = [Strip(block.into_rank(hidden), block.learnt()) for block in self.table.blocks]
         total = cross_entropy(strips, positions, self.loss_memory, padded=True)
         return total / max(1, len(target))
 
@@ -297,12 +297,12 @@ class TreeSoftmax(SoftmaxHead):
 
     def _branches(self, hidden: Tensor) -> list[Strip]:
         """Columns of the head's items, padding included, then of the clusters."""
-        items = Strip(self.head.into_rank(hidden), self.head.weight)
+        items = Strip(self.head.into_rank(hidden), self.head.learnt())
         return [items, Strip(hidden, self.clusters)] if self.tails else [items]
 
     def _branch_logits(self, hidden: Tensor) -> Tensor:
         """Logits of the head's items, then of the clusters, `[B, d] -> [B, k_1 - 1 + n - 1]`."""
-        items = self.head.into_rank(hidden) @ self.head.weight[1:].T
+        items = self.head.logits(hidden)[:, 1:]
         return torch.cat([items, hidden @ self.clusters.T], dim=1)
 
 

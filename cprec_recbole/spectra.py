@@ -93,27 +93,27 @@ class Spectra:
         share = at[None, :] - at[:, None]
         return cls(ends, np.where((share > 0)[..., None], share[..., None] * left, np.inf))
 
-    def best_plan(self, parameters: int, cost: Cost) -> BlockPlan | None:
-        """The blocks and ranks that lose least within a number of parameters.
+    def best_plan(self, limit: int, cost: Cost) -> BlockPlan | None:
+        """The blocks and ranks that lose least and cost at most `limit`.
 
-        For a price on a parameter, dynamic programming finds the blocks and ranks of least loss
-        plus price; the price is bisected until the budget is met, and what is left of it is spent
-        rank by rank. None if not even one block of rank 1 fits.
+        For a price on a parameter, or on a byte, dynamic programming finds the blocks and ranks of
+        least loss plus price; the price is bisected until the budget is met, and what is left of
+        it is spent rank by rank. None if not even one block of rank 1 fits.
         """
         best = BlockPlan((1,), (self.ends[-1],), self.dim)
-        if cost.of(best) > parameters:
+        if cost.of(best) > limit:
             return None
         low, high = 1e-18, 1.0  # a parameter's price in share lost
         for _ in range(_BISECTIONS):
             price = math.sqrt(low * high)
             plan = self._priced(price, cost)
-            if cost.of(plan) > parameters:
+            if cost.of(plan) > limit:
                 low = price
                 continue
             high = price
             if self.loss(plan) <= self.loss(best):
                 best = plan
-        return self._filled(best, parameters, cost)
+        return self._filled(best, limit, cost)
 
     def loss(self, plan: BlockPlan) -> float:
         """The share of the table that a plan loses."""
@@ -122,12 +122,14 @@ class Spectra:
         return float(sum(self.lost[a, b, rank] for a, b, rank in pairs))
 
     def _priced(self, price: float, cost: Cost) -> BlockPlan:
-        """The plan of least loss plus price times parameters; ranks never rise."""
+        """The plan of least loss plus price times cost; ranks never rise."""
         n, dim = len(self.ends), self.dim
         ranks = np.arange(dim + 1)
-        projections = np.where(ranks == dim, 0, ranks * dim)
+        unit = cost.unit
+        projections = unit.other * np.where(ranks == dim, 0, ranks * dim)
         sizes = np.subtract.outer(self.ends, self.ends).T[..., None]  # [start, end, 1]
-        block = self.lost + price * cost.copies * (sizes * ranks + projections)
+        rows = unit.entry * ranks + unit.row
+        block = self.lost + price * cost.copies * (sizes * rows + projections)
         block[..., 0] = np.inf  # every block has a rank
         value = np.full((MOST_BLOCKS + 1, n, dim + 1), np.inf)
         before = np.zeros((MOST_BLOCKS + 1, n, dim + 1, 2), dtype=np.int64)
@@ -137,7 +139,8 @@ class Spectra:
             above = np.minimum.accumulate(value[blocks - 1][:, ::-1], axis=1)[:, ::-1]
             record = np.where(value[blocks - 1] == above, ranks, dim)
             source = np.minimum.accumulate(record[:, ::-1], axis=1)[:, ::-1]
-            above = above + price * (cost.cluster + 1)  # of equal plans the one with fewer blocks
+            # of equal plans the one with fewer blocks
+            above = above + price * (unit.other * cost.cluster + 1)
             for end in range(2, n):
                 total = above[1:end] + block[1:end, end]
                 start = total.argmin(0)
@@ -154,7 +157,7 @@ class Spectra:
         found.reverse()
         return BlockPlan(tuple(r for r, _ in found), tuple(e for _, e in found), dim)
 
-    def _filled(self, plan: BlockPlan, parameters: int, cost: Cost) -> BlockPlan:
+    def _filled(self, plan: BlockPlan, limit: int, cost: Cost) -> BlockPlan:
         """Spend what is left of the budget on the ranks that gain most for a parameter."""
         while True:
             steps = []
@@ -164,7 +167,7 @@ class Spectra:
                     other = replace(plan, ranks=(*plan.ranks[:j], higher, *plan.ranks[j + 1 :]))
                     gain = self.loss(plan) - self.loss(other)
                     more = cost.of(other) - cost.of(plan)
-                    if gain > 0 and cost.of(other) <= parameters:
+                    if gain > 0 and cost.of(other) <= limit:
                         steps.append((gain / max(more, 1), other))
             if not steps:
                 return plan
@@ -172,17 +175,43 @@ class Spectra:
 
 
 @dataclass(frozen=True)
+class Unit:
+    """What a budget is counted in.
+
+    Attributes:
+        name: in words, for people.
+        entry: what an entry of a row costs.
+        row: what each row costs besides.
+        other: what any other parameter costs.
+    """
+
+    name: str
+    entry: int
+    row: int
+    other: int
+
+
+PARAMETERS = Unit("parameters", entry=1, row=0, other=1)
+
+
+@dataclass(frozen=True)
 class Cost:
-    """What a table costs beside its own parameters.
+    """What a table costs.
 
     Attributes:
         copies: tables of that plan: two where the softmax is untied.
         cluster: parameters for each block after the head.
+        unit: what is counted.
     """
 
     copies: int
     cluster: int
+    unit: Unit = PARAMETERS
 
     def of(self, plan: BlockPlan) -> int:
-        """Parameters of table and softmax."""
-        return self.copies * plan.n_parameters + self.cluster * (len(plan.ranks) - 1)
+        """What table and softmax cost."""
+        unit = self.unit
+        entries = sum(size * rank for size, rank in zip(plan.sizes, plan.ranks))
+        projections = plan.n_parameters - entries
+        table = unit.entry * entries + unit.row * plan.n_items + unit.other * projections
+        return self.copies * table + unit.other * self.cluster * (len(plan.ranks) - 1)

@@ -15,6 +15,7 @@ from torch import Tensor
 from cprec_recbole.bounds import Bounds, group_rows
 from cprec_recbole.config import CompressionError
 from cprec_recbole.embedding import Block
+from cprec_recbole.int8 import Int8Rows
 from cprec_recbole.partition import PADDING
 
 _GROUP_VALUES = 256  # numbers to a group: 64 rows of rank 4, 16 of rank 16
@@ -27,7 +28,7 @@ class Strip(ABC):
     """Rows that the search reads, in one space.
 
     Attributes:
-        codes: the rows, `[N, r]`.
+        codes: the rows, `[N, r]`, as they are kept.
         basis: brings a hidden state into the space of the rows, `[d, r]`, float64.
         rounding: what rounding may change in a logit, for hidden states of length one, if queries
             are computed in float64.
@@ -38,7 +39,7 @@ class Strip(ABC):
 
     keep_columns = False
 
-    def __init__(self, codes: Tensor, basis: Tensor, longest: float) -> None:
+    def __init__(self, codes: Tensor | Int8Rows, basis: Tensor, longest: float) -> None:
         self.codes = codes
         self.basis = basis
         self.n_items = len(codes)
@@ -58,12 +59,22 @@ class Strip(ABC):
         """What the rows are multiplied by, `[r, B] -> [r, B]`."""
         return query
 
-    @cached_property
+    @property
     def columns(self) -> Tensor:
         """The rows as columns, `[r, N]`: a copy, by which few queries are multiplied sooner, if
         there are few rows or `keep_columns` is set."""
         copied = self.keep_columns or len(self.codes) <= _FEW_ROWS
-        return self.codes.T.contiguous() if copied else self.codes.T
+        return self._copied_columns if copied else self.codes.T
+
+    @cached_property
+    def _copied_columns(self) -> Tensor:
+        return self.codes.T.contiguous()
+
+    def multiply(self, start: int, end: int, factor: Tensor, out: Tensor) -> Tensor:
+        """Rows `start` to `end` times what `factor` gave, `[r, B] -> [n, B]`."""
+        if isinstance(self.codes, Int8Rows):
+            return self.codes.multiply(start, end, factor, out)
+        return torch.mm(self.codes[start:end], factor, out=out)
 
     @abstractmethod
     def positions(self, rows: Tensor) -> Tensor:
@@ -75,7 +86,8 @@ class Strip(ABC):
 
 
 class PlainStrip(Strip):
-    """A block's own rows, not copied (but for half precision); the padding row left out.
+    """A block's own rows, not copied (but for half precision); the padding row left out. Rows in
+    int8 stay so.
 
     Args:
         block: the factors.
@@ -88,7 +100,11 @@ class PlainStrip(Strip):
 
     def __init__(self, block: Block, start: int, dtype: torch.dtype) -> None:
         skip = 1 if start == PADDING else 0
-        codes = block.weight.detach()[skip:].to(dtype)
+        rows = block.rows()
+        if isinstance(rows, Int8Rows):
+            codes: Tensor | Int8Rows = Int8Rows(rows.values[skip:], rows.scales[skip:].to(dtype))
+        else:
+            codes = rows[skip:].to(dtype)
         super().__init__(codes, _basis(block), _longest(codes, block))
         self.start = start + skip
 
@@ -140,10 +156,13 @@ class GroupedStrip(Strip):
     there, so that such a row's logit is -inf.
 
     Attributes:
+        codes: the rows, `[G s, r + 1]`, in float whatever they were made from.
         group: rows to a group.
         bounds: of the groups.
         branches: bounds of branches of the tree that the groups are the leaves of.
     """
+
+    codes: Tensor
 
     def __init__(self, whole: PlainStrip) -> None:
         axes, basis = _principal_axes(whole.codes, whole.basis)
@@ -167,6 +186,10 @@ class GroupedStrip(Strip):
         own = torch.where(real, order + whole.start, PADDING)
         self._positions = own.flatten().to(torch.int32)
 
+    def members(self, groups: Tensor) -> Tensor:
+        """The rows of some groups, `[G] -> [G, s, r + 1]`."""
+        return self.codes.view(-1, self.group, self.codes.shape[1])[groups]
+
     def factor(self, query: Tensor) -> Tensor:
         """As Strip.factor, with a last row of ones, `[r, B] -> [r + 1, B]`."""
         return torch.cat([query, query.new_ones(1, query.shape[1])])
@@ -188,7 +211,7 @@ def _basis(block: Block) -> Tensor:
     return block.projection.detach().T.double()
 
 
-def _principal_axes(codes: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+def _principal_axes(codes: Tensor | Int8Rows, basis: Tensor) -> tuple[Tensor, Tensor]:
     """A change of coordinates, `[r, r]`, and the basis that goes with it, `[d, r]`.
 
     In the new coordinates a row is as long as its item vector, so that bounds are not stretched by
@@ -202,9 +225,10 @@ def _principal_axes(codes: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     return triangular.T @ axes, orthonormal @ axes
 
 
-def _longest(codes: Tensor, block: Block) -> float:
-    lengths = torch.linalg.vector_norm(codes, dim=1, dtype=torch.float64)
-    longest = float(lengths.max()) if len(codes) else 0.0
+def _longest(codes: Tensor | Int8Rows, block: Block) -> float:
+    pieces = codes.split(_FEW_ROWS) if isinstance(codes, Int8Rows) else [codes]
+    norms = (torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in pieces)
+    longest = float(torch.stack([part.max() for part in norms]).max()) if len(codes) else 0.0
     projection = block.projection
     if not math.isfinite(longest) or not (projection is None or projection.isfinite().all()):
         raise CompressionError(

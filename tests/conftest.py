@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import sys
+from importlib import import_module
 
 # one thread: for models this small a second one only waits, and tests run beside each other
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for the processes that tests start
@@ -31,7 +31,7 @@ def few_drawn_histories():
     """The tests' models are tiny: a few histories are enough to fit their layers on."""
     with pytest.MonkeyPatch.context() as patch:
         # the module, which the function of the same name hides
-        patch.setattr(sys.modules["cprec_recbole.compress"], "FIT_HISTORIES", 128)
+        patch.setattr(import_module("cprec_recbole.compress"), "FIT_HISTORIES", 128)
         yield
 
 

@@ -12,11 +12,12 @@ from torch import nn
 
 from cprec_recbole.commands.common import add_compression, console, given_options
 from cprec_recbole.commands.common import value as parsed
-from cprec_recbole.compress import compress
+from cprec_recbole.compress import compress_in_float
 from cprec_recbole.config import CompressionError
 from cprec_recbole.evaluation import evaluate
+from cprec_recbole.quantize import quantize
 from cprec_recbole.recover import recover
-from cprec_recbole.report import BYTES_PER_FLOAT, part_sizes
+from cprec_recbole.report import part_sizes, saved_bytes
 from cprec_recbole.trained import load_trained
 
 
@@ -42,6 +43,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--recover", type=int, default=0, metavar="EPOCHS", help="fine-tune for some epochs"
     )
+    parser.add_argument(
+        "--dtype", metavar="int8", help="keep the table's rows in int8; a budget then counts bytes"
+    )
     add_compression(parser, training=False)
 
 
@@ -54,13 +58,14 @@ def run(options: argparse.Namespace, passed_on: dict[str, Any], command: str) ->
         raise CompressionError(f"Expected `out` to be a folder, but {options.out} is a file.")
     screen = console()
     found = load_trained(options.checkpoint, passed_on)
-    small = compress(
+    small = compress_in_float(
         found.model,
         data=found.train,
         ratio=options.ratio,
         size=options.size,
         max_loss=options.max_loss,
         valid_data=found.valid if options.max_loss is not None else None,
+        dtype=options.dtype,
         **given_options(options),
     )
     rows = [("original", found.model, _quality(found.model, found))]
@@ -70,6 +75,9 @@ def run(options: argparse.Namespace, passed_on: dict[str, Any], command: str) ->
         given = {ours: passed_on[theirs] for theirs, ours in named.items() if theirs in passed_on}
         recover(small, found.model, found.train, options.recover, valid_data=found.valid, **given)
         rows.append(("recovered", small, _quality(small, found)))
+    if options.dtype is not None:
+        small = quantize(small)
+        rows.append((options.dtype, small, _quality(small, found)))
     small.save_pretrained(options.out)
     screen.print(_table(rows))
     n_bytes = sum(path.stat().st_size for path in Path(options.out).iterdir() if path.is_file())
@@ -98,8 +106,9 @@ def _table(rows: list[tuple[str, nn.Module, dict[str, float]]]) -> Table:
     table.add_row("  item table", *(f"{size.table:,}" for size in sizes))
     table.add_row("  layers", *(f"{size.layers:,}" for size in sizes))
     table.add_row("  softmax", *(f"{size.softmax:,}" for size in sizes))
-    table.add_row("MB", *(f"{size.total * BYTES_PER_FLOAT / 1e6:,.3f}" for size in sizes))
-    table.add_row("smaller", *(f"{sizes[0].total / size.total:.2f}x" for size in sizes))
+    n_bytes = [saved_bytes(model) for _, model, _ in rows]
+    table.add_row("MB", *(f"{size / 1e6:,.3f}" for size in n_bytes))
+    table.add_row("smaller", *(f"{n_bytes[0] / size:.2f}x" for size in n_bytes))
     table.add_section()
     whole = rows[0][2]
     for metric in whole:

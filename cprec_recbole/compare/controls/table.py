@@ -150,7 +150,7 @@ class TableRecommender(CompressedRecommender):
 
     n_bytes: int | None = None
 
-    def assemble(self, host: Any, table: Any, tail: Any = Block) -> None:
+    def assemble(self, host: Any, table: Any, tail: Any = Block, first: Any = Block) -> None:
         """Put the parts together: table into host, layers shared, a flat softmax on top."""
         self.record.table.put(host, table)
         layers = self.record.layers(host)

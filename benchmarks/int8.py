@@ -1,0 +1,195 @@
+"""Rows in int8: what they cost in quality, and why PyTorch's own int8 kernels do not compute them.
+
+    python benchmarks/int8.py [--epochs N] [--models NAME ...] [--out FOLDER]
+
+Quality: each model is trained on MovieLens-100K with its default options, then its rows are put in
+int8; nothing is trained afterwards. Kernels: milliseconds for logits of some hidden states and for
+look-ups, the best of some rounds in one process and one thread, each over made-up rows of a rank
+that blocks have.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from recbole.data import create_dataset, data_preparation
+from recbole.utils import get_model, get_trainer, init_seed
+
+from cprec_recbole import CompressedRecommender, quantize
+from cprec_recbole.compare.results import environment, save
+from cprec_recbole.host import recbole_config
+from cprec_recbole.int8 import Int8Rows, quantized_rows
+from cprec_recbole.report import saved_bytes
+
+MODELS = ("NextItNet", "SASRec", "GRU4Rec")
+N_ROWS, RANKS, BATCHES, LOOK_UPS = 200_000, (4, 16, 64), (1, 32), (50, 3200)
+PIECE = 2**15  # rows that are turned into float at a time
+ROUNDS = 7
+
+
+def quality(name: str, softmax: str, epochs: int) -> str:
+    """A row: NDCG@20 of float rows and of int8 rows, and bytes of the weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = recbole_config(
+            f"Cp{name}",
+            "ml-100k",
+            {
+                "epochs": epochs,
+                "softmax": softmax,
+                "eval_step": epochs,
+                "topk": [20],
+                "metrics": ["NDCG"],
+                "valid_metric": "NDCG@20",
+                "show_progress": False,
+                "checkpoint_dir": folder,
+                "use_gpu": False,
+            },
+        )
+        init_seed(config["seed"], config["reproducibility"])
+        train, valid, test = data_preparation(config, create_dataset(config))
+        model = get_model(f"Cp{name}")(config, train._dataset)
+        trainer = get_trainer(config["MODEL_TYPE"], f"Cp{name}")(config, model)
+        trainer.fit(train, valid, verbose=False, show_progress=False)
+    small = quantize(model.eval())
+    cells = [f"Cp{name}, {softmax}"]
+    for data in (valid, test):
+        before, after = (gains(each, data) for each in (model, small))
+        mean, change = float(before.mean()), after - before
+        error = float(change.std()) / len(change) ** 0.5 / mean
+        cells += [f"{mean:.5f}", f"{float(after.mean()):.5f}"]
+        cells += [f"{float(change.mean()) / mean:+.2%} ± {error:.2%}"]
+    sizes = [saved_bytes(each) for each in (model, small)]
+    rows = [
+        sum(b.weight.numel() * b.weight.element_size() for b in each.table.blocks)
+        for each in (model, small)
+    ]
+    cells += [f"{size:,}" for size in sizes]
+    scales = 2 * small.n_items
+    cells += [f"{sizes[0] / sizes[1]:.2f}x", f"{rows[0] / (rows[1] + scales):.2f}x"]
+    return f"| {' | '.join(cells)} |"
+
+
+@torch.no_grad()
+def gains(model: CompressedRecommender, data: Any) -> torch.Tensor:
+    """What each user adds to NDCG@20, `[n_users]`: of leave-one-out data one item is wanted."""
+    found = []
+    for interaction, _, _, wanted in data:
+        best = model.head.topk(model.last_hidden(interaction), 20).items
+        places = torch.arange(20) + 2
+        found.append(((best == wanted.unsqueeze(1)) / places.log2()).sum(1))
+    return torch.cat(found)
+
+
+def milliseconds(action: Callable[[], object]) -> float:
+    """The best of some rounds, after one to warm up."""
+    action()
+    times = []
+    for _ in range(ROUNDS):
+        start = perf_counter()
+        action()
+        times.append(perf_counter() - start)
+    return 1000 * min(times)
+
+
+def logits_row(rank: int, batch: int) -> str:
+    """A row: one way beside another for the logits of some hidden states."""
+    rows = torch.randn(N_ROWS, rank)
+    values, scales = quantized_rows(rows)
+    ours, query = Int8Rows(values, scales), torch.randn(batch, rank)
+    columns = query.T.contiguous()
+    whole = torch.randint(-127, 128, (max(batch, 17), rank), dtype=torch.int8)  # 17 at least
+    starts = range(0, N_ROWS, PIECE)
+    ways: list[Callable[[], object]] = [
+        lambda: [torch.mm(rows[a : a + PIECE], columns) for a in starts],
+        lambda: [ours.multiply(a, min(N_ROWS, a + PIECE), columns) for a in starts],
+        lambda: torch._weight_int8pack_mm(query, values, scales),
+        lambda: torch._int_mm(whole, values.T),
+    ]
+    times = [milliseconds(way) for way in ways]
+    ratios = [f"{time / times[0]:.1f}" for time in times[1:]]
+    return f"| {rank} | {batch} | {times[0]:.2f} | {' | '.join(ratios)} |"
+
+
+def look_up_row(rank: int, n: int) -> str:
+    """A row: one way beside another for looking some rows up."""
+    rows = torch.randn(N_ROWS, rank)
+    values, scales = quantized_rows(rows)
+    ours, items = Int8Rows(values, scales), torch.randint(N_ROWS, (n,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from torch.ao.nn.quantized import Embedding
+
+        per_row = torch.quantize_per_channel(
+            rows, scales.float(), torch.full((N_ROWS,), 128.0), 0, torch.quint8
+        )
+        theirs = Embedding(N_ROWS, rank, _weight=per_row)
+    packed = theirs._packed_params._packed_weight
+    ways: list[Callable[[], object]] = [
+        lambda: rows[items],
+        lambda: ours[items],
+        lambda: torch.ops.quantized.embedding_byte(packed, items),
+    ]
+    times = [milliseconds(lambda way=way: [way() for _ in range(20)]) / 20 for way in ways]
+    n_bytes = [4 * rank, rank + 2, torch.ops.quantized.embedding_bag_byte_prepack(rows).shape[1]]
+    ratios = [f"{time / times[0]:.1f}" for time in times[1:]]
+    sizes = " / ".join(map(str, n_bytes))
+    return f"| {rank} | {n} | {times[0]:.4f} | {' | '.join(ratios)} | {sizes} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--models", nargs="+", default=MODELS)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    arguments = parser.parse_args()
+    lines = ["# Rows in int8", "", f"`python benchmarks/int8.py --epochs {arguments.epochs}`", ""]
+    lines += [", ".join(f"{name} {value}" for name, value in environment().items() if value), ""]
+    lines += [
+        f"## Kernels: {N_ROWS:,} rows, one thread",
+        "",
+        "Logits, milliseconds of float rows, and times as long for: whole numbers turned into "
+        "float a piece at a time and products scaled (what is done); `torch._weight_int8pack_mm`; "
+        "`torch._int_mm`, which needs the hidden states in int8 too.",
+        "",
+        "| rank | hidden states | float, ms | pieces | _weight_int8pack_mm | _int_mm |",
+        "|--:|--:|--:|--:|--:|--:|",
+    ]
+    lines += [logits_row(rank, batch) for rank in RANKS for batch in BATCHES]
+    lines += [
+        "",
+        "Look-ups, milliseconds of float rows, and times as long for: rows picked, then turned "
+        "into float (what is done); `quantized::embedding_byte` (FBGEMM).",
+        "",
+        "| rank | rows | float, ms | picked | embedding_byte | bytes a row: float / ours / "
+        "FBGEMM |",
+        "|--:|--:|--:|--:|--:|--:|",
+    ]
+    lines += [look_up_row(rank, n) for rank in RANKS for n in LOOK_UPS]
+    print("\n".join(lines), flush=True)
+    lines += [
+        "",
+        f"## Quality: MovieLens-100K, {arguments.epochs} epochs, seed 2020",
+        "",
+        "NDCG@20 of float rows, of int8 rows, and the difference with its standard error over "
+        "users; bytes of all weights, and how many times smaller they and the rows are.",
+        "",
+        "| model | valid | int8 | | test | int8 | | bytes | int8 | all | rows |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for name in arguments.models:
+        for softmax in ("full", "tree"):
+            lines.append(quality(name, softmax, arguments.epochs))
+            print(lines[-1], flush=True)
+    save("\n".join(lines) + "\n", arguments.out / "int8.md")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

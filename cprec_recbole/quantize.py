@@ -1,0 +1,93 @@
+"""quantize(): a compressed model with its rows in int8."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from cprec_recbole.config import CompressionError
+from cprec_recbole.embedding import BlockEmbedding
+from cprec_recbole.int8 import Int8Block
+from cprec_recbole.models import CompressedRecommender
+
+DTYPES = ("int8",)
+
+
+def quantize(small: nn.Module) -> CompressedRecommender:
+    """A copy of a compressed model with the rows of all blocks in int8, a scale for each row.
+
+    Projections, layers and the tree's clusters stay in float. Lossy: an entry of a row is off by at
+    most half of the row's scale, which is a 127th of its largest entry, rounded up to bfloat16.
+    Everything that is exact about a model (top-k, saving, loading) is exact about the new one; it
+    cannot be trained.
+
+    Args:
+        small: a Cp model in float32 or float64; it is left as it was.
+
+    Returns:
+        The new model, in the mode of the old one. It shares its tokens and counts.
+
+    Raises:
+        CompressionError: RecBole's own model, rows in int8 already, another precision, weights that
+            are not finite or are spread over processes.
+    """
+    model = _checked(small)
+    known = (model.vocabulary, model.item_tokens, model.train_item_counts)
+    memo: dict[int, Any] = {id(each): each for each in known if each is not None}
+    result = copy.deepcopy(model, memo)
+    for table in {id(t): t for t in (result.table, result.head.table)}.values():
+        _quantize_table(table)
+    return result
+
+
+def check_dtype(dtype: object, of_model: torch.dtype) -> None:
+    """Raise a CompressionError unless rows can be kept as `dtype`: `"int8"`, or None for float."""
+    if dtype is None:
+        return
+    if dtype not in DTYPES:
+        raise CompressionError(
+            f'Expected `dtype` to be "int8", or left out for float rows, but got {dtype!r}.'
+        )
+    _check_precision("model", of_model)
+
+
+def _quantize_table(table: BlockEmbedding) -> None:
+    for j, block in enumerate(table.blocks):
+        table.factors[j] = Int8Block.of(block)
+
+
+def _checked(small: nn.Module) -> CompressedRecommender:
+    if not isinstance(small, CompressedRecommender):
+        raise CompressionError(
+            f"Expected `small` to be a compressed model, but got {type(small).__name__}; use "
+            'compress(model, ..., dtype="int8"), or compress(model, '
+            'CompressionConfig.uncompressed(), dtype="int8") for int8 rows and nothing else.'
+        )
+    if small.table.is_int8:
+        raise CompressionError(
+            "Expected `small` to have float rows, but its rows are in int8 already; quantize the "
+            "model that it was made from."
+        )
+    if small.table.group is not None or small.head.table.group is not None:
+        raise CompressionError(
+            "Expected `small` to be whole, but its tail blocks are spread over processes; save it "
+            "and load it in one process first."
+        )
+    _check_precision("small", small.table.dtype)
+    for name, parameter in small.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise CompressionError(
+                f"Expected `small` to have finite weights, but {name} has NaN or inf."
+            )
+    return small
+
+
+def _check_precision(name: str, dtype: torch.dtype) -> None:
+    if dtype not in (torch.float32, torch.float64):
+        raise CompressionError(
+            f"Expected `{name}` to be in float32 or float64 to put its rows in int8, but got "
+            f"{dtype}; use {name}.float()."
+        )

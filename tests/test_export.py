@@ -1,0 +1,259 @@
+"""Exported graphs against `recommend`: the same items, the same scores, nothing kept twice."""
+
+import collections
+import json
+
+import pytest
+import torch
+
+from cprec_recbole import CompressionError, compress, export, load_pretrained, quantize
+from cprec_recbole.cli import main
+from cprec_recbole.recommend import pad_histories
+from tests.builders import SMALL
+
+onnx = pytest.importorskip("onnx", reason="onnx is not there: pip install cprec_recbole[export]")
+ort = pytest.importorskip("onnxruntime", reason="onnxruntime is not there")
+pytest.importorskip("onnxscript", reason="onnxscript is not there")
+
+OPTIONS = {"ranks": [16, 4, 1], "cutoffs": [6, 20]}
+K = 10
+# each model, head, scheme and kind of rows
+GRID = [
+    ("NextItNet", "full", "cross_block", True, None),
+    ("NextItNet", "tree", "adjacent_layer", True, "int8"),
+    ("SASRec", "tree", "none", True, None),
+    ("SASRec", "full", "cross_layer", False, "int8"),
+    ("GRU4Rec", "full", "adjacent_block", True, "int8"),
+    ("GRU4Rec", "tree", "cross_layer", False, None),
+]
+
+
+def session_of(file):
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    return ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
+
+def small_of(trained, name, softmax, scheme, tied, dtype):
+    options = {**OPTIONS, "softmax": softmax, "sharing": scheme, "tied": tied, "dtype": dtype}
+    return compress(trained[name], **options)
+
+
+@pytest.fixture(scope="module", params=GRID, ids=lambda row: "-".join(map(str, row)))
+def exported(request, trained, tmp_path_factory):
+    """A model and its ONNX file."""
+    small = small_of(trained, *request.param)
+    return small, export(small, tmp_path_factory.mktemp("onnx") / "small.onnx", k=K)
+
+
+def requests(small, n):
+    """Histories of all lengths and items to leave out, as a graph takes them and as lists."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(1, 13, (n,), generator=generator).tolist()
+    lists = [torch.randint(1, 41, (m,), generator=generator).tolist() for m in lengths]
+    exclude = torch.randint(0, 41, (n, 5), generator=generator)
+    history, _ = pad_histories(lists, small.n_items, small.max_seq_length)
+    return lists, history, exclude
+
+
+def check_same(small, lists, exclude, items, scores):
+    """Same scores, and the same items but where places are closer than 1e-5."""
+    best = small.recommend(lists, K + 1, exclude=exclude)
+    torch.testing.assert_close(scores, best.scores[:, :K], rtol=0, atol=1e-4)
+    gaps = -best.scores.diff(dim=1)
+    above = torch.cat([torch.full((len(gaps), 1), torch.inf), gaps[:, :-1]], dim=1)
+    sure = (gaps > 1e-5) & (above > 1e-5)
+    assert sure.float().mean() > 0.9
+    assert torch.equal(items[sure], best.items[:, :K][sure])
+    for row, left_out in zip(items.tolist(), exclude.tolist()):
+        assert len(set(row)) == K
+        assert not set(row) & {0, *left_out}
+
+
+def test_a_thousand_histories_get_what_recommend_gives(exported):
+    small, file = exported
+    session = session_of(file)
+    lists, history, exclude = requests(small, 1000)
+    found = session.run(None, {"history": history.numpy(), "exclude": exclude.numpy()})
+    check_same(small, lists, exclude, *map(torch.from_numpy, found))
+    for n, m in ((1, 1), (2, 1), (1, 5)):
+        inputs = {"history": history[:n].numpy(), "exclude": exclude[:n, :m].numpy()}
+        found = session.run(None, inputs)
+        check_same(small, lists[:n], exclude[:n, :m], *map(torch.from_numpy, found))
+
+
+def test_the_signature_is_as_documented(exported):
+    small, file = exported
+    model = onnx.load(file)
+    onnx.checker.check_model(model, full_check=True)
+    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 18)]
+    session = session_of(file)
+    kinds = {i.name: (i.type, i.shape) for i in (*session.get_inputs(), *session.get_outputs())}
+    assert kinds["history"] == ("tensor(int64)", ["batch", small.max_seq_length])
+    assert kinds["exclude"] == ("tensor(int64)", ["batch", "excluded"])
+    assert kinds["items"] == ("tensor(int64)", ["batch", K])
+    assert kinds["scores"] == ("tensor(float)", ["batch", K])
+    facts = {prop.key: prop.value for prop in model.metadata_props}
+    assert facts["max_length"] == str(small.max_seq_length)
+    assert facts["n_items"] == str(small.n_items)
+    assert facts["k"] == str(K)
+    tokens = json.loads(file.with_suffix(".items.json").read_text())
+    assert tokens == list(small.known_vocabulary().tokens)
+
+
+def shape_of(shape):
+    """Transposed or with an axis of one more, it is the same parameter."""
+    return tuple(sorted(size for size in shape if size > 1))
+
+
+def test_every_parameter_is_in_the_file_once(exported):
+    small, file = exported
+    stored = [t for t in onnx.load(file).graph.initializer if len(t.raw_data) >= 64]
+    contents = collections.Counter((t.data_type, tuple(t.dims), t.raw_data) for t in stored)
+    assert set(contents.values()) == {1}
+    kinds = collections.Counter(
+        (onnx.helper.tensor_dtype_to_np_dtype(t.data_type).name, shape_of(t.dims)) for t in stored
+    )
+    expected = collections.Counter(
+        (str(p.dtype).removeprefix("torch."), shape_of(p.shape))
+        for name, p in small.named_parameters()
+        if p.numel() * p.element_size() >= 64 and not name.endswith("scale")
+    )
+    for kind, number in kinds.items():
+        if kind[0] in ("float32", "int8") and len(kind[1]) > 1:
+            assert number <= expected[kind], kind
+    rows = [shape_of(b.weight.shape) for b in small.table.blocks if b.weight.numel() >= 64]
+    kind = "int8" if small.table.is_int8 else "float32"
+    other = "float32" if small.table.is_int8 else "int8"
+    for shape in rows:
+        assert kinds[kind, shape] >= 1  # of equal untied rows there is one
+        assert not kinds[other, shape]
+
+
+@pytest.fixture(scope="module")
+def large():
+    """A NextItNet for 20,000 items with two pairs of shared kernels."""
+    from cprec_recbole import CpNextItNet
+    from tests.test_serving import catalogue_model
+
+    with pytest.MonkeyPatch.context() as patch:
+        layers = {"kernel_size": 3, "reg_weight": 1e-5}
+        patch.setitem(SMALL, "NextItNet", {**SMALL["NextItNet"], **layers})
+        return catalogue_model(CpNextItNet, 20_000)
+
+
+@pytest.mark.parametrize("dtype", ["float", "int8"])
+@pytest.mark.parametrize("to", ["onnx", "torch"])
+def test_the_file_is_as_small_as_the_folder(large, dtype, to, tmp_path):
+    small = large if dtype == "float" else quantize(large)
+    folder = small.save_pretrained(tmp_path / "small")
+    file = export(small, tmp_path / "small.bin", to)
+    whole = sum(path.stat().st_size for path in folder.iterdir())
+    # torch.export's own description of the graph is 100 to 200 kB whatever the catalogue
+    assert file.stat().st_size <= 1.05 * whole + (200_000 if to == "torch" else 0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("small", "small.bin", "small.items.json")
+    ]
+
+
+@pytest.mark.parametrize(
+    "row", [GRID[1], GRID[2], GRID[4]], ids=lambda row: "-".join(map(str, row))
+)
+def test_torch_export_gives_what_recommend_gives(trained, row, tmp_path):
+    small = small_of(trained, *row)
+    file = export(small, tmp_path / "small.pt2", to="torch", k=K)
+    facts = {"cprec_recbole.json": ""}
+    graph = torch.export.load(file, extra_files=facts).module()
+    assert json.loads(facts["cprec_recbole.json"])["max_length"] == str(small.max_seq_length)
+    lists, history, exclude = requests(small, 200)
+    check_same(small, lists, exclude, *graph(history, exclude))
+    check_same(small, lists[:1], exclude[:1, :1], *graph(history[:1], exclude[:1, :1]))
+
+
+def test_the_model_is_left_as_it_was(trained, tmp_path):
+    small = compress(trained["GRU4Rec"], **OPTIONS, dtype="int8")
+    before = {name: value.clone() for name, value in small.state_dict().items()}
+    best = small.recommend([1, 2], K)
+    export(small, tmp_path / "small.pt2", to="torch", k=K)
+    for name, value in small.state_dict().items():
+        assert torch.equal(value, before[name])
+        assert value.dtype == before[name].dtype
+    assert torch.equal(small.recommend([1, 2], K).items, best.items)
+
+
+def test_the_command_writes_what_export_writes(trained, tmp_path, capsys):
+    small = compress(trained["GRU4Rec"], **OPTIONS)
+    folder = small.save_pretrained(tmp_path / "small")
+    assert main(["export", str(folder), "--to", "torch", "-k", str(K)]) == 0
+    assert f"Written: {tmp_path / 'small.pt2'}" in capsys.readouterr().out
+    graph = torch.export.load(tmp_path / "small.pt2").module()
+    items, _ = graph(torch.tensor([[1, 2, 0, 0, 0, 0, 0, 0]]), torch.tensor([[0]]))
+    assert items.tolist() == load_pretrained(folder).recommend([1, 2], K).items.tolist()
+    assert len(json.loads((tmp_path / "small.items.json").read_text())) == 40
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["--to", "tflite"], "`to` to be onnx or torch, but got 'tflite'"),
+        (["--to", "torch", "-k", "41"], "`k` to be from 1 to the 40 items .* but got 41"),
+        (["--to", "torch", "-k", "0"], "`k` .* but got 0"),
+        (["--to", "onnx", "--out", "."], "`path` to be a file, but . is a folder"),
+        (["--to", "onnx", "--out", "nowhere/small.onnx"], "a folder that can be written"),
+        (["--to", "onnx", "--outt", "x"], "but got `outt`; did you mean `out`"),
+    ],
+)
+def test_bad_input_is_one_line(trained, tmp_path, capsys, arguments, match):
+    import re
+
+    small = compress(trained["GRU4Rec"], **OPTIONS)
+    folder = small.save_pretrained(tmp_path / "small")
+    assert main(["export", str(folder), *arguments]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert re.search(match, lines[0])
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
+
+
+def test_what_cannot_be_exported_is_refused(trained, tmp_path, capsys):
+    assert main(["export", str(tmp_path), "--to", "onnx"]) == 2
+    assert "one that save_pretrained wrote" in capsys.readouterr().err
+    file = tmp_path / "small.onnx"
+    with pytest.raises(CompressionError, match="a compressed model, but got SASRec"):
+        export(trained["SASRec"], file)
+    small = compress(trained["SASRec"], **OPTIONS)
+    for wrong in (3, "", "a\0b", None):
+        with pytest.raises(CompressionError, match="`path` to be a file"):
+            export(small, wrong)
+    with pytest.raises(CompressionError, match=r"in float32, but got torch.float64; use"):
+        export(small.double(), file)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_too_large_for_one_file_is_refused_before_it_is_written(
+    trained, tmp_path, monkeypatch
+):
+    import sys
+
+    small = compress(trained["SASRec"], **OPTIONS)
+    monkeypatch.setattr(sys.modules["cprec_recbole.export"], "_LARGEST", 1000)
+    with pytest.raises(CompressionError, match="ends at 2 GiB"):
+        export(small, tmp_path / "small.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_is_full_leaves_the_old_file(trained, tmp_path, monkeypatch):
+    import errno
+    import sys
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    small = compress(trained["GRU4Rec"], **OPTIONS)
+    file = tmp_path / "small.pt2"
+    file.write_text("old")
+    monkeypatch.setattr(sys.modules["cprec_recbole.export"], "_write_torch", full)
+    with pytest.raises(CompressionError, match="No space left"):
+        export(small, file, to="torch")
+    assert file.read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["small.pt2"]

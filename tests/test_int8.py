@@ -1,0 +1,378 @@
+"""Rows in int8: how far off they may be, and that everything exact about a model stays exact."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from cprec_recbole import (
+    CompressionConfig,
+    CompressionError,
+    compress,
+    evaluate,
+    load_pretrained,
+    quantize,
+    recover,
+)
+from cprec_recbole.cli import main
+from cprec_recbole.embedding import Block
+from cprec_recbole.folder import read_folder
+from cprec_recbole.int8 import Int8Block, quantized_rows
+from cprec_recbole.report import saved_bytes
+from cprec_recbole.softmax import build_softmax
+from tests.builders import block_embedding, train_a_step
+from tests.oracles import best_by_sort
+
+OPTIONS = {"ranks": [16, 4, 1], "cutoffs": [6, 20]}
+HISTORIES = [[1, 2, 3], [4], list(range(1, 12))]
+
+
+def quantized_table(table):
+    for j, block in enumerate(table.blocks):
+        table.factors[j] = Int8Block.of(block)
+    return table
+
+
+def head_in_int8(kind, sizes=(5, 9, 30), ranks=(8, 4, 2), dim=8):
+    return build_softmax(kind, quantized_table(block_embedding(sizes, ranks, dim))).eval()
+
+
+# -- rows ------------------------------------------------------------------------------------------
+
+finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
+shapes = st.tuples(st.integers(1, 6), st.integers(1, 5))
+matrices = arrays.arrays("float32", shapes, elements=finite)
+
+
+@given(matrices)
+@settings(max_examples=300, deadline=None)
+def test_no_entry_is_off_by_more_than_half_a_scale(matrix):
+    rows = torch.from_numpy(matrix)
+    values, scales = quantized_rows(rows)
+    assert values.dtype == torch.int8
+    assert scales.dtype == rows.dtype
+    assert int(values.abs().max()) <= 127
+    back = values.double() * scales.double().unsqueeze(1)
+    off = (back - rows.double()).abs()
+    assert (off <= scales.double().unsqueeze(1) / 2).all()
+
+
+@given(matrices)
+@settings(max_examples=200, deadline=None)
+def test_a_scale_is_the_least_of_bfloat16_that_reaches_the_longest_entry(matrix):
+    rows = torch.from_numpy(matrix)
+    scales = quantized_rows(rows)[1]
+    assert torch.equal(scales, scales.bfloat16().float())
+    wanted = (rows.double().abs().amax(1) / 127).clamp(min=2.0**-126)
+    assert (scales.double() >= wanted).all()
+    assert (scales.double() <= wanted * (1 + 2.0**-7)).all()  # one step of bfloat16
+
+
+@given(matrices)
+@settings(max_examples=100, deadline=None)
+def test_float32_and_float64_read_the_same_rows(matrix):
+    block = Block(*matrix.shape, matrix.shape[1])
+    block.weight.data = torch.from_numpy(matrix)
+    small = Int8Block.of(block)
+    assert torch.equal(small.rows()[:].double(), small.rows().double())
+    assert torch.equal(copy.deepcopy(small).double().rows()[:], small.rows().double())
+
+
+def test_rows_of_zeros_stay_zeros():
+    values, scales = quantized_rows(torch.zeros(3, 2))
+    assert not values.any()
+    assert (scales > 0).all()
+
+
+@given(matrices)
+@settings(max_examples=100, deadline=None)
+def test_what_is_quantized_again_is_what_it_was(matrix):
+    values, scales = quantized_rows(torch.from_numpy(matrix))
+    once = values.double() * scales.double().unsqueeze(1)
+    values, scales = quantized_rows(once)
+    # the longest entry may have been rounded down, so that a smaller scale does
+    assert ((values.double() * scales.unsqueeze(1) - once).abs() <= scales.unsqueeze(1) / 2).all()
+
+
+# -- the block behind its seam ---------------------------------------------------------------------
+
+
+def test_look_ups_and_logits_are_those_of_the_float_block_with_the_same_rows():
+    table = block_embedding((5, 9, 30), (8, 4, 2), 8)
+    small = quantized_table(copy.deepcopy(table))
+    for block, whole in zip(small.blocks, table.blocks):
+        whole.weight.data = block.rows()[:]
+    items = torch.randint(44, (3, 7))
+    assert torch.equal(small(items), table(items))
+    assert torch.equal(small.dense(), table.dense())
+    torch.testing.assert_close(small.norm(), table.norm())
+    hidden = torch.randn(4, 8)
+    for block, whole in zip(small.blocks, table.blocks):
+        torch.testing.assert_close(block.logits(hidden), whole.logits(hidden))
+        assert block.logits(torch.randn(2, 3, 8)).shape == (2, 3, len(block.weight))
+
+
+@pytest.mark.parametrize("kind", ["full", "tree"])
+@pytest.mark.parametrize("n_rows", [1, 3, 40])
+@pytest.mark.parametrize("indexed", [False, True])
+def test_top_k_is_that_of_a_sort_of_its_own_scores(kind, n_rows, indexed, monkeypatch):
+    monkeypatch.setattr("cprec_recbole.sorting.MOST_ITEMS", 8)  # so that it is searched
+    monkeypatch.setattr("cprec_recbole.sorting.MOST_SCORES", 8)
+    monkeypatch.setattr("cprec_recbole.index._MIN_ROWS", 64)
+    monkeypatch.setattr("cprec_recbole.strips._FEW_ROWS", 100)
+    head = head_in_int8(kind, (20, 300, 2000))
+    hidden = torch.randn(n_rows, 8)
+    exclude = torch.randint(1, 2320, (n_rows, 5))
+    if indexed:
+        head.build_index()
+    for some, allowed in ((None, None), (exclude, None), (exclude, torch.arange(5, 1500, 3))):
+        found = head.topk(hidden, 11, some, allowed)
+        items, scores = best_by_sort(head, hidden, 11, some, allowed)
+        assert torch.equal(found.items, items)
+        torch.testing.assert_close(found.scores, scores)
+    assert head.is_indexed == indexed
+
+
+@pytest.mark.parametrize("kind", ["full", "tree"])
+def test_equal_rows_come_by_lower_id(kind):
+    head = head_in_int8(kind, (5, 60), (8, 2))
+    tail = head.table.blocks[1]
+    tail.weight.data[:] = tail.weight.data[0]
+    tail.scale.data[:] = tail.scale.data[0]
+    hidden = torch.randn(3, 8)
+    for k in (7, 64):
+        assert torch.equal(head.topk(hidden, k).items, best_by_sort(head, hidden, k)[0])
+
+
+def test_a_search_sees_a_scale_that_changed():
+    head = head_in_int8("full")
+    hidden = torch.randn(2, 8)
+    head.build_index()
+    with torch.no_grad():
+        head.table.blocks[2].scale.mul_(100)
+    assert not head.is_indexed
+    assert torch.equal(head.topk(hidden, 9).items, best_by_sort(head, hidden, 9)[0])
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_a_scale_that_is_no_number_is_refused(number):
+    head = head_in_int8("full", (5, 70_000), (8, 2))  # in the first of several pieces
+    head.table.blocks[1].scale.data[0] = number
+    with pytest.raises(CompressionError, match="to be finite numbers"):
+        head.topk(torch.randn(1, 8), 3)
+
+
+def test_log_probabilities_sum_to_one():
+    for kind in ("full", "tree"):
+        total = head_in_int8(kind).log_prob(torch.randn(4, 8)).exp().sum(1)
+        torch.testing.assert_close(total, torch.ones(4))
+
+
+# -- models ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(trained, host_name):
+    return compress(trained[host_name], **OPTIONS)
+
+
+@pytest.mark.parametrize("softmax", ["full", "tree"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_loaded_is_saved(trained, host_name, softmax, tied, tmp_path):
+    small = quantize(compress(trained[host_name], **OPTIONS, softmax=softmax, tied=tied))
+    assert (small.head.table is small.table) == tied
+    loaded = load_pretrained(small.save_pretrained(tmp_path))
+    assert not loaded.training
+    for one, other in ((small.table, loaded.table), (small.head.table, loaded.head.table)):
+        assert one.is_int8
+        assert other.is_int8
+        assert torch.equal(one.dense(), other.dense())
+    found, again = small.recommend(HISTORIES, 9), loaded.recommend(HISTORIES, 9)
+    assert torch.equal(found.items, again.items)
+    torch.testing.assert_close(found.scores, again.scores, rtol=1e-6, atol=1e-6)
+    dense = small.head.scores(small(*histories(small)))
+    torch.testing.assert_close(dense.gather(1, found.items), found.scores)
+    _, weights, _ = read_folder(tmp_path)
+    kinds = [w.dtype for n, w in weights.items() if n.endswith("weight") and "factors" in n]
+    assert kinds == [torch.int8] * (3 if tied else 6)
+    assert sum(w.nbytes for name, w in weights.items() if name != "blocks") == saved_bytes(small)
+
+
+def histories(model):
+    from cprec_recbole.recommend import pad_histories
+
+    item_seq, _ = pad_histories(HISTORIES, model.n_items, model.max_seq_length)
+    return item_seq, (item_seq != 0).sum(1)
+
+
+def test_a_model_in_float64_is_one_in_int8_too(world, host_name, tmp_path):
+    small = quantize(compress(world.model(host_name).double().eval(), **OPTIONS))
+    loaded = load_pretrained(small.save_pretrained(tmp_path))
+    assert loaded.table.dtype == torch.float64
+    assert loaded.recommend(HISTORIES, 5).scores.dtype == torch.float64
+    assert torch.equal(loaded.recommend(HISTORIES, 5).items, small.recommend(HISTORIES, 5).items)
+
+
+def test_the_original_is_left_as_it_was_and_the_layers_are_its_own(small):
+    before = copy.deepcopy(small.state_dict())
+    result = quantize(small)
+    assert all(torch.equal(value, before[name]) for name, value in small.state_dict().items())
+    for name, value in result.state_dict().items():
+        if "factors" not in name:
+            assert torch.equal(value, before[name])
+    for ours, theirs in zip(result.table.blocks, small.table.blocks):
+        if ours.projection is not None:
+            assert torch.equal(ours.projection, theirs.projection)
+            assert ours.projection is not theirs.projection
+    assert result.compression == small.compression
+    assert result.vocabulary is small.vocabulary
+    assert not result.training
+
+
+def test_new_items_leave_every_other_row_as_it_is(small, tmp_path):
+    result = quantize(small)
+    before = result.table.dense()
+    assert result.add_items(["a", "b", "c"], like=[["i0", "i9"], None, "i30"]) == [41, 42, 43]
+    assert torch.equal(result.table.dense()[:41], before)
+    assert result.table.is_int8
+    loaded = load_pretrained(result.save_pretrained(tmp_path))
+    tokens = [loaded.recommend_tokens(["i1"], 43).tokens[0]]
+    assert {"a", "b", "c"} <= set(tokens[0])
+    assert tokens == result.recommend_tokens(["i1"], 43).tokens
+
+
+def test_recbole_evaluates_it(world, small, host_name):
+    config = world.config(f"Cp{host_name}", metrics=["NDCG"], topk=[10], valid_metric="NDCG@10")
+    _, valid, _ = world.loaders(config)
+    result = quantize(small)
+    scores = result.full_sort_predict(world.evaluation_batch(f"Cp{host_name}"))
+    assert scores.isfinite()[:, 1:].all()
+    assert 0 <= evaluate(result, valid)["ndcg@10"] <= 1
+
+
+def test_it_is_not_trained(world, small, host_name):
+    result = quantize(small)
+    for call in (
+        lambda: train_a_step(result, world.batch(f"Cp{host_name}")),
+        lambda: recover(result, None, HISTORIES, 1),
+        lambda: result.head.loss(torch.randn(2, 16), torch.tensor([1, 30])),
+    ):
+        with pytest.raises(CompressionError, match=r"rows are in int8.*quantize\(\) afterwards"):
+            call()
+    tree = quantize(compress(world.model("SASRec"), **OPTIONS, softmax="tree"))
+    with pytest.raises(CompressionError, match="rows are in int8"):
+        tree.head.loss(torch.randn(2, 16), torch.tensor([1, 30]))
+
+
+def test_a_state_of_float_rows_does_not_fit(small):
+    result = quantize(small)
+    with pytest.raises(RuntimeError, match="scale"):
+        result.load_state_dict(small.state_dict())
+    result.load_state_dict(quantize(small).state_dict())
+
+
+def test_what_cannot_be_quantized_is_refused(world, trained, small):
+    with pytest.raises(CompressionError, match="rows are in int8 already"):
+        quantize(quantize(small))
+    with pytest.raises(CompressionError, match=r"a compressed model, but got SASRec; use .*uncomp"):
+        quantize(trained["SASRec"])
+    with pytest.raises(CompressionError, match=r"`small` .*float32 or float64.*got torch.float16"):
+        quantize(copy.deepcopy(small).half())
+    broken = copy.deepcopy(small)
+    broken.table.blocks[1].weight.data[0, 0] = math.nan
+    with pytest.raises(CompressionError, match="finite weights"):
+        quantize(broken)
+    whole = compress(world.model("SASRec"), CompressionConfig.uncompressed(), dtype="int8")
+    with pytest.raises(CompressionError, match="`model` to have float rows"):
+        compress(whole, **OPTIONS)
+    with pytest.raises(CompressionError, match=r'`dtype` to be "int8", or left out .* \'int4\''):
+        compress(trained["SASRec"], **OPTIONS, dtype="int4")
+    with pytest.raises(CompressionError, match=r"`model` .*float32 or float64.*got torch.bfloat16"):
+        compress(world.model("SASRec").bfloat16(), **OPTIONS, dtype="int8")
+
+
+def test_compress_then_quantize_is_one_call(trained, host_name):
+    one = compress(trained[host_name], **OPTIONS, dtype="int8")
+    other = quantize(compress(trained[host_name], **OPTIONS))
+    assert torch.equal(one.table.dense(), other.table.dense())
+    assert torch.equal(one.recommend(HISTORIES, 5).items, other.recommend(HISTORIES, 5).items)
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    name=st.sampled_from(["SASRec", "NextItNet", "GRU4Rec"]),
+    ratio=st.floats(1, 40),
+    softmax=st.sampled_from(["full", "tree"]),
+    tied=st.booleans(),
+)
+def test_a_budget_counts_the_bytes_of_the_int8_model(trained, name, ratio, softmax, tied):
+    model = trained[name]
+    options = {"dtype": "int8", "softmax": softmax, "tied": tied, "verbose": False}
+    whole = saved_bytes(model)
+    try:
+        small = compress(model, ratio=ratio, **options)
+    except CompressionError as error:
+        words = str(error).split()
+        least = int(words[words.index("of") + 1].replace(",", ""))
+        assert words[words.index("of") + 2] == "bytes"
+        assert least > int(whole / ratio)
+        small = compress(model, size=least, **options)
+        assert saved_bytes(small) == least
+        return
+    assert saved_bytes(small) <= whole / ratio
+    assert small.choice.parameters == saved_bytes(small)
+    assert f"{saved_bytes(small):,} bytes" in str(small.choice)
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(trained, tmp_path):
+    return compress(trained["SASRec"], **OPTIONS, dtype="int8").save_pretrained(tmp_path)
+
+
+def test_tampered_rows_are_refused(folder):
+    path = next(folder.glob("weights-*"))
+    for change, match in (
+        (lambda b: b[:-1], "cut short"),
+        (lambda b: b[:-40] + bytes([b[-40] ^ 1]) + b[-39:], "checksum of the weights"),
+    ):
+        before = path.read_bytes()
+        path.write_bytes(change(before))
+        with pytest.raises(CompressionError, match=match):
+            load_pretrained(folder)
+        path.write_bytes(before)
+    load_pretrained(folder)
+
+
+def test_rows_of_another_kind_are_refused(trained, folder, tmp_path):
+    from tests.test_pretrained import rewritten
+
+    config = folder / "config.json"
+    before = config.read_bytes()
+    assert json.loads(before)["format_version"] == 2
+    config.write_bytes(rewritten(rows="int4")(before))
+    with pytest.raises(CompressionError, match="`rows` to be int8 or left out, but got 'int4'"):
+        load_pretrained(folder)
+    config.write_bytes(rewritten(rows=None)(before))
+    with pytest.raises(CompressionError, match=r"have .*scale"):
+        load_pretrained(folder)
+    plain = compress(trained["SASRec"], **OPTIONS).save_pretrained(tmp_path / "float")
+    config = plain / "config.json"
+    assert json.loads(config.read_bytes())["format_version"] == 1  # for older readers
+    config.write_bytes(rewritten(rows="int8")(config.read_bytes()))
+    with pytest.raises(CompressionError, match=r"they lack .*scale"):
+        load_pretrained(plain)
+
+
+def test_the_command_recommends_from_it(folder, capsys):
+    assert main(["recommend", str(folder), "--history", "i1, i2", "-k", "3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    best = load_pretrained(folder).recommend_tokens(["i1", "i2"], 3).tokens[0]
+    assert [line.split()[1] for line in lines] == best

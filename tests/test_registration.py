@@ -1,0 +1,96 @@
+"""When RecBole is imported and told of the models; each case in a process of its own."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from cprec_recbole import compress
+
+RUNS = ("recbole.config", "recbole.trainer", "recbole.quick_start", "recbole.evaluator", "sklearn")
+
+
+def run(code, *arguments):
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+SERVE = f"""
+import sys
+from cprec_recbole import load_pretrained
+print(*load_pretrained(sys.argv[1]).recommend_tokens(["i1", "i2"], 3).tokens[0])
+assert not set({RUNS}) & set(sys.modules), set({RUNS}) & set(sys.modules)
+import torch
+assert not torch.is_anomaly_enabled()
+from recbole.quick_start import run_recbole
+import recbole.data.dataset, recbole.trainer
+from recbole.utils import get_model
+from cprec_recbole import CpSASRec
+assert get_model("CpSASRec") is CpSASRec
+assert recbole.trainer.CpSASRecTrainer and recbole.data.dataset.CpSASRecDataset
+"""
+TELL = """
+import cprec_recbole, sys
+assert "torch" not in sys.modules
+from recbole.utils import get_model
+from recbole.trainer import CpGRU4RecTrainer
+assert get_model("CpGRU4Rec") is cprec_recbole.CpGRU4Rec
+from recbole.config import Config
+assert Config.compatibility_settings.__module__ == "cprec_recbole.plugin" or (
+    hasattr(Config.compatibility_settings, "__wrapped__"))
+"""
+ONCE = """
+import sys
+import cprec_recbole
+from cprec_recbole import running, processes, sequences
+assert running.launch is processes.launch
+assert sys.modules["cprec_recbole.processes"] is processes
+from cprec_recbole import models
+assert models.CpSASRec is cprec_recbole.CpSASRec
+import cprec_recbole.compress, cprec_recbole.recover, cprec_recbole.export
+for name in ("compress", "recover", "export", "quantize"):
+    assert callable(getattr(cprec_recbole, name)), name
+assert set(cprec_recbole.__all__) <= set(dir(cprec_recbole))
+for name in cprec_recbole.__all__:
+    getattr(cprec_recbole, name)
+try:
+    cprec_recbole.no_such
+except AttributeError as error:
+    print(error)
+"""
+COMMAND = f"""
+import sys
+from cprec_recbole.cli import main
+assert main(["recommend", sys.argv[1], "--history", "i1,i2", "-k", "1"]) == 0
+assert not set({RUNS}) & set(sys.modules)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(trained, tmp_path_factory):
+    options = {"ranks": [16, 4, 1], "cutoffs": [6, 20], "dtype": "int8"}
+    return compress(trained["SASRec"], **options).save_pretrained(tmp_path_factory.mktemp("small"))
+
+
+def test_a_folder_is_loaded_without_what_runs_recbole(folder):
+    assert len(run(SERVE, folder)) == 3
+
+
+def test_recbole_knows_the_models_as_soon_as_it_is_imported():
+    run(TELL)
+
+
+def test_no_module_is_run_twice_and_functions_win_over_modules():
+    assert run(ONCE)[-1] == "'no_such'"
+
+
+def test_the_command_to_recommend_is_as_light(folder):
+    assert len(run(COMMAND, folder)) == 3  # place, token, score
