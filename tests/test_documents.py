@@ -16,6 +16,7 @@ from cprec_recbole.cli import _parser, recbole_options
 from cprec_recbole.host import recbole_config
 from cprec_recbole.models import MODELS
 from cprec_recbole.records import BACKBONES
+from tests.studies import grid, write_study
 
 ROOT = Path(__file__).parent.parent
 PAGES = [p for p in sorted((ROOT / "docs").glob("*.md")) if "```python" in p.read_text("utf-8")]
@@ -51,7 +52,7 @@ def test_the_readmes_python_runs(tmp_path):
 
 @pytest.fixture(scope="module")
 def at_hand(tmp_path_factory):
-    """What a page takes for granted: a RecBole model, its data, and a folder of a small one."""
+    """What a page takes for granted: a RecBole model, its data, a small one, a study."""
     folder = tmp_path_factory.mktemp("documents")
     options = {"hidden_size": 16, "inner_size": 16, "n_layers": 1, "state": "ERROR"}
     options |= {"MAX_ITEM_LIST_LENGTH": 5, "user_inter_num_interval": FEW_USERS}
@@ -60,6 +61,7 @@ def at_hand(tmp_path_factory):
     model = get_model("SASRec")(config, train_data._dataset)
     small = compress(model, ranks=[16, 4, 1])
     small.save_pretrained(folder / "small")
+    write_study(folder / "study", grid(seeds=(2020,), ratios=(4.0,)))
     return folder, {"model": model, "train_data": train_data, "valid_data": valid_data}
 
 

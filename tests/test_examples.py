@@ -11,7 +11,7 @@ from cprec_recbole.config import CompressionConfig
 from cprec_recbole.host import recbole_config
 
 ROOT = Path(__file__).parent.parent
-CONFIGS = sorted((ROOT / "recbole_configs").glob("*.yaml"))
+CONFIGS = sorted((ROOT / "recbole_configs").glob("Cp*.yaml"))
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ class ItemTable(nn.Module, ABC):
     """
 
     group = None  # its rows are never spread over processes
+    is_int8 = False  # which blocks in int8 are: a control says for itself what it trains
 
     def __init__(self, n_items: int, dim: int) -> None:
         super().__init__()
