@@ -32,12 +32,14 @@ from inference import status_mib
 from torch import Tensor, nn
 
 from cprec_recbole import CompressionConfig, CpSASRec
+from cprec_recbole.backbones import build_host
 from cprec_recbole.compare.results import environment, save
 from cprec_recbole.embedding import BlockEmbedding
 from cprec_recbole.host import recbole_config
+from cprec_recbole.item_tables import Host
 from cprec_recbole.optimizers import build_optimizer
 from cprec_recbole.partition import Partition
-from cprec_recbole.records import SASREC, Host, build_host
+from cprec_recbole.records import SASREC
 
 SIZES = (10_000, 100_000, 1_000_000, 10_000_000)
 TARGETS, LENGTH, DIM = 2048, 50, 64
@@ -284,6 +286,16 @@ def rounds(arguments: argparse.Namespace, **options: Any) -> list[dict[str, Any]
     return merged
 
 
+def command_of(results: dict[str, Any]) -> str:
+    """What repeats all rows, also where they came from several calls."""
+    rows = results["rows"]
+    sizes = dict.fromkeys(str(row["items"]) for row in rows if row["dataset"] == "made up")
+    names = dict.fromkeys(row["dataset"] for row in rows if row["dataset"] != "made up")
+    real = ["--datasets", *names, "--data-path", "DATA"] if names else []
+    command = ["python", "benchmarks/training.py", "--rounds", str(results["rounds"])]
+    return shlex.join([*command, "--items", *sizes, *real])
+
+
 def report(results: dict[str, Any]) -> str:
     """The results as a page of Markdown."""
     versions = ", ".join(f"{k} {v}" for k, v in results["environment"].items() if v)
@@ -294,8 +306,8 @@ def report(results: dict[str, Any]) -> str:
         "",
         versions,
         "",
-        f"SASRec, d {DIM}, windows of {LENGTH}, {TARGETS:,} targets a step, fused Adam. Medians of "
-        f"{results['rounds']} rounds of processes of their own, in brackets the least and the "
+        f"SASRec, d {DIM}, windows of {LENGTH}, {TARGETS:,} targets a step, fused Adam. Median of "
+        f"{results['rounds']} round(s) of processes of their own, in brackets the least and the "
         "most. *MiB*: peak of the process beyond what the imports take: parameters, gradients, "
         "moments and loss. *Parts*: a batch that does not fit the memory goes in so many, "
         "with one step of the optimizer. Made up: items by Zipf's law, exponent 1; an epoch of "
@@ -349,6 +361,7 @@ def plot(results: dict[str, Any], target: Path) -> None:
         ADAPTIVE: ("#CC79A7", "v-"),
         FULL: ("#0072B2", "s-"),
         TREE: ("#009E73", "D-"),
+        DEFAULT: ("#D55E00", "^--"),
     }
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.2))
     for name, (colour, style) in styles.items():
@@ -400,8 +413,7 @@ def main() -> None:
             continue
         results["rows"] += rounds(arguments, **options)
         results["environment"], results["rounds"] = environment(), arguments.rounds
-        shown = [a for a in sys.argv[1:] if not a.startswith(("--out", "--data-path"))]
-        results["command"] = shlex.join(["python", "benchmarks/training.py", *shown])
+        results["command"] = command_of(results)
         save(json.dumps(results, indent=1), file)
         save(report(results), file.with_suffix(".md"))
         plot(results, file.with_suffix(".svg"))

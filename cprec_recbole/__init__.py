@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from cprec_recbole.evaluation import evaluate
     from cprec_recbole.export import export
     from cprec_recbole.models import (
-        CompressedRecommender,
         CpBERT4Rec,
         CpGCSAN,
         CpGRU4Rec,
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
     from cprec_recbole.partition import Partition
     from cprec_recbole.pretrained import load_pretrained
     from cprec_recbole.quantize import quantize
+    from cprec_recbole.recommender import CompressedRecommender
     from cprec_recbole.recover import recover
     from cprec_recbole.registry import register
     from cprec_recbole.running import run
@@ -82,7 +82,7 @@ __all__ = [
 _PLACES = {
     "Backbone": "cprec_recbole.backbones",
     "BlockEmbedding": "cprec_recbole.embedding",
-    "CompressedRecommender": "cprec_recbole.models",
+    "CompressedRecommender": "cprec_recbole.recommender",
     "CpBERT4Rec": "cprec_recbole.models",
     "CpGCSAN": "cprec_recbole.models",
     "CpGRU4Rec": "cprec_recbole.models",

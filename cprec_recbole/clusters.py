@@ -8,10 +8,10 @@ from torch import Tensor
 
 from cprec_recbole.embedding import BlockEmbedding
 from cprec_recbole.histories import Histories
-from cprec_recbole.models import CompressedRecommender
 from cprec_recbole.modes import in_eval_mode
 from cprec_recbole.original import Original
 from cprec_recbole.partition import PADDING
+from cprec_recbole.recommender import CompressedRecommender
 from cprec_recbole.softmax import TreeSoftmax
 from cprec_recbole.warmstart import LOOK_HISTORIES, Fit
 

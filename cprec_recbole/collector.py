@@ -9,8 +9,8 @@ from recbole.data.interaction import Interaction
 from recbole.evaluator import Collector
 from torch import Tensor
 
-from cprec_recbole.models import CompressedRecommender
 from cprec_recbole.recbole_processes import COLLECTED
+from cprec_recbole.recommender import CompressedRecommender
 
 _ROWS = 512  # rows of a batch that go through the layers together
 _SCORES = 2**24  # dense scores at a time, where a metric needs them: 64 MiB

@@ -21,10 +21,11 @@ from cprec_recbole.embedding import BlockEmbedding
 from cprec_recbole.evaluation import check_evaluation_data, evaluate, valid_metric
 from cprec_recbole.histories import Histories, drawn_histories, histories_of
 from cprec_recbole.int8 import BYTES_PER_SCALE
-from cprec_recbole.models import MODELS, CompressedRecommender, check_objective
+from cprec_recbole.models import MODELS
 from cprec_recbole.original import Original
 from cprec_recbole.partition import Partition
 from cprec_recbole.quantize import check_dtype, quantize
+from cprec_recbole.recommender import CompressedRecommender, check_objective
 from cprec_recbole.softmax import TreeSoftmax
 from cprec_recbole.spectra import PARAMETERS, Unit, looks_trained
 from cprec_recbole.warmstart import FIT_HISTORIES, warm_start

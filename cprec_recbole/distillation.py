@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from cprec_recbole.models import CompressedRecommender
 from cprec_recbole.original import Original
 from cprec_recbole.partition import PADDING
+from cprec_recbole.recommender import CompressedRecommender
 from cprec_recbole.softmax import FullSoftmax
 
 # Of each logit: the original's opinion, the model's, their logarithm or share, and a gradient

@@ -11,8 +11,8 @@ from torch import nn
 
 from cprec_recbole.collector import TopKCollector, look_up
 from cprec_recbole.config import CompressionError
-from cprec_recbole.models import CompressedRecommender
 from cprec_recbole.modes import in_eval_mode
+from cprec_recbole.recommender import CompressedRecommender
 
 ROWS = 512  # users that are scored together
 

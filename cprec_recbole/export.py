@@ -16,7 +16,7 @@ import torch
 from cprec_recbole.config import CompressionError
 from cprec_recbole.exportable import Exportable, OnnxInt8Block, PlainInt8Block
 from cprec_recbole.files import write_whole
-from cprec_recbole.models import CompressedRecommender
+from cprec_recbole.recommender import CompressedRecommender
 from cprec_recbole.report import saved_bytes
 from cprec_recbole.topk import check_k
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cprec_recbole.int8 import SCALE_DTYPE, Int8Block
-from cprec_recbole.models import CompressedRecommender
 from cprec_recbole.partition import PADDING
+from cprec_recbole.recommender import CompressedRecommender
 
 
 class Exportable(nn.Module):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cprec_recbole.backbones import Backbone, Reading
 from cprec_recbole.config import CompressionConfig, CompressionError
 from cprec_recbole.item_tables import Host
-from cprec_recbole.models import CompressedRecommender
+from cprec_recbole.recommender import CompressedRecommender
 from cprec_recbole.records import find_backbone
 from cprec_recbole.sequences import item_counts as count_items
 

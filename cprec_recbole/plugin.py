@@ -127,7 +127,7 @@ def _compression_defaults(
     given: dict[str, Any], defaults: dict[str, Any], record: Any
 ) -> dict[str, Any]:
     """The compression options that were not given; those given, and their spelling, are checked."""
-    from cprec_recbole.models import check_objective
+    from cprec_recbole.recommender import check_objective
 
     names = CompressionConfig.option_names()
     known = (*names, "checkpoint_steps")

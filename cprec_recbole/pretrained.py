@@ -15,8 +15,9 @@ from cprec_recbole.embedding import Block, BlockEmbedding
 from cprec_recbole.folder import read_folder
 from cprec_recbole.int8 import Int8Block
 from cprec_recbole.membership import unpacked_blocks
-from cprec_recbole.models import MODELS, CompressedRecommender
+from cprec_recbole.models import MODELS
 from cprec_recbole.partition import Partition
+from cprec_recbole.recommender import CompressedRecommender
 from cprec_recbole.vocabulary import Vocabulary
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from cprec_recbole.config import CompressionError
 from cprec_recbole.embedding import BlockEmbedding
 from cprec_recbole.int8 import Int8Block
-from cprec_recbole.models import CompressedRecommender
+from cprec_recbole.recommender import CompressedRecommender
 
 DTYPES = ("int8",)
 

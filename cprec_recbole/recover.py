@@ -15,12 +15,12 @@ from cprec_recbole.distillation import Teacher
 from cprec_recbole.evaluation import check_evaluation_data, evaluate, valid_metric
 from cprec_recbole.histories import Histories, histories_of
 from cprec_recbole.int8 import not_trained
-from cprec_recbole.models import CompressedRecommender
 from cprec_recbole.modes import in_eval_mode
 from cprec_recbole.original import Original
 from cprec_recbole.outcome import Recovery
 from cprec_recbole.partition import PADDING
 from cprec_recbole.progress import Show, shown
+from cprec_recbole.recommender import CompressedRecommender
 
 # SASRec at ratio 3.5 on MovieLens-100K (seed 2020), loss on the validation data after 5 epochs, the
 # original's 5.818: 6.009 with 2048 and 3e-3, 5.994 with 512 and 1e-3, 5.972 with 512 and 3e-3

@@ -21,6 +21,7 @@ _WITHOUT_RECBOLE = frozenset(
         *("exchange", "export", "exportable", "fields", "files", "folder", "group", "growth"),
         *("index", "int8", "item_tables", "membership", "models", "modes", "optimizers"),
         *("outcome", "partition", "patching", "pretrained", "quantize", "reading", "recommend"),
+        *("recommender",),
         *("records", "registration", "report", "search", "serving", "settle", "shard_search"),
         *("shards", "sharing", "softmax", "sorting", "spread", "strips", "topk", "units"),
         *("vocabulary", "commands.export", "commands.recommend"),

@@ -20,9 +20,9 @@ from cprec_recbole.collector import TopKCollector, look_up
 from cprec_recbole.fields import NEXT_ITEMS
 from cprec_recbole.files import write_whole
 from cprec_recbole.journal import Journal
-from cprec_recbole.models import CompressedRecommender
 from cprec_recbole.optimizers import build_optimizer
 from cprec_recbole.recbole_processes import alone
+from cprec_recbole.recommender import CompressedRecommender
 from cprec_recbole.records import HIDDEN_AT
 from cprec_recbole.reducer import GradientReducer, begin_alike, clip_gradients
 from cprec_recbole.shards import gathered_state

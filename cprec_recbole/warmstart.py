@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from cprec_recbole.histories import Histories
 from cprec_recbole.item_tables import Host
-from cprec_recbole.models import CompressedRecommender
 from cprec_recbole.modes import in_eval_mode
 from cprec_recbole.original import Original
 from cprec_recbole.outcome import WarmStart
 from cprec_recbole.partition import PADDING
+from cprec_recbole.recommender import CompressedRecommender
 from cprec_recbole.sharing import sharing_plan, sharing_sets
 
 FIT_HISTORIES = 2048  # what the layers are fitted on

@@ -28,7 +28,7 @@ from recbole.utils import get_model, get_trainer, init_seed
 
 from cprec_recbole import CompressionConfig, CompressionError, compress, evaluate, recover
 from cprec_recbole.host import recbole_config
-from cprec_recbole.models import CompressedRecommender
+from cprec_recbole.recommender import CompressedRecommender
 from cprec_recbole.report import part_sizes, shared_layers
 
 MODELS = ("NextItNet", "SASRec", "GRU4Rec")

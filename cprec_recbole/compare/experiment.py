@@ -20,7 +20,7 @@ from cprec_recbole.compare.sizes import numbers, served_bytes
 from cprec_recbole.config import CompressionConfig, CompressionError, reject_unknown
 from cprec_recbole.evaluation import evaluate
 from cprec_recbole.host import known_options, recbole_config, whole_number
-from cprec_recbole.models import CompressedRecommender, compression_of
+from cprec_recbole.recommender import CompressedRecommender, compression_of
 from cprec_recbole.report import shared_layers
 
 SETTINGS = Path(__file__).with_name("settings.yaml")

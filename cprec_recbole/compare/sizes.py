@@ -6,7 +6,7 @@ from torch import nn
 
 from cprec_recbole.compare.controls.table import ItemTable, TableRecommender
 from cprec_recbole.membership import packed_blocks
-from cprec_recbole.models import CompressedRecommender
+from cprec_recbole.recommender import CompressedRecommender
 from cprec_recbole.report import part_sizes
 
 

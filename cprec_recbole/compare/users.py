@@ -10,8 +10,8 @@ import torch
 
 from cprec_recbole.config import CompressionError
 from cprec_recbole.evaluation import ROWS, check_evaluation_data
-from cprec_recbole.models import CompressedRecommender
 from cprec_recbole.modes import in_eval_mode
+from cprec_recbole.recommender import CompressedRecommender
 
 K = 20
 PARTS = ("head", "middle", "tail")

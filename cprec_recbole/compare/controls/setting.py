@@ -10,7 +10,7 @@ import torch
 
 from cprec_recbole.backbones import Backbone, build_host
 from cprec_recbole.config import CompressionConfig
-from cprec_recbole.models import compression_of
+from cprec_recbole.recommender import compression_of
 from cprec_recbole.report import PartSizes, estimate
 
 

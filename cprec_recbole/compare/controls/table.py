@@ -13,8 +13,9 @@ from cprec_recbole.config import CompressionError
 from cprec_recbole.cross_entropy import Strip, cross_entropy
 from cprec_recbole.embedding import Block, BlockEmbedding
 from cprec_recbole.index import Snapshot
-from cprec_recbole.models import MODELS, CompressedRecommender, compression_of
+from cprec_recbole.models import MODELS
 from cprec_recbole.partition import PADDING, Partition
+from cprec_recbole.recommender import CompressedRecommender, compression_of
 from cprec_recbole.search import Found
 from cprec_recbole.sequences import item_counts
 from cprec_recbole.sharing import share, sharing_plan

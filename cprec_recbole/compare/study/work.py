@@ -50,7 +50,7 @@ from cprec_recbole.config import CompressionConfig, CompressionError, reject_unk
 from cprec_recbole.evaluation import evaluate
 from cprec_recbole.files import write_whole
 from cprec_recbole.host import known_options, recbole_config
-from cprec_recbole.models import CompressedRecommender, compression_of
+from cprec_recbole.recommender import CompressedRecommender, compression_of
 from cprec_recbole.sequences import item_counts
 
 OnEpoch = Callable[[int, float], None]  # epoch from 0, validation score
