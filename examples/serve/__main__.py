@@ -81,7 +81,8 @@ def _named(folders: list[str]) -> dict[str, Path]:
             name, path = Path(text).resolve().name, text
         if not name or name in found:
             raise CompressionError(
-                f"Expected each folder to have a name of its own, but got {text!r}; use NAME=FOLDER."
+                f"Expected each folder to have a name of its own, but got {text!r}; use "
+                "NAME=FOLDER."
             )
         found[name] = Path(path)
     return found

@@ -73,7 +73,7 @@ async def recommend(asked: Ask, request: Request) -> Answer:
 
 @router.post("/recommend/many")
 async def recommend_many(asked: AskMany, request: Request) -> Answers:
-    """The best next items for each of several histories; one that is bad gets an error of its own."""
+    """The best next items for each of several histories; a bad one gets an error of its own."""
     return await _service(request).recommend_many(asked)
 
 

@@ -2,8 +2,8 @@
 
     python -m examples.serve.prepare --out serving --epochs 20
 
-Writes OUT/uncompressed, OUT/compressed (a budget, a recovery, rows in int8) and OUT/titles.json. Any
-RecBole option can be added as --name=value.
+Writes OUT/uncompressed, OUT/compressed (a budget, a recovery, rows in int8) and OUT/titles.json.
+Any RecBole option can be added as --name=value.
 """
 
 from __future__ import annotations

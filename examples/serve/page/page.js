@@ -110,14 +110,15 @@ function showAnswers(answers) {
     card.querySelector(".ms").textContent = milliseconds(took);
     card.querySelector(".median").textContent = milliseconds(median(times.get(model)));
     const others = Object.keys(lists).filter((name) => name !== model);
-    card.querySelector(".best").replaceChildren(...tokens.map((token) => {
+    card.querySelector(".best").replaceChildren(...tokens.map((token, at) => {
       const row = element("li");
       const text = element("div");
       text.append(named(token));
       if (others.length === 1) {
         const there = lists[others[0]].indexOf(token);
         row.className = there < 0 ? "only" : "";
-        text.append(element("span", "also", there < 0 ? "only here" : `there at ${there + 1}`));
+        const place = there === at ? "the same place" : `place ${there + 1} there`;
+        text.append(element("span", "also", there < 0 ? "only here" : place));
       }
       row.append(text);
       return row;
