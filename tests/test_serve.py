@@ -242,6 +242,16 @@ def test_a_question_that_fails_fails_alone(served):
     assert found[2].tokens == answers([other])[0].tokens
 
 
+def test_a_large_k_beside_a_history_that_leaves_few(served):
+    """Together they would ask for more than the second has left."""
+    tokens = served.model.known_vocabulary().tokens
+    wide = Question(served, tokens[:1], served.n_items - 1, True)
+    long = Question(served, tokens[:-3], 3, True)
+    found = answers([wide, long])
+    assert set(found[0].tokens) == set(tokens[1:])
+    assert set(found[1].tokens) == set(tokens[-3:])
+
+
 def test_requests_at_a_time_are_answered_together_and_rightly(folders, models):
     histories = [[f"i{n % 9}", f"i{n % 7}"] for n in range(60)]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 Question = TypeVar("Question")
 Answer = TypeVar("Answer")
@@ -16,7 +16,7 @@ class Busy(Exception):
 
 
 class _Waiting(NamedTuple):
-    question: object
+    question: Any
     answer: asyncio.Future
 
 

@@ -81,6 +81,7 @@ class Server:
         )
         self.latencies: list[float] = []
         self.alone: list[float] = []
+        self.memory: list[float] = []
         self.seconds, self.errors = 0.0, 0
 
     def wait(self) -> None:
@@ -176,14 +177,16 @@ def measure(where: Path, n: int, clients: int) -> list[dict[str, Any]]:
         bodies = requests(servers[0].folder, n)
         for server in servers:
             asyncio.run(ask(server, bodies[:WARM_UP], clients))
-        before = [(server.mib(), server.cpu_seconds()) for server in servers]
+            server.memory.append(server.mib())
+        before = [server.cpu_seconds() for server in servers]
         for start in range(0, n, -(-n // ROUNDS)):
             for server in servers:
                 part = bodies[start : start + -(-n // ROUNDS)]
                 started = perf_counter()
                 server.latencies += asyncio.run(ask(server, part, clients))
                 server.seconds += perf_counter() - started
-        after = [(server.mib(), server.cpu_seconds()) for server in servers]
+                server.memory.append(server.mib())
+        after = [server.cpu_seconds() for server in servers]
         for start in range(0, ALONE * ROUNDS, ALONE):
             for server in servers:
                 server.alone += asyncio.run(ask(server, bodies[start : start + ALONE], 1))
@@ -194,10 +197,10 @@ def measure(where: Path, n: int, clients: int) -> list[dict[str, Any]]:
             "95th": f"{percentile(server.latencies, 95):.1f}",
             "99th": f"{percentile(server.latencies, 99):.1f}",
             "errors": f"{server.errors}",
-            "processor": f"{(end[1] - start[1]) / n * 1e3:.2f}",
+            "processor": f"{(end - start) / n * 1e3:.2f}",
             "alone, 50th": f"{percentile(server.alone, 50):.1f}",
             "99th alone": f"{percentile(server.alone, 99):.1f}",
-            "MiB": f"{start[0]:.0f} → {end[0]:.0f}",
+            "MiB": ", ".join(f"{each:.0f}" for each in server.memory),
         }
         for server, start, end in zip(servers, before, after)
     ]
@@ -233,7 +236,7 @@ ROWS = {
     "processor": "processor ms of the service a request",
     "alone, 50th": "one client: ms, 50th percentile",
     "99th alone": "one client: ms, 99th percentile",
-    "MiB": "memory of the service, MiB, before → after",
+    "MiB": "memory of the service, MiB, before and after each quarter",
 }
 
 
