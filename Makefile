@@ -14,10 +14,15 @@ TORCH  ?=
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check lint types install docs bench bench-search clean
+.PHONY: demo serve test check lint types install docs bench bench-search clean
 
 demo: $(STAMP)
 	$(BIN)/cprec compare --model NextItNet --dataset ml-100k
+
+# the served example, http://127.0.0.1:8000; trains and compresses its models once
+serve: $(STAMP)
+	test -d serving/compressed || $(BIN)/python -m examples.serve.prepare --out serving
+	$(BIN)/python -m examples.serve serving/uncompressed serving/compressed
 
 test: $(STAMP) lint types
 	$(BIN)/python -m pytest -n auto --dist loadfile

@@ -27,6 +27,7 @@ RECBOLE_NEEDS = [
 ]
 
 DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26", "latex2mathml>=3.77"]
+SERVE = ["fastapi>=0.110", "uvicorn>=0.27", "httpx>=0.27", "prometheus-client>=0.20"]
 EXPORT = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.7"]
 
 setup(
@@ -53,6 +54,7 @@ setup(
     extras_require={
         "bench": ["faiss-cpu", "matplotlib"],
         "export": EXPORT,
+        "serve": SERVE,  # examples/serve
         "docs": DOCS,
         "test": [
             "pytest>=8",
@@ -63,6 +65,7 @@ setup(
             "types-PyYAML",
             "playwright",
             *EXPORT,
+            *SERVE,
             *DOCS,  # the tests build the site
         ],
     },

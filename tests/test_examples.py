@@ -45,6 +45,7 @@ def test_every_example_is_run():
         "compress_trained.py",
         "compare.py",
         "trained.py",
+        "__init__.py",  # so that `python -m examples.serve` finds it; see test_serve.py
     }
 
 

@@ -1,0 +1,1 @@
+"""Examples; `python -m examples.serve` starts the one that serves."""

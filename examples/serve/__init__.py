@@ -1,0 +1,1 @@
+"""A service for folders of `save_pretrained`; see README.md."""
