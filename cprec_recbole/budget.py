@@ -143,8 +143,8 @@ def _reasons(
     blocks = zip(options.ranks or (), (0, *(options.cutoffs or ())), options.cutoffs or ())
     table = ", ".join(f"rank {rank} for {end - start:,.0f}" for rank, start, end in blocks)
     basis = (
-        "by the spectra of the trained table, items weighted by the fourth root of their counts, it "
-        f"loses {best.table:.1%}"
+        "by the spectra of the trained table, items weighted by the fourth root of their counts, "
+        f"it loses {best.table:.1%}"
         if trained
         else f"untrained: by counts alone, an expected loss of {best.table:.1%}"
     )
