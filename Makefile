@@ -13,6 +13,7 @@ TORCH  ?=
 
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TOOLS := $(VENV)/.tools
 
 .PHONY: demo serve test check lint types install docs bench bench-search clean
 
@@ -21,22 +22,23 @@ demo: $(STAMP)
 
 # the served example, http://127.0.0.1:8000; trains and compresses its models once
 serve: $(STAMP)
+	$(BIN)/pip install --quiet --editable ".[serve]"
 	test -d serving/compressed || $(BIN)/python -m examples.serve.prepare --out serving
 	$(BIN)/python -m examples.serve serving/uncompressed serving/compressed
 
-test: $(STAMP) lint types
+test: $(TOOLS) lint types
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
 check: test
 
-lint: $(STAMP)
+lint: $(TOOLS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(STAMP)
+types: $(TOOLS)
 	$(BIN)/mypy
 
-install: $(STAMP)
+install: $(TOOLS)
 
 # build/site/index.html, which needs no network
 docs: $(STAMP)
@@ -63,8 +65,13 @@ else
 endif
 	$(BIN)/pip install --quiet --no-deps recbole==1.2.1
 	@echo "pip may say that recbole's ray is not installed: that is meant, see README.md, Install"
-	$(BIN)/pip install --quiet --editable ".[test]"
+	$(BIN)/pip install --quiet --editable .
 	touch $(STAMP)
+
+# what tests, documents and the service need besides: a demo does not wait for it
+$(TOOLS): $(STAMP)
+	$(BIN)/pip install --quiet --editable ".[test]"
+	touch $(TOOLS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
