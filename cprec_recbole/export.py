@@ -61,7 +61,7 @@ def export(
     exportable = Exportable(small, k, block)
     try:
         with _quietly(), torch.no_grad():
-            program = _program(exportable, small)
+            program = _traced(exportable, small)
             write_whole(file, lambda part: write(program, part, _facts(small, k)))
         if small.vocabulary is not None or small.item_tokens is not None:
             names = small.known_vocabulary().tokens
@@ -138,6 +138,17 @@ def _check_packages() -> None:
         raise CompressionError(
             f"Expected onnx, onnxscript and torch 2.8 or newer for ONNX, but got: {error}; pip "
             'install "cprec_recbole[export]".'
+        ) from error
+
+
+def _traced(exportable: Exportable, small: CompressedRecommender) -> Any:
+    try:
+        return _program(exportable, small)
+    except Exception as error:  # torch.export raises many kinds
+        reason = str(error).strip().splitlines()[0]
+        raise CompressionError(
+            f"Expected `small` to be of a model that torch.export can follow, but "
+            f"{small.record.host.__name__} is none: {reason}"
         ) from error
 
 

@@ -52,17 +52,22 @@ class Exportable(nn.Module):
             Items `[B, k]`, int64, and scores `[B, k]`, float32; a score of -inf where fewer than k
             items are left.
         """
-        states = self.model.hidden_states(history)
-        if self.model.reads_last_column:
-            hidden = states[:, -1]
-        else:
-            last = ((history != PADDING).sum(1) - 1).clamp(min=0)
-            hidden = states.gather(1, last.view(-1, 1, 1).expand(-1, 1, states.shape[2])).squeeze(1)
-        scores = self.model.head.scores(hidden)
+        scores = self.model.head.scores(self._hidden(history))
         padding = torch.zeros_like(history[:, :1])
         scores = scores.scatter(1, torch.cat([padding, exclude], dim=1), -torch.inf)
         best, items = torch.topk(scores, self.k, dim=1)
         return items, best
+
+    def _hidden(self, history: Tensor) -> Tensor:
+        """Hidden state that predicts the next item, `[B, L] -> [B, d]`."""
+        record, lengths = self.model.record, (history != PADDING).sum(1)
+        if record.hidden_states is None:
+            return record.last_state(self.model.backbone, history, lengths)
+        states = self.model.hidden_states(history)
+        if self.model.reads_last_column:
+            return states[:, -1]
+        last = (lengths - 1).clamp(min=0)
+        return states.gather(1, last.view(-1, 1, 1).expand(-1, 1, states.shape[2])).squeeze(1)
 
 
 class PlainInt8Block(Int8Block):

@@ -140,7 +140,7 @@ def test_a_size_is_met_in_bytes_of_the_weights(trained, host_name):
 
 def test_a_fresh_model_is_compressed_by_counts(world, host_name, capsys):
     small = compress(world.model(host_name), ratio=1.3)
-    assert "untrained: by counts alone" in capsys.readouterr().out
+    assert "untrained: by the fourth root of the counts" in capsys.readouterr().out
     ranks = small.table.ranks
     assert list(ranks) == sorted(ranks, reverse=True)
 

@@ -9,7 +9,7 @@ import torch
 from cprec_recbole import CompressionError, compress, export, load_pretrained, quantize
 from cprec_recbole.cli import main
 from cprec_recbole.recommend import pad_histories
-from tests.builders import SMALL
+from tests.builders import SMALL, train
 
 onnx = pytest.importorskip("onnx", reason="onnx is not there: pip install cprec_recbole[export]")
 ort = pytest.importorskip("onnxruntime", reason="onnxruntime is not there")
@@ -80,6 +80,23 @@ def test_a_thousand_histories_get_what_recommend_gives(exported):
         inputs = {"history": history[:n].numpy(), "exclude": exclude[:n, :m].numpy()}
         found = session.run(None, inputs)
         check_same(small, lists[:n], exclude[:n, :m], *map(torch.from_numpy, found))
+
+
+def test_a_model_with_one_state_for_a_history_is_exported_too(world, tmp_path):
+    model = train(world.model("STAMP"), world, "STAMP")
+    small = compress(model, ranks=[8, 4], cutoffs=[6])
+    session = session_of(export(small, tmp_path / "small.onnx", k=K))
+    lists, history, exclude = requests(small, 100)
+    found = session.run(None, {"history": history.numpy(), "exclude": exclude.numpy()})
+    check_same(small, lists, exclude, *map(torch.from_numpy, found))
+
+
+@pytest.mark.parametrize("name", ["SRGNN", "BERT4Rec"])
+def test_a_model_that_cannot_be_followed_is_refused(world, tmp_path, name):
+    small = compress(world.model(name), ranks=[4, 2], cutoffs=[6])
+    with pytest.raises(CompressionError, match=f"torch.export can follow, but {name} is none: "):
+        export(small, tmp_path / "small.onnx", k=K)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_signature_is_as_documented(exported):
