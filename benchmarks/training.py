@@ -370,6 +370,7 @@ def plot(results: dict[str, Any], target: Path) -> None:
             for row in results["rows"]
             if row["contender"] == name and row["dataset"] == "made up"
         ]
+        rows.sort(key=lambda row: row["items"])
         sizes = [row["items"] for row in rows]
         axes[0].plot(sizes, [r["ms"] / 1e3 for r in rows], style, color=colour, label=name)
         axes[1].plot(sizes, [r["mib"] / 1024 for r in rows], style, color=colour)
@@ -378,11 +379,11 @@ def plot(results: dict[str, Any], target: Path) -> None:
     for axis in axes:
         axis.set(xscale="log", yscale="log", xlabel="items")
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
     figure.suptitle(
-        f"A training step of SASRec, d {DIM}, on {results['environment']['cores']} cores"
+        f"A training step of SASRec, d {DIM}, threads: {results['environment']['torch_threads']}"
     )
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    figure.legend(loc="lower center", ncols=len(styles), fontsize=8, frameon=False)
     figure.savefig(target, metadata={"Date": None})
     pyplot.close(figure)
 
