@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -68,8 +69,8 @@ class Teacher:
         with torch.no_grad():
             mixed = (wanted @ self.vectors[1:].T).softmax(1).mul_(self.share)
             mixed[torch.arange(len(place), device=place.device), place] += 1 - self.share
-        assert isinstance(self.small.head, FullSoftmax)
-        return self.small.head.soft_loss(hidden, mixed.to(hidden.dtype))
+        head = cast(FullSoftmax, self.small.head)  # no other has a flat softmax
+        return head.soft_loss(hidden, mixed.to(hidden.dtype))
 
     def _within(self, j: int, hidden: Tensor, wanted: Tensor) -> Tensor:
         start, end = self.partition.starts[j], self.partition.cutoffs[j]
