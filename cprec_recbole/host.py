@@ -50,8 +50,12 @@ def recbole_config(
     return config
 
 
-def read_options(file: str) -> dict[str, Any]:
-    """The options of a RecBole YAML file.
+def read_options(file: str, name: str = "config") -> dict[str, Any]:
+    """The names and values of a YAML file.
+
+    Args:
+        file: its path.
+        name: of the option that the file was given as.
 
     Raises:
         CompressionError: no file, or none that holds names and values.
@@ -61,10 +65,10 @@ def read_options(file: str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise CompressionError(
-            f"Expected `config` to be a YAML file, but {file} is none: {reason}"
+            f"Expected `{name}` to be a YAML file, but {file} is none: {reason}"
         ) from error
     if not isinstance(options, dict):
-        raise CompressionError(f"Expected `config` to hold names and values, but {file} does not.")
+        raise CompressionError(f"Expected `{name}` to hold names and values, but {file} does not.")
     return options
 
 

@@ -459,7 +459,7 @@ def test_a_file_says_what_to_run(tmp_path):
         ("compression: {softmax: flat}", "`softmax` to be one of"),
         ("options: {seed: 3}", "`options` to leave `seed` to the study"),
         ("options: {ranks: [3]}", "`options` to leave `ranks` to the study"),
-        ("[1, 2]", "`config` to hold names and values"),
+        ("[1, 2]", "`study` to hold names and values"),
     ],
 )
 def test_bad_files_are_refused(tmp_path, text, words):

@@ -97,7 +97,7 @@ class Spec:
         Raises:
             CompressionError: no such file, or a part of it that cannot be; it is named.
         """
-        given = read_options(file)
+        given = read_options(file, "study")
         reject_unknown(given, _KEYS)
         schemes = _listed(given, "sharing", [], SHARING_SCHEMES)
         settings = _mapping(given, "settings")
