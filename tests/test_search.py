@@ -9,7 +9,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cprec_recbole import (
@@ -451,6 +451,7 @@ def test_scores_that_overflow_are_named(head_class, sort):
 
 
 @settings(deadline=None, max_examples=100)
+@example(n_rows=1, rank=3, seed=1171586)  # the log of the sum is 50 and a sum of one logit
 @given(n_rows=st.integers(1, 3000), rank=st.sampled_from([1, 3, 8, 16]), seed=st.integers(0, 2**31))
 def test_bounds_hold_and_groups_hold_every_row_once(n_rows, rank, seed):
     torch.manual_seed(seed)
@@ -473,8 +474,9 @@ def test_bounds_hold_and_groups_hold_every_row_once(n_rows, rank, seed):
     by_branch = logits.view(len(strip.branches.ball), -1, 9)
     assert (strip.branches.above(reach) >= by_branch.amax(1)).all()
     exact = settle.exact_log_sum(strip_of(head, 1), hidden)
+    rounding = strip.rounding * hidden.norm(dim=1)  # half of what the search allows two logits
     for bounds in (strip.bounds, strip.branches):
-        assert (bounds.log_sum_below(query) <= exact + 1e-5).all()
+        assert (bounds.log_sum_below(query) <= exact + rounding).all()
 
 
 def strip_of(head, j):
