@@ -11,10 +11,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for the processes that tes
 
 import pytest
 import torch
+from hypothesis import settings
 
 import cprec_recbole  # noqa: F401  (registers the models)
 from cprec_recbole import processes
 from tests.builders import HOSTS, World, train
+
+# the same examples in every run: a test that fails once fails again. To look for new ones:
+# pytest --hypothesis-profile default
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session", autouse=True)
