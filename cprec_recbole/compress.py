@@ -18,7 +18,7 @@ from cprec_recbole.budget import (
 from cprec_recbole.clusters import fit_clusters_to
 from cprec_recbole.config import CompressionConfig, CompressionError, is_number, reject_unknown
 from cprec_recbole.embedding import BlockEmbedding
-from cprec_recbole.evaluation import check_evaluation_data, evaluate, valid_metric
+from cprec_recbole.evaluation import check_validation_data, evaluate, valid_metric
 from cprec_recbole.histories import Histories, drawn_histories, histories_of
 from cprec_recbole.int8 import BYTES_PER_SCALE
 from cprec_recbole.models import MODELS
@@ -81,7 +81,7 @@ def compress(
         valid_data: RecBole's validation data; with `max_loss`.
         dtype: `"int8"` keeps the rows of all blocks in int8, as `quantize` does; a budget then
             counts bytes of the weights, of which `ratio` allows so many times fewer than the
-            model's. Such a model cannot be trained.
+            model's. Of training only `recover` is possible.
         verbose: whether to print what was chosen for a budget.
 
     Returns:
@@ -92,38 +92,6 @@ def compress(
             is unknown or breaks a rule, counts or data that are missing or do not fit, a budget
             below the smallest possible model.
     """
-    small = compress_in_float(
-        model,
-        config,
-        item_counts=item_counts,
-        data=data,
-        ratio=ratio,
-        size=size,
-        max_loss=max_loss,
-        valid_data=valid_data,
-        dtype=dtype,
-        verbose=verbose,
-        **options,
-    )
-    return small if dtype is None else quantize(small)
-
-
-def compress_in_float(
-    model: nn.Module,
-    config: CompressionConfig | None = None,
-    *,
-    item_counts: Any = None,
-    data: Any = None,
-    ratio: float | None = None,
-    size: int | str | None = None,
-    max_loss: float | None = None,
-    valid_data: Any = None,
-    dtype: str | None = None,
-    verbose: bool = True,
-    **options: Any,
-) -> CompressedRecommender:
-    """As `compress`, but the rows are still in float, whatever `dtype`: for a recovery before
-    `quantize`. A budget counts what `dtype` will cost."""
     base = _options(config, options)
     sharing = options.get("sharing") if config is None else config.sharing
     check_dtype(dtype, next(model.parameters(), torch.empty(0)).dtype)
@@ -145,7 +113,8 @@ def compress_in_float(
             small = work.small(base)
     if verbose and small.choice is not None:
         print(small.choice)
-    return small.train(model.training)
+    small.train(model.training)
+    return small if dtype is None else quantize(small)
 
 
 class _Compression:
@@ -319,7 +288,7 @@ def _check_budget(base: CompressionConfig, valid_data: Any, **budgets: Any) -> N
         raise CompressionError(
             f"Expected `max_loss` to be a share from 0 to below 1, but got {max_loss!r}."
         )
-    check_evaluation_data(valid_data)
+    check_validation_data(valid_data)
 
 
 def _options(config: CompressionConfig | None, options: dict[str, Any]) -> CompressionConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from recbole.config import Config
 from recbole.data.dataloader import FullSortEvalDataLoader
 from recbole.evaluator import Evaluator
 from torch import nn
@@ -60,6 +61,24 @@ def evaluate(model: nn.Module, data: Any) -> dict[str, float]:
 def valid_metric(data: Any) -> str:
     """The name of the metric by which RecBole's options choose the best epoch, e.g. `ndcg@20`."""
     return str(data.config["valid_metric"]).lower()
+
+
+def check_valid_metric(config: Config) -> None:
+    """Raise a CompressionError where `valid_metric` is not among what is measured."""
+    names = config["metrics"]
+    measured = [f"{name}@{k}" for name in names if name.lower() != "gauc" for k in config["topk"]]
+    measured += [name for name in names if name.lower() == "gauc"]  # of whole rankings
+    if str(config["valid_metric"]).lower() not in [name.lower() for name in measured]:
+        raise CompressionError(
+            f"Expected `valid_metric` to be one of {', '.join(measured)} (by `metrics`, `topk`), "
+            f"but got {config['valid_metric']}."
+        )
+
+
+def check_validation_data(data: Any) -> None:
+    """As `check_evaluation_data`, for data by which the best epoch is chosen."""
+    check_evaluation_data(data)
+    check_valid_metric(data.config)
 
 
 def check_evaluation_data(data: Any, argument: str = "valid_data") -> None:

@@ -144,6 +144,15 @@ class Int8Block(Block):
             small.projection = nn.Parameter(block.projection.detach().clone(), requires_grad=False)
         return small
 
+    def in_float(self) -> Block:
+        """A block with the same rows in float, to be trained; this one is left as it is."""
+        rank = self.weight.shape[1]
+        block = Block(0, rank, rank if self.projection is None else self.projection.shape[1])
+        block.weight = nn.Parameter(self.whole())
+        if self.projection is not None:
+            block.projection = nn.Parameter(self.projection.detach().clone())
+        return block
+
     @property
     def dtype(self) -> torch.dtype:
         """See Block.dtype."""
@@ -198,5 +207,6 @@ def not_trained() -> CompressionError:
     """What is said where a model with rows in int8 is trained."""
     return CompressionError(
         "Expected a model in float to train, but its rows are in int8, which cannot take an "
-        "optimizer's small steps; train or recover() first and quantize() afterwards."
+        "optimizer's small steps; recover() trains such a model in float and brings it back to "
+        "int8, or train first and quantize() afterwards."
     )

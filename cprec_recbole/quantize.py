@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -22,7 +24,7 @@ def quantize(small: nn.Module) -> CompressedRecommender:
     Projections, layers and the tree's clusters stay in float. Lossy: an entry of a row is off by at
     most half of the row's scale, which is a 127th of its largest entry, rounded up to bfloat16.
     Everything that is exact about a model (top-k, saving, loading) is exact about the new one; it
-    cannot be trained.
+    cannot be trained, but for `recover`, which does so in float.
 
     Args:
         small: a Cp model in float32 or float64; it is left as it was.
@@ -38,9 +40,27 @@ def quantize(small: nn.Module) -> CompressedRecommender:
     known = (model.vocabulary, model.item_tokens, model.train_item_counts)
     memo: dict[int, Any] = {id(each): each for each in known if each is not None}
     result = copy.deepcopy(model, memo)
-    for table in {id(t): t for t in (result.table, result.head.table)}.values():
-        _quantize_table(table)
+    for table in _tables(result):
+        for j, block in enumerate(table.blocks):
+            table.factors[j] = Int8Block.of(block)
     return result
+
+
+@contextmanager
+def in_float(small: CompressedRecommender) -> Iterator[None]:
+    """While it lasts, a model's rows are in float, to be trained; then those that were in int8 are
+    so again. Blocks that were not changed keep their very numbers."""
+    before = [(table, table.blocks) for table in _tables(small) if table.is_int8]
+    for table, blocks in before:
+        for j, block in enumerate(blocks):
+            table.factors[j] = cast(Int8Block, block).in_float()
+    try:
+        yield
+    finally:
+        for table, blocks in before:
+            for j, (block, trained) in enumerate(zip(blocks, table.blocks)):
+                same = _same(cast(Int8Block, block).in_float(), trained)
+                table.factors[j] = block if same else Int8Block.of(trained)
 
 
 def check_dtype(dtype: object, of_model: torch.dtype) -> None:
@@ -54,9 +74,14 @@ def check_dtype(dtype: object, of_model: torch.dtype) -> None:
     _check_precision("model", of_model)
 
 
-def _quantize_table(table: BlockEmbedding) -> None:
-    for j, block in enumerate(table.blocks):
-        table.factors[j] = Int8Block.of(block)
+def _tables(model: CompressedRecommender) -> list[BlockEmbedding]:
+    """The table that is looked up and, where it is another, the softmax's."""
+    return list({id(table): table for table in (model.table, model.head.table)}.values())
+
+
+def _same(one: nn.Module, other: nn.Module) -> bool:
+    pairs = zip(one.state_dict().values(), other.state_dict().values())
+    return all(torch.equal(mine, others) for mine, others in pairs)
 
 
 def _checked(small: nn.Module) -> CompressedRecommender:

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from cprec_recbole.backbones import Reading
 from cprec_recbole.config import CompressionError, is_number, is_whole
 from cprec_recbole.distillation import Teacher
-from cprec_recbole.evaluation import check_evaluation_data, evaluate, valid_metric
+from cprec_recbole.evaluation import check_validation_data, evaluate, valid_metric
 from cprec_recbole.histories import Histories, histories_of
-from cprec_recbole.int8 import not_trained
 from cprec_recbole.modes import in_eval_mode
 from cprec_recbole.original import Original
 from cprec_recbole.outcome import Recovery
 from cprec_recbole.partition import PADDING
 from cprec_recbole.progress import Show, shown
+from cprec_recbole.quantize import in_float, quantize
 from cprec_recbole.recommender import CompressedRecommender
 
 # SASRec at ratio 3.5 on MovieLens-100K (seed 2020), loss on the validation data after 5 epochs, the
@@ -53,6 +53,7 @@ def recover(
     target's own block, which it reads for those targets, so that the original's opinion costs no
     more than that. Adam, its rate rising over the first twentieth of the steps, then falling
     evenly. With validation data the best epoch's weights are kept, which may be those at the start.
+    A model with rows in int8 is trained in float, measured in int8 and in int8 again afterwards.
 
     Args:
         small: what `compress()` made; it is changed.
@@ -81,8 +82,6 @@ def recover(
         raise CompressionError(
             f"Expected `small` to be a compressed model, but got {type(small).__name__}."
         )
-    if small.table.is_int8:
-        raise not_trained()
     dtype = small.table.dtype
     if dtype == torch.float16:
         raise CompressionError(
@@ -94,14 +93,20 @@ def recover(
         _check_pair(small, original)
     _check_numbers(epochs, batch_size, learning_rate, distillation, seed)
     if valid_data is not None:
-        check_evaluation_data(valid_data)
+        check_validation_data(valid_data)
     histories = histories_of(data, small.n_items, small.max_seq_length)
     device = small.table.partition.item_at.device
     forked = [device] if device.type == "cuda" else []
     was_training = small.training
-    with torch.random.fork_rng(devices=forked), in_eval_mode(teacher), shown(progress) as show:
+    is_int8 = small.table.is_int8
+    with (
+        torch.random.fork_rng(devices=forked),
+        in_eval_mode(teacher),
+        shown(progress) as show,
+        in_float(small),
+    ):
         torch.manual_seed(seed)
-        work = _Recovery(small, original, histories, float(distillation), valid_data)
+        work = _Recovery(small, original, histories, float(distillation), valid_data, is_int8)
         try:
             work.run(epochs, batch_size, learning_rate, seed, show)
         finally:
@@ -119,9 +124,10 @@ class _Recovery:
         histories: Histories,
         distillation: float,
         valid_data: Any,
+        is_int8: bool,
     ) -> None:
         self.small, self.original = small, original
-        self.histories, self.valid_data = histories, valid_data
+        self.histories, self.valid_data, self.is_int8 = histories, valid_data, is_int8
         self.teacher: Teacher | None = None
         if original is not None and distillation > 0:
             self.teacher = Teacher(small, original, distillation)
@@ -131,7 +137,7 @@ class _Recovery:
             self.result.metric = valid_metric(valid_data)
             if original is not None:
                 self.result.original = evaluate(original.model, valid_data)
-            self.result.start = evaluate(small, valid_data)
+            self.result.start = self.measure()
             self.best_score = self.result.start[self.result.metric]
 
     def run(
@@ -182,11 +188,15 @@ class _Recovery:
                 if isinstance(module, nn.Dropout):
                     module.eval()
 
+    def measure(self) -> dict[str, float]:
+        """Validation metrics of the model as it will be, with its rows in int8 if they were."""
+        return evaluate(quantize(self.small) if self.is_int8 else self.small, self.valid_data)
+
     def judge(self, epoch: int) -> None:
         """Evaluate, and remember the weights if they are the best so far, or if nothing tells."""
         result = self.result
         if self.valid_data is not None:
-            result.epochs.append(evaluate(self.small, self.valid_data))
+            result.epochs.append(self.measure())
             score = result.epochs[-1][result.metric]
             if not score > self.best_score:
                 return

@@ -29,7 +29,7 @@ from recbole.utils import get_model, get_trainer, init_seed
 from cprec_recbole import CompressionConfig, CompressionError, compress, evaluate, recover
 from cprec_recbole.host import recbole_config
 from cprec_recbole.recommender import CompressedRecommender
-from cprec_recbole.report import part_sizes, shared_layers
+from cprec_recbole.report import part_sizes, saved_bytes, shared_layers
 
 MODELS = ("NextItNet", "SASRec", "GRU4Rec")
 SIZES = {"NextItNet": "embedding_size", "SASRec": "hidden_size", "GRU4Rec": "embedding_size"}
@@ -136,7 +136,10 @@ def ours(cell: Cell, ratio: float, **options: Any) -> dict[str, Any]:
     """compress() with a budget, then recover()."""
     small = compress(cell.original, data=cell.train, ratio=ratio, verbose=False, **options)
     told = {} if small.choice is None else {"reasons": small.choice.reasons}
-    return {**_described(small), **told, **cell.recovered(small)}
+    found = {**_described(small), **told}
+    if small.table.is_int8:  # a budget then counts bytes
+        found["parameters"] = saved_bytes(small) / 4
+    return {**found, **cell.recovered(small)}
 
 
 def drawn(cell: Cell, ratio: float) -> dict[str, Any]:
@@ -217,6 +220,7 @@ METHODS: dict[str, Callable[[Cell, float], dict[str, Any]]] = {
     "ours": ours,
     "ours, nothing shared": lambda cell, ratio: ours(cell, ratio, sharing="none"),
     "ours, tree": lambda cell, ratio: ours(cell, ratio, softmax="tree"),
+    "ours, int8": lambda cell, ratio: ours(cell, ratio, dtype="int8"),
     "ours, no data": drawn,
     "uniform SVD": uniform_svd,
     "pruning": pruning,

@@ -23,12 +23,14 @@ from cprec_recbole.cli import main
 from cprec_recbole.embedding import Block
 from cprec_recbole.folder import read_folder
 from cprec_recbole.int8 import Int8Block, quantized_rows
+from cprec_recbole.quantize import in_float
 from cprec_recbole.report import saved_bytes
 from cprec_recbole.softmax import build_softmax
 from tests.builders import block_embedding, train_a_step
 from tests.oracles import best_by_sort
 
 OPTIONS = {"ranks": [16, 4, 1], "cutoffs": [6, 20]}
+MEASURED = {"metrics": ["NDCG"], "topk": [10], "valid_metric": "NDCG@10"}
 HISTORIES = [[1, 2, 3], [4], list(range(1, 12))]
 
 
@@ -247,7 +249,7 @@ def test_new_items_leave_every_other_row_as_it_is(small, tmp_path):
 
 
 def test_recbole_evaluates_it(world, small, host_name):
-    config = world.config(f"Cp{host_name}", metrics=["NDCG"], topk=[10], valid_metric="NDCG@10")
+    config = world.config(f"Cp{host_name}", **MEASURED)
     _, valid, _ = world.loaders(config)
     result = quantize(small)
     scores = result.full_sort_predict(world.evaluation_batch(f"Cp{host_name}"))
@@ -255,18 +257,50 @@ def test_recbole_evaluates_it(world, small, host_name):
     assert 0 <= evaluate(result, valid)["ndcg@10"] <= 1
 
 
-def test_it_is_not_trained(world, small, host_name):
+def test_only_a_recovery_trains_it(world, small, host_name):
     result = quantize(small)
     for call in (
         lambda: train_a_step(result, world.batch(f"Cp{host_name}")),
-        lambda: recover(result, None, HISTORIES, 1),
         lambda: result.head.loss(torch.randn(2, 16), torch.tensor([1, 30])),
     ):
-        with pytest.raises(CompressionError, match=r"rows are in int8.*quantize\(\) afterwards"):
+        with pytest.raises(CompressionError, match=r"rows are in int8.*recover\(\) trains"):
             call()
     tree = quantize(compress(world.model("SASRec"), **OPTIONS, softmax="tree"))
     with pytest.raises(CompressionError, match="rows are in int8"):
         tree.head.loss(torch.randn(2, 16), torch.tensor([1, 30]))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_recovery_trains_its_rows_in_float_and_brings_them_back(world, trained, host_name, tied):
+    _, valid, _ = world.loaders(world.config(f"Cp{host_name}", **MEASURED))
+    result = quantize(compress(trained[host_name], **OPTIONS, tied=tied))
+    in_float_only = copy.deepcopy(result)
+    with in_float(in_float_only):
+        # a deep copy leaves the context with its rows in float
+        in_float_only = copy.deepcopy(in_float_only)
+    options = {"valid_data": valid, "batch_size": 8, "progress": False}
+    found = recover(result, trained[host_name], HISTORIES * 8, 3, **options)
+    assert result.table.is_int8
+    assert result.head.table.is_int8
+    assert found.losses[-1] < found.losses[0]
+    best = found.start if found.kept == 0 else found.epochs[found.kept - 1]
+    assert evaluate(result, valid) == best  # as it is in int8
+    epochs = options | {"valid_data": None}
+    twin = quantize(compress(trained[host_name], **OPTIONS, tied=tied))
+    recover(twin, trained[host_name], HISTORIES * 8, 3, **epochs)
+    recover(in_float_only, trained[host_name], HISTORIES * 8, 3, **epochs)
+    expected = quantize(in_float_only).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in twin.state_dict().items())
+
+
+def test_a_recovery_that_fails_leaves_its_very_numbers(trained, small, host_name):
+    result = quantize(small)
+    before = copy.deepcopy(result.state_dict())
+    with pytest.raises(CompressionError, match="`learning_rate` to let the loss fall"):
+        recover(result, None, HISTORIES * 8, 3, learning_rate=1e30, batch_size=8, progress=False)
+    after = result.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(before[name], value) for name, value in after.items())
 
 
 def test_a_state_of_float_rows_does_not_fit(small):

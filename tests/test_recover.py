@@ -157,7 +157,7 @@ def test_nothing_is_dropped_where_the_original_teaches(trained, data, taught, sh
     small = squeezed(trained, "SASRec").eval()
     original = Original.of(trained["SASRec"]) if taught else None
     histories = histories_of(data["SASRec"][0], small.n_items, 8)
-    _Recovery(small, original, histories, share, None).begin_training()
+    _Recovery(small, original, histories, share, None, is_int8=False).begin_training()
     dropouts = [m for m in small.modules() if isinstance(m, torch.nn.Dropout)]
     assert small.training
     assert {m.training for m in dropouts} == {dropped}
@@ -276,3 +276,11 @@ def test_other_models_are_refused(trained, data, spare):
         recover(small, trained["GRU4Rec"], train)
     with pytest.raises(CompressionError, match="uncompressed"):
         recover(small, small, train)
+
+
+def test_a_metric_that_is_not_measured_is_refused(world, trained, spare, data):
+    _, valid, _ = world.loaders(world.config("CpSASRec", **METRICS | {"valid_metric": "MRR@10"}))
+    with pytest.raises(
+        CompressionError, match="`valid_metric` to be one of NDCG@10.*MRR@10"
+    ):
+        recover(spare, trained["SASRec"], data["SASRec"][0], valid_data=valid)

@@ -12,10 +12,9 @@ from torch import nn
 
 from cprec_recbole.commands.common import add_compression, console, given_options
 from cprec_recbole.commands.common import value as parsed
-from cprec_recbole.compress import compress_in_float
+from cprec_recbole.compress import compress
 from cprec_recbole.config import CompressionError
 from cprec_recbole.evaluation import evaluate
-from cprec_recbole.quantize import quantize
 from cprec_recbole.recover import recover
 from cprec_recbole.report import part_sizes, saved_bytes
 from cprec_recbole.trained import load_trained
@@ -58,7 +57,7 @@ def run(options: argparse.Namespace, passed_on: dict[str, Any], command: str) ->
         raise CompressionError(f"Expected `out` to be a folder, but {options.out} is a file.")
     screen = console()
     found = load_trained(options.checkpoint, passed_on)
-    small = compress_in_float(
+    small = compress(
         found.model,
         data=found.train,
         ratio=options.ratio,
@@ -69,15 +68,13 @@ def run(options: argparse.Namespace, passed_on: dict[str, Any], command: str) ->
         **given_options(options),
     )
     rows = [("original", found.model, _quality(found.model, found))]
-    rows.append(("compressed", small, _quality(small, found)))
+    made = "compressed" if options.dtype is None else f"compressed, {options.dtype}"
+    rows.append((made, small, _quality(small, found)))
     if options.recover:
         named = {"learning_rate": "learning_rate", "train_batch_size": "batch_size", "seed": "seed"}
         given = {ours: passed_on[theirs] for theirs, ours in named.items() if theirs in passed_on}
         recover(small, found.model, found.train, options.recover, valid_data=found.valid, **given)
         rows.append(("recovered", small, _quality(small, found)))
-    if options.dtype is not None:
-        small = quantize(small)
-        rows.append((options.dtype, small, _quality(small, found)))
     small.save_pretrained(options.out)
     screen.print(_table(rows))
     n_bytes = sum(path.stat().st_size for path in Path(options.out).iterdir() if path.is_file())

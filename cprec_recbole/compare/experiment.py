@@ -18,7 +18,7 @@ from cprec_recbole.compare.fitting import Data, fit, saved_bytes, score_times
 from cprec_recbole.compare.results import Comparison, Run, environment
 from cprec_recbole.compare.sizes import numbers, served_bytes
 from cprec_recbole.config import CompressionConfig, CompressionError, reject_unknown
-from cprec_recbole.evaluation import evaluate
+from cprec_recbole.evaluation import check_valid_metric, evaluate
 from cprec_recbole.host import known_options, recbole_config, whole_number
 from cprec_recbole.recommender import CompressedRecommender, compression_of
 from cprec_recbole.report import shared_layers
@@ -264,9 +264,4 @@ def check_measurable(config: Config) -> None:
     """Raise a CompressionError where no epoch would be trained or none evaluated."""
     for name in ("epochs", "eval_step"):
         whole_number(config, name)
-    measured = [f"{metric}@{k}" for metric in config["metrics"] for k in config["topk"]]
-    if config["valid_metric"].lower() not in [name.lower() for name in measured]:
-        raise CompressionError(
-            f"Expected `valid_metric` to be one of {', '.join(measured)} (by `metrics`, `topk`), "
-            f"but got {config['valid_metric']}."
-        )
+    check_valid_metric(config)
