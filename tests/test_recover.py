@@ -280,7 +280,5 @@ def test_other_models_are_refused(trained, data, spare):
 
 def test_a_metric_that_is_not_measured_is_refused(world, trained, spare, data):
     _, valid, _ = world.loaders(world.config("CpSASRec", **METRICS | {"valid_metric": "MRR@10"}))
-    with pytest.raises(
-        CompressionError, match="`valid_metric` to be one of NDCG@10.*MRR@10"
-    ):
+    with pytest.raises(CompressionError, match=r"`valid_metric` to be one of NDCG@10.*MRR@10"):
         recover(spare, trained["SASRec"], data["SASRec"][0], valid_data=valid)
