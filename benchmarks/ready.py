@@ -79,7 +79,8 @@ def prepare(folder: Path, n_items: int) -> None:
     tokens = [f"B{item:09d}" for item in range(1, n_items)]  # as long as Amazon's
     small.save_pretrained(folder / "small", tokens)
     del model
-    cprec_recbole.export(small, folder / "small.onnx", k=K)
+    named = cprec_recbole.load_pretrained(folder / "small")  # which knows the tokens
+    cprec_recbole.export(named, folder / "small.onnx", k=K)
 
 
 def answer(kind: str, folder: Path) -> None:

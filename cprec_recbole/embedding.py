@@ -260,7 +260,7 @@ class BlockEmbedding(nn.Module):
     def dense(self) -> Tensor:
         """The whole table in id order, `[n_items, d]`. For tests and small catalogues only."""
         by_position = torch.cat([block.out_of_rank(block.whole()) for block in self.blocks])
-        return by_position[self.partition.position_of]
+        return by_position.index_select(0, self.partition.position_of)
 
     def norm(self) -> Tensor:
         """Frobenius norm of the whole table, `[]`, without building it."""

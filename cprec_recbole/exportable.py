@@ -32,8 +32,7 @@ class Exportable(nn.Module):
         self.k = k
         for table in {id(t): t for t in (self.model.table, self.model.head.table)}.values():
             order = table.partition
-            # one table of places is enough: int32 for look-ups, and for scores in the order of ids
-            order.position_of = order.position_of.to(torch.int32)
+            # one table of places is enough, for look-ups and for scores in the order of ids
             order.item_at = order.item_at[:1].clone()
             for own in table.blocks:
                 if isinstance(own, Int8Block):

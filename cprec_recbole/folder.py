@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,13 @@ from torch import Tensor
 
 from cprec_recbole.config import CompressionError
 from cprec_recbole.files import flush
+from cprec_recbole.vocabulary import Vocabulary
 
 FORMAT = "cprec_recbole"
 FORMAT_VERSION = 2  # 2: rows in int8; models without are written as 1, which older readers know
 _CONFIG = "config.json"
 _OURS = re.compile(r"(weights-[0-9a-f]{16}\.safetensors|items-[0-9a-f]{16}\.json|\.cprec-.*\.tmp)")
+_PIECE = 2**16  # bytes of tokens that are read at a time
 _KINDS = {"weights": ".safetensors", "items": ".json"}
 
 
@@ -75,7 +77,7 @@ def write_folder(
 
 def read_folder(
     folder: str | os.PathLike[str],
-) -> tuple[dict[str, Any], dict[str, Tensor], list[str] | None]:
+) -> tuple[dict[str, Any], dict[str, Tensor], Vocabulary | None]:
     """Options, weights and tokens of a folder, every file checked against its checksum.
 
     Raises:
@@ -92,10 +94,30 @@ def read_folder(
     tokens = None
     if "items" in paths:
         try:
-            tokens = json.loads(paths["items"].read_text(encoding="utf-8"))
+            tokens = _tokens(paths["items"])
+        except CompressionError:
+            raise
         except ValueError as error:
             raise CompressionError(f"Expected {paths['items']} to be JSON: {error}.") from error
     return header, weights, tokens
+
+
+def _tokens(path: Path) -> Vocabulary:
+    """The tokens in a file, of which only a piece at a time is a list of texts."""
+    text = path.read_bytes()
+    if not (text.startswith(b"[") and text.endswith(b"]")):
+        raise ValueError("it is no list")
+    return Vocabulary(token for piece in _between(text) for token in json.loads(piece))
+
+
+def _between(text: bytes) -> Iterator[bytes]:
+    """A list of texts in JSON as several. The three bytes `","` are always between two texts: a
+    quotation mark inside of one has a backslash before it."""
+    start = 1
+    while start < len(text):
+        end = text.find(b'","', start + _PIECE) + 1 or len(text) - 1
+        yield b"[" + text[start:end] + b"]"
+        start = end + 1
 
 
 def _as_path(folder: str | os.PathLike[str]) -> Path:
@@ -109,7 +131,10 @@ def _put(out: Path, kind: str, write: Callable[[Path], Any]) -> dict[str, Any]:
     """Write a file under the name of its own contents; returns its entry in config.json."""
     temporary = out / f".cprec-{kind}-{os.getpid()}.tmp"
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as the umask has it; safetensors lets nobody else read
         write(temporary)
+        temporary.chmod(mode)
         flush(temporary)
         digest = _digest(temporary)
         size = temporary.stat().st_size

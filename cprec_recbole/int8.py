@@ -19,7 +19,8 @@ from cprec_recbole.embedding import Block
 LARGEST = 127  # symmetric: -128 is not used
 SCALE_DTYPE = torch.bfloat16  # as which scales are kept in a folder
 BYTES_PER_SCALE = 2
-_PIECE = 2**15  # rows that are turned into float at a time: they stay in the cache
+_PIECE = 2**15  # rows that are turned into float, or from it, at a time
+_NUMBERS = 2**18  # the same in numbers where they are multiplied: 1 MiB in float32
 _SMALLEST_SCALE = 2.0**-126  # so that no product of a scale is below float32's normal numbers
 
 
@@ -101,9 +102,17 @@ class Int8Rows:
 
     def multiply(self, start: int, end: int, factor: Tensor, out: Tensor | None = None) -> Tensor:
         """Rows `start` to `end` times a matrix, `[r, B] -> [n, B]`: the whole numbers are
-        multiplied and the products scaled, which are fewer where the batch is thin."""
-        piece = torch.mm(self.values[start:end].to(self.dtype), factor, out=out)
-        return piece.mul_(self.scales[start:end].unsqueeze(1))
+        multiplied and the products scaled, which are fewer where the batch is thin. A part at a
+        time is in float, which stays in the cache."""
+        if out is None:
+            out = factor.new_empty(end - start, factor.shape[1])
+        size = max(1, _NUMBERS // self.shape[1])
+        for first in range(start, end, size):
+            last = min(first + size, end)
+            part = out[first - start : last - start]
+            torch.mm(self.values[first:last].to(self.dtype), factor, out=part)
+            part.mul_(self.scales[first:last].unsqueeze(1))
+        return out
 
 
 class Int8Block(Block):

@@ -38,7 +38,7 @@ class Partition(nn.Module):
             raise CompressionError(
                 f"Expected `cutoffs` to end at the {len(item_at)} items, but got {cutoffs}."
             )
-        # int32 keeps the checkpoint small; only `item_at` is saved, the inverse follows from it
+        # int32 keeps both small; only `item_at` is saved, the inverse follows from it
         self.register_buffer("item_at", item_at.to(torch.int32))
         self.register_buffer("position_of", _inverse(item_at), persistent=False)
         inner = torch.tensor(self.cutoffs[:-1], dtype=torch.int64)
@@ -72,7 +72,7 @@ class Partition(nn.Module):
 
     def positions(self, items: Tensor) -> Tensor:
         """Position of each item id in popularity order, `[...] -> [...]`; IndexError outside."""
-        return self.position_of.index_select(0, items.reshape(-1)).view(items.shape)
+        return self.position_of.index_select(0, items.reshape(-1)).long().view(items.shape)
 
     def blocks(self, positions: Tensor) -> Tensor:
         """Block of each position, `[...] -> [...]`."""
@@ -97,9 +97,10 @@ def _inverse(item_at: Tensor) -> Tensor:
     """Position of each id, `[n_items]`; refuses what is not a permutation that starts with 0."""
     order = item_at.to(torch.int64)
     inside = len(order) and order[0] == PADDING and bool((order >= 0).all())
-    inverse = torch.full_like(order, -1)
+    inverse = torch.full_like(order, -1, dtype=torch.int32)
     if inside and int(order.max()) < len(order):  # of a permutation every place is taken
-        inverse.scatter_(0, order, torch.arange(len(order), device=order.device))
+        places = torch.arange(len(order), dtype=torch.int32, device=order.device)
+        inverse.scatter_(0, order, places)
     if (inverse < 0).any():
         raise CompressionError(
             "Expected `item_at` to hold every item id once, the padding id 0 first, but it does "

@@ -18,7 +18,6 @@ from cprec_recbole.membership import unpacked_blocks
 from cprec_recbole.models import MODELS
 from cprec_recbole.partition import Partition
 from cprec_recbole.recommender import CompressedRecommender
-from cprec_recbole.vocabulary import Vocabulary
 
 
 def load_pretrained(
@@ -40,7 +39,7 @@ def load_pretrained(
     header, weights, tokens = read_folder(folder)
     try:
         model = _built(header, weights)
-        model.vocabulary = None if tokens is None else Vocabulary(tokens)
+        model.vocabulary = tokens
         _fill(model, weights)
     except CompressionError:
         raise

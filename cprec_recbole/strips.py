@@ -21,6 +21,7 @@ from cprec_recbole.partition import PADDING
 _GROUP_VALUES = 256  # numbers to a group: 64 rows of rank 4, 16 of rank 16
 _BRANCH = 64  # groups to a branch of their tree
 _FEW_ROWS = 2**15
+_PIECE = 2**12  # rows in int8 that are float at a time: 1 MiB at rank 64
 _LONGEST = 1e15
 
 
@@ -226,7 +227,7 @@ def _principal_axes(codes: Tensor | Int8Rows, basis: Tensor) -> tuple[Tensor, Te
 
 
 def _longest(codes: Tensor | Int8Rows, block: Block) -> float:
-    pieces = codes.split(_FEW_ROWS) if isinstance(codes, Int8Rows) else [codes]
+    pieces = codes.split(_PIECE) if isinstance(codes, Int8Rows) else [codes]
     norms = (torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in pieces)
     longest = float(torch.stack([part.max() for part in norms]).max()) if len(codes) else 0.0
     projection = block.projection

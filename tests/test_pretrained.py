@@ -228,6 +228,15 @@ def test_no_changed_byte_goes_unnoticed(saved, tmp_path, data):
     assert all(torch.equal(found[1][name], weights[name]) for name in weights)
 
 
+def test_its_files_may_be_read_by_whom_the_umask_lets(trained, tmp_path):
+    before = os.umask(0o027)
+    try:
+        folder = small_of(trained, "SASRec").save_pretrained(tmp_path / "small")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o640}
+
+
 def test_files_of_two_models_do_not_pass_for_one(saved, trained, tmp_path):
     other = small_of(trained, "SASRec", ranks=[16, 2, 1]).save_pretrained(tmp_path / "other")
     entry = json.loads((other / "config.json").read_bytes())["files"]["weights"]
