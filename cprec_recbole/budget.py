@@ -23,13 +23,14 @@ from cprec_recbole.spectra import PARAMETERS, Cost, Spectra, Unit, block_ends
 from cprec_recbole.units import n_bytes
 
 # Items are weighted by this power of their counts. By the counts themselves the tail would get rank
-# 1, from which training cannot bring it back; flatter ranks lose more at once and come back further.
-# SASRec on amazon-beauty, validation / test at once and recovered (10 epochs): in int8 at ratio 8
-# 87 / 78% and 97.0 / 96.7% with a half, 80 / 75% and 99.0 / 98.0% with a quarter; in float at ratio 4
-# 81 / 72% and 97.3 / 95.3% with a half (13 epochs), 72 / 65% and 95.8 / 95.5% with a quarter.
-# From scratch there at ratio 4 (25 epochs, rate 3e-3) blocks by the counts themselves reached
-# .0602 / .0473, one rank for all .0601 / .0496. On lastfm at ratio 3.5 a quarter makes one block for
-# SASRec and two for NextItNet, .0221 on test, where one rank for all reached .0281 (1,090 users).
+# 1, from which training cannot bring it back; flatter ranks lose more at once and come back
+# further. SASRec on amazon-beauty, validation / test at once and recovered (10 epochs): in int8 at
+# ratio 8 87 / 78% and 97.0 / 96.7% with a half, 80 / 75% and 99.0 / 98.0% with a quarter; in float
+# at ratio 4 81 / 72% and 97.3 / 95.3% with a half (13 epochs), 72 / 65% and 95.8 / 95.5% with a
+# quarter. From scratch there at ratio 4 (25 epochs, rate 3e-3) blocks by the counts themselves
+# reached .0602 / .0473, one rank for all .0601 / .0496. On lastfm at ratio 3.5 a quarter makes one
+# block for SASRec and two for NextItNet, .0221 on test, where one rank for all reached .0281 (1,090
+# users).
 _POWER = 0.25
 # What sharing is taken to cost a model that is trained afterwards, when all layers become one set:
 # as much as losing a twentieth of the table. On MovieLens-100K it cost nothing (docs/method.md).
