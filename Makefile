@@ -27,7 +27,7 @@ serve: $(STAMP)
 	$(BIN)/python -m examples.serve serving/uncompressed serving/compressed
 
 test: $(TOOLS) lint types
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 check: test
 

@@ -58,7 +58,7 @@ setup(
         "docs": DOCS,
         "test": [
             "pytest>=8",
-            "pytest-xdist>=3",  # `make test` runs files beside each other
+            "pytest-xdist>=3.7",  # `make test` runs files beside each other
             "hypothesis>=6",
             "ruff>=0.6",
             "mypy>=1.11",

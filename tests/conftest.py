@@ -22,6 +22,15 @@ from tests.builders import HOSTS, World, train
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
 
+# few tests, and slow ones: begun last they would keep one process busy while the other waits
+LONGEST = ("processes", "resume", "study", "examples", "documents", "shards", "train_command")
+LONGEST += ("large_data", "memory", "serve_in_browser", "page_in_browser")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest first; all others as they were."""
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONGEST)
+
 
 @pytest.fixture(scope="session", autouse=True)
 def scratch_folder(tmp_path_factory: pytest.TempPathFactory):
