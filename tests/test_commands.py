@@ -124,6 +124,16 @@ def test_many_good_users_in_several_batches(folder, tmp_path, capsys):
     assert [answer["items"] for answer in answers] == best.tokens
 
 
+def test_rows_in_int8_are_recovered_and_kept_in_int8(checkpoints, tmp_path, capsys):
+    out = tmp_path / "small"
+    command = ["compress", str(checkpoints["SASRec"]), "--out", str(out), "--ratio", "1.3"]
+    assert main([*command, "--dtype", "int8", "--recover", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "compressed, int8" in printed
+    assert "recovered" in printed
+    assert load_pretrained(out).table.is_int8
+
+
 class Harmful:
     def __reduce__(self):
         return (print, ("harm",))
