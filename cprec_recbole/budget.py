@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
+from torch import Tensor
 
 from cprec_recbole.config import (
     SHARING_SCHEMES,
@@ -87,6 +88,7 @@ def choose(
     hidden_error: Callable[[CompressionConfig], float],
     trained: bool,
     unit: Unit = PARAMETERS,
+    importance: Tensor | None = None,
 ) -> Choice:
     """The options that lose least within a number of parameters, or of bytes.
 
@@ -104,6 +106,7 @@ def choose(
             original only.
         trained: whether the original is; of a fresh one only the counts say anything.
         unit: what `limit` is counted in.
+        importance: of the directions of a trained table, `[d, d]`; None: all are equal.
 
     Raises:
         CompressionError: the budget is below the smallest possible model.
@@ -118,7 +121,7 @@ def choose(
         )
     ends = block_ends(original.n_items)
     if trained:
-        spectra = Spectra.of_table(original.table, counts**_POWER, ends)
+        spectra = Spectra.of_table(original.table, counts**_POWER, ends, importance)
     else:
         spectra = Spectra.of_counts(counts**_POWER, original.dim, ends)
     cost = _cost(original, base, unit)
@@ -147,8 +150,8 @@ def _reasons(
     blocks = zip(options.ranks or (), (0, *(options.cutoffs or ())), options.cutoffs or ())
     table = ", ".join(f"rank {rank} for {end - start:,.0f}" for rank, start, end in blocks)
     basis = (
-        "by the spectra of the trained table, items weighted by the fourth root of their counts, "
-        f"it loses {best.table:.1%}"
+        "by the spectra of the trained table, items weighted by the fourth root of their counts "
+        f"and directions by how they are scored, it loses {best.table:.1%}"
         if trained
         else f"untrained: by the fourth root of the counts, an expected loss of {best.table:.1%}"
     )

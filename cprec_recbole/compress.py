@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cprec_recbole.budget import (
     checked_bytes,
@@ -17,6 +17,7 @@ from cprec_recbole.budget import (
 )
 from cprec_recbole.clusters import fit_clusters_to
 from cprec_recbole.config import CompressionConfig, CompressionError, is_number, reject_unknown
+from cprec_recbole.directions import hidden_moment, scoring_importance, tied_importance
 from cprec_recbole.embedding import BlockEmbedding
 from cprec_recbole.evaluation import check_validation_data, evaluate, valid_metric
 from cprec_recbole.histories import Histories, drawn_histories, histories_of
@@ -131,6 +132,7 @@ class _Compression:
         self.trained = looks_trained(original.table)
         # RecBole's layers mix types in half precision, and steps as small as these would be lost
         self.fits = original.table.dtype in (torch.float32, torch.float64)
+        self.moment = hidden_moment(original, histories) if self.trained and self.fits else None
         self.dtype, self.unit = dtype, PARAMETERS
         if dtype is not None:
             self.unit = Unit("bytes", 1, BYTES_PER_SCALE, original.table.element_size())
@@ -139,7 +141,7 @@ class _Compression:
 
     def small(self, compression: CompressionConfig) -> CompressedRecommender:
         """The compressed model for given options, as near to a trained original as it gets."""
-        small = build(self.original, compression, self.counts)
+        small = build(self.original, compression, self.counts, self.moment)
         if self.trained and self.fits:
             small.warm_start = warm_start(small, self.original, self.histories)
             fit_clusters_to(small, self.original, self.histories)
@@ -158,6 +160,7 @@ class _Compression:
             self._hidden_error,
             self.trained,
             self.unit,
+            None if self.moment is None else tied_importance(self.moment),
         )
         small = self.small(choice.compression)
         small.choice = choice
@@ -206,13 +209,16 @@ class _Compression:
     def _hidden_error(self, compression: CompressionConfig) -> float:
         if not self.fits:
             return 0.0
-        small = build(self.original, compression, self.counts)
+        small = build(self.original, compression, self.counts, self.moment)
         start = warm_start(small, self.original, self.histories, descend=False, look_at=_QUICK_LOOK)
         return start.refitted
 
 
 def build(
-    original: Original, compression: CompressionConfig, counts: np.ndarray
+    original: Original,
+    compression: CompressionConfig,
+    counts: np.ndarray,
+    moment: Tensor | None = None,
 ) -> CompressedRecommender:
     """A compressed model with the original's weights: factors by SVD, shared layers the first of
     each set, clusters the mean of their items, everything else copied.
@@ -221,13 +227,15 @@ def build(
         original: what is compressed; it is left as it was.
         compression: the options.
         counts: training interactions of each item id, `[n_items]`.
+        moment: of the original's hidden states, `[d, d]`; None: all directions are equal.
     """
     table = original.table
     plan = compression.plan(original.dim, original.n_items)
     weights = torch.from_numpy(counts).to(table.device)
     blocks = BlockEmbedding(Partition.from_counts(counts, plan.cutoffs), plan.ranks, plan.dim)
     blocks = blocks.to(table.device, table.dtype)
-    blocks.approximate(table, weights)
+    read = None if moment is None or not compression.tied else tied_importance(moment)
+    blocks.approximate(table, weights, read)
     small_class = next(cls for cls in MODELS if cls.record is original.record)
     if compression.training not in original.record.objectives:
         compression = replace(compression, training=original.record.objectives[0])
@@ -238,7 +246,8 @@ def build(
     small.vocabulary = getattr(original.model, "vocabulary", None)
     small.head.to(table.device, table.dtype)
     if small.head.table is not blocks:
-        small.head.table.approximate(table, weights)
+        scored = None if moment is None else scoring_importance(moment)
+        small.head.table.approximate(table, weights, scored)
     if isinstance(small.head, TreeSoftmax):
         small.head.average_clusters(weights)
     return small

@@ -224,7 +224,7 @@ class BlockEmbedding(nn.Module):
         self.blocks[0].weight[PADDING] = 0.0
 
     @torch.no_grad()
-    def approximate(self, table: Tensor, counts: Tensor) -> None:
+    def approximate(self, table: Tensor, counts: Tensor, importance: Tensor | None = None) -> None:
         """Take the best factors of a given table: a truncated SVD of each block.
 
         Lossless where a block's rank is d. Elsewhere it minimises the squared error of each
@@ -233,6 +233,8 @@ class BlockEmbedding(nn.Module):
         Args:
             table: item vectors in id order, `[n_items, d]`.
             counts: training interactions of each id, `[n_items]`.
+            importance: what an error `e` costs: `e @ importance @ e`, `[d, d]`, positive definite;
+                None: its squared length.
         """
         partition = self.partition
         order = partition.item_at.long()
@@ -240,10 +242,11 @@ class BlockEmbedding(nn.Module):
             items = order[start:end].to(table.device)
             rows = table[items]
             if block.projection is not None:
-                basis = _principal_rows(rows, counts[items], block.projection.shape[0])
+                rank = block.projection.shape[0]
+                codes, basis = _best_factors(rows, counts[items], rank, importance)
                 gain = self._gain(block)  # as in a fresh block: training goes on equally fast
                 block.projection.copy_(basis * gain)
-                rows = rows @ basis.T / gain
+                rows = codes / gain
             block.weight.copy_(rows)
 
     def _gain(self, block: Block) -> float:
@@ -271,14 +274,28 @@ class BlockEmbedding(nn.Module):
         return f"dim={self.dim}, ranks={list(self.ranks)}"
 
 
-def _principal_rows(rows: Tensor, counts: Tensor, rank: int) -> Tensor:
-    """The `rank` orthonormal directions that carry most of the weighted rows, `[rank, d]`.
+def _best_factors(
+    rows: Tensor, counts: Tensor, rank: int, importance: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Codes `[k, rank]` and orthonormal directions `[rank, d]` whose product is nearest to the
+    weighted rows.
 
-    Eigenvectors of the `[d, d]` Gram matrix: the right singular vectors, also where a block has
-    fewer rows than d. Items that never occurred count as seen once.
+    Directions are eigenvectors of the `[d, d]` Gram matrix: the right singular vectors, also where
+    a block has fewer rows than d. Items that never occurred count as seen once. With an importance
+    `R R^T` the rows `E R` are approximated, and what was found is turned back by `R^-1`.
     """
     weights = counts.to(rows.device, torch.float64).clamp(min=1)
     exact = rows.double()
+    if importance is not None:
+        root = torch.linalg.cholesky(importance)
+        exact = exact @ root
     gram = exact.T @ (exact * weights.unsqueeze(1))
-    basis = torch.linalg.eigh(gram).eigenvectors  # by rising eigenvalue
-    return basis.flip(1)[:, :rank].T.to(rows.dtype)
+    found = torch.linalg.eigh(gram).eigenvectors  # by rising eigenvalue
+    basis = found.flip(1)[:, :rank].T
+    codes = exact @ basis.T
+    if importance is not None:
+        turned, triangle = torch.linalg.qr(
+            torch.linalg.solve_triangular(root.T, basis.T, upper=True)
+        )
+        basis, codes = turned.T, codes @ triangle.T
+    return codes.to(rows.dtype), basis.to(rows.dtype)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cprec_recbole.averaging import WeightAverage
 from cprec_recbole.backbones import Reading
 from cprec_recbole.config import CompressionError, is_number, is_whole
 from cprec_recbole.distillation import Teacher
@@ -52,7 +53,8 @@ def recover(
     items where the model's softmax is flat; in a tree over the head's items and those of each
     target's own block, which it reads for those targets, so that the original's opinion costs no
     more than that. Adam, its rate rising over the first twentieth of the steps, then falling
-    evenly. With validation data the best epoch's weights are kept, which may be those at the start.
+    evenly. What counts is the average of the weights over the latest steps (see `averaging`). With
+    validation data the best epoch's average is kept, which may be the start.
     A model with rows in int8 is trained in float, measured in int8 and in int8 again afterwards.
 
     Args:
@@ -145,6 +147,7 @@ class _Recovery:
     ) -> None:
         """Train for some epochs; `result` and `best` are up to date after each."""
         optimizer = torch.optim.Adam(self.small.parameters(), lr=learning_rate)
+        average = WeightAverage(self.small.parameters())
         generator = torch.Generator().manual_seed(seed)
         batches = _Batches(self.histories, batch_size, self.small.reading.one_state)
         n_steps = epochs * len(batches)
@@ -165,6 +168,7 @@ class _Recovery:
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
+                average.update()
                 schedule.step()
                 total += loss.item()
                 show.step(loss.item())
@@ -174,7 +178,8 @@ class _Recovery:
                     f"weights became NaN or inf in epoch {epoch + 1}; use a smaller one."
                 )
             self.result.losses.append(total / len(batches))
-            self.judge(epoch + 1)
+            with average.in_place():
+                self.judge(epoch + 1)
             show.epoch(epoch + 1, self.result)
 
     def begin_training(self) -> None:

@@ -63,14 +63,23 @@ class Spectra:
         self.dim = lost.shape[2] - 1
 
     @classmethod
-    def of_table(cls, table: Tensor, counts: np.ndarray, ends: Sequence[int]) -> Spectra:
-        """Of a trained table `[n_items, d]`: the squared error of each block's best factors, items
-        weighted by their counts, as BlockEmbedding.approximate weights them."""
+    def of_table(
+        cls,
+        table: Tensor,
+        counts: np.ndarray,
+        ends: Sequence[int],
+        importance: Tensor | None = None,
+    ) -> Spectra:
+        """Of a trained table `[n_items, d]`: the error of each block's best factors, weighted by
+        counts and by the importance of directions as BlockEmbedding.approximate weights it."""
         order = Partition.from_counts(counts, [len(counts)]).item_at.long()
         weights = torch.from_numpy(counts).clamp(min=1).to(table.device)
         dim = table.shape[1]
         pieces = [order[start:end].to(table.device) for start, end in zip((0, *ends), ends)]
         grams = [_gram(table[piece], weights[piece]) for piece in pieces]
+        if importance is not None:
+            root = torch.linalg.cholesky(importance)  # any root has the same eigenvalues
+            grams = [root.T @ gram @ root for gram in grams]
         sums = torch.stack([torch.zeros_like(grams[0]), *grams]).cumsum(0)
         lost = np.full((len(ends) + 1, len(ends) + 1, dim + 1), np.inf)
         for a in range(len(ends)):

@@ -18,11 +18,11 @@ from cprec_recbole.spectra import Cost, Spectra, block_ends
 from tests.builders import HOSTS, SCHEMES
 
 
-def spectra(n_items=30, dim=5, ends=(4, 9, 30), seed=0):
+def spectra(n_items=30, dim=5, ends=(4, 9, 30), seed=0, importance=None):
     rng = np.random.default_rng(seed)
     table = torch.from_numpy(rng.normal(size=(n_items, dim)) * 0.5 ** np.arange(dim)).float()
     counts = rng.integers(0, 50, n_items).astype(float)
-    return table, counts, Spectra.of_table(table, counts, list(ends))
+    return table, counts, Spectra.of_table(table, counts, list(ends), importance)
 
 
 def every_plan(ends, dim):
@@ -34,15 +34,19 @@ def every_plan(ends, dim):
                 yield BlockPlan(ranks, (*cut, ends[-1]), dim)
 
 
+@pytest.mark.parametrize(
+    "directions", [None, torch.diag(torch.tensor([0.1, 2, 1, 3, 0.5])).double()]
+)
 @pytest.mark.parametrize("plan", [((5, 3, 1), (4, 9, 30)), ((2, 2), (9, 30)), ((4,), (30,))])
-def test_what_a_plan_loses_is_the_error_of_its_factors(plan):
-    table, counts, found = spectra()
+def test_what_a_plan_loses_is_the_error_of_its_factors(plan, directions):
+    table, counts, found = spectra(importance=directions)
     ranks, cutoffs = plan
     blocks = BlockEmbedding(Partition.from_counts(counts, cutoffs), ranks, 5)
-    blocks.approximate(table, torch.from_numpy(counts))
+    blocks.approximate(table, torch.from_numpy(counts), directions)
     weights = torch.from_numpy(counts).clamp(min=1)
-    error = ((blocks.dense() - table).double().square().sum(1) * weights).sum()
-    whole = (table.double().square().sum(1) * weights).sum()
+    cost = torch.ones(5) if directions is None else directions.diagonal()
+    error = ((blocks.dense() - table).double().square() @ cost.double() * weights).sum()
+    whole = (table.double().square() @ cost.double() * weights).sum()
     assert found.loss(BlockPlan(ranks, cutoffs, 5)) == pytest.approx(float(error / whole), abs=1e-6)
 
 

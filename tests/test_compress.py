@@ -79,7 +79,7 @@ def test_every_choice_compresses_trains_and_recommends(world, host_name, softmax
 
 
 def test_an_untied_softmax_starts_from_the_same_table(host_name, model):
-    small = compress(model, ranks=[16, 4, 1], tied=False)
+    small = compress(model, ranks=[16, 16, 16], tied=False)
     torch.testing.assert_close(small.head.table.dense(), small.table.dense())
     assert small.head.table.blocks[0].weight is not small.table.blocks[0].weight
 

@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -92,8 +94,42 @@ def test_low_rank_takes_the_weighted_least_squares_optimum():
     assert error.item() == pytest.approx(smallest.item(), rel=1e-4)
 
 
-def test_a_block_with_fewer_rows_than_its_rank_is_exact():
+def random_importance(dim):
+    root = torch.randn(dim, dim, dtype=torch.float64)
+    return root @ root.T + 0.1 * torch.eye(dim, dtype=torch.float64)
+
+
+def test_where_directions_differ_the_optimum_is_of_what_an_error_costs():
+    table = block_embedding((6, 20), (8, 3), 8)
+    given, counts = torch.randn(26, 8), torch.randint(1, 50, (26,)).float()
+    importance = random_importance(8)
+    table.approximate(given, counts, importance)
+    tail = table.partition.item_at[6:].long()
+    weights = counts[tail].double()
+    lost = (table.dense()[tail] - given[tail]).double()
+    error = (weights * (lost @ importance * lost).sum(1)).sum()
+    # in coordinates in which an error costs its squared length: Eckart-Young
+    values, vectors = torch.linalg.eigh(importance)
+    turned = given[tail].double() @ vectors * values.sqrt()
+    smallest = torch.linalg.svdvals(weights.sqrt().unsqueeze(1) * turned)[3:].square().sum()
+    assert error.item() == pytest.approx(smallest.item(), rel=1e-4)
+    projection = table.blocks[1].projection.detach()
+    torch.testing.assert_close(projection @ projection.T, 8 / 3 * torch.eye(3))
+
+
+def test_equal_directions_are_the_plain_case():
+    plain = block_embedding((6, 20), (8, 3), 8)
+    equal = copy.deepcopy(plain)
+    given, counts = torch.randn(26, 8), torch.randint(1, 50, (26,)).float()
+    plain.approximate(given, counts)
+    equal.approximate(given, counts, torch.eye(8, dtype=torch.float64))
+    torch.testing.assert_close(equal.dense(), plain.dense())
+
+
+@pytest.mark.parametrize("importance", [None, random_importance(8)])
+def test_a_block_with_fewer_rows_than_its_rank_is_exact(importance):
     table = block_embedding((4, 2), (8, 5), 8)
     given = torch.randn(6, 8)
-    table.approximate(given, torch.zeros(6))  # items that never occurred count as seen once
-    torch.testing.assert_close(table.dense(), given)
+    # items that never occurred count as seen once
+    table.approximate(given, torch.zeros(6), importance)
+    torch.testing.assert_close(table.dense(), given, atol=1e-4, rtol=1e-4)
