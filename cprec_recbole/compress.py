@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cprec_recbole.budget import (
     checked_bytes,
@@ -15,19 +15,16 @@ from cprec_recbole.budget import (
     choose,
     smallest_possible,
 )
+from cprec_recbole.building import build
 from cprec_recbole.clusters import fit_clusters_to
 from cprec_recbole.config import CompressionConfig, CompressionError, is_number, reject_unknown
-from cprec_recbole.directions import hidden_moment, scoring_importance, tied_importance
-from cprec_recbole.embedding import BlockEmbedding
+from cprec_recbole.directions import hidden_moment, tied_importance
 from cprec_recbole.evaluation import check_validation_data, evaluate, valid_metric
 from cprec_recbole.histories import Histories, drawn_histories, histories_of
 from cprec_recbole.int8 import BYTES_PER_SCALE
-from cprec_recbole.models import MODELS
 from cprec_recbole.original import Original
-from cprec_recbole.partition import Partition
 from cprec_recbole.quantize import check_dtype, quantize
 from cprec_recbole.recommender import CompressedRecommender, check_objective
-from cprec_recbole.softmax import TreeSoftmax
 from cprec_recbole.spectra import PARAMETERS, Unit, looks_trained
 from cprec_recbole.warmstart import FIT_HISTORIES, warm_start
 
@@ -53,9 +50,10 @@ def compress(
     """Make a compressed copy of one of RecBole's sequential models, fresh or trained.
 
     The model itself is left as it was. Weights are carried over: the factors are the truncated
-    SVD of each block of the table, rows weighted by item counts. Of a trained model the layers are
-    then fitted to its hidden states, and the clusters of a tree to the probabilities of its blocks
-    (see `warm_start`); what that came to is in the result's `warm_start`. With nothing to lose
+    SVD of each block of the table, rows weighted by item counts, directions by what the hidden
+    states of a trained model score. Its layers are then fitted to its hidden states, and the
+    clusters of a tree to the probabilities of its blocks (see `warm_start`); what that came to is
+    in the result's `warm_start`. With nothing to lose
     (`ranks=[d]`, `sharing="none"`, `softmax="full"`) the scores equal the original's.
 
     Either name the options, or give one budget and let cutoffs, ranks and sharing be chosen. The
@@ -72,7 +70,7 @@ def compress(
         item_counts: how often each item occurs in training: a RecBole dataset (the training
             split), or an array `[n_items]`. May be left out for a model that was built after
             `import cprec_recbole`, which remembers them.
-        data: training data to fit the layers on: RecBole's dataset or data loader, or lists of item
+        data: training data to fit table and layers on: RecBole's dataset or data loader, or lists of item
             ids. Left out: what `item_counts` holds, or histories drawn from the counts, which serve
             nearly as well.
         ratio: a budget: at least so many times fewer parameters than the model's.
@@ -212,45 +210,6 @@ class _Compression:
         small = build(self.original, compression, self.counts, self.moment)
         start = warm_start(small, self.original, self.histories, descend=False, look_at=_QUICK_LOOK)
         return start.refitted
-
-
-def build(
-    original: Original,
-    compression: CompressionConfig,
-    counts: np.ndarray,
-    moment: Tensor | None = None,
-) -> CompressedRecommender:
-    """A compressed model with the original's weights: factors by SVD, shared layers the first of
-    each set, clusters the mean of their items, everything else copied.
-
-    Args:
-        original: what is compressed; it is left as it was.
-        compression: the options.
-        counts: training interactions of each item id, `[n_items]`.
-        moment: of the original's hidden states, `[d, d]`; None: all directions are equal.
-    """
-    table = original.table
-    plan = compression.plan(original.dim, original.n_items)
-    weights = torch.from_numpy(counts).to(table.device)
-    blocks = BlockEmbedding(Partition.from_counts(counts, plan.cutoffs), plan.ranks, plan.dim)
-    blocks = blocks.to(table.device, table.dtype)
-    read = None if moment is None or not compression.tied else tied_importance(moment)
-    blocks.approximate(table, weights, read)
-    small_class = next(cls for cls in MODELS if cls.record is original.record)
-    if compression.training not in original.record.objectives:
-        compression = replace(compression, training=original.record.objectives[0])
-    small = small_class.from_host(original.copy_host(), blocks, compression)
-    small.reads_last_column = original.reads_last_column
-    small.train_item_counts = counts
-    small.item_tokens = getattr(original.model, "item_tokens", None)
-    small.vocabulary = getattr(original.model, "vocabulary", None)
-    small.head.to(table.device, table.dtype)
-    if small.head.table is not blocks:
-        scored = None if moment is None else scoring_importance(moment)
-        small.head.table.approximate(table, weights, scored)
-    if isinstance(small.head, TreeSoftmax):
-        small.head.average_clusters(weights)
-    return small
 
 
 def _dataset_of(data: Any) -> Any:

@@ -100,7 +100,7 @@ def test_every_ratio_is_met_or_refused_with_the_smallest_size(
     def chosen(limit):
         return choose(original, counts, limit, base, sharing, lambda options: 0.1, use_trained)
 
-    from cprec_recbole.compress import build
+    from cprec_recbole.building import build
 
     try:
         choice = chosen(limit)

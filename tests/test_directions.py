@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cprec_recbole import CompressionConfig, compress
-from cprec_recbole.compress import build
+from cprec_recbole.building import build
 from cprec_recbole.directions import hidden_moment, scoring_importance, tied_importance
 from cprec_recbole.histories import Histories
 from cprec_recbole.original import Original

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from cprec_recbole import CompressionConfig, CompressionError, compress, evaluate
+from cprec_recbole.building import build
 from cprec_recbole.clusters import block_masses, fit_clusters
-from cprec_recbole.compress import build
 from cprec_recbole.histories import Histories, drawn_histories
 from cprec_recbole.original import Original
 from cprec_recbole.softmax import TreeSoftmax
