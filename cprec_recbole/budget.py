@@ -23,16 +23,16 @@ from cprec_recbole.sharing import sharing_plan, sharing_sets
 from cprec_recbole.spectra import PARAMETERS, Cost, Spectra, Unit, block_ends
 from cprec_recbole.units import n_bytes
 
-# Items are weighted by this power of their counts. By the counts themselves the tail would get rank
-# 1, from which training cannot bring it back; flatter ranks lose more at once and come back
-# further. SASRec on amazon-beauty, validation / test at once and recovered (10 epochs): in int8 at
-# ratio 8 87 / 78% and 97.0 / 96.7% with a half, 80 / 75% and 99.0 / 98.0% with a quarter; in float
-# at ratio 4 81 / 72% and 97.3 / 95.3% with a half (13 epochs), 72 / 65% and 95.8 / 95.5% with a
-# quarter. From scratch there at ratio 4 (25 epochs, rate 3e-3) blocks by the counts themselves
-# reached .0602 / .0473, one rank for all .0601 / .0496. On lastfm at ratio 3.5 a quarter makes one
-# block for SASRec and two for NextItNet, .0221 on test, where one rank for all reached .0281 (1,090
-# users).
-_POWER = 0.25
+# Items are weighted by these powers of their counts. By the counts themselves the tail would get
+# rank 1, from which training cannot bring it back; flatter ranks lose more at once and come back
+# further. SASRec on amazon-beauty in int8 at ratio 8, validation / test at once with a quarter, a
+# third and a half: 81 / 76%, 88 / 82% and 88 / 80%; before directions counted a quarter came back
+# to 99.0 / 98.0%, a half to 97.0 / 96.7%.
+_TRAINED_POWER = 1 / 3
+# From scratch there at ratio 4 (25 epochs, rate 3e-3) blocks by the counts themselves reached .0602
+# / .0473, one rank for all .0601 / .0496. On lastfm at ratio 3.5 a quarter makes one block for
+# SASRec and two for NextItNet, .0221 on test, where one rank for all reached .0281 (1,090 users).
+_FRESH_POWER = 1 / 4
 # What sharing is taken to cost a model that is trained afterwards, when all layers become one set:
 # as much as losing a twentieth of the table. On MovieLens-100K it cost nothing (docs/method.md).
 _FRESH_SHARING = 0.05
@@ -121,9 +121,9 @@ def choose(
         )
     ends = block_ends(original.n_items)
     if trained:
-        spectra = Spectra.of_table(original.table, counts**_POWER, ends, importance)
+        spectra = Spectra.of_table(original.table, counts**_TRAINED_POWER, ends, importance)
     else:
-        spectra = Spectra.of_counts(counts**_POWER, original.dim, ends)
+        spectra = Spectra.of_counts(counts**_FRESH_POWER, original.dim, ends)
     cost = _cost(original, base, unit)
     found: list[_Candidate] = []
     crowded: list[str] = []
@@ -150,7 +150,7 @@ def _reasons(
     blocks = zip(options.ranks or (), (0, *(options.cutoffs or ())), options.cutoffs or ())
     table = ", ".join(f"rank {rank} for {end - start:,.0f}" for rank, start, end in blocks)
     basis = (
-        "by the spectra of the trained table, items weighted by the fourth root of their counts "
+        "by the spectra of the trained table, items weighted by the cube root of their counts "
         f"and directions by how they are scored, it loses {best.table:.1%}"
         if trained
         else f"untrained: by the fourth root of the counts, an expected loss of {best.table:.1%}"
