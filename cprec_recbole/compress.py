@@ -53,8 +53,8 @@ def compress(
     SVD of each block of the table, rows weighted by item counts, directions by what the hidden
     states of a trained model score. Its layers are then fitted to its hidden states, and the
     clusters of a tree to the probabilities of its blocks (see `warm_start`); what that came to is
-    in the result's `warm_start`. With nothing to lose
-    (`ranks=[d]`, `sharing="none"`, `softmax="full"`) the scores equal the original's.
+    in the result's `warm_start`. With nothing to lose (`ranks=[d]`, `sharing="none"`,
+    `softmax="full"`) the scores equal the original's.
 
     Either name the options, or give one budget and let cutoffs, ranks and sharing be chosen. The
     budget is always met; the choice is printed with its reasons, and is the result's `choice`.
@@ -70,9 +70,9 @@ def compress(
         item_counts: how often each item occurs in training: a RecBole dataset (the training
             split), or an array `[n_items]`. May be left out for a model that was built after
             `import cprec_recbole`, which remembers them.
-        data: training data to fit table and layers on: RecBole's dataset or data loader, or lists of item
-            ids. Left out: what `item_counts` holds, or histories drawn from the counts, which serve
-            nearly as well.
+        data: training data to fit table and layers on: RecBole's dataset or data loader, or lists
+            of item ids. Left out: what `item_counts` holds, or histories drawn from the counts,
+            which serve nearly as well.
         ratio: a budget: at least so many times fewer parameters than the model's.
         size: a budget: at most so many bytes of weights, e.g. `"2MB"`.
         max_loss: a budget: the smallest model that loses at most this share of the model's
