@@ -32,7 +32,7 @@ from cprec_recbole.compare.controls.recjpq import (
 from cprec_recbole.compare.controls.table import FlatSoftmax
 from cprec_recbole.compare.sizes import numbers, served_bytes
 from cprec_recbole.evaluation import evaluate
-from cprec_recbole.report import part_sizes
+from cprec_recbole.report import part_sizes, saved_bytes
 from cprec_recbole.trainer import CompressedTrainer
 from tests.builders import HOSTS, train_a_step
 from tests.oracles import best_items
@@ -83,6 +83,12 @@ def model_and_config(request, world, stage, host_name):
     return made(world, stage, host_name, request.param)
 
 
+@pytest.fixture(params=[name for name in CONTROLS if name != "recovered-int8"])
+def trainable(request, world, stage, host_name):
+    """All but rows that are in int8 for good."""
+    return made(world, stage, host_name, CONTROLS[request.param])
+
+
 @pytest.fixture(params=("int8", *TABLES))
 def on_a_table(request, world, stage):
     return made(world, stage, "SASRec", CONTROLS[request.param])[0]
@@ -106,8 +112,8 @@ def test_the_contract_of_recboles_models(world, model_and_config):
     torch.testing.assert_close(best.scores, dense.gather(1, best.items))
 
 
-def test_the_loss_is_that_of_every_position_and_falls(world, model_and_config):
-    model, config = model_and_config
+def test_the_loss_is_that_of_every_position_and_falls(world, trainable):
+    model, config = trainable
     train = world.loaders(config)[0]
     batch = next(iter(train))
     losses = [train_a_step(model, batch, lr=0.02) for _ in range(15)]
@@ -254,6 +260,11 @@ def test_sizes_are_what_was_planned(world, stage, host_name, control):
     elif control.name in ("full", "tied"):  # which is what the compressed model is
         assert not control.differs(setting)
         assert part_sizes(model) == setting.compressed
+    elif control.name == "recovered-int8":
+        assert model.table.is_int8
+        assert saved_bytes(model) <= 4 * limit
+        assert model.table.ranks[-1] > min(COMPRESSION.ranks)  # what int8 is for
+        return
     if control.name != "narrower":
         assert setting.sizes({**options, "ranks": None}).layers == part_sizes(model).layers
 
@@ -299,9 +310,10 @@ def test_int8_of_rows_of_zeros():
     assert torch.equal(table.dense(), torch.zeros(3, 4))
 
 
-def test_a_recovery_takes_a_quarter_of_the_epochs(world, stage):
+@pytest.mark.parametrize("name", ["uniform-svd-recovered", "recovered-int8"])
+def test_a_recovery_takes_a_quarter_of_the_epochs(stage, name):
     setting, trained = stage["SASRec"]
-    control = CONTROLS["uniform-svd-recovered"]
+    control = CONTROLS[name]
     found = control.derive(trained, control.options(setting))
     assert trained.epochs == 4
     assert len(found.recovery.epochs) == 1

@@ -7,7 +7,7 @@ from torch import nn
 from cprec_recbole.compare.controls.table import ItemTable, TableRecommender
 from cprec_recbole.membership import packed_blocks
 from cprec_recbole.recommender import CompressedRecommender
-from cprec_recbole.report import part_sizes
+from cprec_recbole.report import part_sizes, saved_bytes
 
 
 def numbers(model: nn.Module) -> dict[str, int]:
@@ -25,7 +25,7 @@ def served_bytes(model: nn.Module) -> int:
     each item in as few bits as that takes. Not the names of items."""
     if isinstance(model, TableRecommender) and model.n_bytes is not None:
         return model.n_bytes
-    total = sum(p.nbytes for p in model.parameters())
+    total = saved_bytes(model)
     if not isinstance(model, CompressedRecommender):
         return total
     if isinstance(model.table, ItemTable):

@@ -26,7 +26,7 @@ from cprec_recbole.compare.controls.hashing import Hashing
 from cprec_recbole.compare.controls.int8 import Int8
 from cprec_recbole.compare.controls.recjpq import RecJPQRandom, RecJPQSVD
 from cprec_recbole.compare.controls.setting import Setting
-from cprec_recbole.compare.controls.svd import UniformSVD, UniformSVDRecovered
+from cprec_recbole.compare.controls.svd import RecoveredInt8, UniformSVD, UniformSVDRecovered
 from cprec_recbole.config import CompressionError
 
 ALL = "all"
@@ -45,6 +45,7 @@ CONTROLS: dict[str, Control] = {
         Tied(),
         UniformSVD(),
         UniformSVDRecovered(),
+        RecoveredInt8(),
         Int8(),
         Hashing(),
     )

@@ -32,6 +32,7 @@ KNOWN: Styles = {
     "uncompressed": Style(INK, "star", "solid"),
     "compressed": Style(VERMILLION, "circle", "solid"),
     "recovered": Style(VERMILLION, "circle-open", "dash"),
+    "recovered-int8": Style(VERMILLION, "cross", "dot"),
     "tree": Style(BLUE, "square", "solid"),
     "untied": Style(BLUE, "square-open", "dash"),
     "blocks-only": Style(GREEN, "triangle-up", "solid"),
