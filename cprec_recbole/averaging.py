@@ -16,7 +16,7 @@ _ETA = 8  # of the paper: about the last ninth of the steps counts
 
 
 class WeightAverage:
-    """A running average of parameters.
+    """A running average of parameters, in single precision at least.
 
     Args:
         parameters: what a training changes in place.
@@ -24,7 +24,11 @@ class WeightAverage:
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         self.parameters = list(parameters)
-        self.averages = [parameter.detach().clone() for parameter in self.parameters]
+        # in half precision the later, smaller shares would round to nothing
+        self.averages = [
+            p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True)
+            for p in self.parameters
+        ]
         self.steps = 0
 
     @torch.no_grad()
@@ -33,17 +37,17 @@ class WeightAverage:
         self.steps += 1
         weight = (_ETA + 1) / (_ETA + self.steps)
         for average, parameter in zip(self.averages, self.parameters):
-            average.lerp_(parameter, weight)
+            average.lerp_(parameter.to(average.dtype), weight)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within, the parameters are the averages; afterwards the training can go on."""
-        self._swap()
+        """Within, the parameters are the averages, to be read only; afterwards they are what they
+        were, and the training can go on."""
+        latest = [parameter.data for parameter in self.parameters]
+        for average, parameter in zip(self.averages, self.parameters):
+            parameter.data = average.to(parameter.dtype)
         try:
             yield
         finally:
-            self._swap()
-
-    def _swap(self) -> None:
-        for average, parameter in zip(self.averages, self.parameters):
-            average.data, parameter.data = parameter.data, average.data
+            for parameter, value in zip(self.parameters, latest):
+                parameter.data = value

@@ -40,3 +40,19 @@ def test_it_is_in_place_within_and_the_training_goes_on_afterwards():
         look()
     assert layer.weight is parameter
     assert torch.equal(layer.weight, now)
+
+
+def test_half_precision_does_not_stop_it():
+    """A share of 9/508 of a step of 1% is less than bfloat16 can add to 1."""
+    parameter = torch.nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+    average = WeightAverage([parameter])
+    for _ in range(500):
+        average.update()
+    with torch.no_grad():
+        parameter.fill_(1.0078125)
+    for _ in range(500):
+        average.update()
+    with average.in_place():
+        assert parameter.dtype == torch.bfloat16
+        assert float(parameter) == 1.0078125
+    assert average.averages[0].dtype == torch.float32

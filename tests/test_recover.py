@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from cprec_recbole import (
     evaluate,
     recover,
 )
+from cprec_recbole.averaging import WeightAverage
 from cprec_recbole.distillation import Teacher
 from cprec_recbole.histories import histories_of
 from cprec_recbole.original import Original
@@ -189,6 +191,22 @@ def test_the_teacher_the_modes_and_the_random_state_are_left_alone(trained, data
     assert all(torch.equal(a, b) for a, b in zip(before.values(), teacher.state_dict().values()))
     assert not teacher.training
     assert not small.training
+
+
+def test_what_is_kept_is_the_average_of_the_latest_weights(trained, monkeypatch):
+    made = []
+
+    class Seen(WeightAverage):
+        def __init__(self, parameters):
+            super().__init__(parameters)
+            made.append(self)
+
+    monkeypatch.setattr(import_module("cprec_recbole.recover"), "WeightAverage", Seen)
+    small = squeezed(trained, "SASRec")
+    histories = [[1, 2, 3, 4], [5, 6]] * 8
+    recover(small, trained["SASRec"], histories, 3, batch_size=4, progress=False)
+    assert made[0].steps > 20
+    assert all(torch.equal(p, a) for p, a in zip(small.parameters(), made[0].averages))
 
 
 def test_histories_as_lists_serve_too(trained):
