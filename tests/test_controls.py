@@ -257,6 +257,8 @@ def test_sizes_are_what_was_planned(world, stage, host_name, control):
         assert part_sizes(model).total <= limit
     elif control.name in ("blocks-only", "sharing-only", "untied"):
         assert part_sizes(model).total > limit
+    elif control.name == "recovered":
+        assert part_sizes(model) == setting.compressed
     elif control.name in ("full", "tied"):  # which is what the compressed model is
         assert not control.differs(setting)
         assert part_sizes(model) == setting.compressed
@@ -310,7 +312,7 @@ def test_int8_of_rows_of_zeros():
     assert torch.equal(table.dense(), torch.zeros(3, 4))
 
 
-@pytest.mark.parametrize("name", ["uniform-svd-recovered", "recovered-int8"])
+@pytest.mark.parametrize("name", ["recovered", "recovered-int8", "uniform-svd-recovered"])
 def test_a_recovery_takes_a_quarter_of_the_epochs(stage, name):
     setting, trained = stage["SASRec"]
     control = CONTROLS[name]
@@ -401,7 +403,7 @@ def test_names_of_controls():
     assert find_controls(["all"]) == list(CONTROLS.values())
     assert [c.name for c in find_controls(["tree", "narrower", "tree"])] == ["tree", "narrower"]
     with pytest.raises(
-        CompressionError, match=r"out of narrower, .*hashing.*did you mean 'narrower'"
+        CompressionError, match=r"out of recovered, .*hashing.*did you mean 'narrower'"
     ):
         find_controls(["narower"])
 

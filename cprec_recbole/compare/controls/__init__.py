@@ -25,14 +25,17 @@ from cprec_recbole.compare.controls.control import (
 from cprec_recbole.compare.controls.hashing import Hashing
 from cprec_recbole.compare.controls.int8 import Int8
 from cprec_recbole.compare.controls.recjpq import RecJPQRandom, RecJPQSVD
+from cprec_recbole.compare.controls.recovered import Recovered, RecoveredInt8
 from cprec_recbole.compare.controls.setting import Setting
-from cprec_recbole.compare.controls.svd import RecoveredInt8, UniformSVD, UniformSVDRecovered
+from cprec_recbole.compare.controls.svd import UniformSVD, UniformSVDRecovered
 from cprec_recbole.config import CompressionError
 
 ALL = "all"
 CONTROLS: dict[str, Control] = {
     control.name: control
     for control in (
+        Recovered(),
+        RecoveredInt8(),
         Narrower(),
         RecJPQRandom(),
         OneRank(),
@@ -45,7 +48,6 @@ CONTROLS: dict[str, Control] = {
         Tied(),
         UniformSVD(),
         UniformSVDRecovered(),
-        RecoveredInt8(),
         Int8(),
         Hashing(),
     )

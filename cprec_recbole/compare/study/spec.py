@@ -21,7 +21,7 @@ from cprec_recbole.config import (
 from cprec_recbole.host import read_options
 from cprec_recbole.records import BACKBONES
 
-UNCOMPRESSED, COMPRESSED, RECOVERED = "uncompressed", "compressed", "recovered"
+UNCOMPRESSED, COMPRESSED = "uncompressed", "compressed"
 WITHOUT_RATIO = (UNCOMPRESSED, "int8")  # what they are does not depend on a ratio
 _KEYS = (
     *("datasets", "models", "ratios", "seeds", "contenders", "sharing", "settings"),
@@ -165,7 +165,7 @@ def own_options(compression: CompressionConfig) -> dict[str, Any]:
 
 def is_derived(contender: str) -> bool:
     """Whether a contender is made of the trained uncompressed model."""
-    return contender == RECOVERED or isinstance(CONTROLS.get(contender), DerivedControl)
+    return isinstance(CONTROLS.get(contender), DerivedControl)
 
 
 def scheme_of(contender: str) -> str | None:
@@ -175,7 +175,7 @@ def scheme_of(contender: str) -> str | None:
 
 
 def _contenders(names: list[Any], schemes: list[str], settings: dict[str, Any]) -> tuple[str, ...]:
-    own = [UNCOMPRESSED, COMPRESSED, RECOVERED]
+    own = [UNCOMPRESSED, COMPRESSED]
     given = [f"{COMPRESSED}-{scheme}" for scheme in schemes]
     found = [UNCOMPRESSED]  # what all others are measured against
     for name in names:
@@ -272,7 +272,7 @@ def _rates(rates: list[Any]) -> tuple[float, ...]:
 
 
 def _setting(name: Any, options: Any) -> dict[str, Any]:
-    taken = [UNCOMPRESSED, COMPRESSED, RECOVERED, ALL, *CONTROLS]
+    taken = [UNCOMPRESSED, COMPRESSED, ALL, *CONTROLS]
     if not _NAME.fullmatch(str(name)) or name in taken:
         raise CompressionError(
             "Expected `settings` to have names of letters, digits, `-` and `.` that no other "

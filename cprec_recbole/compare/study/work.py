@@ -19,7 +19,7 @@ from cprec_recbole.compare.controls import (
     Trained,
     TrainedControl,
 )
-from cprec_recbole.compare.controls.svd import recovered
+from cprec_recbole.compare.controls.recovered import Recovered
 from cprec_recbole.compare.experiment import SETTINGS, check_measurable
 from cprec_recbole.compare.fitting import Data, fit, score_times
 from cprec_recbole.compare.results import environment
@@ -35,7 +35,6 @@ from cprec_recbole.compare.study.recipes import (
 )
 from cprec_recbole.compare.study.spec import (
     COMPRESSED,
-    RECOVERED,
     SHARED_OPTIONS,
     UNCOMPRESSED,
     Cell,
@@ -225,9 +224,9 @@ def _choice(
 
 def _recipe(name: str, setting: Setting, ratio: float, base: dict[str, Any]) -> dict[str, Any]:
     """A contender's recipe for a ratio, as JSON."""
-    if name == RECOVERED:
-        return {"kind": RECOVERED, "options": {"ratio": ratio, **base}}
     control = CONTROLS.get(name)
+    if type(control) is Recovered:  # its blocks by the spectra of the table once that is trained
+        return {"kind": name, "options": {"ratio": ratio, **base}}
     if control is None:
         return {"kind": MODEL, "options": own_options(setting.compression)}
     if not control.differs(setting):
@@ -239,11 +238,6 @@ def _recipe(name: str, setting: Setting, ratio: float, base: dict[str, Any]) -> 
 
 
 def _derive(recipe: Recipe, trained: Trained) -> Derived:
-    if recipe.kind == RECOVERED:
-        ratio = recipe.options["ratio"]
-        options = {k: v for k, v in recipe.options.items() if k != "ratio"}
-        small = compress(trained.model, data=trained.train, ratio=ratio, verbose=False, **options)
-        return recovered(Derived(small), trained)
     control = CONTROLS[recipe.kind]
     assert isinstance(control, DerivedControl)
     return control.derive(trained, recipe.options)

@@ -1,0 +1,79 @@
+"""The trained model compressed and recovered: what the product is for."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from cprec_recbole.compare.controls.control import Derived, DerivedControl, Trained
+from cprec_recbole.compare.controls.setting import Setting
+from cprec_recbole.compress import compress
+from cprec_recbole.config import CompressionConfig
+from cprec_recbole.original import Original
+from cprec_recbole.recover import LEARNING_RATE, recover
+from cprec_recbole.report import estimate
+
+
+class Recovered(DerivedControl):
+    """The trained model compressed with the options of the compressed one, or to a ratio where that
+    is among them, then `recover` for at most a quarter of the epochs."""
+
+    name = "recovered"
+    words = "the trained uncompressed model compressed alike, then recover() for a quarter as long"
+    searches_rate: ClassVar = True
+
+    def options(self, setting: Setting) -> dict[str, Any]:
+        """See Control.options."""
+        return setting.compression.as_dict()
+
+    def derive(self, trained: Trained, options: dict[str, Any]) -> Derived:
+        """See DerivedControl.derive."""
+        given = options if "ratio" in options else chosen(options).as_dict()
+        # how the model is trained on is the loader's
+        given = {name: value for name, value in given.items() if name != "training"}
+        small = compress(trained.model, data=trained.train, verbose=False, **given)
+        return recovered(Derived(small), trained)
+
+
+class RecoveredInt8(Recovered):
+    """The same with rows in int8, in the bytes of the compressed one in float: four times the
+    rank."""
+
+    name = "recovered-int8"
+    words = "the trained model compressed in int8 to the same bytes, then recover() likewise"
+
+    def derive(self, trained: Trained, options: dict[str, Any]) -> Derived:
+        """See DerivedControl.derive."""
+        original, config = Original.of(trained.model), chosen(options)
+        whole = estimate(original.record, original.host, config, original.n_items, original.dim)
+        small = compress(
+            trained.model,
+            data=trained.train,
+            size=whole.sizes.total * original.table.element_size(),
+            dtype="int8",
+            softmax=config.softmax,
+            tied=config.tied,
+            verbose=False,
+        )
+        return recovered(Derived(small), trained)
+
+
+def recovered(start: Derived, trained: Trained) -> Derived:
+    """A model that was made of a trained one, after a recovery."""
+    rate = trained.learning_rate
+    found = recover(
+        start.model,
+        trained.model,
+        trained.train,
+        trained.budget,
+        valid_data=trained.valid,
+        seed=trained.seed,
+        progress=False,
+        learning_rate=LEARNING_RATE if rate is None else rate,
+    )
+    return Derived(start.model, found)
+
+
+def chosen(options: dict[str, Any]) -> CompressionConfig:
+    """The compression options among a contender's."""
+    names = CompressionConfig.option_names()
+    return CompressionConfig(**{name: options[name] for name in names if name in options})
