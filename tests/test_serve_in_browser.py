@@ -76,6 +76,7 @@ def served(folders: dict[str, Path], titles: Path) -> Iterator[Any]:
             app = create_app(folders, titles if with_titles else None)
             listening = socket.socket()
             listening.bind(("127.0.0.1", 0))
+            listening.listen()  # who comes before the server has started waits
             server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
             thread = threading.Thread(target=server.run, args=([listening],))
             thread.start()
