@@ -286,16 +286,16 @@ def _best_factors(
     """
     weights = counts.to(rows.device, torch.float64).clamp(min=1)
     exact = rows.double()
+    gram = exact.T @ (exact * weights.unsqueeze(1))
     if importance is not None:
         root = torch.linalg.cholesky(importance)
-        exact = exact @ root
-    gram = exact.T @ (exact * weights.unsqueeze(1))
+        gram = root.T @ gram @ root
     found = torch.linalg.eigh(gram).eigenvectors  # by rising eigenvalue
-    basis = found.flip(1)[:, :rank].T
-    codes = exact @ basis.T
+    basis = found.flip(1)[:, :rank]
+    into = basis  # what makes codes of rows, `[d, rank]`
     if importance is not None:
-        turned, triangle = torch.linalg.qr(
-            torch.linalg.solve_triangular(root.T, basis.T, upper=True)
-        )
-        basis, codes = turned.T, codes @ triangle.T
-    return codes.to(rows.dtype), basis.to(rows.dtype)
+        back = torch.linalg.solve_triangular(root.T, basis, upper=True)
+        into = root @ basis
+        basis, triangle = torch.linalg.qr(back)
+        into = into @ triangle.T
+    return rows @ into.to(rows.dtype), basis.T.to(rows.dtype)
