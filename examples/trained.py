@@ -28,8 +28,9 @@ from recbole.utils import get_model, get_trainer, init_seed
 
 from cprec_recbole import CompressionConfig, CompressionError, compress, evaluate, recover
 from cprec_recbole.host import recbole_config
+from cprec_recbole.original import Original
 from cprec_recbole.recommender import CompressedRecommender
-from cprec_recbole.report import part_sizes, saved_bytes, shared_layers
+from cprec_recbole.report import estimate, part_sizes, saved_bytes, shared_layers
 
 MODELS = ("NextItNet", "SASRec", "GRU4Rec")
 SIZES = {"NextItNet": "embedding_size", "SASRec": "hidden_size", "GRU4Rec": "embedding_size"}
@@ -151,17 +152,13 @@ def drawn(cell: Cell, ratio: float) -> dict[str, Any]:
 
 def uniform_svd(cell: Cell, ratio: float) -> dict[str, Any]:
     """One truncated SVD for all items, layers shared and fitted as ours are."""
-    limit = int(cell.size / ratio)
     sharing = compress(cell.original, ratio=ratio, verbose=False).compression.sharing
-    dim = cell.original.table.dim
-    layers = cell.size - part_sizes(cell.original).table
-    for rank in range(dim, 0, -1):
+    original = Original.of(cell.original)
+    for rank in range(original.dim, 0, -1):
         options = CompressionConfig(ranks=(rank,), cutoffs=(), sharing=sharing)
-        table = options.plan(dim, cell.original.n_items).n_parameters
-        if table > limit or (sharing == "none" and table + layers > limit):
-            continue
-        small = compress(cell.original, options, data=cell.train)
-        if part_sizes(small).total <= limit:
+        planned = estimate(original.record, original.host, options, original.n_items, original.dim)
+        if planned.sizes.total <= cell.size / ratio:
+            small = compress(cell.original, options, data=cell.train)
             return {**_described(small), **cell.recovered(small)}
     raise CompressionError("no rank fits")
 
