@@ -18,7 +18,7 @@ from cprec_recbole.config import (
 )
 from cprec_recbole.original import Original
 from cprec_recbole.outcome import Choice
-from cprec_recbole.report import describe_sharing, estimate
+from cprec_recbole.report import describe_sharing, layer_parameters
 from cprec_recbole.sharing import sharing_plan, sharing_sets
 from cprec_recbole.spectra import PARAMETERS, Cost, Spectra, Unit, block_ends
 from cprec_recbole.units import n_bytes
@@ -76,7 +76,7 @@ def smallest_possible(
     """What the smallest model costs: one block of rank 1, as much shared as may be."""
     schemes = (sharing,) if sharing else SHARING_SCHEMES
     table = _cost(original, base, unit).of(_rank_one(original))
-    return table + min(_layers(original, base, scheme, unit) for scheme in schemes)
+    return table + min(_layers(original, scheme, unit) for scheme in schemes)
 
 
 def choose(
@@ -128,7 +128,7 @@ def choose(
     found: list[_Candidate] = []
     crowded: list[str] = []
     for scheme, in_words, freedom in _schemes(original, sharing):
-        layers = _layers(original, base, scheme, unit)
+        layers = _layers(original, scheme, unit)
         plan = spectra.best_plan(limit - layers, cost)
         if plan is None:
             crowded.append(f"{in_words} leaves no room for a table ({layers:,} in the layers)")
@@ -138,7 +138,7 @@ def choose(
         found.append(_Candidate(options, in_words, spectra.loss(plan), hidden))
     best = min(found, key=lambda candidate: candidate.total)
     plan = best.options.plan(original.dim, original.n_items)
-    total = cost.of(plan) + _layers(original, base, best.options.sharing, unit)
+    total = cost.of(plan) + _layers(original, best.options.sharing, unit)
     reasons = _reasons(best, [c for c in found if c is not best], crowded, trained)
     return Choice(best.options, total, limit, reasons, unit.name)
 
@@ -182,11 +182,10 @@ def _rank_one(original: Original) -> BlockPlan:
     return BlockPlan((1,), (original.n_items,), original.dim)
 
 
-def _layers(original: Original, base: CompressionConfig, scheme: str, unit: Unit) -> int:
+def _layers(original: Original, scheme: str, unit: Unit) -> int:
     """What everything but the table and the softmax costs."""
-    options = replace(base, ranks=(1,), cutoffs=(), sharing=scheme)
-    sizes = estimate(original.record, original.host, options, original.n_items, original.dim).sizes
-    return unit.other * sizes.layers
+    left = layer_parameters(original.record, original.host, scheme)
+    return sum(unit.parameter(p) for p in left)
 
 
 def _cost(original: Original, base: CompressionConfig, unit: Unit) -> Cost:

@@ -78,9 +78,9 @@ def compress(
         max_loss: a budget: the smallest model that loses at most this share of the model's
             validation metric before any fine-tuning, e.g. 0.01.
         valid_data: RecBole's validation data; with `max_loss`.
-        dtype: `"int8"` keeps the rows of all blocks in int8, as `quantize` does; a budget then
-            counts bytes of the weights, of which `ratio` allows so many times fewer than the
-            model's. Of training only `recover` is possible.
+        dtype: `"int8"` keeps all matrices in int8, as `quantize` does; a budget then counts bytes
+            of the weights, of which `ratio` allows so many times fewer than the model's. Of
+            training only `recover` is possible.
         verbose: whether to print what was chosen for a budget.
 
     Returns:

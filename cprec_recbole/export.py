@@ -17,7 +17,7 @@ from cprec_recbole.config import CompressionError
 from cprec_recbole.exportable import Exportable, OnnxInt8Block, PlainInt8Block
 from cprec_recbole.files import write_whole
 from cprec_recbole.recommender import CompressedRecommender
-from cprec_recbole.report import saved_bytes
+from cprec_recbole.report import part_sizes, saved_bytes
 from cprec_recbole.topk import check_k
 
 OPSET = 18
@@ -103,7 +103,7 @@ def _checked(small: Any, path: Any, to: str, k: int) -> Path:
         raise CompressionError(
             f"Expected `small` to be in float32, but got {small.table.dtype}; use small.float()."
         )
-    n_bytes = saved_bytes(small) + 4 * small.n_items
+    n_bytes = saved_bytes(small) + 4 * (small.n_items + part_sizes(small).layers)  # at most
     if to == "onnx" and n_bytes > _LARGEST:
         raise CompressionError(
             f"Expected `small` to fit one ONNX file, which ends at 2 GiB, but it has {n_bytes:,} "

@@ -27,7 +27,8 @@ from cprec_recbole.files import flush
 from cprec_recbole.vocabulary import Vocabulary
 
 FORMAT = "cprec_recbole"
-FORMAT_VERSION = 2  # 2: rows in int8; models without are written as 1, which older readers know
+# 2: rows in int8, 3: other matrices too; what has neither is written as 1, as older readers know it
+FORMAT_VERSION = 3
 _CONFIG = "config.json"
 _OURS = re.compile(r"(weights-[0-9a-f]{16}\.safetensors|items-[0-9a-f]{16}\.json|\.cprec-.*\.tmp)")
 _PIECE = 2**16  # bytes of tokens that are read at a time
@@ -58,7 +59,7 @@ def write_folder(
         if tokens is not None:
             text = json.dumps(list(tokens), ensure_ascii=False, separators=(",", ":"))
             files["items"] = _put(out, "items", lambda p: p.write_text(text, encoding="utf-8"))
-        version = FORMAT_VERSION if "rows" in options else 1
+        version = 3 if "matrices" in options else 2 if "rows" in options else 1
         header = {"format": FORMAT, "format_version": version, **options, "files": files}
         header["checksum"] = _checksum(header)
         temporary = out / f".cprec-config-{os.getpid()}.tmp"

@@ -40,10 +40,10 @@ class PlainTable:
         held = [h for h in (getattr(host, name) for name in self.holds) if h is not None]
         return [p for h in held for p in (h.parameters() if isinstance(h, nn.Module) else [h])]
 
-    def n_left(self, host: Host) -> int:
-        """Of them, how many stay beside the block embedding."""
+    def left(self, host: Host) -> list[nn.Parameter]:
+        """What stays of them beside the block embedding."""
         left = self.look_up(host, None)
-        return sum(p.numel() for p in left.parameters()) if left is not None else 0
+        return [] if left is None else list(left.parameters())
 
     def put(self, host: Host, table: nn.Module) -> None:
         """Put a block embedding into a host, in place of all that it holds for each item."""

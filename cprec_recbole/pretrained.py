@@ -14,6 +14,7 @@ from cprec_recbole.config import CompressionConfig, CompressionError
 from cprec_recbole.embedding import Block, BlockEmbedding
 from cprec_recbole.folder import read_folder
 from cprec_recbole.int8 import Int8Block
+from cprec_recbole.int8_matrices import fill_from_int8, float_matrices
 from cprec_recbole.membership import unpacked_blocks
 from cprec_recbole.models import MODELS
 from cprec_recbole.partition import Partition
@@ -40,7 +41,7 @@ def load_pretrained(
     try:
         model = _built(header, weights)
         model.vocabulary = tokens
-        _fill(model, weights)
+        _fill(model, weights, header.get("matrices"))
     except CompressionError:
         raise
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
@@ -94,27 +95,41 @@ def _block_kind(rows: object) -> type[Block]:
 
 
 @torch.no_grad()
-def _fill(model: CompressedRecommender, weights: dict[str, Tensor]) -> None:
+def _fill(model: CompressedRecommender, weights: dict[str, Tensor], matrices: object) -> None:
+    if matrices not in (None, "int8"):
+        raise CompressionError(f"Expected `matrices` to be int8 or left out, but got {matrices!r}.")
     parameters = dict(model.named_parameters())
-    names = {name for name in weights if name != "blocks"}
+    names = set(weights) - ({"blocks", "scales"} if matrices else {"blocks"})
     if names != set(parameters):
         missing, strange = sorted(set(parameters) - names), sorted(names - set(parameters))
         raise CompressionError(
             "Expected the weights to be those of the options, but they lack "
             f"{', '.join(missing) or 'nothing'} and have {', '.join(strange) or 'nothing'} besides."
         )
+    scales = _scales(model, weights) if matrices else {}
+    model.int8_scales = {}
     for name, parameter in parameters.items():
         if parameter.shape != weights[name].shape:
             raise CompressionError(
                 f"Expected the weight {name} to be {list(parameter.shape)} by the options, but it "
                 f"is {list(weights[name].shape)}."
             )
+        if name in scales:
+            filled = fill_from_int8(parameter, weights[name], scales[name])
+            model.int8_scales[name] = filled
+            continue
         if parameter.is_floating_point() != weights[name].is_floating_point():
             raise CompressionError(
                 f"Expected the weight {name} to be {parameter.dtype} by the options, but it is "
                 f"{weights[name].dtype}."
             )
         parameter.copy_(weights[name])
+
+
+def _scales(model: CompressedRecommender, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The scales of each matrix that was kept in int8."""
+    rounded = {n: p for n, p in float_matrices(model) if weights[n].dtype == torch.int8}
+    return dict(zip(rounded, weights["scales"].split([len(p) for p in rounded.values()])))
 
 
 class _Options(dict[str, Any]):

@@ -1,9 +1,9 @@
-"""quantize(): a compressed model with its rows in int8."""
+"""quantize(): a compressed model with its matrices in int8."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -13,18 +13,21 @@ from torch import nn
 from cprec_recbole.config import CompressionError
 from cprec_recbole.embedding import BlockEmbedding
 from cprec_recbole.int8 import Int8Block
+from cprec_recbole.int8_matrices import float_matrices, round_to_int8
 from cprec_recbole.recommender import CompressedRecommender
 
 DTYPES = ("int8",)
 
 
 def quantize(small: nn.Module) -> CompressedRecommender:
-    """A copy of a compressed model with the rows of all blocks in int8, a scale for each row.
+    """A copy of a compressed model with all matrices in int8, a scale for each row.
 
-    Projections, layers and the tree's clusters stay in float. Lossy: an entry of a row is off by at
-    most half of the row's scale, which is a 127th of its largest entry, rounded up to bfloat16.
-    Everything that is exact about a model (top-k, saving, loading) is exact about the new one; it
-    cannot be trained, but for `recover`, which does so in float.
+    The rows of the blocks are so in memory; the matrices of layers, projections and a tree's
+    clusters are rounded, computed in float, and in int8 in the folder that `save_pretrained`
+    writes. Biases and norms stay in float. Lossy: an entry of a row is off by at most half of the
+    row's scale, which is a 127th of its largest entry, rounded up to bfloat16. Everything that is
+    exact about a model (top-k, saving, loading) is exact about the new one; it cannot be trained,
+    but for `recover`, which does so in float.
 
     Args:
         small: a Cp model in float32 or float64; it is left as it was.
@@ -36,31 +39,62 @@ def quantize(small: nn.Module) -> CompressedRecommender:
         CompressionError: RecBole's own model, rows in int8 already, another precision, weights that
             are not finite or are spread over processes.
     """
-    model = _checked(small)
-    known = (model.vocabulary, model.item_tokens, model.train_item_counts)
-    memo: dict[int, Any] = {id(each): each for each in known if each is not None}
-    result = copy.deepcopy(model, memo)
+    result = _copied(_checked(small))
     for table in _tables(result):
         for j, block in enumerate(table.blocks):
             table.factors[j] = Int8Block.of(block)
+    result.int8_scales = {name: round_to_int8(p) for name, p in float_matrices(result)}
     return result
 
 
 @contextmanager
-def in_float(small: CompressedRecommender) -> Iterator[None]:
+def in_float(small: CompressedRecommender) -> Iterator[Callable[[], CompressedRecommender]]:
     """While it lasts, a model's rows are in float, to be trained; then those that were in int8 are
-    so again. Blocks that were not changed keep their very numbers."""
-    before = [(table, table.blocks) for table in _tables(small) if table.is_int8]
-    for table, blocks in before:
-        for j, block in enumerate(blocks):
+    so again, and what was rounded is again. What was not changed keeps its very numbers.
+
+    Gives a function for the model as it would be by then: a copy, or the model itself where it is
+    in float anyway.
+    """
+    if not small.table.is_int8:
+        yield lambda: small
+        return
+    before = _Numbers(small)
+    for table in _tables(small):
+        for j, block in enumerate(table.blocks):
             table.factors[j] = cast(Int8Block, block).in_float()
     try:
-        yield
+        yield lambda: before.back_in(_copied(small))
     finally:
-        for table, blocks in before:
+        before.back_in(small)
+
+
+class _Numbers:
+    """What a model in int8 consists of."""
+
+    def __init__(self, model: CompressedRecommender) -> None:
+        self.blocks = [table.blocks for table in _tables(model)]
+        self.scales = model.int8_scales
+        self.matrices = {name: p.detach().clone() for name, p in float_matrices(model)}
+
+    def back_in(self, model: CompressedRecommender) -> CompressedRecommender:
+        """Bring a model, whose rows are in float meanwhile, back to int8."""
+        for table, blocks in zip(_tables(model), self.blocks):
             for j, (block, trained) in enumerate(zip(blocks, table.blocks)):
                 same = _same(cast(Int8Block, block).in_float(), trained)
                 table.factors[j] = block if same else Int8Block.of(trained)
+        scales = {}
+        for name, matrix in float_matrices(model):
+            same = name in self.scales and torch.equal(matrix, self.matrices[name])
+            scales[name] = self.scales[name] if same else round_to_int8(matrix)
+        model.int8_scales = scales
+        return model
+
+
+def _copied(model: CompressedRecommender) -> CompressedRecommender:
+    """A copy that shares tokens and counts."""
+    known = (model.vocabulary, model.item_tokens, model.train_item_counts)
+    memo: dict[int, Any] = {id(each): each for each in known if each is not None}
+    return copy.deepcopy(model, memo)
 
 
 def check_dtype(dtype: object, of_model: torch.dtype) -> None:

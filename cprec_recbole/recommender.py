@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -54,6 +55,7 @@ class CompressedRecommender(Servable, SequentialRecommender):
     vocabulary: Vocabulary | None = None  # the same, once it was asked for
     choice: Choice | None = None  # where compress() was given a budget
     warm_start: WarmStart | None = None  # where compress() was given a trained model
+    int8_scales: Mapping[str, Tensor] = MappingProxyType({})  # of matrices that quantize() rounded
 
     def __init__(self, config: Any, dataset: Any) -> None:
         from cprec_recbole.sequences import item_counts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from cprec_recbole.original import Original
 from cprec_recbole.outcome import Recovery
 from cprec_recbole.partition import PADDING
 from cprec_recbole.progress import Show, shown
-from cprec_recbole.quantize import in_float, quantize
+from cprec_recbole.quantize import in_float
 from cprec_recbole.recommender import CompressedRecommender
 
 # SASRec at ratio 3.5 on MovieLens-100K (seed 2020), loss on the validation data after 5 epochs, the
@@ -55,7 +55,7 @@ def recover(
     more than that. Adam, its rate rising over the first twentieth of the steps, then falling
     evenly. What counts is the average of the weights over the latest steps (see `averaging`). With
     validation data the best epoch's average is kept, which may be the start.
-    A model with rows in int8 is trained in float, measured in int8 and in int8 again afterwards.
+    A model in int8 is trained in float, measured in int8 and in int8 again afterwards.
 
     Args:
         small: what `compress()` made; it is changed.
@@ -100,15 +100,14 @@ def recover(
     device = small.table.partition.item_at.device
     forked = [device] if device.type == "cuda" else []
     was_training = small.training
-    is_int8 = small.table.is_int8
     with (
         torch.random.fork_rng(devices=forked),
         in_eval_mode(teacher),
         shown(progress) as show,
-        in_float(small),
+        in_float(small) as as_kept,
     ):
         torch.manual_seed(seed)
-        work = _Recovery(small, original, histories, float(distillation), valid_data, is_int8)
+        work = _Recovery(small, original, histories, float(distillation), valid_data, as_kept)
         try:
             work.run(epochs, batch_size, learning_rate, seed, show)
         finally:
@@ -126,10 +125,10 @@ class _Recovery:
         histories: Histories,
         distillation: float,
         valid_data: Any,
-        is_int8: bool,
+        as_kept: Callable[[], CompressedRecommender],
     ) -> None:
         self.small, self.original = small, original
-        self.histories, self.valid_data, self.is_int8 = histories, valid_data, is_int8
+        self.histories, self.valid_data, self.as_kept = histories, valid_data, as_kept
         self.teacher: Teacher | None = None
         if original is not None and distillation > 0:
             self.teacher = Teacher(small, original, distillation)
@@ -194,8 +193,8 @@ class _Recovery:
                     module.eval()
 
     def measure(self) -> dict[str, float]:
-        """Validation metrics of the model as it will be, with its rows in int8 if they were."""
-        return evaluate(quantize(self.small) if self.is_int8 else self.small, self.valid_data)
+        """Validation metrics of the model as it will be, in int8 if it was."""
+        return evaluate(self.as_kept(), self.valid_data)
 
     def judge(self, epoch: int) -> None:
         """Evaluate, and remember the weights if they are the best so far, or if nothing tells."""

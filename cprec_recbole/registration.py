@@ -19,9 +19,9 @@ _WITHOUT_RECBOLE = frozenset(
     (
         *("backbones", "bounds", "cli", "commands", "config", "cross_entropy", "embedding"),
         *("exchange", "export", "exportable", "fields", "files", "folder", "group", "growth"),
-        *("index", "int8", "item_tables", "membership", "models", "modes", "optimizers"),
-        *("outcome", "partition", "patching", "pretrained", "quantize", "reading", "recommend"),
-        *("recommender",),
+        *("index", "int8", "int8_matrices", "item_tables", "membership", "models", "modes"),
+        *("optimizers", "outcome", "partition", "patching", "pretrained", "quantize", "reading"),
+        *("recommend", "recommender"),
         *("records", "registration", "report", "search", "serving", "settle", "shard_search"),
         *("shards", "sharing", "softmax", "sorting", "spread", "strips", "topk", "units"),
         *("vocabulary", "commands.export", "commands.recommend"),

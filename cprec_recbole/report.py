@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cprec_recbole.backbones import Backbone
 from cprec_recbole.config import BlockPlan, CompressionConfig
 from cprec_recbole.int8 import BYTES_PER_SCALE, Int8Block
+from cprec_recbole.int8_matrices import whole_numbers
 from cprec_recbole.partition import PADDING
 from cprec_recbole.recommender import CompressedRecommender
 from cprec_recbole.records import find_backbone
@@ -62,10 +63,16 @@ def saved_bytes(model: nn.Module) -> int:
     """Bytes of a model's weights as a folder keeps them, each parameter once; the file's header and
     the tokens come on top."""
     scales = {id(m.scale) for m in model.modules() if isinstance(m, Int8Block)}
-    return sum(
-        p.numel() * (BYTES_PER_SCALE if id(p) in scales else p.element_size())
-        for p in model.parameters()
-    )
+    rounded = model.int8_scales if isinstance(model, CompressedRecommender) else {}
+    total = 0
+    for name, p in model.named_parameters():
+        if id(p) in scales:
+            total += BYTES_PER_SCALE * p.numel()
+        elif whole_numbers(p, rounded.get(name)) is not None:
+            total += p.numel() + BYTES_PER_SCALE * len(p)
+        else:
+            total += p.numel() * p.element_size()
+    return total
 
 
 def shared_layers(model: CompressedRecommender) -> str:
@@ -115,21 +122,25 @@ def estimate(
         dim: size of an item vector.
     """
     plan = compression.plan(dim, n_items)
-    layers = record.layers(host)
-    sets = sharing_sets(layers, sharing_plan(compression.sharing, len(layers), record.group))
-    dropped = sum(
-        getattr(module, name).numel()
-        for members in sets
-        for i in members[1:]
-        for module, name in layers[i]
-    )
-    own = {id(p) for p in record.table.parameters(host)}
-    in_layers = _count(p for p in host.parameters() if id(p) not in own) - dropped
-    in_layers += record.table.n_left(host)
+    in_layers = _count(layer_parameters(record, host, compression.sharing))
     clusters = (len(plan.ranks) - 1) * dim if compression.softmax == "tree" else 0
     softmax = clusters + (0 if compression.tied else plan.n_parameters)
     sizes = PartSizes(plan.n_parameters, in_layers, softmax)
     return Estimate(sizes, plan, 2 * (plan.n_parameters + clusters))
+
+
+def layer_parameters(record: Backbone, host: Any, sharing: str) -> list[Tensor]:
+    """What a model has between table and softmax, with its layers shared by a scheme."""
+    layers = record.layers(host)
+    sets = sharing_sets(layers, sharing_plan(sharing, len(layers), record.group))
+    gone = {
+        id(getattr(module, name))
+        for members in sets
+        for i in members[1:]
+        for module, name in layers[i]
+    }
+    gone |= {id(p) for p in record.table.parameters(host)}
+    return [*(p for p in host.parameters() if id(p) not in gone), *record.table.left(host)]
 
 
 def layer_flops(model: CompressedRecommender, item_seq: Tensor) -> int:

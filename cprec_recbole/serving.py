@@ -18,6 +18,7 @@ from cprec_recbole.embedding import BlockEmbedding
 from cprec_recbole.folder import write_folder
 from cprec_recbole.growth import new_rows, similar_items
 from cprec_recbole.int8 import SCALE_DTYPE, Int8Block
+from cprec_recbole.int8_matrices import kept_scales, whole_numbers
 from cprec_recbole.item_tables import Host
 from cprec_recbole.membership import packed_blocks
 from cprec_recbole.modes import in_eval_mode
@@ -53,6 +54,7 @@ class Servable(nn.Module):
     train_item_counts: np.ndarray | None
     item_tokens: np.ndarray | None
     vocabulary: Vocabulary | None
+    int8_scales: Mapping[str, Tensor]
 
     if TYPE_CHECKING:
 
@@ -200,17 +202,26 @@ class Servable(nn.Module):
             for parameter in block.per_row()
         }
         scales = {id(b.scale) for t in tables for b in t.blocks if isinstance(b, Int8Block)}
+        rounded: list[Tensor] = []
         for name, parameter in self.named_parameters():
+            values = whole_numbers(parameter, self.int8_scales.get(name))
+            if values is not None:
+                weights[name] = values
+                rounded.append(self.int8_scales[name])
+                continue
             permutation = rows.get(id(parameter))
             weights[name] = parameter if permutation is None else parameter[permutation]
             if id(parameter) in scales:
                 weights[name] = weights[name].to(SCALE_DTYPE)  # they have no more bits than that
+        if rounded:
+            weights["scales"] = kept_scales(rounded)
         plan = {"ranks": list(self.table.ranks), "cutoffs": list(partition.cutoffs)}
         options = {
             "model": type(self).__name__,
             "n_items": self.n_items,
             "dtype": str(self.table.dtype).removeprefix("torch."),
             **({"rows": "int8"} if self.table.is_int8 else {}),
+            **({"matrices": "int8"} if rounded else {}),
             "reads_last_column": self.reads_last_column,
             "compression": self.compression.as_dict() | plan,
             "architecture": architecture(self.record, self.backbone),

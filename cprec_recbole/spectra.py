@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -135,10 +136,9 @@ class Spectra:
         n, dim = len(self.ends), self.dim
         ranks = np.arange(dim + 1)
         unit = cost.unit
-        projections = unit.other * np.where(ranks == dim, 0, ranks * dim)
+        projections = np.where(ranks == dim, 0, unit.matrix(ranks, dim))
         sizes = np.subtract.outer(self.ends, self.ends).T[..., None]  # [start, end, 1]
-        rows = unit.entry * ranks + unit.row
-        block = self.lost + price * cost.copies * (sizes * rows + projections)
+        block = self.lost + price * cost.copies * (unit.matrix(sizes, ranks) + projections)
         block[..., 0] = np.inf  # every block has a rank
         value = np.full((MOST_BLOCKS + 1, n, dim + 1), np.inf)
         before = np.zeros((MOST_BLOCKS + 1, n, dim + 1, 2), dtype=np.int64)
@@ -149,7 +149,7 @@ class Spectra:
             record = np.where(value[blocks - 1] == above, ranks, dim)
             source = np.minimum.accumulate(record[:, ::-1], axis=1)[:, ::-1]
             # of equal plans the one with fewer blocks
-            above = above + price * (unit.other * cost.cluster + 1)
+            above = above + price * (cost.each_cluster + 1)
             for end in range(2, n):
                 total = above[1:end] + block[1:end, end]
                 start = total.argmin(0)
@@ -189,15 +189,25 @@ class Unit:
 
     Attributes:
         name: in words, for people.
-        entry: what an entry of a row costs.
-        row: what each row costs besides.
-        other: what any other parameter costs.
+        entry: what an entry of a matrix costs.
+        row: what each row of a matrix costs besides.
+        other: what a parameter costs that is in no matrix.
     """
 
     name: str
     entry: int
     row: int
     other: int
+
+    def matrix(self, n_rows: Any, n_columns: Any) -> Any:
+        """What a matrix costs; or matrices, for arrays of sizes."""
+        return n_rows * (self.entry * n_columns + self.row)
+
+    def parameter(self, parameter: Tensor) -> int:
+        """What a parameter costs."""
+        if parameter.ndim < 2:
+            return self.other * parameter.numel()
+        return int(self.matrix(len(parameter), parameter[0].numel()))
 
 
 PARAMETERS = Unit("parameters", entry=1, row=0, other=1)
@@ -220,7 +230,13 @@ class Cost:
     def of(self, plan: BlockPlan) -> int:
         """What table and softmax cost."""
         unit = self.unit
-        entries = sum(size * rank for size, rank in zip(plan.sizes, plan.ranks))
-        projections = plan.n_parameters - entries
-        table = unit.entry * entries + unit.row * plan.n_items + unit.other * projections
-        return self.copies * table + unit.other * self.cluster * (len(plan.ranks) - 1)
+        table = sum(
+            unit.matrix(size, rank) + (unit.matrix(rank, plan.dim) if rank != plan.dim else 0)
+            for size, rank in zip(plan.sizes, plan.ranks)
+        )
+        return int(self.copies * table + (len(plan.ranks) - 1) * self.each_cluster)
+
+    @property
+    def each_cluster(self) -> int:
+        """What a block after the head costs besides its rows and projection."""
+        return int(self.unit.matrix(1, self.cluster)) if self.cluster else 0

@@ -1,4 +1,4 @@
-"""Rows in int8: how far off they may be, and that everything exact about a model stays exact."""
+"""Matrices in int8: how far off they may be, and that what is exact about a model stays so."""
 
 import copy
 import json
@@ -21,8 +21,14 @@ from cprec_recbole import (
 )
 from cprec_recbole.cli import main
 from cprec_recbole.embedding import Block
-from cprec_recbole.folder import read_folder
+from cprec_recbole.folder import read_folder, write_folder
 from cprec_recbole.int8 import Int8Block, quantized_rows
+from cprec_recbole.int8_matrices import (
+    fill_from_int8,
+    float_matrices,
+    round_to_int8,
+    whole_numbers,
+)
 from cprec_recbole.quantize import in_float
 from cprec_recbole.report import saved_bytes
 from cprec_recbole.softmax import build_softmax
@@ -99,6 +105,30 @@ def test_what_is_quantized_again_is_what_it_was(matrix):
     values, scales = quantized_rows(once)
     # the longest entry may have been rounded down, so that a smaller scale does
     assert ((values.double() * scales.unsqueeze(1) - once).abs() <= scales.unsqueeze(1) / 2).all()
+
+
+@given(matrices)
+@settings(max_examples=200, deadline=None)
+def test_a_rounded_matrix_is_its_whole_numbers_times_its_scales(matrix):
+    matrix = torch.from_numpy(matrix)[:, None, :]  # as a kernel has it
+    values, scales = quantized_rows(matrix.flatten(1))
+    rounded = matrix.clone()
+    assert torch.equal(round_to_int8(rounded), scales)
+    assert torch.equal(whole_numbers(rounded, scales), values.view(matrix.shape))
+    again = torch.empty_like(matrix)
+    assert torch.equal(fill_from_int8(again, values, scales.bfloat16()), scales)
+    assert torch.equal(again, rounded)
+    assert torch.equal(whole_numbers(rounded.double(), scales), values.view(matrix.shape))
+
+
+def test_a_matrix_that_was_changed_since_has_no_whole_numbers():
+    matrix = torch.randn(4, 3)
+    scales = round_to_int8(matrix)
+    assert whole_numbers(matrix, None) is None
+    for change in (1e-7, 1e-3, 1e9, math.inf, math.nan):
+        other = matrix.clone()
+        other[2, 1] += change
+        assert whole_numbers(other, scales) is None
 
 
 # -- the block behind its seam ---------------------------------------------------------------------
@@ -202,6 +232,14 @@ def test_loaded_is_saved(trained, host_name, softmax, tied, tmp_path):
     _, weights, _ = read_folder(tmp_path)
     kinds = [w.dtype for n, w in weights.items() if n.endswith("weight") and "factors" in n]
     assert kinds == [torch.int8] * (3 if tied else 6)
+    assert {w.dtype for n, w in weights.items() if w.ndim > 1 and n != "blocks"} == {torch.int8}
+    ours, theirs = dict(float_matrices(small)), dict(float_matrices(loaded))
+    assert ours.keys() == theirs.keys() == small.int8_scales.keys() == loaded.int8_scales.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert all(torch.equal(small.int8_scales[name], loaded.int8_scales[name]) for name in ours)
+    assert loaded.save_pretrained(tmp_path / "again").joinpath("config.json").read_bytes() == (
+        (tmp_path / "config.json").read_bytes()
+    )
     assert sum(w.nbytes for name, w in weights.items() if name != "blocks") == saved_bytes(small)
 
 
@@ -220,17 +258,21 @@ def test_a_model_in_float64_is_one_in_int8_too(world, host_name, tmp_path):
     assert torch.equal(loaded.recommend(HISTORIES, 5).items, small.recommend(HISTORIES, 5).items)
 
 
-def test_the_original_is_left_as_it_was_and_the_layers_are_its_own(small):
+def test_the_original_is_left_as_it_was_and_the_layers_are_rounded_copies(small):
     before = copy.deepcopy(small.state_dict())
     result = quantize(small)
     assert all(torch.equal(value, before[name]) for name, value in small.state_dict().items())
-    for name, value in result.state_dict().items():
-        if "factors" not in name:
-            assert torch.equal(value, before[name])
-    for ours, theirs in zip(result.table.blocks, small.table.blocks):
-        if ours.projection is not None:
-            assert torch.equal(ours.projection, theirs.projection)
-            assert ours.projection is not theirs.projection
+    theirs = dict(small.named_parameters())
+    for name, value in result.named_parameters():
+        if name.endswith("scale") or value.dtype == torch.int8:
+            continue
+        if value.ndim > 1:
+            half = result.int8_scales[name].unsqueeze(1) / 2
+            assert ((value - theirs[name]).flatten(1).abs() <= half).all()
+            assert not torch.equal(value, theirs[name])
+        else:
+            assert torch.equal(value, theirs[name])
+        assert value.data_ptr() != theirs[name].data_ptr()
     assert result.compression == small.compression
     assert result.vocabulary is small.vocabulary
     assert not result.training
@@ -246,6 +288,19 @@ def test_new_items_leave_every_other_row_as_it_is(small, tmp_path):
     tokens = [loaded.recommend_tokens(["i1"], 43).tokens[0]]
     assert {"a", "b", "c"} <= set(tokens[0])
     assert tokens == result.recommend_tokens(["i1"], 43).tokens
+
+
+def test_a_matrix_that_was_changed_since_is_kept_in_float(small, host_name, tmp_path):
+    result = quantize(small)
+    rounded = saved_bytes(result)
+    name, matrix = next((n, p) for n, p in float_matrices(result) if n.startswith("backbone"))
+    with torch.no_grad():
+        matrix[0] += 1e-3
+    assert saved_bytes(result) == rounded + 3 * matrix.numel() - 2 * len(matrix)
+    loaded = load_pretrained(result.save_pretrained(tmp_path))
+    assert torch.equal(dict(loaded.named_parameters())[name], matrix)
+    assert name not in loaded.int8_scales
+    assert torch.equal(loaded.recommend(HISTORIES, 9).items, result.recommend(HISTORIES, 9).items)
 
 
 def test_recbole_evaluates_it(world, small, host_name):
@@ -273,13 +328,18 @@ def test_only_a_recovery_trains_it(world, small, host_name):
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_recovery_trains_its_rows_in_float_and_brings_them_back(world, trained, host_name, tied):
     _, valid, _ = world.loaders(world.config(f"Cp{host_name}", **MEASURED))
-    result = quantize(compress(trained[host_name], **OPTIONS, tied=tied))
+    small_in_float = compress(trained[host_name], **OPTIONS, tied=tied)
+    result = quantize(small_in_float)
     in_float_only = copy.deepcopy(result)
     with in_float(in_float_only):
         # a deep copy leaves the context with its rows in float
         in_float_only = copy.deepcopy(in_float_only)
     options = {"valid_data": valid, "batch_size": 8, "progress": False}
     found = recover(result, trained[host_name], HISTORIES * 8, 3, **options)
+    assert all(
+        whole_numbers(p, result.int8_scales[name]) is not None for name, p in float_matrices(result)
+    )
+    assert found.start == evaluate(quantize(small_in_float), valid)
     assert result.table.is_int8
     assert result.head.table.is_int8
     assert found.losses[-1] < found.losses[0]
@@ -295,10 +355,12 @@ def test_a_recovery_trains_its_rows_in_float_and_brings_them_back(world, trained
 
 def test_a_recovery_that_fails_leaves_its_very_numbers(trained, small, host_name):
     result = quantize(small)
+    scales = dict(result.int8_scales)
     before = copy.deepcopy(result.state_dict())
     with pytest.raises(CompressionError, match="`learning_rate` to let the loss fall"):
         recover(result, None, HISTORIES * 8, 3, learning_rate=1e30, batch_size=8, progress=False)
     after = result.state_dict()
+    assert result.int8_scales == scales
     assert after.keys() == before.keys()
     assert all(torch.equal(before[name], value) for name, value in after.items())
 
@@ -390,7 +452,7 @@ def test_rows_of_another_kind_are_refused(trained, folder, tmp_path):
 
     config = folder / "config.json"
     before = config.read_bytes()
-    assert json.loads(before)["format_version"] == 2
+    assert json.loads(before)["format_version"] == 3
     config.write_bytes(rewritten(rows="int4")(before))
     with pytest.raises(CompressionError, match="`rows` to be int8 or left out, but got 'int4'"):
         load_pretrained(folder)
@@ -403,6 +465,42 @@ def test_rows_of_another_kind_are_refused(trained, folder, tmp_path):
     config.write_bytes(rewritten(rows="int8")(config.read_bytes()))
     with pytest.raises(CompressionError, match=r"they lack .*scale"):
         load_pretrained(plain)
+
+
+def test_matrices_of_another_kind_are_refused(folder):
+    from tests.test_pretrained import rewritten
+
+    config = folder / "config.json"
+    before = config.read_bytes()
+    config.write_bytes(rewritten(matrices="int4")(before))
+    with pytest.raises(CompressionError, match="`matrices` to be int8 or left out, but got 'int4'"):
+        load_pretrained(folder)
+    config.write_bytes(rewritten(matrices=None)(before))
+    with pytest.raises(CompressionError, match="have scales besides"):
+        load_pretrained(folder)
+
+
+@pytest.mark.parametrize("change", [lambda s: s[:-1], lambda s: torch.cat([s, s[:1]]), None])
+def test_scales_that_do_not_fit_the_matrices_are_refused(folder, tmp_path, change):
+    header, weights, tokens = read_folder(folder)
+    scales = weights.pop("scales")
+    if change is not None:
+        weights["scales"] = change(scales)
+    options = {k: v for k, v in header.items() if k not in ("format", "format_version", "files")}
+    other = write_folder(tmp_path / "other", options, weights, tokens.tokens)
+    with pytest.raises(CompressionError, match="to belong together, but they do not"):
+        load_pretrained(other)
+
+
+def test_a_folder_of_rows_in_int8_and_layers_in_float_is_still_read(trained, tmp_path):
+    small = quantize(compress(trained["SASRec"], **OPTIONS))
+    small.int8_scales = {}  # as it was before matrices were rounded
+    small.save_pretrained(tmp_path)
+    header = json.loads((tmp_path / "config.json").read_bytes())
+    assert header["format_version"] == 2
+    loaded = load_pretrained(tmp_path)
+    assert loaded.int8_scales == {}
+    assert torch.equal(loaded.recommend(HISTORIES, 9).items, small.recommend(HISTORIES, 9).items)
 
 
 def test_the_command_recommends_from_it(folder, capsys):

@@ -184,7 +184,7 @@ def rewritten(**changes):
         ("config.json", lambda b: b"\xff\xfe", "cut short or damaged"),
         ("config.json", lambda b: None, "config.json cannot be read"),
         ("config.json", lambda b: b.replace(b'"n_heads": 2', b'"n_heads": 4'), "has been changed"),
-        ("config.json", rewritten(format_version=3), "format 3: it was written by a newer"),
+        ("config.json", rewritten(format_version=4), "format 4: it was written by a newer"),
         ("config.json", rewritten(format="other"), "of something else"),
         ("config.json", rewritten(model="CpBERT"), "`model` to be one of"),
         ("config.json", rewritten(n_items=99), "`cutoffs` to have 2 entries below the 99 items"),

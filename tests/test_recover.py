@@ -159,7 +159,7 @@ def test_nothing_is_dropped_where_the_original_teaches(trained, data, taught, sh
     small = squeezed(trained, "SASRec").eval()
     original = Original.of(trained["SASRec"]) if taught else None
     histories = histories_of(data["SASRec"][0], small.n_items, 8)
-    _Recovery(small, original, histories, share, None, is_int8=False).begin_training()
+    _Recovery(small, original, histories, share, None, lambda: small).begin_training()
     dropouts = [m for m in small.modules() if isinstance(m, torch.nn.Dropout)]
     assert small.training
     assert {m.training for m in dropouts} == {dropped}
