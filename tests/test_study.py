@@ -246,19 +246,22 @@ def test_an_interrupted_study_goes_on_where_it_was(world, tmp_path, monkeypatch,
 
 
 def test_a_run_that_fails_is_written_down_and_stops_no_other(world, tmp_path, inline):
-    text = FEW.replace("[int8]", "[compressed, narrower, recovered]").replace("[1.5]", "[400]")
+    text = FEW.replace("[int8]", "[compressed, recovered, narrower]").replace("[1.5]", "[400]")
     folder = tmp_path / "out"
     run(spec_of(tmp_path, text), folder, world)
     runs = runs_of(folder)
     failed = {key for key, record in runs.items() if "error" in record}
-    names = ("compressed", "narrower", "recovered")
+    names = ("compressed", "recovered", "narrower")
     assert failed == {f"made-up_SASRec_L8_{name}_r400_s1" for name in names}
     assert "Expected a budget of" in runs["made-up_SASRec_L8_compressed_r400_s1"]["error"]
     assert len(runs) == 5
     write_summary(folder)
     table = (folder / "compare.md").read_text()
-    (line,) = [line for line in table.splitlines() if line.startswith("- SASRec on made-up")]
-    assert "length 8, ratio 400: compressed, narrower, recovered (seeds 1): Expected" in line
+    lines = [line for line in table.splitlines() if line.startswith("- SASRec on made-up")]
+    assert len(lines) == 2
+    assert "length 8, ratio 400: compressed, recovered (seeds 1): Expected" in lines[0]
+    assert "length 8, ratio 400: narrower (seeds 1): Expected a budget of" in lines[1]
+    assert "which is the narrowest model, but got" in lines[1]
     # tried again only where that is asked for
     before = {path.name for path in (folder / "trials").glob("*.json")}
     _, printed = run(spec_of(tmp_path, text), folder, world)
@@ -266,6 +269,20 @@ def test_a_run_that_fails_is_written_down_and_stops_no_other(world, tmp_path, in
     _, printed = run(spec_of(tmp_path, text), folder, world, retry=True)
     assert "5 runs, 2 of them finished" in printed
     assert {path.name for path in (folder / "trials").glob("*.json")} >= before - failed
+
+
+def test_where_float_cannot_be_that_small_int8_and_narrower_models_can(world, tmp_path, inline):
+    text = FEW.replace("[int8]", "[narrower, compressed, recovered, recovered-int8]")
+    folder = tmp_path / "out"
+    run(spec_of(tmp_path, text.replace("[1.5]", "[5]")), folder, world)
+    runs = {record["contender"]: record for record in runs_of(folder).values()}
+    for name in ("compressed", "recovered"):
+        assert "Expected a budget of" in runs[name]["error"]
+    whole = runs["uncompressed"]
+    assert runs["recovered-int8"]["options"] == {"ratio": 5}
+    assert runs["narrower"]["total_parameters"] <= whole["total_parameters"] / 5
+    # which block an item is in comes on top of what a budget counts
+    assert runs["recovered-int8"]["bytes"] <= whole["bytes"] / 5 + 41
 
 
 def test_a_rate_that_fails_is_not_the_best(world, tmp_path, inline, monkeypatch):

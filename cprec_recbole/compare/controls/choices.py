@@ -16,6 +16,7 @@ class Narrower(TrainedControl):
     """An uncompressed model with fewer dimensions, all its widths in proportion: the largest with
     no more parameters than the compressed one, or the smallest there is."""
 
+    by_size = True
     name = "narrower"
     words = "an uncompressed model with fewer dimensions, about as many parameters"
 
@@ -32,8 +33,15 @@ class Narrower(TrainedControl):
         while high - low > 1:
             middle = (low + high) // 2
             total = setting.sizes(self._of_width(setting, sizes[middle])).total
-            low, high = (middle, high) if total <= setting.compressed.total else (low, middle)
-        return self._of_width(setting, sizes[low])
+            low, high = (middle, high) if total <= setting.limit else (low, middle)
+        found = self._of_width(setting, sizes[low])
+        total = setting.sizes(found).total
+        if setting.refused_size is not None and total > setting.limit:
+            raise CompressionError(
+                f"Expected a budget of {total:,} parameters or more, which is the narrowest model, "
+                f"but got {setting.limit:,}."
+            )
+        return found
 
     def _of_width(self, setting: Setting, size: int) -> dict[str, Any]:
         names = [n for n in _WIDTHS if n in setting.record.architecture]

@@ -19,10 +19,13 @@ class Control(ABC):
     Attributes:
         name: what tables and the command line call it.
         words: what it is, in a line.
+        by_size: whether it follows from a size alone, so that it is there where the compressed
+            model cannot be that small.
     """
 
     name: ClassVar[str]
     words: ClassVar[str]
+    by_size: ClassVar[bool] = False
 
     @abstractmethod
     def options(self, setting: Setting) -> dict[str, Any]:

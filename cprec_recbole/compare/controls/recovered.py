@@ -35,14 +35,17 @@ class Recovered(DerivedControl):
 
 
 class RecoveredInt8(Recovered):
-    """The same with rows in int8, in the bytes of the compressed one in float: four times the
+    """The same with matrices in int8, in the bytes of the compressed one in float: four times the
     rank."""
 
+    by_size = True  # int8 may reach what float cannot
     name = "recovered-int8"
     words = "the trained model compressed in int8 to the same bytes, then recover() likewise"
 
     def derive(self, trained: Trained, options: dict[str, Any]) -> Derived:
         """See DerivedControl.derive."""
+        if "ratio" in options:
+            return super().derive(trained, {**options, "dtype": "int8"})
         original, config = Original.of(trained.model), chosen(options)
         whole = estimate(original.record, original.host, config, original.n_items, original.dim)
         small = compress(

@@ -22,11 +22,13 @@ class Setting:
         config: a RecBole config of the Cp model, with the options that all contenders share.
         dataset: RecBole's dataset, or anything with `iid_field`, `item_num` and `num(field)`.
         compression: the options of the contender `compressed`.
+        refused_size: parameters that it should have had, where it cannot be that small.
     """
 
     config: Any
     dataset: Any
     compression: CompressionConfig
+    refused_size: int | None = None
 
     @property
     def record(self) -> Backbone:
@@ -47,6 +49,11 @@ class Setting:
     def compressed(self) -> PartSizes:
         """Parameters of the contender `compressed`, by part."""
         return self.sizes(self.compression.as_dict())
+
+    @property
+    def limit(self) -> int:
+        """Parameters that an equally large contender may have."""
+        return self.compressed.total if self.refused_size is None else self.refused_size
 
     @property
     def table_limit(self) -> int:

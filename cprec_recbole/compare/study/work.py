@@ -115,20 +115,22 @@ class _Bench:
         found: dict[str, Any] = {}
         chosen: dict[str | None, CompressionConfig | str] = {}
         for name in work.contenders:
-            scheme = scheme_of(name)
+            scheme, refused_size = scheme_of(name), None
+            if scheme not in chosen:
+                chosen[scheme] = _choice(fresh, work.ratio, self.spec.compression, scheme)
+            choice = chosen[scheme]
             try:
-                if scheme not in chosen:
-                    chosen[scheme] = _choice(fresh, work.ratio, self.spec.compression, scheme)
-                choice = chosen[scheme]
                 if isinstance(choice, str):
-                    raise CompressionError(choice)
+                    if name not in CONTROLS or not CONTROLS[name].by_size:
+                        raise CompressionError(choice)
+                    choice = CompressionConfig(**self.spec.compression)
+                    refused_size = int(numbers(fresh)["total"] / work.ratio)
                 compression = replace(
                     choice, training=known.training, loss_memory=known.loss_memory
                 )
-                setting = Setting(config, data.dataset, compression)
+                setting = Setting(config, data.dataset, compression, refused_size)
                 found[name] = _recipe(name, setting, work.ratio, self.spec.compression)
             except CompressionError as error:
-                chosen.setdefault(scheme, str(error))
                 found[name] = {"error": str(error)}
         return found
 
@@ -215,9 +217,13 @@ class _Bench:
 
 def _choice(
     fresh: Any, ratio: float, base: dict[str, Any], scheme: str | None
-) -> CompressionConfig:
+) -> CompressionConfig | str:
+    """The options of the contender `compressed`, or why it cannot be that small."""
     options = base if scheme is None else {**base, "sharing": scheme}
-    choice = compress(fresh, ratio=ratio, verbose=False, **options).choice
+    try:
+        choice = compress(fresh, ratio=ratio, verbose=False, **options).choice
+    except CompressionError as error:
+        return str(error)
     assert choice is not None
     return choice.compression
 
@@ -225,7 +231,7 @@ def _choice(
 def _recipe(name: str, setting: Setting, ratio: float, base: dict[str, Any]) -> dict[str, Any]:
     """A contender's recipe for a ratio, as JSON."""
     control = CONTROLS.get(name)
-    if type(control) is Recovered:  # its blocks by the spectra of the table once that is trained
+    if isinstance(control, Recovered):  # its blocks by the spectra of the table once it is trained
         return {"kind": name, "options": {"ratio": ratio, **base}}
     if control is None:
         return {"kind": MODEL, "options": own_options(setting.compression)}
