@@ -1,8 +1,8 @@
-"""Rows in int8: what they cost in quality, and why PyTorch's own int8 kernels do not compute them.
+"""Matrices in int8: what they cost in quality, and why PyTorch's own kernels do not compute rows.
 
     python benchmarks/int8.py [--epochs N] [--models NAME ...] [--out FOLDER]
 
-Quality: each model is trained on MovieLens-100K with its default options, then its rows are put in
+Quality: each model is trained on MovieLens-100K with its default options, then its matrices are in
 int8; nothing is trained afterwards. Kernels: milliseconds for logits of some hidden states and for
 look-ups, the best of some rounds in one process and one thread, each over made-up rows of a rank
 that blocks have.
@@ -35,7 +35,7 @@ ROUNDS = 7
 
 
 def quality(name: str, softmax: str, epochs: int) -> str:
-    """A row: NDCG@20 of float rows and of int8 rows, and bytes of the weights."""
+    """A row: NDCG@20 in float and in int8, and bytes of the weights."""
     with tempfile.TemporaryDirectory() as folder:
         config = recbole_config(
             f"Cp{name}",
@@ -149,7 +149,12 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
-    lines = ["# Rows in int8", "", f"`python benchmarks/int8.py --epochs {arguments.epochs}`", ""]
+    lines = [
+        "# Matrices in int8",
+        "",
+        f"`python benchmarks/int8.py --epochs {arguments.epochs}`",
+        "",
+    ]
     lines += [", ".join(f"{name} {value}" for name, value in environment().items() if value), ""]
     lines += [
         f"## Kernels: {N_ROWS:,} rows, one thread",
@@ -177,8 +182,8 @@ def main() -> None:
         "",
         f"## Quality: MovieLens-100K, {arguments.epochs} epochs, seed 2020",
         "",
-        "NDCG@20 of float rows, of int8 rows, and the difference with its standard error over "
-        "users; bytes of all weights, and how many times smaller they and the rows are.",
+        "NDCG@20 in float, in int8, and the difference with its standard error over users; bytes "
+        "of all weights, and how many times smaller they and the rows are.",
         "",
         "| model | valid | int8 | | test | int8 | | bytes | int8 | all | rows |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",

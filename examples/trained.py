@@ -185,19 +185,9 @@ def pruning(cell: Cell, ratio: float) -> dict[str, Any]:
 
 def int8(cell: Cell, ratio: float) -> dict[str, Any]:
     """Each row of each matrix in 8 bits with a scale of its own. Its ratio is what it is."""
-    small = compress(cell.original, CompressionConfig.uncompressed(), data=cell.train)
-    n_bytes = 0
-    with torch.no_grad():
-        for p in small.parameters():
-            if p.ndim == 1:
-                n_bytes += 4 * p.numel()
-                continue
-            rows = p.view(len(p), -1)
-            scale = rows.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
-            rows.copy_((rows / scale).round() * scale)
-            n_bytes += rows.numel() + 4 * len(rows)
+    small = compress(cell.original, CompressionConfig.uncompressed(), data=cell.train, dtype="int8")
     found = cell.measure(small)
-    return {"parameters": n_bytes / 4, "at_once": found, "recovered": found}
+    return {"parameters": saved_bytes(small) / 4, "at_once": found, "recovered": found}
 
 
 def narrower(cell: Cell, ratio: float) -> dict[str, Any]:
@@ -214,13 +204,6 @@ def narrower(cell: Cell, ratio: float) -> dict[str, Any]:
     raise CompressionError("no size fits")
 
 
-def int8_table(cell: Cell, ratio: float) -> dict[str, Any]:
-    """The rows of the table in int8, nothing else changed. Its ratio is what it is."""
-    small = compress(cell.original, CompressionConfig.uncompressed(), data=cell.train, dtype="int8")
-    found = cell.measure(small)
-    return {"parameters": saved_bytes(small) / 4, "at_once": found, "recovered": found}
-
-
 METHODS: dict[str, Callable[[Cell, float], dict[str, Any]]] = {
     "ours": ours,
     "ours, nothing shared": lambda cell, ratio: ours(cell, ratio, sharing="none"),
@@ -230,7 +213,6 @@ METHODS: dict[str, Callable[[Cell, float], dict[str, Any]]] = {
     "uniform SVD": uniform_svd,
     "pruning": pruning,
     "int8 rows": int8,
-    "int8 table": int8_table,
     "narrower": narrower,
 }
 
