@@ -93,9 +93,9 @@ def compress(
     """
     base = _options(config, options)
     sharing = options.get("sharing") if config is None else config.sharing
-    check_dtype(dtype, next(model.parameters(), torch.empty(0)).dtype)
     _check_budget(base, ratio=ratio, size=size, max_loss=max_loss, valid_data=valid_data)
     original = Original.of(model)
+    check_dtype(dtype, original.table.dtype)
     check_objective(base, str(original.host.loss_type))
     base.plan(original.dim, original.n_items)
     counts = original.counts(item_counts if item_counts is not None else _dataset_of(data))
@@ -180,14 +180,15 @@ class _Compression:
                 f"Expected a `model` whose {metric} on `valid_data` is above 0, to measure "
                 f"`max_loss` by, but got {whole:.4f}."
             )
-        largest = self.cost / smallest_possible(self.original, base, sharing, self.unit)
+        smallest = smallest_possible(self.original, base, sharing, self.unit)
+        largest = self.cost / smallest
         ratios = np.geomspace(min(_LEAST_RATIO, largest), largest, _LADDER)
         found: CompressedRecommender | None = None
         tried: list[str] = []
         low, high = -1, len(ratios)  # ratios[low] is good enough, ratios[high] is not
         while high - low > 1:
             middle = (low + high) // 2
-            small = self.within(int(self.cost / ratios[middle]), base, sharing)
+            small = self.within(max(smallest, int(self.cost / ratios[middle])), base, sharing)
             kept = small if self.dtype is None else quantize(small)
             score = evaluate(kept, valid_data)[metric]
             tried.append(f"ratio {ratios[middle]:.2f}: {metric} {score:.4f}, {score / whole:.1%}")

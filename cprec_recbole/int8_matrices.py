@@ -8,6 +8,7 @@ products of its whole numbers and scales, and whatever computes it goes on as be
 from __future__ import annotations
 
 from collections.abc import Iterator
+from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,10 @@ from cprec_recbole.int8 import SCALE_DTYPE, quantized_rows
 
 
 def float_matrices(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters with rows and columns, but for those that are in int8, and their names."""
-    for name, parameter in model.named_parameters():
-        if parameter.ndim > 1 and parameter.is_floating_point():
+    """The parameters with rows and columns, but for those that are in int8, and their names: by
+    name, so that nothing depends on the order in which a model makes them."""
+    for name, parameter in sorted(model.named_parameters(), key=itemgetter(0)):
+        if parameter.ndim > 1 and parameter.numel() and parameter.is_floating_point():
             yield name, parameter
 
 

@@ -44,7 +44,7 @@ def quantize(small: nn.Module) -> CompressedRecommender:
         for j, block in enumerate(table.blocks):
             table.factors[j] = Int8Block.of(block)
     result.int8_scales = {name: round_to_int8(p) for name, p in float_matrices(result)}
-    return result
+    return result.train(result.training)
 
 
 @contextmanager
@@ -59,10 +59,10 @@ def in_float(small: CompressedRecommender) -> Iterator[Callable[[], CompressedRe
         yield lambda: small
         return
     before = _Numbers(small)
-    for table in _tables(small):
-        for j, block in enumerate(table.blocks):
-            table.factors[j] = cast(Int8Block, block).in_float()
     try:
+        for table in _tables(small):
+            for j, block in enumerate(table.blocks):
+                table.factors[j] = cast(Int8Block, block).in_float()
         yield lambda: before.back_in(_copied(small))
     finally:
         before.back_in(small)
@@ -73,20 +73,21 @@ class _Numbers:
 
     def __init__(self, model: CompressedRecommender) -> None:
         self.blocks = [table.blocks for table in _tables(model)]
-        self.scales = model.int8_scales
         self.matrices = {name: p.detach().clone() for name, p in float_matrices(model)}
 
     def back_in(self, model: CompressedRecommender) -> CompressedRecommender:
-        """Bring a model, whose rows are in float meanwhile, back to int8."""
+        """Bring a model, whose rows are in float meanwhile, back to int8: the model that this is
+        of, or a copy of it."""
         for table, blocks in zip(_tables(model), self.blocks):
             for j, (block, trained) in enumerate(zip(blocks, table.blocks)):
+                if trained is block:
+                    continue
                 same = _same(cast(Int8Block, block).in_float(), trained)
-                table.factors[j] = block if same else Int8Block.of(trained)
-        scales = {}
+                # a copy of the block, for matrices are rounded where they are
+                table.factors[j] = copy.deepcopy(block) if same else Int8Block.of(trained)
         for name, matrix in float_matrices(model):
-            same = name in self.scales and torch.equal(matrix, self.matrices[name])
-            scales[name] = self.scales[name] if same else round_to_int8(matrix)
-        model.int8_scales = scales
+            if not torch.equal(matrix, self.matrices[name]):
+                model.int8_scales = {**model.int8_scales, name: round_to_int8(matrix)}
         return model
 
 

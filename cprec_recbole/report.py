@@ -47,12 +47,15 @@ class PartSizes:
 
 
 def part_sizes(model: nn.Module) -> PartSizes:
-    """Parameters by part of a compressed model or of RecBole's own."""
+    """Parameters by part of a compressed model or of RecBole's own; the scales of int8 rows are
+    none."""
     if isinstance(model, CompressedRecommender):
         table, head = list(model.table.parameters()), list(model.head.parameters())
     else:
         table, head = find_backbone(model).table.parameters(model), []
-    known = {id(p) for p in table}
+    scales = _scales(model)
+    table = [p for p in table if id(p) not in scales]
+    known = scales | {id(p) for p in table}
     softmax = [p for p in head if id(p) not in known]
     known |= {id(p) for p in softmax}
     layers = [p for p in model.parameters() if id(p) not in known]
@@ -62,7 +65,7 @@ def part_sizes(model: nn.Module) -> PartSizes:
 def saved_bytes(model: nn.Module) -> int:
     """Bytes of a model's weights as a folder keeps them, each parameter once; the file's header and
     the tokens come on top."""
-    scales = {id(m.scale) for m in model.modules() if isinstance(m, Int8Block)}
+    scales = _scales(model)
     rounded = model.int8_scales if isinstance(model, CompressedRecommender) else {}
     total = 0
     for name, p in model.named_parameters():
@@ -133,12 +136,12 @@ def layer_parameters(record: Backbone, host: Any, sharing: str) -> list[Tensor]:
     """What a model has between table and softmax, with its layers shared by a scheme."""
     layers = record.layers(host)
     sets = sharing_sets(layers, sharing_plan(sharing, len(layers), record.group))
-    gone = {
-        id(getattr(module, name))
-        for members in sets
-        for i in members[1:]
-        for module, name in layers[i]
-    }
+
+    def slots(numbers: Iterable[int]) -> set[int]:
+        return {id(getattr(module, name)) for i in numbers for module, name in layers[i]}
+
+    kept = slots(members[0] for members in sets)
+    gone = slots(i for members in sets for i in members[1:]) - kept
     gone |= {id(p) for p in record.table.parameters(host)}
     return [*(p for p in host.parameters() if id(p) not in gone), *record.table.left(host)]
 
@@ -151,6 +154,10 @@ def layer_flops(model: CompressedRecommender, item_seq: Tensor) -> int:
         model(item_seq, (item_seq != PADDING).sum(1))
     model.train(was_training)
     return int(counter.get_total_flops())
+
+
+def _scales(model: nn.Module) -> set[int]:
+    return {id(m.scale) for m in model.modules() if isinstance(m, Int8Block)}
 
 
 def _count(parameters: Iterable[Tensor]) -> int:

@@ -18,7 +18,7 @@ from cprec_recbole.embedding import BlockEmbedding
 from cprec_recbole.folder import write_folder
 from cprec_recbole.growth import new_rows, similar_items
 from cprec_recbole.int8 import SCALE_DTYPE, Int8Block
-from cprec_recbole.int8_matrices import kept_scales, whole_numbers
+from cprec_recbole.int8_matrices import float_matrices, kept_scales, whole_numbers
 from cprec_recbole.item_tables import Host
 from cprec_recbole.membership import packed_blocks
 from cprec_recbole.modes import in_eval_mode
@@ -203,11 +203,13 @@ class Servable(nn.Module):
         }
         scales = {id(b.scale) for t in tables for b in t.blocks if isinstance(b, Int8Block)}
         rounded: list[Tensor] = []
-        for name, parameter in self.named_parameters():
-            values = whole_numbers(parameter, self.int8_scales.get(name))
+        for name, matrix in float_matrices(self):
+            values = whole_numbers(matrix, self.int8_scales.get(name))
             if values is not None:
                 weights[name] = values
                 rounded.append(self.int8_scales[name])
+        for name, parameter in self.named_parameters():
+            if name in weights:
                 continue
             permutation = rows.get(id(parameter))
             weights[name] = parameter if permutation is None else parameter[permutation]

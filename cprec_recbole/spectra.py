@@ -205,7 +205,7 @@ class Unit:
 
     def parameter(self, parameter: Tensor) -> int:
         """What a parameter costs."""
-        if parameter.ndim < 2:
+        if parameter.ndim < 2 or not parameter.numel():
             return self.other * parameter.numel()
         return int(self.matrix(len(parameter), parameter[0].numel()))
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cprec_recbole import BlockEmbedding, CompressionConfig, CompressionError, Partition, compress
-from cprec_recbole.budget import checked_bytes, choose
+from cprec_recbole.budget import checked_bytes, choose, smallest_possible
 from cprec_recbole.config import BlockPlan
 from cprec_recbole.original import Original
 from cprec_recbole.report import part_sizes
@@ -169,6 +169,20 @@ def test_max_loss_is_measured_on_the_validation_data(world, host_name, trained, 
     tried = re.findall(r"ratio (\d+\.\d+): ndcg@10", printed)
     assert 2 <= len(tried) <= 5
     assert part_sizes(small).total < sum(p.numel() for p in model.parameters())
+
+
+def test_max_loss_may_end_at_the_smallest_model(world):
+    """Whose size, divided by the ratio that it is, may round to a parameter less."""
+    options = {"metrics": ["NDCG"], "topk": [10], "valid_metric": "NDCG@10"}
+    _, valid, _ = world.loaders(world.config("SASRec", **options))
+    for width in range(8, 60):
+        model = world.model("SASRec", inner_size=width, n_layers=1)
+        whole = sum(p.numel() for p in model.parameters())
+        smallest = smallest_possible(Original.of(model), CompressionConfig(), None)
+        if int(whole / (whole / smallest)) < smallest:
+            break
+    small = compress(model, max_loss=0.999, valid_data=valid, verbose=False)
+    assert part_sizes(small).total == smallest
 
 
 @pytest.mark.parametrize(

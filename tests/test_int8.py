@@ -492,7 +492,7 @@ def test_scales_that_do_not_fit_the_matrices_are_refused(folder, tmp_path, chang
         load_pretrained(other)
 
 
-def test_a_folder_of_rows_in_int8_and_layers_in_float_is_still_read(trained, tmp_path):
+def test_a_folder_of_rows_in_int8_and_layers_in_float_is_still_read(world, trained, tmp_path):
     small = quantize(compress(trained["SASRec"], **OPTIONS))
     small.int8_scales = {}  # as it was before matrices were rounded
     small.save_pretrained(tmp_path)
@@ -501,6 +501,39 @@ def test_a_folder_of_rows_in_int8_and_layers_in_float_is_still_read(trained, tmp
     loaded = load_pretrained(tmp_path)
     assert loaded.int8_scales == {}
     assert torch.equal(loaded.recommend(HISTORIES, 9).items, small.recommend(HISTORIES, 9).items)
+    _, valid, _ = world.loaders(world.config("CpSASRec", **MEASURED))
+    whole = evaluate(loaded, valid)
+    before = copy.deepcopy(loaded.state_dict())
+    options = {"valid_data": valid, "batch_size": 8, "learning_rate": 1e-12, "progress": False}
+    found = recover(loaded, trained["SASRec"], HISTORIES * 8, 1, **options)
+    assert found.start == whole  # as it is, its layers in float
+    with pytest.raises(CompressionError, match="`learning_rate`"):
+        recover(loaded, None, HISTORIES * 8, 3, **options | {"learning_rate": 1e30})
+    if found.kept == 0:
+        assert all(torch.equal(before[name], value) for name, value in loaded.state_dict().items())
+
+
+def test_measuring_during_a_recovery_changes_nothing(small):
+    result = quantize(small)
+    result.int8_scales = {}  # so that its projections are no whole numbers
+    for block in result.table.blocks:
+        if block.projection is not None:
+            block.projection.data += torch.randn_like(block.projection)
+    with in_float(result) as as_kept:
+        before = copy.deepcopy(result.state_dict())
+        other = as_kept()
+        with torch.no_grad():
+            for _, matrix in float_matrices(other):
+                matrix.zero_()
+        after = result.state_dict()
+        assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_scales_go_by_name_in_whatever_order_a_model_makes_its_matrices(small):
+    result = quantize(small)
+    names = [name for name, _ in float_matrices(result)]
+    assert names == sorted(names)
+    assert names != [n for n, p in result.named_parameters() if n in set(names)]
 
 
 def test_the_command_recommends_from_it(folder, capsys):

@@ -1,10 +1,21 @@
+import copy
+
 import pytest
 import torch
 
 from cprec_recbole import CompressionConfig, CompressionError
 from cprec_recbole.backbones import build_host
 from cprec_recbole.catalogue import size_rows
-from cprec_recbole.report import describe_sharing, estimate, layer_flops, part_sizes, shared_layers
+from cprec_recbole.records import find_backbone
+from cprec_recbole.report import (
+    describe_sharing,
+    estimate,
+    layer_flops,
+    layer_parameters,
+    part_sizes,
+    shared_layers,
+)
+from cprec_recbole.sharing import share, sharing_plan
 from tests.builders import SCHEMES
 
 
@@ -24,6 +35,20 @@ def test_an_estimate_is_what_a_built_model_has(world, host_name, softmax, tied, 
     found = estimate(model.record, host, CompressionConfig(**options), model.n_items, 16)
     assert found.sizes == part_sizes(model)
     assert found.sizes.total == count(model)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_layers_that_share_already_are_counted_once(world, scheme):
+    host = world.model("SASRec", n_layers=3)
+    record = find_backbone(host)
+    layers = record.layers(host)
+    for (module, name), (other, other_name) in zip(layers[1], layers[0]):
+        setattr(module, name, getattr(other, other_name))
+    left = layer_parameters(record, host, scheme)
+    copied = copy.deepcopy(host)
+    share(record.layers(copied), sharing_plan(scheme, 3, record.group))
+    assert len(left) == len({id(p) for p in left}) == sum(1 for _ in copied.parameters()) - 1
+    assert sum(p.numel() for p in left) == count(copied) - host.n_items * 16
 
 
 def test_parts_of_recboles_own_model_add_up(world, host_name):

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 import signal
 
 import numpy as np
@@ -283,6 +284,15 @@ def test_where_float_cannot_be_that_small_int8_and_narrower_models_can(world, tm
     assert runs["narrower"]["total_parameters"] <= whole["total_parameters"] / 5
     # which block an item is in comes on top of what a budget counts
     assert runs["recovered-int8"]["bytes"] <= whole["bytes"] / 5 + 41
+
+
+def test_what_not_even_int8_can_be_is_said_before_anything_is_trained(world, tmp_path, inline):
+    text = FEW.replace("[int8]", "[recovered-int8]").replace("[1.5]", "[400]")
+    run(spec_of(tmp_path, text), tmp_path / "out", world)
+    record = runs_of(tmp_path / "out")["made-up_SASRec_L8_recovered-int8_r400_s1"]
+    assert re.search(r"Expected a budget of [\d,]+ bytes", record["error"])
+    trials = [path.name for path in (tmp_path / "out" / "trials").glob("*.json")]
+    assert not any("recovered-int8" in name for name in trials)
 
 
 def test_a_rate_that_fails_is_not_the_best(world, tmp_path, inline, monkeypatch):

@@ -19,7 +19,7 @@ from cprec_recbole.compare.controls import (
     Trained,
     TrainedControl,
 )
-from cprec_recbole.compare.controls.recovered import Recovered
+from cprec_recbole.compare.controls.recovered import Recovered, RecoveredInt8
 from cprec_recbole.compare.experiment import SETTINGS, check_measurable
 from cprec_recbole.compare.fitting import Data, fit, score_times
 from cprec_recbole.compare.results import environment
@@ -129,6 +129,8 @@ class _Bench:
                     choice, training=known.training, loss_memory=known.loss_memory
                 )
                 setting = Setting(config, data.dataset, compression, refused_size)
+                if name == RecoveredInt8.name:
+                    _check_int8(fresh, work.ratio, self.spec.compression)
                 found[name] = _recipe(name, setting, work.ratio, self.spec.compression)
             except CompressionError as error:
                 found[name] = {"error": str(error)}
@@ -226,6 +228,11 @@ def _choice(
         return str(error)
     assert choice is not None
     return choice.compression
+
+
+def _check_int8(fresh: Any, ratio: float, base: dict[str, Any]) -> None:
+    """Raise a CompressionError where not even int8 is that small, before anything is trained."""
+    compress(fresh, ratio=ratio, dtype="int8", verbose=False, **base)
 
 
 def _recipe(name: str, setting: Setting, ratio: float, base: dict[str, Any]) -> dict[str, Any]:
