@@ -18,7 +18,7 @@ TOOLS := $(VENV)/.tools
 .PHONY: demo serve test check lint types install docs bench bench-search clean
 
 demo: $(STAMP)
-	$(BIN)/cprec compare --model NextItNet --dataset ml-100k --controls recovered
+	$(BIN)/cprec compare --model NextItNet --dataset ml-100k --controls recovered recovered-int8
 
 # the served example, http://127.0.0.1:8000; trains and compresses its models once
 serve: $(STAMP)

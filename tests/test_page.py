@@ -17,10 +17,10 @@ from plotly.offline import get_plotlyjs
 
 from cprec_recbole.compare.page import write_page
 from cprec_recbole.compare.page.drawing import round_figures
-from cprec_recbole.compare.page.points import gaps, make_cells, pareto_front
+from cprec_recbole.compare.page.points import Point, gaps, make_cells, pareto_front
 from cprec_recbole.compare.page.runs import StudyRun, read_runs
 from cprec_recbole.compare.page.styles import GREY, INK, KNOWN, assign_styles, outline
-from cprec_recbole.compare.page.summary import standings
+from cprec_recbole.compare.page.summary import standings, subject_of
 from cprec_recbole.compare.page.write import render_page
 from cprec_recbole.config import CompressionError
 from tests.studies import failure, grid, record, write_study
@@ -429,3 +429,34 @@ def test_standings_count_wins_only_where_both_were_run(tmp_path):
     cells = make_cells(read_runs(write_study(tmp_path, records)))
     lost = {s.contender: s.lost for s in standings(cells, "compressed")}
     assert lost == {"compressed": (0, 0), "narrower": (1, 1)}
+
+
+def cells_of(*names):
+    """One data set for each list of contenders."""
+    return make_cells(
+        StudyRun(Path(), f"{d}{n}", f"d{d}", "m", 1, 1, n, 4.0, parameters=8, test={"ndcg@20": 0.1})
+        for d, contenders in enumerate(names)
+        for n in contenders
+    )
+
+
+@pytest.mark.parametrize(
+    ("names", "subject"),
+    [
+        ([["uncompressed"]], None),
+        ([["uncompressed", "narrower", "compressed", "recovered"]], "compressed"),
+        ([["recovered-int8", "compressed", "narrower"], ["recovered-int8", "narrower"]],
+         "recovered-int8"),
+        ([["narrower", "hashing"], ["narrower"]], "narrower"),
+    ],
+)  # fmt: skip
+def test_findings_are_about_what_of_ours_was_run_most_often(names, subject):
+    assert subject_of(cells_of(*names)) == subject
+
+
+def test_sizes_are_bytes_where_they_are_known():
+    def point(**options):
+        return Point("c", None, [StudyRun(Path(), "k", "d", "m", 1, 1, "c", None, **options)])
+
+    assert point(parameters=10).size == 40
+    assert point(parameters=10, bytes=12.0).size == 12

@@ -146,15 +146,14 @@ def about(point: Point, reference: Point | None) -> str:
     """What shows when a point is touched."""
     seeds = "1 seed" if len(point.runs) == 1 else f"{len(point.runs)} seeds"
     smaller = ""
-    if reference is not None and point is not reference and point.parameters > 0:
-        smaller = f" (÷ {reference.parameters / point.parameters:.1f})"
+    if reference is not None and point is not reference and point.size > 0:
+        smaller = f" (÷ {reference.size / point.size:.1f})"
     lines = [
         f"<b>{safe(point.label)}</b>",
         f"NDCG@20 {with_spread(point.quality, '.4f')}, {seeds}",
-        f"{point.parameters:,.0f} parameters{smaller}",
+        f"{point.parameters:,.0f} parameters",
+        f"{short(point.size, 'B')}{smaller}",
     ]
-    if (size := point.figure(lambda run: run.bytes)) is not None:
-        lines.append(short(size.mean, "B"))
     if (time := point.figure(lambda run: run.score_ms)) is not None:
         lines.append(f"{time.mean:.2f} ms a user")
     return "<br>".join(lines)

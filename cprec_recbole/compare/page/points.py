@@ -71,6 +71,12 @@ class Point:
         """All parameters."""
         return mean(run.parameters for run in self.runs)
 
+    @cached_property
+    def size(self) -> float:
+        """Bytes of the weights; where a study does not tell them, those of float32."""
+        known = self.figure(lambda run: run.bytes)
+        return 4 * self.parameters if known is None else known.mean
+
 
 @dataclass
 class Cell:

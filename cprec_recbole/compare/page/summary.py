@@ -8,7 +8,7 @@ from statistics import median
 
 from cprec_recbole.compare.page.points import REFERENCE, Cell, Interval, Point, Quantity
 
-SUBJECT = "compressed"
+OURS = ("compressed", "recovered", "recovered-int8")
 Ratio = float | None
 
 
@@ -20,7 +20,7 @@ class Standing:
         contender: its name.
         ratio: the ratio that was aimed at.
         shares: its NDCG@20 by the uncompressed model's, a cell each.
-        smaller: the uncompressed model's parameters by its own, a cell each.
+        smaller: the uncompressed model's size by its own, a cell each.
         slower: its milliseconds to score a user by the uncompressed model's, a cell each.
         groups: shares of the NDCG@20 of each group of items by popularity.
         intervals: of the paired differences, where they are known.
@@ -59,11 +59,11 @@ class Standing:
 
 
 def subject_of(cells: Sequence[Cell]) -> str | None:
-    """Whom the findings are about: `compressed`, or else the contender that was run most often."""
+    """Whom the findings are about: of our own contenders the one that was run most often, of
+    equals the first; or else the one of all."""
     names = [p.contender for cell in cells for p in cell.points if p.contender != REFERENCE]
-    if SUBJECT in names or not names:
-        return SUBJECT if names else None
-    return max(dict.fromkeys(names), key=names.count)
+    ours = [name for name in OURS if name in names]
+    return max(ours or dict.fromkeys(names), key=names.count, default=None)
 
 
 def standings(cells: Sequence[Cell], subject: str | None) -> list[Standing]:
@@ -89,8 +89,8 @@ def _add(standing: Standing, point: Point, cell: Cell) -> None:
         return
     if reference.quality.mean > 0:
         standing.shares.append(point.quality.mean / reference.quality.mean)
-    if point.parameters > 0:
-        standing.smaller.append(reference.parameters / point.parameters)
+    if point.size > 0:
+        standing.smaller.append(reference.size / point.size)
     if (time := _share(point, reference, lambda run: run.score_ms)) is not None:
         standing.slower.append(time)
     for group in dict.fromkeys(name for run in point.runs for name in run.popularity):

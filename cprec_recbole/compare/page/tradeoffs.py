@@ -25,8 +25,8 @@ from cprec_recbole.compare.results import Figure
 
 # what the size axis shows, by the names of the page's picker
 SIZES: dict[str, tuple[Quantity, str, str]] = {
-    "parameters": (lambda run: run.parameters, "parameters", ""),
     "bytes": (lambda run: run.bytes, "size of the weights", "B"),
+    "parameters": (lambda run: run.parameters, "parameters", ""),
 }
 
 

@@ -73,7 +73,7 @@ def _first(own: Sequence[Standing]) -> Standing:
 def kept(standing: Standing) -> str:
     """How much of the uncompressed model's quality a contender has at a ratio."""
     shares, name = standing.shares, standing.contender
-    size = f"with {_range(standing.smaller, '.1f')} times fewer parameters"
+    size = f"{_range(standing.smaller, '.1f')} times smaller"
     start = (
         f"{_at(standing).capitalize()}, {size}, {name}" if standing.ratio else f"{name}, {size},"
     )
@@ -156,18 +156,18 @@ def cell_words(cell: Cell) -> str:
         f"{cell.label}: the uncompressed model has NDCG@20 {with_spread(reference.quality, '.4f')} "
         f"with {reference.parameters:,.0f} parameters."
     )
-    smaller = [point for point in cell.points if 0 < point.parameters < reference.parameters]
+    smaller = [point for point in cell.points if 0 < point.size < reference.size]
     if not smaller:
-        return f"{start} No contender with fewer parameters was run here."
+        return f"{start} No smaller contender was run here."
     best = max(smaller, key=lambda point: point.quality.mean)
-    many = "The one point" if len(smaller) == 1 else f"The best of {len(smaller)} points"
-    text = f"{start} {many} with fewer is {best.label}: {_result(best, reference)}."
+    many = "one smaller point" if len(smaller) == 1 else f"best of {len(smaller)} smaller points"
+    text = f"{start} The {many} is {best.label}: {_result(best, reference)}."
     if len(smaller) == 1:
         return text
     near = [p for p in smaller if p.quality.mean >= 0.95 * reference.quality.mean]
     if not near:
         return f"{text} None reaches 95% of the uncompressed model's."
-    least = min(near, key=lambda point: point.parameters)
+    least = min(near, key=lambda point: point.size)
     if least is best:
         return f"{text} No smaller one reaches 95%."
     return f"{text} The smallest that reaches 95% is {least.label}: {_result(least, reference)}."
@@ -176,10 +176,10 @@ def cell_words(cell: Cell) -> str:
 def _result(point: Point, reference: Point) -> str:
     share = point.quality.mean / reference.quality.mean if reference.quality.mean > 0 else None
     of = "" if share is None else f", {_percent(share)} of it,"
-    times = reference.parameters / point.parameters
+    times = reference.size / point.size
     return (
-        f"{with_spread(point.quality, '.4f')}{of} with {short(point.parameters)} parameters, "
-        f"{times:.1f} times fewer"
+        f"{with_spread(point.quality, '.4f')}{of} in {short(point.size, 'B')}, {times:.1f} times "
+        "smaller"
     )
 
 
