@@ -1,5 +1,6 @@
 """The examples and the published configurations run as they are written, with fewer epochs."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -39,12 +40,24 @@ def test_an_example_runs(script, arguments, printed, tmp_path):
     assert printed in done.stdout
 
 
+def test_a_softmax_put_together_again_is_the_models_own(tmp_path):
+    arguments = ["--models", "GRU4Rec", "--epochs", "1", "--rates", "0.003", "--out", str(tmp_path)]
+    script = str(ROOT / "examples" / "tree.py")
+    subprocess.run([sys.executable, script, *arguments], check=True, capture_output=True)
+    (row,) = [json.loads(line) for line in (tmp_path / "tree.jsonl").read_text().splitlines()]
+    for softmax in ("full", "tree"):
+        again = row["means"][f"blocks of {softmax}, items of {softmax}"]
+        assert again == pytest.approx(row[softmax]["test"], abs=1e-4)
+    assert "| GRU4Rec | ml-100k | 2020 |" in (tmp_path / "tree.md").read_text()
+
+
 def test_every_example_is_run():
     assert {path.name for path in (ROOT / "examples").glob("*.py")} == {
         "quickstart.py",
         "compress_trained.py",
         "compare.py",
         "trained.py",
+        "tree.py",
         "__init__.py",  # so that `python -m examples.serve` finds it; see test_serve.py
     }
 
