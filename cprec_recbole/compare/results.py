@@ -34,7 +34,7 @@ class Run:
             is made of a trained model.
         parameters: parameters by part.
         sharing: what the sharing scheme came to.
-        weight_bytes: bytes of the saved weights.
+        weight_bytes: bytes of the saved `state_dict`; 0 for int8, which is kept in a folder.
         checkpoint_bytes: bytes of RecBole's checkpoint, which holds the optimizer's state too; 0
             where there is none.
         score_ms: median milliseconds to score the catalogue for one user.
@@ -138,7 +138,7 @@ COSTS: tuple[Row, ...] = (
     Row("parameters: softmax", lambda run: run.parameters["softmax"], ",.0f"),
     Row("parameters", lambda run: run.parameters["total"], ",.0f"),
     Row("bytes to score", lambda run: run.served_bytes or math.nan, ",.0f"),
-    Row("saved weights (bytes)", lambda run: run.weight_bytes, ",.0f"),
+    Row("saved weights (bytes)", lambda run: run.weight_bytes or math.nan, ",.0f"),
     Row("RecBole checkpoint (bytes)", lambda run: run.checkpoint_bytes or math.nan, ",.0f"),
     Row("seconds an epoch", lambda run: median(run.epoch_seconds or [math.nan]), ".2f"),
     Row("epochs to the best", lambda run: run.best_epoch, ".1f"),
