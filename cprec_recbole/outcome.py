@@ -16,7 +16,7 @@ class Choice:
         parameters: of the model that they make; bytes of its weights where `unit` says so.
         limit: the most that the budget allows.
         reasons: a sentence for each choice.
-        unit: what both are counted in: `parameters`, or `bytes` for rows in int8.
+        unit: what both are counted in: `parameters`, or `bytes` with int8.
     """
 
     compression: CompressionConfig

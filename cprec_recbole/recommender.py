@@ -180,7 +180,7 @@ class CompressedRecommender(Servable, SequentialRecommender):
         """Training loss of a batch, `[]`: every position of a window, or the last of a prefix.
 
         Raises:
-            CompressionError: rows in int8, which cannot be trained.
+            CompressionError: a model in int8, which cannot be trained.
         """
         if self.table.is_int8:
             raise not_trained()

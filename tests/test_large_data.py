@@ -154,7 +154,8 @@ def test_a_plain_file_is_not_read_by_recbole(folder):
     write(folder, HEADER + "u\ti\t1\nu\tj\t2\n")
     config = folder.config("CpSASRec")
     with mock.patch.object(Dataset, "_load_feat", side_effect=AssertionError):
-        PositionsDataset(config)
+        dataset = PositionsDataset(config)
+    assert (dataset.user_num, dataset.item_num) == (2, 3)  # padding counted
 
 
 MORE = {
