@@ -18,13 +18,15 @@ from cprec_recbole.partition import PADDING
 from cprec_recbole.recommender import CompressedRecommender
 from cprec_recbole.records import find_backbone
 from cprec_recbole.sharing import sharing_plan, sharing_sets
+from cprec_recbole.spectra import PARAMETERS, Cost, Unit
 
 BYTES_PER_FLOAT = 4
 
 
 @dataclass(frozen=True)
 class PartSizes:
-    """Parameters of each part; what several places use is counted once, where it is first used.
+    """Parameters of each part, or what they cost in another unit; what several places use is
+    counted once, where it is first used.
 
     Attributes:
         table: the item table, which a tied softmax reads too.
@@ -38,7 +40,7 @@ class PartSizes:
 
     @property
     def total(self) -> int:
-        """All parameters."""
+        """All parts."""
         return self.table + self.layers + self.softmax
 
     def as_dict(self) -> dict[str, int]:
@@ -96,7 +98,7 @@ class Estimate:
     """What one choice of options would cost, without building its table.
 
     Attributes:
-        sizes: parameters by part.
+        sizes: by part, in the unit that was asked for.
         plan: ranks and cutoffs.
         score_flops: floating point operations to score the whole catalogue for one user, one
             multiplication and one addition counted as two; the layers are not included.
@@ -113,7 +115,12 @@ class Estimate:
 
 
 def estimate(
-    record: Backbone, host: Any, compression: CompressionConfig, n_items: int, dim: int
+    record: Backbone,
+    host: Any,
+    compression: CompressionConfig,
+    n_items: int,
+    dim: int,
+    unit: Unit = PARAMETERS,
 ) -> Estimate:
     """Count what a compression of a model would leave; exact, and as cheap for any catalogue.
 
@@ -123,13 +130,15 @@ def estimate(
         compression: the options.
         n_items: items of the catalogue, padding included.
         dim: size of an item vector.
+        unit: what is counted.
     """
     plan = compression.plan(dim, n_items)
-    in_layers = _count(layer_parameters(record, host, compression.sharing))
-    clusters = (len(plan.ranks) - 1) * dim if compression.softmax == "tree" else 0
-    softmax = clusters + (0 if compression.tied else plan.n_parameters)
-    sizes = PartSizes(plan.n_parameters, in_layers, softmax)
-    return Estimate(sizes, plan, 2 * (plan.n_parameters + clusters))
+    left = layer_parameters(record, host, compression.sharing)
+    n_clusters = len(plan.ranks) - 1 if compression.softmax == "tree" else 0
+    table = Cost(copies=1, cluster=0, unit=unit).of(plan)
+    softmax = int(unit.matrix(n_clusters, dim)) + (0 if compression.tied else table)
+    sizes = PartSizes(table, sum(unit.parameter(p) for p in left), softmax)
+    return Estimate(sizes, plan, 2 * (plan.n_parameters + n_clusters * dim))
 
 
 def layer_parameters(record: Backbone, host: Any, sharing: str) -> list[Tensor]:

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from recbole.utils import get_model, init_seed
+from recbole.utils import init_seed
 from torch import Tensor
 
 from cprec_recbole.compare.fitting import Data, fit
@@ -60,8 +60,8 @@ def trained(
         logging.getLogger("recbole").setLevel(logging.ERROR)
         data = Data.of(config)
         init_seed(seed, True)
-        model = get_model(config["model"])(config, data.train._dataset)
-        fitted = fit(config, model, data, lambda epoch, score: None)
+        fitted = fit(config, data, lambda epoch, score: None)
+        model = fitted.model
         valid = fitted.valid[f"ndcg@{K}"]
         said = {"rate": rate, "epochs": fitted.best_epoch, "valid": valid}
         said |= {"test": fitted.test[f"ndcg@{K}"], "ranks": model.table.ranks}

@@ -11,17 +11,17 @@ import torch
 from recbole.config import Config
 from recbole.data import create_dataset
 from recbole.data.interaction import Interaction
-from recbole.utils import get_model, init_seed
+from recbole.utils import init_seed
 
 from cprec_recbole.compare.controls import Control, DerivedControl, Setting, Trained, TrainedControl
 from cprec_recbole.compare.fitting import Data, fit, saved_bytes, score_times
 from cprec_recbole.compare.results import Comparison, Run, environment
-from cprec_recbole.compare.sizes import numbers, served_bytes
+from cprec_recbole.compare.sizes import served_bytes
 from cprec_recbole.config import CompressionConfig, CompressionError, reject_unknown
 from cprec_recbole.evaluation import check_valid_metric, evaluate
 from cprec_recbole.host import known_options, recbole_config, whole_number
 from cprec_recbole.recommender import CompressedRecommender, compression_of
-from cprec_recbole.report import shared_layers
+from cprec_recbole.report import part_sizes, shared_layers
 
 SETTINGS = Path(__file__).with_name("settings.yaml")
 UNCOMPRESSED, COMPRESSED = "uncompressed", "compressed"
@@ -192,12 +192,8 @@ class Experiment:
         seed = int(config["seed"])
         data = Data.of(config)
         init_seed(seed, config["reproducibility"])
-        if isinstance(column.control, TrainedControl):
-            model: torch.nn.Module = column.control.build(config, data.train._dataset)
-        else:
-            model = get_model(config["model"])(config, data.train._dataset)
-        model = model.to(config["device"])
-        fitted = fit(config, model, data, lambda *epoch: on_epoch(column.name, seed, *epoch))
+        control = column.control if isinstance(column.control, TrainedControl) else None
+        fitted = fit(config, data, lambda *epoch: on_epoch(column.name, seed, *epoch), control)
         run = Run(
             contender=column.name,
             seed=seed,
@@ -207,7 +203,7 @@ class Experiment:
             best_epoch=fitted.best_epoch,
             epoch_seconds=fitted.epoch_seconds,
             checkpoint_bytes=fitted.checkpoint_bytes,
-            **_described(model),
+            **_described(fitted.model),
         )
         users = next(iter(data.test))[0]
         described = {
@@ -217,7 +213,7 @@ class Experiment:
             "test_cases": len(data.test._dataset),
             "evaluation": config["eval_args"],
         }
-        return run, model, users, described
+        return run, fitted.model, users, described
 
     def _derive(
         self, column: Contender, config: Config, first: Run, original: torch.nn.Module
@@ -249,7 +245,7 @@ def _described(model: torch.nn.Module) -> dict[str, Any]:
     # layers are in int8 in a folder, and nowhere else
     in_folder = isinstance(model, CompressedRecommender) and model.table.is_int8
     return {
-        "parameters": numbers(model),
+        "parameters": part_sizes(model).as_dict(),
         "served_bytes": served_bytes(model),
         "sharing": shared_layers(model) if isinstance(model, CompressedRecommender) else "none",
         "weight_bytes": 0 if in_folder else saved_bytes(model.state_dict()),

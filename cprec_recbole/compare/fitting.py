@@ -6,7 +6,7 @@ import io
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -15,8 +15,10 @@ import torch
 from recbole.config import Config
 from recbole.data import create_dataset, data_preparation
 from recbole.data.interaction import Interaction
-from recbole.utils import init_seed
+from recbole.utils import get_model, init_seed
 
+from cprec_recbole.compare.controls import TrainedControl
+from cprec_recbole.evaluation import evaluate
 from cprec_recbole.host import working_directory
 from cprec_recbole.trainer import CompressedTrainer
 
@@ -43,17 +45,19 @@ class Data:
 
 @dataclass(frozen=True)
 class Fitted:
-    """What a training came to; the model has its best epoch's weights.
+    """What a training came to.
 
     Attributes:
+        model: the model with its best epoch's weights, or what its control made of that.
         valid: metrics on the validation set at the best epoch.
         test: metrics on the test set.
         valid_curve: the validation metric after each evaluation.
         best_epoch: the epoch whose weights were kept, counted from 1.
         epoch_seconds: seconds of each training epoch, evaluation not included.
-        checkpoint_bytes: bytes of RecBole's checkpoint.
+        checkpoint_bytes: bytes of RecBole's checkpoint; 0 where that is another model.
     """
 
+    model: torch.nn.Module
     valid: dict[str, float]
     test: dict[str, float]
     valid_curve: list[float]
@@ -63,16 +67,24 @@ class Fitted:
 
 
 def fit(
-    config: Config, model: torch.nn.Module, data: Data, on_epoch: Callable[[int, float], None]
+    config: Config,
+    data: Data,
+    on_epoch: Callable[[int, float], None],
+    control: TrainedControl | None = None,
 ) -> Fitted:
-    """Train a model and test it.
+    """Build a model, train it and test it.
 
     Args:
         config: RecBole's.
-        model: a fresh model; it is changed.
         data: made for that config.
         on_epoch: called after each evaluation with epoch and validation score.
+        control: what builds and finishes the model; None: RecBole builds it.
     """
+    if control is None:
+        model = get_model(config["model"])(config, data.train._dataset)
+    else:
+        model = control.build(config, data.train._dataset)
+    model = model.to(config["device"])
     with tempfile.TemporaryDirectory() as folder:
         config["checkpoint_dir"] = folder
         with working_directory(folder):  # RecBole's trainer logs into the current folder
@@ -85,7 +97,8 @@ def fit(
         )
         test = trainer.evaluate(data.test)  # with the best epoch's weights, which it loads
         checkpoint_bytes = os.path.getsize(trainer.saved_model_file)
-    return Fitted(
+    found = Fitted(
+        model=model,
         valid=_plain(trainer.best_valid_result),
         test=_plain(test),
         valid_curve=trainer.valid_scores,
@@ -93,6 +106,11 @@ def fit(
         epoch_seconds=trainer.epoch_seconds,
         checkpoint_bytes=checkpoint_bytes,
     )
+    finished = model if control is None else control.finished(model)
+    if finished is model:
+        return found
+    valid, test = evaluate(finished, data.valid), evaluate(finished, data.test)
+    return replace(found, model=finished, valid=valid, test=test, checkpoint_bytes=0)
 
 
 class _MeasuredTrainer(CompressedTrainer):

@@ -23,7 +23,7 @@ from cprec_recbole.compare.controls.control import (
     TrainedControl,
 )
 from cprec_recbole.compare.controls.hashing import Hashing
-from cprec_recbole.compare.controls.int8 import Int8
+from cprec_recbole.compare.controls.int8 import Int8, NarrowerInt8
 from cprec_recbole.compare.controls.recjpq import RecJPQRandom, RecJPQSVD
 from cprec_recbole.compare.controls.recovered import Recovered, RecoveredInt8
 from cprec_recbole.compare.controls.setting import Setting
@@ -49,6 +49,7 @@ CONTROLS: dict[str, Control] = {
         UniformSVD(),
         UniformSVDRecovered(),
         Int8(),
+        NarrowerInt8(),
         Hashing(),
     )
 }

@@ -8,15 +8,21 @@ from typing import Any, ClassVar
 from cprec_recbole.compare.controls.control import TrainedControl
 from cprec_recbole.compare.controls.setting import Setting
 from cprec_recbole.config import CompressionConfig, CompressionError
+from cprec_recbole.spectra import PARAMETERS, Unit
 
 _WIDTHS = ("embedding_size", "hidden_size", "inner_size")  # RecBole's names of a model's widths
 
 
 class Narrower(TrainedControl):
     """An uncompressed model with fewer dimensions, all its widths in proportion: the largest with
-    no more parameters than the compressed one, or the smallest there is."""
+    no more parameters than the compressed one, or the smallest there is.
+
+    Attributes:
+        unit: what both are measured in; the compressed one is in float.
+    """
 
     by_size = True
+    unit: ClassVar[Unit] = PARAMETERS
     name = "narrower"
     words = "an uncompressed model with fewer dimensions, about as many parameters"
 
@@ -29,17 +35,18 @@ class Narrower(TrainedControl):
                 f"Expected `{setting.record.size_option}` to be above {step} for a narrower model, "
                 f"but got {setting.dim}."
             )
+        limit = self.unit.other * setting.limit
         low, high = 0, len(sizes)  # sizes[low] fits, or is the smallest; sizes[high] does not
         while high - low > 1:
             middle = (low + high) // 2
-            total = setting.sizes(self._of_width(setting, sizes[middle])).total
-            low, high = (middle, high) if total <= setting.limit else (low, middle)
+            total = setting.sizes(self._of_width(setting, sizes[middle]), self.unit).total
+            low, high = (middle, high) if total <= limit else (low, middle)
         found = self._of_width(setting, sizes[low])
-        total = setting.sizes(found).total
-        if setting.refused_size is not None and total > setting.limit:
+        total = setting.sizes(found, self.unit).total
+        if setting.refused_size is not None and total > limit:
             raise CompressionError(
-                f"Expected a budget of {total:,} parameters or more, which is the narrowest model, "
-                f"but got {setting.limit:,}."
+                f"Expected a budget of {total:,} {self.unit.name} or more, which is the narrowest "
+                f"model, but got {limit:,}."
             )
         return found
 
@@ -137,3 +144,9 @@ def one_rank(setting: Setting) -> CompressionConfig:
         if copies * table + layers <= setting.compressed.total:
             return options
     return plain
+
+
+def chosen(options: dict[str, Any]) -> CompressionConfig:
+    """The compression options among a contender's."""
+    names = CompressionConfig.option_names()
+    return CompressionConfig(**{name: options[name] for name in names if name in options})

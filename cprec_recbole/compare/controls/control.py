@@ -52,6 +52,17 @@ class TrainedControl(Control):
         """
         return get_model(config["model"])(config, dataset)
 
+    def finished(self, model: CompressedRecommender) -> CompressedRecommender:
+        """What is measured of the trained model: itself, or what is made of it, itself left as it
+        was."""
+        return model
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is a Cp model of its options and nothing else."""
+        own, base = type(self), TrainedControl
+        return own.build is base.build and own.finished is base.finished
+
 
 @dataclass(frozen=True)
 class Trained:

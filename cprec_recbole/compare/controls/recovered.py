@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from cprec_recbole.compare.controls.choices import chosen
 from cprec_recbole.compare.controls.control import Derived, DerivedControl, Trained
 from cprec_recbole.compare.controls.setting import Setting
 from cprec_recbole.compress import compress
-from cprec_recbole.config import CompressionConfig
 from cprec_recbole.original import Original
 from cprec_recbole.recover import LEARNING_RATE, recover
 from cprec_recbole.report import estimate
@@ -74,9 +74,3 @@ def recovered(start: Derived, trained: Trained) -> Derived:
         learning_rate=LEARNING_RATE if rate is None else rate,
     )
     return Derived(start.model, found)
-
-
-def chosen(options: dict[str, Any]) -> CompressionConfig:
-    """The compression options among a contender's."""
-    names = CompressionConfig.option_names()
-    return CompressionConfig(**{name: options[name] for name in names if name in options})

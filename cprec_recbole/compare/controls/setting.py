@@ -12,6 +12,7 @@ from cprec_recbole.backbones import Backbone, build_host
 from cprec_recbole.config import CompressionConfig
 from cprec_recbole.recommender import compression_of
 from cprec_recbole.report import PartSizes, estimate
+from cprec_recbole.spectra import PARAMETERS, Unit
 
 
 @dataclass(frozen=True)
@@ -72,17 +73,19 @@ class Setting:
         """The compressed contender's shared layers under an uncompressed, tied table."""
         return replace(self.uncompressed, sharing=self.compression.sharing)
 
-    def sizes(self, options: dict[str, Any]) -> PartSizes:
-        """Parameters by part of a Cp model with other options, without building its table.
+    def sizes(self, options: dict[str, Any], unit: Unit = PARAMETERS) -> PartSizes:
+        """What a Cp model with other options costs by part, without building its table.
 
         Args:
             options: RecBole options that win over those of the config.
+            unit: what is counted.
         """
         config = _Changed(self.config, options)
         with torch.random.fork_rng(devices=[]):
             host = build_host(self.record, config, self.dataset)
         dim = int(config[self.record.size_option])
-        return estimate(self.record, host, compression_of(config), self.n_items, dim).sizes
+        compression = compression_of(config)
+        return estimate(self.record, host, compression, self.n_items, dim, unit).sizes
 
 
 class _Changed:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from cprec_recbole.compare.controls.choices import one_rank
+from cprec_recbole.compare.controls.choices import chosen, one_rank
 from cprec_recbole.compare.controls.control import Derived, DerivedControl, Trained
-from cprec_recbole.compare.controls.recovered import chosen, recovered
+from cprec_recbole.compare.controls.recovered import recovered
 from cprec_recbole.compare.controls.setting import Setting
 from cprec_recbole.compress import compress
 

@@ -54,11 +54,6 @@ class ItemTable(nn.Module, ABC):
         """Bytes that scoring needs beside the parameters."""
         return 0
 
-    @property
-    def extra_numbers(self) -> int:
-        """Values of item vectors that are no parameters."""
-        return 0
-
     @abstractmethod
     def vectors(self, items: Tensor) -> Tensor:
         """Vectors of item ids, `[...] -> [..., d]`; that of padding is not looked at."""
@@ -144,13 +139,7 @@ class FlatSoftmax(FullSoftmax):
 
 
 class TableRecommender(CompressedRecommender):
-    """A Cp model whose table is an ItemTable: the base of those that `on_table` makes.
-
-    Attributes:
-        n_bytes: bytes that scoring needs, where they are not those of parameters and table.
-    """
-
-    n_bytes: int | None = None
+    """A Cp model whose table is an ItemTable: the base of those that `on_table` makes."""
 
     def assemble(self, host: Any, table: Any, tail: Any = Block, first: Any = Block) -> None:
         """Put the parts together: table into host, layers shared, a flat softmax on top."""
@@ -207,16 +196,6 @@ def on_table(config: Any, dataset: Any, table: ItemTable) -> TableRecommender:
     model.train_item_counts = item_counts(dataset)
     model.item_tokens = dataset.field2id_token[dataset.iid_field]
     return cast(TableRecommender, model.to(config["device"]))
-
-
-def with_table(model: CompressedRecommender, host: Any, table: ItemTable) -> TableRecommender:
-    """A model like another one, around a copy of its host and on another kind of table."""
-    model_class = next(c for m, c in _CLASSES.items() if m.record is model.record)
-    made = model_class.from_host(host, cast(BlockEmbedding, table), model.compression)
-    made.reads_last_column = model.reads_last_column
-    made.train_item_counts = model.train_item_counts
-    made.item_tokens = model.item_tokens
-    return cast(TableRecommender, made)
 
 
 def _best(scores: Tensor, k: int) -> TopK:

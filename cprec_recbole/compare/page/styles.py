@@ -38,6 +38,7 @@ KNOWN: Styles = {
     "blocks-only": Style(GREEN, "triangle-up", "solid"),
     "sharing-only": Style(GREEN, "triangle-up-open", "dash"),
     "narrower": Style(ORANGE, "diamond", "solid"),
+    "narrower-int8": Style(ORANGE, "cross", "dot"),
     "one-rank": Style(ORANGE, "diamond-open", "dash"),
     "recjpq-svd": Style(PURPLE, "triangle-down", "solid"),
     "recjpq-random": Style(PURPLE, "triangle-down-open", "dash"),

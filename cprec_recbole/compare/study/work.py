@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 from recbole.utils import get_model, init_seed
 from safetensors.torch import load_model, save_model
@@ -23,7 +23,7 @@ from cprec_recbole.compare.controls.recovered import Recovered, RecoveredInt8
 from cprec_recbole.compare.experiment import SETTINGS, check_measurable
 from cprec_recbole.compare.fitting import Data, fit, score_times
 from cprec_recbole.compare.results import environment
-from cprec_recbole.compare.sizes import numbers, served_bytes
+from cprec_recbole.compare.sizes import served_bytes
 from cprec_recbole.compare.study.recipes import (
     MODEL,
     QUALITY,
@@ -50,6 +50,7 @@ from cprec_recbole.evaluation import evaluate
 from cprec_recbole.files import write_whole
 from cprec_recbole.host import known_options, recbole_config
 from cprec_recbole.recommender import CompressedRecommender, compression_of
+from cprec_recbole.report import part_sizes
 from cprec_recbole.sequences import item_counts
 
 OnEpoch = Callable[[int, float], None]  # epoch from 0, validation score
@@ -124,7 +125,7 @@ class _Bench:
                     if name not in CONTROLS or not CONTROLS[name].by_size:
                         raise CompressionError(choice)
                     choice = CompressionConfig(**self.spec.compression)
-                    refused_size = int(numbers(fresh)["total"] / work.ratio)
+                    refused_size = int(part_sizes(fresh).total / work.ratio)
                 compression = replace(
                     choice, training=known.training, loss_memory=known.loss_memory
                 )
@@ -156,8 +157,8 @@ class _Bench:
             "seed": work.seed,
             "options": work.recipe.options,
             "learning_rate": work.rate,
-            "parameters": {k: v for k, v in numbers(model).items() if k != "total"},
-            "total_parameters": numbers(model)["total"],
+            "parameters": asdict(part_sizes(model)),
+            "total_parameters": part_sizes(model).total,
             "bytes": served_bytes(model),
             **record,
             "score_ms": score_times([model], [users])[0],
@@ -175,13 +176,9 @@ class _Bench:
         self, work: Trial, config: Any, data: Data, on_epoch: OnEpoch
     ) -> tuple[CompressedRecommender, dict[str, Any]]:
         control = CONTROLS.get(work.recipe.kind)
-        if isinstance(control, TrainedControl):
-            model = control.build(config, data.train._dataset)
-        else:
-            model = get_model(config["model"])(config, data.train._dataset)
-        model = model.to(config["device"])
-        fitted = fit(config, model, data, on_epoch)
-        return model, {
+        trained = control if isinstance(control, TrainedControl) else None
+        fitted = fit(config, data, on_epoch, trained)
+        return cast(CompressedRecommender, fitted.model), {
             "valid": fitted.valid,
             "test": fitted.test,
             "valid_curve": fitted.valid_curve,
@@ -244,7 +241,7 @@ def _recipe(name: str, setting: Setting, ratio: float, base: dict[str, Any]) -> 
         return {"kind": MODEL, "options": own_options(setting.compression)}
     if not control.differs(setting):
         return {"same": COMPRESSED}
-    plain = isinstance(control, TrainedControl) and type(control).build is TrainedControl.build
+    plain = isinstance(control, TrainedControl) and control.is_plain
     found = control.options(setting)
     options = {k: v for k, v in found.items() if k not in SHARED_OPTIONS}
     return {"kind": MODEL if plain else name, "options": options}
