@@ -255,6 +255,9 @@ def test_sizes_are_what_was_planned(world, stage, host_name, control):
         assert part_sizes(model).total <= limit
     elif control.name in ("blocks-only", "sharing-only", "untied"):
         assert part_sizes(model).total > limit
+    elif control.name == "uncompressed-recovered":
+        assert part_sizes(model) == setting.sizes(setting.uncompressed.as_dict())
+        return
     elif control.name == "recovered":
         assert part_sizes(model) == setting.compressed
     elif control.name in ("full", "tied"):  # which is what the compressed model is
@@ -309,7 +312,9 @@ def test_int8_is_near_the_trained_model_and_leaves_it_alone(world, stage, host_n
     assert all(torch.equal(before[n], t) for n, t in trained.model.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["recovered", "recovered-int8", "uniform-svd-recovered"])
+@pytest.mark.parametrize(
+    "name", ["recovered", "recovered-int8", "uncompressed-recovered", "uniform-svd-recovered"]
+)
 def test_a_recovery_takes_a_quarter_of_the_epochs(stage, name):
     setting, trained = stage["SASRec"]
     control = CONTROLS[name]

@@ -25,7 +25,11 @@ from cprec_recbole.compare.controls.control import (
 from cprec_recbole.compare.controls.hashing import Hashing
 from cprec_recbole.compare.controls.int8 import Int8, NarrowerInt8
 from cprec_recbole.compare.controls.recjpq import RecJPQRandom, RecJPQSVD
-from cprec_recbole.compare.controls.recovered import Recovered, RecoveredInt8
+from cprec_recbole.compare.controls.recovered import (
+    Recovered,
+    RecoveredInt8,
+    UncompressedRecovered,
+)
 from cprec_recbole.compare.controls.setting import Setting
 from cprec_recbole.compare.controls.svd import UniformSVD, UniformSVDRecovered
 from cprec_recbole.config import CompressionError
@@ -36,6 +40,7 @@ CONTROLS: dict[str, Control] = {
     for control in (
         Recovered(),
         RecoveredInt8(),
+        UncompressedRecovered(),
         Narrower(),
         RecJPQRandom(),
         OneRank(),

@@ -60,6 +60,24 @@ class RecoveredInt8(Recovered):
         return recovered(Derived(small), trained)
 
 
+class UncompressedRecovered(DerivedControl):
+    """The original itself after a recovery of the same length: what of a recovered model's quality
+    is the recovery's doing."""
+
+    name = "uncompressed-recovered"
+    words = "the trained uncompressed model, not compressed, then recover() likewise"
+    searches_rate: ClassVar = True
+
+    def options(self, setting: Setting) -> dict[str, Any]:
+        """See Control.options."""
+        return setting.uncompressed.as_dict()
+
+    def derive(self, trained: Trained, options: dict[str, Any]) -> Derived:
+        """See DerivedControl.derive."""
+        same = compress(trained.model, chosen(options), data=trained.train, verbose=False)
+        return recovered(Derived(same), trained)
+
+
 def recovered(start: Derived, trained: Trained) -> Derived:
     """A model that was made of a trained one, after a recovery."""
     rate = trained.learning_rate

@@ -33,6 +33,7 @@ KNOWN: Styles = {
     "compressed": Style(VERMILLION, "circle", "solid"),
     "recovered": Style(VERMILLION, "circle-open", "dash"),
     "recovered-int8": Style(VERMILLION, "cross", "dot"),
+    "uncompressed-recovered": Style(INK, "star-open", "dash"),
     "tree": Style(BLUE, "square", "solid"),
     "untied": Style(BLUE, "square-open", "dash"),
     "blocks-only": Style(GREEN, "triangle-up", "solid"),

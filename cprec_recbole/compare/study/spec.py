@@ -22,7 +22,8 @@ from cprec_recbole.host import read_options
 from cprec_recbole.records import BACKBONES
 
 UNCOMPRESSED, COMPRESSED = "uncompressed", "compressed"
-WITHOUT_RATIO = (UNCOMPRESSED, "int8")  # what they are does not depend on a ratio
+# what they are does not depend on a ratio
+WITHOUT_RATIO = (UNCOMPRESSED, "int8", "uncompressed-recovered")
 _KEYS = (
     *("datasets", "models", "ratios", "seeds", "contenders", "sharing", "settings"),
     *("compression", "learning_rates", "options"),
