@@ -2,6 +2,7 @@
 
 import copy
 import io
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -275,6 +276,32 @@ def test_sizes_are_what_was_planned(world, stage, host_name, control):
         return
     if control.name != "narrower":
         assert setting.sizes({**options, "ranks": None}).layers == part_sizes(model).layers
+
+
+def test_one_rank_beside_one_block_is_the_same_model(world):
+    """The budget may make one block, and say so with a cutoff at the end of the catalogue."""
+    for cutoffs, softmax, differs in (
+        ((), "full", False),
+        ((41,), "full", False),
+        ((), "tree", True),
+        ((20, 41), "full", True),
+    ):
+        ranks = (3,) * max(1, len(cutoffs))
+        compression = CompressionConfig(ranks, cutoffs, softmax=softmax)
+        config = world.config("CpGRU4Rec", **compression.as_dict())
+        setting = Setting(config, create_dataset(config), compression)
+        assert CONTROLS["one-rank"].differs(setting) == differs
+
+
+def test_recjpq_shares_no_layers_where_it_has_room(world):
+    data = SimpleNamespace(iid_field="item_id", item_num=2000, num=lambda field: 2000)
+    # 16 codes of 2,000 items and 4,096 floats of centroids: 48,384 bytes, as rank 6 takes
+    for rank, sharing in ((6, "cross_layer"), (12, "none")):
+        compression = CompressionConfig((rank,), (), "cross_layer")
+        config = world.config("CpSASRec", **compression.as_dict())
+        setting = Setting(config, data, compression)
+        options = CONTROLS["recjpq-random"].options(setting)
+        assert (options["recjpq_codes"], options["sharing"]) == (16, sharing)
 
 
 def test_bytes_are_counted_to_the_last(world, stage):

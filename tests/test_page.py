@@ -88,7 +88,7 @@ def test_the_main_finding_is_computed_from_the_runs(tmp_path):
     assert "has 100.0% of the uncompressed model's NDCG@20" in text
     assert "the median of 2 comparisons, from 90.0% to 110.0%" in text
     assert "It is not below the uncompressed model in 1 of 2." in text
-    assert "the higher NDCG@20 against narrower in 1 of 2" in text
+    assert "the higher NDCG@20 against narrower in 1 of 2." in text
 
 
 def test_a_worse_compressed_model_is_said_to_be_worse(tmp_path):
@@ -306,6 +306,8 @@ def test_intervals_are_what_the_function_makes_of_the_same_users(tmp_path):
         "the interval of the paired difference over users includes or exceeds zero in 1 of 1"
         in text
     )
+    # narrower is above compressed in lastfm, by one measure; its users say the contrary
+    assert "against narrower in 0 of 1 (beyond chance in 1, below beyond chance in 0)." in text
 
 
 def test_users_that_do_not_match_are_refused_by_file(tmp_path):
@@ -451,7 +453,7 @@ def cells_of(*names):
     ],
 )  # fmt: skip
 def test_findings_are_about_what_of_ours_was_run_most_often(names, subject):
-    assert subject_of(cells_of(*names)) == subject
+    assert subject_of(point.contender for c in cells_of(*names) for point in c.points) == subject
 
 
 def test_sizes_are_bytes_where_they_are_known():

@@ -137,7 +137,7 @@ COSTS: tuple[Row, ...] = (
     Row("parameters: layers", lambda run: run.parameters["layers"], ",.0f"),
     Row("parameters: softmax", lambda run: run.parameters["softmax"], ",.0f"),
     Row("parameters", lambda run: run.parameters["total"], ",.0f"),
-    Row("bytes to score", lambda run: run.served_bytes or math.nan, ",.0f"),
+    Row("bytes of weights", lambda run: run.served_bytes or math.nan, ",.0f"),
     Row("saved weights (bytes)", lambda run: run.weight_bytes or math.nan, ",.0f"),
     Row("RecBole checkpoint (bytes)", lambda run: run.checkpoint_bytes or math.nan, ",.0f"),
     Row("seconds an epoch", lambda run: median(run.epoch_seconds or [math.nan]), ".2f"),

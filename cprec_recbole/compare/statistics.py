@@ -1,4 +1,4 @@
-"""Is one contender as good as another? Paired differences over users, with bootstrap intervals."""
+"""Is one contender better than another? Paired differences over users, with bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """`better` where the interval is above zero, `worse` where it is below it, else `as good`:
-        nothing was shown either way."""
+        """`better` where the interval is above zero, `worse` where it is below it, else `not told
+        apart`: the interval says how large a difference may still be."""
         if self.low > 0:
             return "better"
-        return "worse" if self.high < 0 else "as good"
+        return "worse" if self.high < 0 else "not told apart"
 
     @property
     def is_as_good(self) -> bool:

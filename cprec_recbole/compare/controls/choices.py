@@ -67,6 +67,12 @@ class OneRank(TrainedControl):
         """See Control.options."""
         return one_rank(setting).as_dict()
 
+    def differs(self, setting: Setting) -> bool:
+        """See Control.differs; the compressed one may have one block itself."""
+        own, other = one_rank(setting), setting.compression
+        plans = [options.plan(setting.dim, setting.n_items) for options in (own, other)]
+        return plans[0] != plans[1] or own.softmax != other.softmax
+
 
 class Choice(TrainedControl):
     """The compressed model with one option changed."""

@@ -66,13 +66,18 @@ class CodedTable(ItemTable):
 
 
 class RecJPQ(TrainedControl):
-    """RecJPQ with at most the bytes of the compressed model, where that is possible."""
+    """RecJPQ with at most the bytes of the compressed model, where that is possible: as many codes
+    as fit beside shared layers, and layers of their own where those fit too."""
 
     def options(self, setting: Setting) -> dict[str, Any]:
         """See Control.options."""
         limit = BYTES_PER_FLOAT * setting.table_limit
         codes = most_codes(setting.n_items, setting.dim, limit)
-        return {**setting.layers_alone.as_dict(), OPTION: codes}
+        whole = setting.uncompressed.as_dict()
+        more = setting.sizes(whole).layers - setting.compressed.layers
+        table = table_bytes(setting.n_items, setting.dim, codes)
+        fits = table + BYTES_PER_FLOAT * more <= limit
+        return {**(whole if fits else setting.layers_alone.as_dict()), OPTION: codes}
 
     def build(self, config: Any, dataset: Any) -> TableRecommender:
         """See TrainedControl.build."""
@@ -117,9 +122,13 @@ def most_codes(n_items: int, dim: int, limit: int) -> int:
     """
     divisors = [m for m in range(min(dim, MOST_CODES), 0, -1) if dim % m == 0]
     possible = [m for m in divisors if m >= FEWEST_CODES] or divisors
-    room = limit - BYTES_PER_FLOAT * CENTROIDS * dim
     usual = min(possible, key=lambda m: abs(m - USUAL_CODES))
-    return next((m for m in possible if m * n_items <= room), usual)
+    return next((m for m in possible if table_bytes(n_items, dim, m) <= limit), usual)
+
+
+def table_bytes(n_items: int, dim: int, m: int) -> int:
+    """Bytes of a table of m codes an item and its centroids."""
+    return m * n_items + BYTES_PER_FLOAT * CENTROIDS * dim
 
 
 def svd_codes(matrix: csr_matrix, m: int, generator: np.random.Generator) -> np.ndarray:

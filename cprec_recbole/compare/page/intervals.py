@@ -16,8 +16,9 @@ from cprec_recbole.config import CompressionError
 PairedInterval = Callable[[Sequence[np.ndarray], Sequence[np.ndarray]], Interval]
 
 
-def add_intervals(cells: Iterable[Cell], paired: PairedInterval) -> None:
-    """Give each point the interval of its difference to the uncompressed model of its cell.
+def add_intervals(cells: Iterable[Cell], paired: PairedInterval, subject: str | None) -> None:
+    """Give each point the intervals of its differences to the uncompressed model of its cell and,
+    at the same ratio, to the subject of the findings.
 
     Points are left without where a run has no `<key>.npy` beside it or no seed is common.
 
@@ -28,6 +29,9 @@ def add_intervals(cells: Iterable[Cell], paired: PairedInterval) -> None:
         for point in cell.points:
             if cell.reference is not None and point is not cell.reference:
                 point.interval = _interval(point, cell.reference, paired)
+            rival = None if subject is None else cell.find(subject, point.ratio)
+            if rival is not None and rival.contender != point.contender:
+                point.to_subject = _interval(point, rival, paired)
 
 
 def _interval(point: Point, reference: Point, paired: PairedInterval) -> Interval | None:
@@ -68,6 +72,6 @@ def _users_file(run: StudyRun) -> Path:
 def _check_pair(own: np.ndarray, other: np.ndarray, run: StudyRun) -> None:
     if own.shape != other.shape:
         raise CompressionError(
-            f"Expected {_users_file(run)} to hold {len(other)} test users, as for the uncompressed "
-            f"model, but got {len(own)}; repeat the run."
+            f"Expected {_users_file(run)} to hold {len(other)} test users, as for the other "
+            f"contenders, but got {len(own)}; repeat the run."
         )

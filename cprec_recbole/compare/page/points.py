@@ -43,7 +43,8 @@ class Point:
     ratio: float | None
     runs: list[StudyRun]
     remark: str = ""
-    interval: Interval | None = None
+    interval: Interval | None = None  # of the difference to the uncompressed model
+    to_subject: Interval | None = None  # and to the subject of the findings at the same ratio
 
     @property
     def label(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -26,6 +26,8 @@ class Standing:
         intervals: of the paired differences, where they are known.
         lost: cells in which the subject of the findings is above it at this ratio, and cells in
             which both were run.
+        surely_lost: those of them in which the interval of the paired difference is below zero.
+        surely_won: cells in which that interval is above zero.
     """
 
     contender: str
@@ -36,6 +38,8 @@ class Standing:
     groups: dict[str, list[float]] = field(default_factory=dict)
     intervals: list[Interval] = field(default_factory=list)
     lost: tuple[int, int] = (0, 0)
+    surely_lost: int = 0
+    surely_won: int = 0
 
     @property
     def label(self) -> str:
@@ -58,10 +62,14 @@ class Standing:
         return {name: median(shares) for name, shares in self.groups.items()}
 
 
-def subject_of(cells: Sequence[Cell]) -> str | None:
+def subject_of(contenders: Iterable[str]) -> str | None:
     """Whom the findings are about: of our own contenders the one that was run most often, of
-    equals the first; or else the one of all."""
-    names = [p.contender for cell in cells for p in cell.points if p.contender != REFERENCE]
+    equals the first; or else the one of all.
+
+    Args:
+        contenders: the name of each point, whatever its cell.
+    """
+    names = [name for name in contenders if name != REFERENCE]
     ours = [name for name in OURS if name in names]
     return max(ours or dict.fromkeys(names), key=names.count, default=None)
 
@@ -104,6 +112,9 @@ def _fight(standing: Standing, point: Point, subject: Point | str | None) -> Non
     if isinstance(subject, Point) and subject.contender != point.contender:
         won, fought = standing.lost
         standing.lost = (won + (subject.quality.mean > point.quality.mean), fought + 1)
+        if point.to_subject is not None:
+            standing.surely_lost += point.to_subject.high < 0
+            standing.surely_won += point.to_subject.low > 0
 
 
 def _share(point: Point, reference: Point, quantity: Quantity) -> float | None:

@@ -96,27 +96,24 @@ def kept(standing: Standing) -> str:
 
 
 def _rivals(subject: str, others: Sequence[Standing]) -> list[str]:
-    """Against whom the subject is above at equal ratio: always, at times, never."""
-    score: dict[str, tuple[int, int]] = {}
-    for standing in others:
-        won, fought = score.get(standing.contender, (0, 0))
-        if standing.ratio is not None:
-            score[standing.contender] = (won + standing.lost[0], fought + standing.lost[1])
-    fights = {name: result for name, result in score.items() if result[1]}
-    if not fights:
+    """How often the subject is above each other contender at equal ratio, and how often more than
+    another sample of users would change."""
+    fought = [standing for standing in others if standing.ratio is not None and standing.lost[1]]
+    names = list(dict.fromkeys(standing.contender for standing in fought))
+    parts = [_rival([s for s in fought if s.contender == name]) for name in names]
+    if not parts:
         return []
-    total = sum(won for won, _ in fights.values())
-    always = [name for name, (won, fought) in fights.items() if won == fought]
-    never = [name for name, (won, _) in fights.items() if won == 0]
-    between = [f"{n} in {w} of {f}" for n, (w, f) in fights.items() if n not in always + never]
-    if not total:
-        return [
-            f"At equal ratio, {subject} has the higher NDCG@20 against none of {listed(never)}."
-        ]
-    parts = [f"{listed(always)} in every comparison"] if always else []
-    parts += [listed(between)] if between else []
-    parts += [f"{listed(never)} in none"] if never else []
-    return [f"At equal ratio, {subject} has the higher NDCG@20 against {'; '.join(parts)}."]
+    return [f"At equal ratio, {subject} has the higher NDCG@20 against {listed(parts)}."]
+
+
+def _rival(standings: Sequence[Standing]) -> str:
+    """One contender at all ratios: `narrower in 8 of 9 (beyond chance in 5, below in 0)`."""
+    won, fought = (sum(s.lost[i] for s in standings) for i in (0, 1))
+    text = f"{standings[0].contender} in {won} of {fought}"
+    if not any(s.intervals for s in standings):
+        return text
+    sure, unsure = (sum(getattr(s, n) for s in standings) for n in ("surely_lost", "surely_won"))
+    return f"{text} (beyond chance in {sure}, below beyond chance in {unsure})"
 
 
 def _rare_items(own: Sequence[Standing]) -> list[str]:

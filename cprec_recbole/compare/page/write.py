@@ -50,7 +50,7 @@ def write_page(
     runs = read_runs(study_folder)
     cells = make_cells(runs)
     if paired_interval is not None:
-        add_intervals(cells, paired_interval)
+        add_intervals(cells, paired_interval, _subject(cells))
     page = render_page(runs, cells)
     make_folder(out.parent)
     try:
@@ -69,7 +69,7 @@ def render_page(runs: Sequence[StudyRun], cells: Sequence[Cell]) -> str:
     engine.filters.update(spread=with_spread, short=short, median=statistics.median)
     styles = assign_styles(point.contender for cell in cells for point in cell.points)
     environments = _environments(runs)
-    subject = subject_of(cells)
+    subject = _subject(cells)
     over_all = standings(cells, subject)
     own = [standing for standing in over_all if standing.contender == subject]
     return engine.get_template("page.html").render(
@@ -94,6 +94,10 @@ def render_page(runs: Sequence[StudyRun], cells: Sequence[Cell]) -> str:
         gaps=gaps(cells),
         unmeasured=_unmeasured(runs),
     )
+
+
+def _subject(cells: Sequence[Cell]) -> str | None:
+    return subject_of(point.contender for cell in cells for point in cell.points)
 
 
 def _cell_data(cell: Cell, styles: Styles) -> dict[str, Any]:
@@ -138,9 +142,7 @@ def _row(index: int, cell: Cell, point: Point) -> dict[str, Any]:
         "ndcg": point.quality,
         "hit": metric("hit@20"),
         "mrr": metric("mrr@20"),
-        "smaller": cell.reference.parameters / point.parameters
-        if cell.reference and point.parameters > 0
-        else None,
+        "smaller": cell.reference.size / point.size if cell.reference and point.size > 0 else None,
         "bytes": point.figure(lambda run: run.bytes),
         "score_ms": point.figure(lambda run: run.score_ms),
         "epoch": point.figure(_epoch_seconds),

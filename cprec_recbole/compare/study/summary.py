@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from cprec_recbole.compare.page.summary import subject_of
 from cprec_recbole.compare.statistics import Difference, paired_difference
 from cprec_recbole.compare.study.spec import COMPRESSED, UNCOMPRESSED
 from cprec_recbole.compare.study.store import read_runs, read_users
@@ -29,7 +30,7 @@ class Line:
         smaller: bytes of the uncompressed model over its own; None without that model.
         test: NDCG@20 on test for each seed.
         to_uncompressed: difference over users, of the seeds that both have; None for none.
-        to_compressed: the same to `compressed` at the same ratio.
+        to_ours: the same to `Summary.ours` at the same ratio.
     """
 
     contender: str
@@ -39,7 +40,7 @@ class Line:
     smaller: float | None
     test: tuple[float, ...]
     to_uncompressed: Difference | None
-    to_compressed: Difference | None
+    to_ours: Difference | None
 
     @property
     def spread(self) -> float | None:
@@ -66,11 +67,14 @@ class Summary:
         runs: all runs that finished.
         failed: those that did not.
         cells: in the order of data sets and models.
+        ours: the contender that others are measured against beside the uncompressed model: of
+            ours the one that was run most often; None where nothing else was run.
     """
 
     runs: tuple[Run, ...]
     failed: tuple[Run, ...]
     cells: tuple[CellSummary, ...]
+    ours: str | None
 
     @property
     def trainings(self) -> int:
@@ -90,11 +94,14 @@ def summarise(folder: Path) -> Summary:
     records = read_runs(folder)
     runs = [run for run in records if "error" not in run]
     places = dict.fromkeys(_place(run) for run in runs)
-    cells = [_cell(folder, [run for run in runs if _place(run) == place]) for place in places]
-    return Summary(tuple(runs), tuple(run for run in records if "error" in run), tuple(cells))
+    points = dict.fromkeys(_place(run) + _who(run) for run in runs)
+    ours = subject_of(contender for *_, contender, _ in points)
+    of_cells = [[run for run in runs if _place(run) == place] for place in places]
+    cells = tuple(_cell(folder, of_cell, ours) for of_cell in of_cells)
+    return Summary(tuple(runs), tuple(r for r in records if "error" in r), cells, ours)
 
 
-def _cell(folder: Path, runs: list[Run]) -> CellSummary:
+def _cell(folder: Path, runs: list[Run], ours: str | None) -> CellSummary:
     users = {run["key"]: read_users(folder, run["key"]) for run in runs}
     groups: dict[tuple[str, float | None], dict[int, Run]] = {}
     for run in runs:
@@ -102,7 +109,7 @@ def _cell(folder: Path, runs: list[Run]) -> CellSummary:
     plain = groups.get((UNCOMPRESSED, None))
     lines = []
     for (contender, ratio), own in groups.items():
-        ours = groups.get((COMPRESSED, ratio)) if contender != COMPRESSED else None
+        rival = None if ours in (None, contender) else groups.get((str(ours), ratio))
         seeds = sorted(own)
         lines.append(
             Line(
@@ -113,7 +120,7 @@ def _cell(folder: Path, runs: list[Run]) -> CellSummary:
                 smaller=_bytes(plain.values()) / _bytes(own.values()) if plain else None,
                 test=tuple(own[seed]["test"]["ndcg@20"] for seed in seeds),
                 to_uncompressed=None if own is plain else _difference(own, plain, users),
-                to_compressed=_difference(own, ours, users),
+                to_ours=_difference(own, rival, users),
             )
         )
     lines.sort(key=_order)
