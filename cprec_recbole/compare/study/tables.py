@@ -113,10 +113,11 @@ def _notes(summary: Summary) -> list[str]:
         "*Smaller*: bytes of the weights as they are kept, of the uncompressed model over the "
         "contender's. *NDCG@20 test*: mean ± standard deviation over seeds. *To uncompressed* and "
         f"*to {summary.ours}* (at the same ratio): mean difference of NDCG@20 over the test users, "
-        f"a user's difference averaged over seeds, with the {LEVEL:.0%} interval of {RESAMPLES:,} bootstrap "
-        "samples of users. *Verdict*: `worse` or `better` where the interval to uncompressed leaves zero out, "
-        "else `not told apart`: the interval says how large a difference may still be. Intervals "
-        "are of these trainings; others would differ, as seeds do. One in twenty misses by chance.",
+        f"a user's difference averaged over seeds, with the {LEVEL:.0%} interval of {RESAMPLES:,} "
+        "bootstrap samples of users. *Verdict*: `worse` or `better` where the interval to "
+        "uncompressed leaves zero out, else `not told apart`: the interval says how large a "
+        "difference may still be. Intervals are of these trainings; others would differ, as seeds "
+        "do. One in twenty misses by chance.",
         "",
         *[f"On {machine}." for machine in machines],
     ]
