@@ -107,13 +107,14 @@ def _rivals(subject: str, others: Sequence[Standing]) -> list[str]:
 
 
 def _rival(standings: Sequence[Standing]) -> str:
-    """One contender at all ratios: `narrower in 8 of 9 (beyond chance in 5, below in 0)`."""
+    """One contender at all ratios: `narrower in 8 of 9 (5 beyond chance)`."""
     won, fought = (sum(s.lost[i] for s in standings) for i in (0, 1))
     text = f"{standings[0].contender} in {won} of {fought}"
     if not any(s.intervals for s in standings):
         return text
     sure, unsure = (sum(getattr(s, n) for s in standings) for n in ("surely_lost", "surely_won"))
-    return f"{text} (beyond chance in {sure}, below beyond chance in {unsure})"
+    contrary = f", {unsure} below it beyond chance" if unsure else ""
+    return f"{text} ({sure} beyond chance{contrary})"
 
 
 def _rare_items(own: Sequence[Standing]) -> list[str]:
@@ -132,12 +133,12 @@ def _rare_items(own: Sequence[Standing]) -> list[str]:
 
 
 def _speed(own: Sequence[Standing]) -> list[str]:
-    times = [f"{median(s.slower):.2f} {_at(s)}".strip() for s in own if s.slower]
+    times = [f"{median(s.slower):.2f} times as long {_at(s)}".strip() for s in own if s.slower]
     if not times:
         return []
     over = " (medians)" if any(len(s.slower) > 1 for s in own) else ""
     name = own[0].contender
-    return [f"Time to score one user, {name} by uncompressed{over}: {listed(times)}."]
+    return [f"To score one user {name} takes {listed(times)}{over}."]
 
 
 def _at(standing: Standing) -> str:
