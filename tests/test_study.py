@@ -549,8 +549,8 @@ def test_the_tables_hold_the_figures_of_the_runs(finished):
         assert int(row["parameters_table"]) == record["parameters"]["table"]
         assert int(row["tail_cases"]) == record["popularity"]["tail"]["cases"]
         assert row["error"] == ""
-    text = (folder / "compare.md").read_text()
-    assert "SASRec on made-up, length 8 (59 test users)" in text
+    overview, text = (folder / "compare.md").read_text().split("\n## SASRec on ")
+    assert text.startswith("made-up, length 8 (59 test users)")
     lines = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
     assert [line[0] for line in lines[1:]] == [
         *("| uncompressed", "| int8", "| paper"),
@@ -571,6 +571,11 @@ def test_the_tables_hold_the_figures_of_the_runs(finished):
     assert found["compressed"][6].startswith(f"{difference:+.4f} [")
     assert found["compressed"][7] in ("not told apart", "better", "worse")
     assert found["uncompressed"][6:8] == ["", ""]
+    plain = np.mean(
+        [r["test"]["ndcg@20"] for r in runs.values() if r["contender"] == "uncompressed"]
+    )
+    assert "| ÷ 1.5 | users | seeds | compressed | recovered | narrower |" in overview
+    assert f"| SASRec, made-up, 8 | 59 | 2 | {1 + difference / plain:.0%} (" in overview
     assert found["narrower"][8] != " |"
     assert found["int8"][8] == " |"  # of no ratio: there is no compressed model beside it
     latex = (folder / "compare.tex").read_text()

@@ -31,6 +31,7 @@ class Line:
         test: NDCG@20 on test for each seed.
         to_uncompressed: difference over users, of the seeds that both have; None for none.
         to_ours: the same to `Summary.ours` at the same ratio.
+        base: NDCG@20 of the uncompressed model on test, over those seeds; None for none.
     """
 
     contender: str
@@ -41,11 +42,21 @@ class Line:
     test: tuple[float, ...]
     to_uncompressed: Difference | None
     to_ours: Difference | None
+    base: float | None
 
     @property
     def spread(self) -> float | None:
         """Sample standard deviation over seeds; None for one."""
         return stdev(self.test) if len(self.test) > 1 else None
+
+    @property
+    def share(self) -> tuple[float, float, float] | None:
+        """Its NDCG@20 by the uncompressed model's, and the interval of that; None where there is
+        nothing to divide by."""
+        found = self.to_uncompressed
+        if found is None or not self.base:
+            return None
+        return 1 + found.mean / self.base, 1 + found.low / self.base, 1 + found.high / self.base
 
 
 @dataclass(frozen=True)
@@ -121,6 +132,7 @@ def _cell(folder: Path, runs: list[Run], ours: str | None) -> CellSummary:
                 test=tuple(own[seed]["test"]["ndcg@20"] for seed in seeds),
                 to_uncompressed=None if own is plain else _difference(own, plain, users),
                 to_ours=_difference(own, rival, users),
+                base=_quality(plain, set(own)),
             )
         )
     lines.sort(key=_order)
@@ -140,6 +152,11 @@ def _difference(
         [users[own[seed]["key"]] for seed in common],
         [users[other[seed]["key"]] for seed in common],
     )
+
+
+def _quality(plain: dict[int, Run] | None, seeds: set[int]) -> float | None:
+    found = [run["test"]["ndcg@20"] for seed, run in (plain or {}).items() if seed in seeds]
+    return mean(found) if found else None
 
 
 def _bytes(runs: Iterable[Run]) -> float:

@@ -11,6 +11,7 @@ from typing import Any
 
 from cprec_recbole.compare.page import write_page
 from cprec_recbole.compare.statistics import LEVEL, RESAMPLES, Difference, paired_difference
+from cprec_recbole.compare.study.spec import UNCOMPRESSED
 from cprec_recbole.compare.study.store import write_text
 from cprec_recbole.compare.study.summary import CellSummary, Line, Run, Summary, summarise
 from cprec_recbole.compare.users import PARTS
@@ -75,7 +76,7 @@ def _csv_row(run: Run, metrics: Sequence[str], parts: Sequence[str]) -> dict[str
 
 def as_markdown(summary: Summary) -> str:
     """A table for each cell, what the figures are, and what failed."""
-    lines = ["# Study", "", *_notes(summary), ""]
+    lines = ["# Study", "", *_notes(summary), "", *_overview(summary)]
     for cell in summary.cells:
         lines += [f"## {_title(cell)}", "", "| " + " | ".join(_header(summary)) + " |"]
         lines += ["|---|--:|--:|--:|--:|--:|--:|---|--:|"]
@@ -85,6 +86,47 @@ def as_markdown(summary: Summary) -> str:
         lines += ["## Failed", ""]
         lines += [*_failures(summary.failed), ""]
     return "\n".join(lines)
+
+
+def _overview(summary: Summary) -> list[str]:
+    """A table for each ratio and one for none: cells by contenders, as shares of the uncompressed
+    model's NDCG@20."""
+    lines = [line for cell in summary.cells for line in cell.lines]
+    found = [
+        "## Shares of the uncompressed model's NDCG@20",
+        "",
+        "On test, with the same intervals; in square brackets the number of seeds where the "
+        "uncompressed model has more.",
+        "",
+    ]
+    for ratio in sorted({line.ratio for line in lines}, key=lambda ratio: ratio or 0):
+        names = dict.fromkeys(line.contender for line in lines if line.ratio == ratio)
+        names = {UNCOMPRESSED: None, **names} if ratio is None else names
+        rows = [_overview_row(cell, ratio, list(names)) for cell in summary.cells]
+        heading = "" if ratio is None else f"÷ {ratio:g}"
+        found += [f"| {' | '.join([heading, 'users', 'seeds', *names])} |"]
+        found += [f"|---|{'--:|' * (2 + len(names))}", *filter(None, rows), ""]
+    return found
+
+
+def _overview_row(cell: CellSummary, ratio: float | None, names: Sequence[str]) -> str | None:
+    """A cell's row; None where none of these was run in it."""
+    plain = next((line for line in cell.lines if line.contender == UNCOMPRESSED), None)
+    by_name = {line.contender: line for line in cell.lines if line.ratio == ratio}
+    if not by_name:
+        return None
+    seeds = 0 if plain is None else len(plain.seeds)
+    texts = [_share(by_name.get(name), seeds) for name in names]
+    place = f"{cell.model}, {cell.dataset}, {cell.length}"
+    return f"| {' | '.join([place, f'{cell.users:,}', str(seeds), *texts])} |"
+
+
+def _share(line: Line | None, seeds: int) -> str:
+    if line is None or line.contender == UNCOMPRESSED or line.share is None:
+        return "" if line is None else _quality(line)
+    of, low, high = (round(100 * value) for value in line.share)
+    few = f" [{len(line.seeds)}]" if len(line.seeds) < seeds else ""
+    return f"{of}% ({low} to {high}){few}"
 
 
 def _failures(failed: Sequence[Run]) -> list[str]:
@@ -138,12 +180,16 @@ def _title(cell: CellSummary) -> str:
 def _cells(line: Line) -> list[str]:
     ratio = "" if line.ratio is None else f"{line.ratio:g}"
     smaller = "" if line.smaller is None else f"{line.smaller:.2f}"
-    quality = f"{mean(line.test):.4f}" + ("" if line.spread is None else f" ± {line.spread:.4f}")
     verdict = "" if line.to_uncompressed is None else line.to_uncompressed.verdict
     return [
-        *(line.contender, ratio, str(len(line.seeds)), f"{line.parameters:,.0f}", smaller, quality),
+        *(line.contender, ratio, str(len(line.seeds)), f"{line.parameters:,.0f}", smaller),
+        _quality(line),
         *(_interval(line.to_uncompressed), verdict, _interval(line.to_ours)),
     ]
+
+
+def _quality(line: Line) -> str:
+    return f"{mean(line.test):.4f}" + ("" if line.spread is None else f" ± {line.spread:.4f}")
 
 
 def _header(summary: Summary) -> tuple[str, ...]:
