@@ -124,17 +124,23 @@ def test_tables_show_mean_spread_and_ratio():
 
 def test_controls_are_columns_beside_the_compressed_model(world):
     compression = CompressionConfig(ranks=(16, 4, 1))
-    controls = find_controls(["full", "narrower", "int8", "uniform-svd-recovered"])
+    names = ["uncompressed", "compressed", "narrower", "narrower-int8", "int8"]
+    names += ["uniform-svd-recovered", "uncompressed-recovered"]
+    controls = find_controls(["full", *names[2:]])
     columns = contenders("SASRec", compression, controls=controls)
     experiment = Experiment(columns, world.name, options=cheap(world, "SASRec"))
     found = experiment.run("", lambda *epoch: None)
-    names = ["uncompressed", "compressed", "narrower", "int8", "uniform-svd-recovered"]
     assert list(found.contenders) == names  # "full" is what the compressed model is
     runs = {run.contender: run for run in found.runs}
     assert runs["narrower"].parameters["total"] <= runs["compressed"].parameters["total"]
     assert runs["int8"].parameters == runs["uncompressed"].parameters
     assert runs["int8"].served_bytes < 0.4 * runs["uncompressed"].served_bytes
     assert runs["int8"].epoch_seconds == []
+    trained = runs["narrower-int8"]
+    assert len(trained.epoch_seconds) == len(runs["narrower"].epoch_seconds) == 2
+    assert trained.checkpoint_bytes == trained.weight_bytes == 0  # both would be in float
+    assert trained.served_bytes <= runs["compressed"].served_bytes
+    assert runs["uncompressed-recovered"].parameters == runs["uncompressed"].parameters
     assert len(runs["uniform-svd-recovered"].valid_curve) == 1
     text = as_markdown(found)
     assert "| seconds an epoch |" in text
