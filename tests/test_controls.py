@@ -2,6 +2,7 @@
 
 import copy
 import io
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -271,11 +272,26 @@ def test_sizes_are_what_was_planned(world, stage, host_name, control):
         return
     elif control.name == "narrower-int8":
         assert served_bytes(model) == setting.sizes(options, control.unit).total <= 4 * limit
-        narrower = CONTROLS["narrower"].options(setting)
-        assert options[setting.record.size_option] > narrower[setting.record.size_option]
         return
     if control.name != "narrower":
         assert setting.sizes({**options, "ranks": None}).layers == part_sizes(model).layers
+
+
+def test_a_narrower_model_in_int8_is_as_wide_as_fits(world, stage, host_name):
+    setting, _ = stage[host_name]
+    whole = setting.sizes(setting.uncompressed.as_dict()).total
+    control, step = CONTROLS["narrower-int8"], 2 if host_name == "SASRec" else 1
+    widths = []
+    for ratio in (2, 5, 7):
+        small = replace(setting, refused_size=whole // ratio)
+        options = control.options(small)
+        assert setting.sizes(options, control.unit).total <= 4 * (whole // ratio)
+        widths.append(options[setting.record.size_option])
+        if ratio > 2:
+            wider = control._of_width(setting, widths[-1] + step)
+            assert setting.sizes(wider, control.unit).total > 4 * (whole // ratio)
+    assert widths[0] == setting.width  # all of it in int8 takes less than half
+    assert widths[0] > widths[1] > widths[2]
 
 
 def test_one_rank_beside_one_block_is_the_same_model(world):

@@ -284,8 +284,10 @@ class Interval(NamedTuple):
 
 
 def with_users(tmp_path, values):
-    """A study whose runs have each test user's NDCG@20 beside them."""
-    study = write_study(tmp_path / "study", [r for r in two_cells() if r["dataset"] == "lastfm"])
+    """A study whose runs have each test user's NDCG@20 beside them, as far as values are given."""
+    records = [r for r in two_cells() if r["dataset"] == "lastfm"]
+    means = [with_quality(r, float(np.mean(v))) for r, v in zip(records, values)]
+    study = write_study(tmp_path / "study", [*means, *records[len(means) :]])
     for path, array in zip(sorted((study / "runs").glob("*.json")), values):
         np.save(path.with_suffix(".npy"), np.asarray(array))
     return study
@@ -306,8 +308,22 @@ def test_intervals_are_what_the_function_makes_of_the_same_users(tmp_path):
         "the interval of the paired difference over users includes or exceeds zero in 1 of 1"
         in text
     )
-    # narrower is above compressed in lastfm, by one measure; its users say the contrary
-    assert "against narrower in 0 of 1 (1 beyond chance)." in text
+    assert "the higher NDCG@20 against narrower in 1 of 1 (1 beyond chance)." in text
+
+
+def test_shares_and_wins_are_of_the_seeds_that_both_have(tmp_path):
+    def of(contender, ratio, seed, quality):
+        return with_quality(record("lastfm", "SASRec", contender, ratio, seed), quality)
+
+    runs = [of("uncompressed", None, 1, 0.04), of("uncompressed", None, 2, 0.08)]
+    runs += [of("compressed", 4.0, 1, 0.05), of("compressed", 4.0, 2, 0.01)]
+    runs += [of("narrower", 4.0, 1, 0.04), of("hashing", 4.0, 3, 0.04)]
+    cells = make_cells(read_runs(write_study(tmp_path, runs)))
+    found = {s.contender: s for s in standings(cells, "compressed")}
+    assert found["compressed"].shares == pytest.approx([0.5])
+    assert found["narrower"].shares == pytest.approx([1.0])  # of seed 1 alone
+    assert found["narrower"].lost == (1, 1)
+    assert (found["hashing"].shares, found["hashing"].lost) == ([], (0, 0))  # no seed in common
 
 
 def test_users_that_do_not_match_are_refused_by_file(tmp_path):

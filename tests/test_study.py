@@ -20,6 +20,7 @@ from cprec_recbole.compare.study.spec import Cell, own_options
 from cprec_recbole.compare.study.store import Store, read_json
 from cprec_recbole.compare.study.summary import summarise
 from cprec_recbole.compare.study.workers import News, attempt
+from tests import studies
 
 STUDY = """
 datasets: {made-up: 8}
@@ -273,7 +274,8 @@ def test_a_run_that_fails_is_written_down_and_stops_no_other(world, tmp_path, in
 
 
 def test_where_float_cannot_be_that_small_int8_and_narrower_models_can(world, tmp_path, inline):
-    text = FEW.replace("[int8]", "[narrower, compressed, recovered, recovered-int8]")
+    names = ["narrower", "compressed", "recovered", "recovered-int8", "narrower-int8"]
+    text = FEW.replace("[int8]", f"[{', '.join([*names, 'uncompressed-recovered'])}]")
     folder = tmp_path / "out"
     run(spec_of(tmp_path, text.replace("[1.5]", "[5]")), folder, world)
     runs = {record["contender"]: record for record in runs_of(folder).values()}
@@ -284,6 +286,59 @@ def test_where_float_cannot_be_that_small_int8_and_narrower_models_can(world, tm
     assert runs["narrower"]["total_parameters"] <= whole["total_parameters"] / 5
     # which block an item is in comes on top of what a budget counts
     assert runs["recovered-int8"]["bytes"] <= whole["bytes"] / 5 + 41
+    rounded = runs["narrower-int8"]
+    assert rounded["bytes"] <= whole["bytes"] / 5
+    assert rounded["total_parameters"] > runs["narrower"]["total_parameters"]
+    assert rounded["bytes"] < 3 * rounded["total_parameters"]  # in float it would be four times
+    assert rounded["epochs"] > 0
+    assert runs["uncompressed-recovered"]["ratio"] is None
+    assert runs["uncompressed-recovered"]["bytes"] == whole["bytes"]
+    for found in (rounded, runs["uncompressed-recovered"]):
+        users = np.load(folder / "runs" / f"{found['key']}.npy")
+        assert found["test"]["ndcg@20"] == pytest.approx(users.mean(), abs=1e-6)
+
+
+def test_what_is_planned_stays_when_contenders_are_added(world, tmp_path, inline):
+    folder, text = tmp_path / "out", FEW.replace("[int8]", "[narrower]")
+    run(spec_of(tmp_path, text), folder, world)
+    plan = next((folder / "plans").glob("*.json"))
+    planned = read_json(plan)
+    planned["narrower"]["options"]["hidden_size"] = 6  # as an older version might have chosen
+    plan.write_text(json.dumps(planned))
+    run(spec_of(tmp_path, text.replace("[narrower]", "[narrower, one-rank]")), folder, world)
+    again = read_json(plan)
+    assert again["narrower"] == planned["narrower"]
+    assert again["one-rank"]["options"]["ranks"]
+
+
+def test_shares_are_of_the_seeds_that_both_have(tmp_path):
+    """And say of how many; what has nothing to be divided by is a dash."""
+    (tmp_path / "runs").mkdir()
+    values = {
+        ("uncompressed", None): {1: [0.1, 0.1], 2: [0.3, 0.3], 3: [0.2, 0.2]},
+        ("compressed", 4.0): {1: [0.2, 0.2], 2: [0.2, 0.2], 3: [0.2, 0.2]},
+        ("narrower", 4.0): {1: [0.05, 0.05]},
+        ("hashing", 4.0): {9: [0.1, 0.1]},
+    }
+    for (contender, ratio), seeds in values.items():
+        for seed, users in seeds.items():
+            made = studies.record("lastfm", "SASRec", contender, ratio, seed)
+            made |= {"key": f"{contender}{seed}", "length": 50}
+            made["test"] = {**made["test"], "ndcg@20": float(np.mean(users))}
+            (tmp_path / "runs" / f"{made['key']}.json").write_text(json.dumps(made))
+            np.save(tmp_path / "runs" / f"{made['key']}.npy", np.float32(users))
+    write_summary(tmp_path, latex=True)
+    text = (tmp_path / "compare.md").read_text()
+    assert "|  | users | seeds | uncompressed |" in text
+    assert "| SASRec, lastfm, 50 | 2 | 3 | 0.2000 ± 0.1000 |" in text
+    assert "| ÷ 4 | users | seeds | compressed | hashing | narrower |" in text
+    assert "| SASRec, lastfm, 50 | 2 | 3 | 100% (100 to 100) | – | 50% (50 to 50) [1] |" in text
+    assert "-0.1500 [-0.1500, -0.1500] |" in text  # narrower to compressed, of seed 1
+    for path in (tmp_path / "runs").glob("*"):
+        if not path.name.startswith("uncompressed"):
+            path.unlink()
+    write_summary(tmp_path)
+    assert "to None" not in (tmp_path / "compare.md").read_text()
 
 
 def test_what_not_even_int8_can_be_is_said_before_anything_is_trained(world, tmp_path, inline):

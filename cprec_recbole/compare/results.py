@@ -38,8 +38,8 @@ class Run:
         checkpoint_bytes: bytes of RecBole's checkpoint, which holds the optimizer's state too; 0
             where there is none.
         score_ms: median milliseconds to score the catalogue for one user.
-        served_bytes: bytes that scoring needs: parameters, codes, rows in 8 bits, which
-            block an item is in.
+        served_bytes: bytes of the weights as they are kept: parameters, in float or int8, codes,
+            which block an item is in.
     """
 
     contender: str

@@ -40,11 +40,6 @@ class Difference:
             return "better"
         return "worse" if self.high < 0 else "not told apart"
 
-    @property
-    def is_as_good(self) -> bool:
-        """Whether the interval includes or exceeds zero."""
-        return self.high >= 0
-
 
 def paired_difference(
     ours: Sequence[np.ndarray],

@@ -15,7 +15,8 @@ _WIDTHS = ("embedding_size", "hidden_size", "inner_size")  # RecBole's names of 
 
 class Narrower(TrainedControl):
     """An uncompressed model with fewer dimensions, all its widths in proportion: the largest with
-    no more parameters than the compressed one, or the smallest there is.
+    no more parameters than the compressed one, or the smallest there is. As wide as the
+    uncompressed model where even that is no larger.
 
     Attributes:
         unit: what both are measured in; the compressed one is in float.
@@ -29,12 +30,12 @@ class Narrower(TrainedControl):
     def options(self, setting: Setting) -> dict[str, Any]:
         """See Control.options."""
         step = int(setting.config["n_heads"] or 1) if "n_heads" in setting.config else 1
-        sizes = range(step, setting.dim, step)  # attention heads divide the width
-        if not len(sizes):
+        if setting.width <= step:
             raise CompressionError(
                 f"Expected `{setting.record.size_option}` to be above {step} for a narrower model, "
-                f"but got {setting.dim}."
+                f"but got {setting.width}."
             )
+        sizes = range(step, setting.width + 1, step)  # attention heads divide the width
         limit = self.unit.other * setting.limit
         low, high = 0, len(sizes)  # sizes[low] fits, or is the smallest; sizes[high] does not
         while high - low > 1:
@@ -52,7 +53,7 @@ class Narrower(TrainedControl):
 
     def _of_width(self, setting: Setting, size: int) -> dict[str, Any]:
         names = [n for n in _WIDTHS if n in setting.record.architecture]
-        share = size / setting.dim
+        share = size / setting.width
         widths = {name: max(1, round(setting.config[name] * share)) for name in names}
         return {**setting.uncompressed.as_dict(), **widths, setting.record.size_option: size}
 

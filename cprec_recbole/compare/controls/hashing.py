@@ -58,7 +58,7 @@ class Hashing(TrainedControl):
     def build(self, config: Any, dataset: Any) -> TableRecommender:
         """See TrainedControl.build."""
         record, n_items = config.model_class.record, int(dataset.item_num)
-        dim, std = int(config[record.size_option]), table_std(config, dataset)
+        dim, std = record.dim(int(config[record.size_option])), table_std(config, dataset)
         return on_table(config, dataset, HashedTable(n_items, dim, int(config[OPTION]), std))
 
 

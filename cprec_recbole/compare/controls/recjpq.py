@@ -83,7 +83,7 @@ class RecJPQ(TrainedControl):
         """See TrainedControl.build."""
         record = config.model_class.record
         codes = self.codes(dataset, int(config[OPTION]), int(config["seed"]))
-        dim, std = int(config[record.size_option]), table_std(config, dataset)
+        dim, std = record.dim(int(config[record.size_option])), table_std(config, dataset)
         return on_table(config, dataset, CodedTable(torch.from_numpy(codes), dim, std))
 
     def codes(self, dataset: Any, m: int, seed: int) -> np.ndarray:

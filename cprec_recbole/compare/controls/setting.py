@@ -37,9 +37,14 @@ class Setting:
         return self.config.model_class.record
 
     @property
+    def width(self) -> int:
+        """The model's width, as its option says it."""
+        return int(self.config[self.record.size_option])
+
+    @property
     def dim(self) -> int:
         """Size `d` of an uncompressed item vector."""
-        return int(self.config[self.record.size_option])
+        return self.record.dim(self.width)
 
     @property
     def n_items(self) -> int:
@@ -83,7 +88,7 @@ class Setting:
         config = _Changed(self.config, options)
         with torch.random.fork_rng(devices=[]):
             host = build_host(self.record, config, self.dataset)
-        dim = int(config[self.record.size_option])
+        dim = self.record.dim(int(config[self.record.size_option]))
         compression = compression_of(config)
         return estimate(self.record, host, compression, self.n_items, dim, unit).sizes
 

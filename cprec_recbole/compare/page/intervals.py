@@ -11,8 +11,8 @@ from cprec_recbole.compare.page.points import Cell, Interval, Point
 from cprec_recbole.compare.page.runs import StudyRun
 from cprec_recbole.config import CompressionError
 
-# From values of the same users [n_users] for a contender and for the uncompressed model, an array
-# for each seed that both have.
+# From values of the same users [n_users] for a contender and for another one, an array for each
+# seed that both have.
 PairedInterval = Callable[[Sequence[np.ndarray], Sequence[np.ndarray]], Interval]
 
 

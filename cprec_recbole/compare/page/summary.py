@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from statistics import median
+from statistics import mean, median
 
 from cprec_recbole.compare.page.points import REFERENCE, Cell, Interval, Point, Quantity
+from cprec_recbole.compare.page.runs import QUALITY
 
 OURS = ("compressed", "recovered", "recovered-int8")
 Ratio = float | None
@@ -26,8 +27,9 @@ class Standing:
         intervals: of the paired differences, where they are known.
         lost: cells in which the subject of the findings is above it at this ratio, and cells in
             which both were run.
-        surely_lost: those of them in which the interval of the paired difference is below zero.
-        surely_won: cells in which that interval is above zero.
+        tested: of how many of these there is an interval of the paired difference.
+        surely_lost: cells in which it is below zero.
+        surely_won: cells in which it is above zero.
     """
 
     contender: str
@@ -38,6 +40,7 @@ class Standing:
     groups: dict[str, list[float]] = field(default_factory=dict)
     intervals: list[Interval] = field(default_factory=list)
     lost: tuple[int, int] = (0, 0)
+    tested: int = 0
     surely_lost: int = 0
     surely_won: int = 0
 
@@ -67,11 +70,11 @@ def subject_of(contenders: Iterable[str]) -> str | None:
     equals the first; or else the one of all.
 
     Args:
-        contenders: the name of each point, whatever its cell.
+        contenders: a name for each ratio at which it was run in a cell.
     """
     names = [name for name in contenders if name != REFERENCE]
     ours = [name for name in OURS if name in names]
-    return max(ours or dict.fromkeys(names), key=names.count, default=None)
+    return max(ours or sorted(set(names)), key=names.count, default=None)
 
 
 def standings(cells: Sequence[Cell], subject: str | None) -> list[Standing]:
@@ -95,8 +98,8 @@ def _add(standing: Standing, point: Point, cell: Cell) -> None:
     reference = cell.reference
     if reference is None:
         return
-    if reference.quality.mean > 0:
-        standing.shares.append(point.quality.mean / reference.quality.mean)
+    if (quality := _share(point, reference, lambda run: run.test[QUALITY])) is not None:
+        standing.shares.append(quality)
     if point.size > 0:
         standing.smaller.append(reference.size / point.size)
     if (time := _share(point, reference, lambda run: run.score_ms)) is not None:
@@ -109,17 +112,30 @@ def _add(standing: Standing, point: Point, cell: Cell) -> None:
 
 
 def _fight(standing: Standing, point: Point, subject: Point | str | None) -> None:
-    if isinstance(subject, Point) and subject.contender != point.contender:
+    if not isinstance(subject, Point) or subject.contender == point.contender:
+        return
+    if (both := _paired(subject, point, lambda run: run.test[QUALITY])) is not None:
         won, fought = standing.lost
-        standing.lost = (won + (subject.quality.mean > point.quality.mean), fought + 1)
+        standing.lost = (won + (both[0] > both[1]), fought + 1)
         if point.to_subject is not None:
+            standing.tested += 1
             standing.surely_lost += point.to_subject.high < 0
             standing.surely_won += point.to_subject.low > 0
 
 
 def _share(point: Point, reference: Point, quantity: Quantity) -> float | None:
-    own, base = point.figure(quantity), reference.figure(quantity)
-    return own.mean / base.mean if own and base and base.mean > 0 else None
+    both = _paired(point, reference, quantity)
+    return both[0] / both[1] if both is not None and both[1] > 0 else None
+
+
+def _paired(one: Point, other: Point, quantity: Quantity) -> tuple[float, float] | None:
+    """Means of both over the seeds in which both were measured; None for no such seed."""
+    theirs = {run.seed: value for run in other.runs if (value := quantity(run)) is not None}
+    mine = {run.seed: value for run in one.runs if (value := quantity(run)) is not None}
+    common = mine.keys() & theirs.keys()
+    if not common:
+        return None
+    return mean(mine[seed] for seed in common), mean(theirs[seed] for seed in common)
 
 
 def in_group(group: str) -> Quantity:

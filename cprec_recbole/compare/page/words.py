@@ -110,11 +110,13 @@ def _rival(standings: Sequence[Standing]) -> str:
     """One contender at all ratios: `narrower in 8 of 9 (5 beyond chance)`."""
     won, fought = (sum(s.lost[i] for s in standings) for i in (0, 1))
     text = f"{standings[0].contender} in {won} of {fought}"
-    if not any(s.intervals for s in standings):
+    tested = sum(s.tested for s in standings)
+    if not tested:
         return text
-    sure, unsure = (sum(getattr(s, n) for s in standings) for n in ("surely_lost", "surely_won"))
-    contrary = f", {unsure} below it beyond chance" if unsure else ""
-    return f"{text} ({sure} beyond chance{contrary})"
+    of = "" if tested == fought else f" of {tested}"
+    below = sum(s.surely_won for s in standings)
+    contrary = f", {below} below it beyond chance" if below else ""
+    return f"{text} ({sum(s.surely_lost for s in standings)}{of} beyond chance{contrary})"
 
 
 def _rare_items(own: Sequence[Standing]) -> list[str]:

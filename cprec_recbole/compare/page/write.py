@@ -97,7 +97,8 @@ def render_page(runs: Sequence[StudyRun], cells: Sequence[Cell]) -> str:
 
 
 def _subject(cells: Sequence[Cell]) -> str | None:
-    return subject_of(point.contender for cell in cells for point in cell.points)
+    points = {(i, p.contender, p.ratio) for i, cell in enumerate(cells) for p in cell.points}
+    return subject_of(contender for _, contender, _ in points)
 
 
 def _cell_data(cell: Cell, styles: Styles) -> dict[str, Any]:

@@ -83,10 +83,11 @@ class Store:
         for kind in (TRIALS, RUNS, PLANS):
             for path in (self.folder / kind).glob("*.json"):
                 record = read_json(path)
-                if record.get("error") or any(
-                    isinstance(value, dict) and value.get("error") for value in record.values()
-                ):
+                if record.get("error"):
                     path.unlink()
+                elif kind == PLANS:
+                    left = {name: plan for name, plan in record.items() if "error" not in plan}
+                    self.write(PLANS, path.stem, left)
 
 
 def read_runs(folder: Path) -> list[dict[str, Any]]:

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from cprec_recbole.compare.page.summary import subject_of
+from cprec_recbole.compare.page.summary import OURS, subject_of
 from cprec_recbole.compare.statistics import Difference, paired_difference
-from cprec_recbole.compare.study.spec import COMPRESSED, UNCOMPRESSED
+from cprec_recbole.compare.study.spec import UNCOMPRESSED
 from cprec_recbole.compare.study.store import read_runs, read_users
 
 Run = dict[str, Any]
@@ -173,6 +173,6 @@ def _who(run: Run) -> tuple[str, float | None]:
 
 def _order(line: Line) -> tuple[Any, ...]:
     """The uncompressed model, what has no ratio, then ratio by ratio ours before the controls."""
-    known = [UNCOMPRESSED, COMPRESSED, "recovered"]
+    known = [UNCOMPRESSED, *OURS]
     place = known.index(line.contender) if line.contender in known else len(known)
     return line.contender != UNCOMPRESSED, line.ratio or 0.0, place, line.contender

@@ -92,11 +92,13 @@ def _overview(summary: Summary) -> list[str]:
     """A table for each ratio and one for none: cells by contenders, as shares of the uncompressed
     model's NDCG@20."""
     lines = [line for cell in summary.cells for line in cell.lines]
+    if not any(line.contender == UNCOMPRESSED for line in lines):
+        return []
     found = [
         "## Shares of the uncompressed model's NDCG@20",
         "",
         "On test, with the same intervals; in square brackets the number of seeds where the "
-        "uncompressed model has more.",
+        "uncompressed model has more. Empty: not run, failed, or no other model than `compressed`.",
         "",
     ]
     for ratio in sorted({line.ratio for line in lines}, key=lambda ratio: ratio or 0):
@@ -122,10 +124,15 @@ def _overview_row(cell: CellSummary, ratio: float | None, names: Sequence[str]) 
 
 
 def _share(line: Line | None, seeds: int) -> str:
-    if line is None or line.contender == UNCOMPRESSED or line.share is None:
-        return "" if line is None else _quality(line)
+    if line is None:
+        return ""
+    if line.contender == UNCOMPRESSED:
+        return _quality(line)
+    if line.share is None or line.to_uncompressed is None:
+        return "–"  # nothing to divide by
     of, low, high = (round(100 * value) for value in line.share)
-    few = f" [{len(line.seeds)}]" if len(line.seeds) < seeds else ""
+    common = line.to_uncompressed.seeds
+    few = f" [{common}]" if common < seeds else ""
     return f"{of}% ({low} to {high}){few}"
 
 
@@ -145,6 +152,7 @@ def _failures(failed: Sequence[Run]) -> list[str]:
 
 
 def _notes(summary: Summary) -> list[str]:
+    to_ours = f" and *to {summary.ours}* (at the same ratio)" if summary.ours else ""
     machines = dict.fromkeys(_machine(run["environment"]) for run in summary.runs)
     return [
         f"{len(summary.runs)} runs finished, {len(summary.failed)} failed; {summary.trainings} "
@@ -153,8 +161,8 @@ def _notes(summary: Summary) -> list[str]:
         "validation is used for all seeds.",
         "",
         "*Smaller*: bytes of the weights as they are kept, of the uncompressed model over the "
-        "contender's. *NDCG@20 test*: mean ± standard deviation over seeds. *To uncompressed* and "
-        f"*to {summary.ours}* (at the same ratio): mean difference of NDCG@20 over the test users, "
+        "contender's. *NDCG@20 test*: mean ± standard deviation over seeds. *To uncompressed*"
+        f"{to_ours}: mean difference of NDCG@20 over the test users, "
         f"a user's difference averaged over seeds, with the {LEVEL:.0%} interval of {RESAMPLES:,} "
         "bootstrap samples of users. *Verdict*: `worse` or `better` where the interval to "
         "uncompressed leaves zero out, else `not told apart`: the interval says how large a "
@@ -193,7 +201,7 @@ def _quality(line: Line) -> str:
 
 
 def _header(summary: Summary) -> tuple[str, ...]:
-    return (*_HEADER, f"to {summary.ours}")
+    return (*_HEADER, f"to {summary.ours}" if summary.ours else "")
 
 
 def _interval(difference: Difference | None) -> str:
@@ -203,7 +211,7 @@ def _interval(difference: Difference | None) -> str:
 
 
 def as_latex(summary: Summary) -> str:
-    """The same tables for LaTeX; they need the package booktabs."""
+    """The tables of the cells for LaTeX; they need the package booktabs."""
     lines = ["% needs \\usepackage{booktabs}"]
     for cell in summary.cells:
         lines += [

@@ -42,7 +42,7 @@ from cprec_recbole.compare.study.spec import (
     own_options,
     scheme_of,
 )
-from cprec_recbole.compare.study.store import TRIALS, WEIGHTS, Store
+from cprec_recbole.compare.study.store import PLANS, TRIALS, WEIGHTS, Store
 from cprec_recbole.compare.users import rank_targets
 from cprec_recbole.compress import compress
 from cprec_recbole.config import CompressionConfig, CompressionError, reject_unknown
@@ -65,7 +65,8 @@ def do(work: Work, spec: Spec, store: Store, data_path: str | None, on_epoch: On
     logging.getLogger("recbole").setLevel(logging.ERROR)
     bench = _Bench(spec, store, data_path)
     if isinstance(work, Planning):
-        store.write("plans", work.key, bench.plan(work))
+        # what is planned stays: the seeds of a contender are one model
+        store.write(PLANS, work.key, {**bench.plan(work), **(store.read(PLANS, work.key) or {})})
     else:
         bench.train(work, on_epoch)
 
@@ -132,7 +133,7 @@ class _Bench:
                 setting = Setting(config, data.dataset, compression, refused_size)
                 if name == RecoveredInt8.name:
                     _check_int8(fresh, work.ratio, self.spec.compression)
-                found[name] = _recipe(name, setting, work.ratio, self.spec.compression)
+                found[name] = _recipe(name, setting, work.ratio, self.spec)
             except CompressionError as error:
                 found[name] = {"error": str(error)}
         return found
@@ -232,14 +233,14 @@ def _check_int8(fresh: Any, ratio: float, base: dict[str, Any]) -> None:
     compress(fresh, ratio=ratio, dtype="int8", verbose=False, **base)
 
 
-def _recipe(name: str, setting: Setting, ratio: float, base: dict[str, Any]) -> dict[str, Any]:
+def _recipe(name: str, setting: Setting, ratio: float, spec: Spec) -> dict[str, Any]:
     """A contender's recipe for a ratio, as JSON."""
     control = CONTROLS.get(name)
     if isinstance(control, Recovered):  # its blocks by the spectra of the table once it is trained
-        return {"kind": name, "options": {"ratio": ratio, **base}}
+        return {"kind": name, "options": {"ratio": ratio, **spec.compression}}
     if control is None:
         return {"kind": MODEL, "options": own_options(setting.compression)}
-    if not control.differs(setting):
+    if not control.differs(setting) and COMPRESSED in spec.contenders:
         return {"same": COMPRESSED}
     plain = isinstance(control, TrainedControl) and control.is_plain
     found = control.options(setting)
