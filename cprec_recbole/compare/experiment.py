@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from recbole.config import Config
@@ -131,9 +131,10 @@ class Experiment:
             for column in columns:
                 on_run(column.name, seed)
                 config = self._config(column, seed)
-                if isinstance(column.control, DerivedControl):
+                control = column.control
+                if isinstance(control, DerivedControl):
                     first, original, _ = trained[0]
-                    run, model, users = self._derive(column, config, first, original)
+                    run, model, users = self._derive(column, control, config, first, original)
                 else:
                     run, model, users, description = self._train(column, config, on_epoch)
                 trained.append((run, model, users))
@@ -216,15 +217,19 @@ class Experiment:
         return run, fitted.model, users, described
 
     def _derive(
-        self, column: Contender, config: Config, first: Run, original: torch.nn.Module
+        self,
+        column: Contender,
+        control: DerivedControl,
+        config: Config,
+        first: Run,
+        original: torch.nn.Module,
     ) -> tuple[Run, torch.nn.Module, Interaction]:
         """A contender out of the uncompressed model, which was trained with the same seed."""
-        assert isinstance(column.control, DerivedControl)
-        assert isinstance(original, CompressedRecommender)
         data = Data.of(config)
         seed = int(config["seed"])
-        trained = Trained(original, data.train, data.valid, first.best_epoch, seed)
-        model, recovery = column.control.derive(trained, column.options)
+        whole = cast(CompressedRecommender, original)  # the first column is a Cp model
+        trained = Trained(whole, data.train, data.valid, first.best_epoch, seed)
+        model, recovery = control.derive(trained, column.options)
         curve = [] if recovery is None else [found[recovery.metric] for found in recovery.epochs]
         run = Run(
             contender=column.name,

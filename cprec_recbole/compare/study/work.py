@@ -13,7 +13,6 @@ from safetensors.torch import load_model, save_model
 
 from cprec_recbole.compare.controls import (
     CONTROLS,
-    Derived,
     DerivedControl,
     Setting,
     Trained,
@@ -28,7 +27,6 @@ from cprec_recbole.compare.study.recipes import (
     MODEL,
     QUALITY,
     Planning,
-    Recipe,
     Trial,
     Work,
     recipe_without_ratio,
@@ -147,7 +145,7 @@ class _Bench:
         if work.source is None:
             model, record = self._from_scratch(work, config, data, on_epoch)
         else:
-            model, record = self._derived(work, config, data)
+            model, record = self._derived(work, work.source, config, data)
         ranked = rank_targets(model, data.test)
         users = next(iter(data.test))[0]
         counts = item_counts(data.train._dataset)
@@ -189,10 +187,9 @@ class _Bench:
         }
 
     def _derived(
-        self, work: Trial, config: Any, data: Data
+        self, work: Trial, source: tuple[str, int], config: Any, data: Data
     ) -> tuple[CompressedRecommender, dict[str, Any]]:
-        assert work.source is not None
-        key, best_epoch = work.source
+        key, best_epoch = source
         recipe = recipe_without_ratio(self.spec, UNCOMPRESSED)
         plain = self.config(work.cell, recipe.options, work.seed, work.rate)
         original = get_model(plain["model"])(plain, data.train._dataset)
@@ -200,7 +197,8 @@ class _Bench:
         original = original.to(plain["device"]).eval()
         trained = Trained(original, data.train, data.valid, best_epoch, work.seed, work.rate)
         start = perf_counter()
-        made = _derive(work.recipe, trained)
+        control = cast(DerivedControl, CONTROLS[work.recipe.kind])  # no other has a source
+        made = control.derive(trained, work.recipe.options)
         seconds = perf_counter() - start
         recovery = made.recovery
         curve = [] if recovery is None else [e[recovery.metric] for e in recovery.epochs]
@@ -221,11 +219,10 @@ def _choice(
     """The options of the contender `compressed`, or why it cannot be that small."""
     options = base if scheme is None else {**base, "sharing": scheme}
     try:
-        choice = compress(fresh, ratio=ratio, verbose=False, **options).choice
+        small = compress(fresh, ratio=ratio, verbose=False, **options)
     except CompressionError as error:
         return str(error)
-    assert choice is not None
-    return choice.compression
+    return small.compression
 
 
 def _check_int8(fresh: Any, ratio: float, base: dict[str, Any]) -> None:
@@ -246,9 +243,3 @@ def _recipe(name: str, setting: Setting, ratio: float, spec: Spec) -> dict[str, 
     found = control.options(setting)
     options = {k: v for k, v in found.items() if k not in SHARED_OPTIONS}
     return {"kind": MODEL if plain else name, "options": options}
-
-
-def _derive(recipe: Recipe, trained: Trained) -> Derived:
-    control = CONTROLS[recipe.kind]
-    assert isinstance(control, DerivedControl)
-    return control.derive(trained, recipe.options)

@@ -96,11 +96,11 @@ class Workers:
 
     def news(self) -> Iterator[News]:
         """Wait until a process has something to say."""
-        by_pipe: dict[Any, _Worker] = {w.pipe: w for w in self.workers if w.work is not None}
+        by_pipe: dict[Any, tuple[_Worker, Work]] = {
+            w.pipe: (w, w.work) for w in self.workers if w.work is not None
+        }
         for pipe in connection.wait(list(by_pipe)):
-            worker = by_pipe[pipe]
-            work = worker.work
-            assert work is not None
+            worker, work = by_pipe[pipe]
             try:
                 kind, content = worker.pipe.recv()
             except (EOFError, OSError):
