@@ -334,6 +334,11 @@ def test_shares_are_of_the_seeds_that_both_have(tmp_path):
     assert "| ÷ 4 | users | seeds | compressed | hashing | narrower |" in text
     assert "| SASRec, lastfm, 50 | 2 | 3 | 100% (100 to 100) | – | 50% (50 to 50) [1] |" in text
     assert "-0.1500 [-0.1500, -0.1500] |" in text  # narrower to compressed, of seed 1
+    write_summary(tmp_path, against="narrower")
+    text = (tmp_path / "compare.md").read_text()
+    assert "| to narrower |" in text
+    assert "+0.1500 [+0.1500, +0.1500] |" in text  # compressed to narrower
+    assert "narrower has the higher" in (tmp_path / "compare.html").read_text()
     for path in (tmp_path / "runs").glob("*"):
         if not path.name.startswith("uncompressed"):
             path.unlink()
@@ -673,6 +678,24 @@ def test_the_command_runs_a_study_and_writes_its_tables(world, tmp_path, inline,
     (out / "compare.md").unlink()
     assert main(["compare", "--summary", "--out", str(out)]) == 0
     assert (out / "compare.md").exists()
+    assert main(["compare", "--summary", "--out", str(out), "--against", "paper"]) == 0
+    text = (out / "compare.md").read_text()
+    assert "| to paper |" in text
+    int8 = next(line for line in text.splitlines() if line.startswith("| int8 "))
+    assert re.search(r"\[[-+][.\d]+, [-+][.\d]+\] \|$", int8)  # neither has a ratio
+
+
+def test_whom_to_measure_against_is_checked_before_anything_is_trained(
+    world, tmp_path, inline, capsys
+):
+    file, out = tmp_path / "study.yaml", tmp_path / "out"
+    file.write_text(FEW)
+    arguments = ["compare", "--study", str(file), "--out", str(out), "--against"]
+    for wrong in ("papers", "uncompressed"):
+        assert main([*arguments, wrong, "--data-path", world.data_path]) == 2
+        printed = capsys.readouterr().err
+        assert f"`against` to be one of the contenders (int8, paper), but got {wrong!r}" in printed
+        assert not out.exists()
 
 
 @pytest.mark.parametrize(
@@ -684,6 +707,7 @@ def test_the_command_runs_a_study_and_writes_its_tables(world, tmp_path, inline,
         (["compare", "--study", "s.yaml", "--controls", "tree"], "but got `controls`"),
         (["compare", "--study", "missing.yaml"], "missing.yaml"),
         (["compare", "--model", "SASRec", "--latex"], "`latex` only with --study"),
+        (["compare", "--model", "SASRec", "--against", "tree"], "`against` only with --study"),
         (["compare", "--summary", "--out", "nowhere"], "`out` to be the folder of a study"),
     ],
 )

@@ -24,6 +24,7 @@ from cprec_recbole.commands.common import (
 )
 from cprec_recbole.compare import Experiment, as_markdown, as_table, contenders, save
 from cprec_recbole.compare.controls import ALL, CONTROLS, find_controls
+from cprec_recbole.compare.page.summary import subject_of
 from cprec_recbole.compare.results import as_json
 from cprec_recbole.compare.study import Spec, run_study, write_summary
 from cprec_recbole.config import CompressionError
@@ -73,6 +74,11 @@ def add_parser(commands: Any) -> None:
     study.add_argument("--retry", action="store_true", help="try again what failed")
     study.add_argument("--summary", action="store_true", help="only write the tables of --out")
     study.add_argument("--latex", action="store_true", help="also compare.tex")
+    study.add_argument(
+        "--against",
+        metavar="NAME",
+        help="the contender that others are measured against, beside the uncompressed model",
+    )
 
 
 def run(options: argparse.Namespace, passed_on: dict[str, Any], command: str) -> int:
@@ -84,7 +90,7 @@ def run(options: argparse.Namespace, passed_on: dict[str, Any], command: str) ->
             f"Expected `model` to be one of {', '.join(MODELS)}, but got none; use --model, or "
             "--study for many."
         )
-    for name in ("only", "retry", "latex"):
+    for name in ("only", "retry", "latex", "against"):
         if getattr(options, name):
             raise CompressionError(
                 f"Expected `{name}` only with --study or --summary, but got it without."
@@ -149,8 +155,11 @@ def _study(options: argparse.Namespace, passed_on: dict[str, Any]) -> int:
         file = Path(options.study)
         shown = file.name if file.is_absolute() else options.study
         data = "" if options.data_path is None else " --data-path DATA"
+        spec = Spec.read(options.study)
+        if options.against is not None:
+            subject_of(spec.contenders, options.against)  # a wrong name is no news after hours
         done = run_study(
-            Spec.read(options.study),
+            spec,
             out,
             jobs=options.jobs,
             data_path=options.data_path and str(Path(options.data_path).resolve()),
@@ -161,7 +170,7 @@ def _study(options: argparse.Namespace, passed_on: dict[str, Any]) -> int:
         )
         for goal in done.dropped:
             screen.print(f"{goal.key}: is what `compressed` is, left out", soft_wrap=True)
-    written = write_summary(out, latex=options.latex)
+    written = write_summary(out, latex=options.latex, against=options.against)
     screen.print(f"Written: {', '.join(str(path) for path in written)}", soft_wrap=True)
     return 0
 

@@ -8,6 +8,7 @@ from statistics import mean, median
 
 from cprec_recbole.compare.page.points import REFERENCE, Cell, Interval, Point, Quantity
 from cprec_recbole.compare.page.runs import QUALITY
+from cprec_recbole.config import CompressionError
 
 OURS = ("compressed", "recovered", "recovered-int8")
 Ratio = float | None
@@ -65,14 +66,26 @@ class Standing:
         return {name: median(shares) for name, shares in self.groups.items()}
 
 
-def subject_of(contenders: Iterable[str]) -> str | None:
+def subject_of(contenders: Iterable[str], against: str | None = None) -> str | None:
     """Whom the findings are about: of our own contenders the one that was run most often, of
     equals the first; or else the one of all.
 
     Args:
         contenders: a name for each ratio at which it was run in a cell.
+        against: the one that is wanted; None for no wish.
+
+    Raises:
+        CompressionError: `against` is not among them, or is the uncompressed model.
     """
     names = [name for name in contenders if name != REFERENCE]
+    if against is not None:
+        if against not in names:
+            known = ", ".join(dict.fromkeys(sorted(names))) or "none yet"
+            raise CompressionError(
+                f"Expected `against` to be one of the contenders ({known}), but got "
+                f"{against!r}; the uncompressed model is compared with in any case."
+            )
+        return against
     ours = [name for name in OURS if name in names]
     return max(ours or sorted(set(names)), key=names.count, default=None)
 

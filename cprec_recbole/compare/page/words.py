@@ -98,12 +98,13 @@ def kept(standing: Standing) -> str:
 def _rivals(subject: str, others: Sequence[Standing]) -> list[str]:
     """How often the subject is above each other contender at equal ratio, and how often more than
     another sample of users would change."""
-    fought = [standing for standing in others if standing.ratio is not None and standing.lost[1]]
+    fought = [standing for standing in others if standing.lost[1]]
     names = list(dict.fromkeys(standing.contender for standing in fought))
     parts = [_rival([s for s in fought if s.contender == name]) for name in names]
     if not parts:
         return []
-    return [f"At equal ratio, {subject} has the higher NDCG@20 against {listed(parts)}."]
+    start = "" if fought[0].ratio is None else "At equal ratio, "
+    return [f"{start}{subject} has the higher NDCG@20 against {listed(parts)}."]
 
 
 def _rival(standings: Sequence[Standing]) -> str:

@@ -31,7 +31,11 @@ from cprec_recbole.files import make_folder, write_whole
 
 
 def write_page(
-    study_folder: Path, out: Path, *, paired_interval: PairedInterval | None = None
+    study_folder: Path,
+    out: Path,
+    *,
+    paired_interval: PairedInterval | None = None,
+    against: str | None = None,
 ) -> None:
     """Write a study as one self-contained page.
 
@@ -41,17 +45,20 @@ def write_page(
         paired_interval: makes the interval of a contender's difference to the uncompressed model
             (`mean`, `low`, `high`) from the values of both for the same users, an array [n_users]
             for each common seed. Without it the page gives no intervals.
+        against: the contender that the findings are about; None: of ours the one that was run
+            most often.
 
     Raises:
-        CompressionError: no run, a run that cannot be read (the file is named), a place that
-            cannot be written.
+        CompressionError: no run, a run that cannot be read (the file is named), no run of
+            `against`, a place that cannot be written.
     """
     study_folder, out = Path(study_folder), Path(out)
     runs = read_runs(study_folder)
     cells = make_cells(runs)
+    subject = _subject(cells, against)
     if paired_interval is not None:
-        add_intervals(cells, paired_interval, _subject(cells))
-    page = render_page(runs, cells)
+        add_intervals(cells, paired_interval, subject)
+    page = render_page(runs, cells, subject)
     make_folder(out.parent)
     try:
         write_whole(out, lambda path: path.write_text(page, encoding="utf-8"))
@@ -61,15 +68,14 @@ def write_page(
         ) from None
 
 
-def render_page(runs: Sequence[StudyRun], cells: Sequence[Cell]) -> str:
-    """The page's HTML."""
+def render_page(runs: Sequence[StudyRun], cells: Sequence[Cell], subject: str | None) -> str:
+    """The page's HTML; the findings are about the subject."""
     loader = PackageLoader("cprec_recbole.compare.page", "assets")
     engine = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
     engine.policies["json.dumps_kwargs"] = {"sort_keys": False}
     engine.filters.update(spread=with_spread, short=short, median=statistics.median)
     styles = assign_styles(point.contender for cell in cells for point in cell.points)
     environments = _environments(runs)
-    subject = _subject(cells)
     over_all = standings(cells, subject)
     own = [standing for standing in over_all if standing.contender == subject]
     return engine.get_template("page.html").render(
@@ -96,9 +102,9 @@ def render_page(runs: Sequence[StudyRun], cells: Sequence[Cell]) -> str:
     )
 
 
-def _subject(cells: Sequence[Cell]) -> str | None:
+def _subject(cells: Sequence[Cell], against: str | None) -> str | None:
     points = {(i, p.contender, p.ratio) for i, cell in enumerate(cells) for p in cell.points}
-    return subject_of(contender for _, contender, _ in points)
+    return subject_of((contender for _, contender, _ in points), against)
 
 
 def _cell_data(cell: Cell, styles: Styles) -> dict[str, Any]:

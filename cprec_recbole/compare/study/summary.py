@@ -30,7 +30,7 @@ class Line:
         smaller: bytes of the uncompressed model over its own; None without that model.
         test: NDCG@20 on test for each seed.
         to_uncompressed: difference over users, of the seeds that both have; None for none.
-        to_ours: the same to `Summary.ours` at the same ratio.
+        to_subject: the same to `Summary.subject` at the same ratio.
         base: NDCG@20 of the uncompressed model on test, over those seeds; None for none.
     """
 
@@ -41,7 +41,7 @@ class Line:
     smaller: float | None
     test: tuple[float, ...]
     to_uncompressed: Difference | None
-    to_ours: Difference | None
+    to_subject: Difference | None
     base: float | None
 
     @property
@@ -78,14 +78,14 @@ class Summary:
         runs: all runs that finished.
         failed: those that did not.
         cells: in the order of data sets and models.
-        ours: the contender that others are measured against beside the uncompressed model: of
-            ours the one that was run most often; None where nothing else was run.
+        subject: the contender that others are measured against beside the uncompressed model;
+            None where nothing else was run.
     """
 
     runs: tuple[Run, ...]
     failed: tuple[Run, ...]
     cells: tuple[CellSummary, ...]
-    ours: str | None
+    subject: str | None
 
     @property
     def trainings(self) -> int:
@@ -96,23 +96,28 @@ class Summary:
         return len(trained) + sum(max(0, n - 1) for n in searches.values())
 
 
-def summarise(folder: Path) -> Summary:
+def summarise(folder: Path, against: str | None = None) -> Summary:
     """Sum up the runs in the folder of a study.
 
+    Args:
+        folder: of a study.
+        against: the contender that others are measured against; None: of ours the one that was
+            run most often.
+
     Raises:
-        CompressionError: no runs, or files that do not belong together.
+        CompressionError: no runs, files that do not belong together, or no run of `against`.
     """
     records = read_runs(folder)
     runs = [run for run in records if "error" not in run]
     places = dict.fromkeys(_place(run) for run in runs)
     points = dict.fromkeys(_place(run) + _who(run) for run in runs)
-    ours = subject_of(contender for *_, contender, _ in points)
+    subject = subject_of((contender for *_, contender, _ in points), against)
     of_cells = [[run for run in runs if _place(run) == place] for place in places]
-    cells = tuple(_cell(folder, of_cell, ours) for of_cell in of_cells)
-    return Summary(tuple(runs), tuple(r for r in records if "error" in r), cells, ours)
+    cells = tuple(_cell(folder, of_cell, subject) for of_cell in of_cells)
+    return Summary(tuple(runs), tuple(r for r in records if "error" in r), cells, subject)
 
 
-def _cell(folder: Path, runs: list[Run], ours: str | None) -> CellSummary:
+def _cell(folder: Path, runs: list[Run], subject: str | None) -> CellSummary:
     users = {run["key"]: read_users(folder, run["key"]) for run in runs}
     groups: dict[tuple[str, float | None], dict[int, Run]] = {}
     for run in runs:
@@ -120,7 +125,7 @@ def _cell(folder: Path, runs: list[Run], ours: str | None) -> CellSummary:
     plain = groups.get((UNCOMPRESSED, None))
     lines = []
     for (contender, ratio), own in groups.items():
-        rival = None if ours in (None, contender) else groups.get((str(ours), ratio))
+        rival = None if subject in (None, contender) else groups.get((str(subject), ratio))
         seeds = sorted(own)
         lines.append(
             Line(
@@ -131,7 +136,7 @@ def _cell(folder: Path, runs: list[Run], ours: str | None) -> CellSummary:
                 smaller=_bytes(plain.values()) / _bytes(own.values()) if plain else None,
                 test=tuple(own[seed]["test"]["ndcg@20"] for seed in seeds),
                 to_uncompressed=None if own is plain else _difference(own, plain, users),
-                to_ours=_difference(own, rival, users),
+                to_subject=_difference(own, rival, users),
                 base=_quality(plain, set(own)),
             )
         )

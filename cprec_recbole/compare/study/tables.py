@@ -26,18 +26,20 @@ _HEADER = (
 )
 
 
-def write_summary(folder: Path, *, latex: bool = False) -> list[Path]:
+def write_summary(folder: Path, *, latex: bool = False, against: str | None = None) -> list[Path]:
     """Write `compare.csv`, `compare.md`, with `latex` also `compare.tex`, and the page
     `compare.html`; returns what was written.
 
     Args:
         folder: of a study.
         latex: whether tables for LaTeX are wanted.
+        against: the contender that others are measured against beside the uncompressed model;
+            None: of ours the one that was run most often.
 
     Raises:
-        CompressionError: a folder without runs.
+        CompressionError: a folder without runs, or without a run of `against`.
     """
-    summary = summarise(folder)
+    summary = summarise(folder, against)
     texts = {"compare.csv": as_csv(summary), "compare.md": as_markdown(summary)}
     if latex:
         texts["compare.tex"] = as_latex(summary)
@@ -45,7 +47,7 @@ def write_summary(folder: Path, *, latex: bool = False) -> list[Path]:
         write_text(folder / name, text)
     written = [folder / name for name in texts]
     page = folder / "compare.html"
-    write_page(folder, page, paired_interval=paired_difference)
+    write_page(folder, page, paired_interval=paired_difference, against=against)
     return [*written, page]
 
 
@@ -152,7 +154,7 @@ def _failures(failed: Sequence[Run]) -> list[str]:
 
 
 def _notes(summary: Summary) -> list[str]:
-    to_ours = f" and *to {summary.ours}* (at the same ratio)" if summary.ours else ""
+    to_subject = f" and *to {summary.subject}* (at the same ratio)" if summary.subject else ""
     machines = dict.fromkeys(_machine(run["environment"]) for run in summary.runs)
     return [
         f"{len(summary.runs)} runs finished, {len(summary.failed)} failed; {summary.trainings} "
@@ -162,7 +164,7 @@ def _notes(summary: Summary) -> list[str]:
         "",
         "*Smaller*: bytes of the weights as they are kept, of the uncompressed model over the "
         "contender's. *NDCG@20 test*: mean ± standard deviation over seeds. *To uncompressed*"
-        f"{to_ours}: mean difference of NDCG@20 over the test users, "
+        f"{to_subject}: mean difference of NDCG@20 over the test users, "
         f"a user's difference averaged over seeds, with the {LEVEL:.0%} interval of {RESAMPLES:,} "
         "bootstrap samples of users. *Verdict*: `worse` or `better` where the interval to "
         "uncompressed leaves zero out, else `not told apart`: the interval says how large a "
@@ -192,7 +194,7 @@ def _cells(line: Line) -> list[str]:
     return [
         *(line.contender, ratio, str(len(line.seeds)), f"{line.parameters:,.0f}", smaller),
         _quality(line),
-        *(_interval(line.to_uncompressed), verdict, _interval(line.to_ours)),
+        *(_interval(line.to_uncompressed), verdict, _interval(line.to_subject)),
     ]
 
 
@@ -201,7 +203,7 @@ def _quality(line: Line) -> str:
 
 
 def _header(summary: Summary) -> tuple[str, ...]:
-    return (*_HEADER, f"to {summary.ours}" if summary.ours else "")
+    return (*_HEADER, f"to {summary.subject}" if summary.subject else "")
 
 
 def _interval(difference: Difference | None) -> str:
