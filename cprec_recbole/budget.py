@@ -50,11 +50,11 @@ class _Candidate:
         return self.table + self.hidden
 
 
-def checked_ratio(ratio: object) -> float:
-    """A ratio of parameters as a number; else a CompressionError."""
+def checked_ratio(ratio: object, option: str = "ratio") -> float:
+    """A ratio of parameters as a number; else a CompressionError that names the option."""
     if not is_number(ratio) or not 1 <= ratio < math.inf:
         raise CompressionError(
-            f"Expected `ratio` to be a number of times, 1 or more, but got {ratio!r}."
+            f"Expected `{option}` to be a number of times, 1 or more, but got {ratio!r}."
         )
     return float(ratio)
 

@@ -524,7 +524,7 @@ def test_a_file_says_what_to_run(tmp_path):
     [
         ("dataset: ml-100k", "did you mean `datasets`"),
         ("models: [BERT]", "`models` to be out of NextItNet.*got 'BERT'"),
-        ("ratios: [0.5]", "`ratio` to be a number of times"),
+        ("ratios: [0.5]", "`ratios` to be a number of times"),
         ("ratios: []", "`ratios` to have one value"),
         (
             "ratios: {lastfm: 4}",
@@ -683,6 +683,17 @@ def test_the_command_runs_a_study_and_writes_its_tables(world, tmp_path, inline,
     assert "| to paper |" in text
     int8 = next(line for line in text.splitlines() if line.startswith("| int8 "))
     assert re.search(r"\[[-+][.\d]+, [-+][.\d]+\] \|$", int8)  # neither has a ratio
+
+
+def test_a_run_that_is_left_out_names_the_one_that_stands_for_it(world, tmp_path, inline, capsys):
+    file, out = tmp_path / "study.yaml", tmp_path / "out"
+    file.write_text(FEW.replace("[int8]", "[compressed, full]").replace("0.01, 0.001", "0.01"))
+    arguments = ["compare", "--study", str(file), "--out", str(out)]
+    only = ["--only", "made-up_SASRec_L8_uncompressed_s1", "*_full_*"]
+    assert main([*arguments, *only, "--data-path", world.data_path]) == 0
+    left_out, stands = (f"made-up_SASRec_L8_{n}_r1.5_s1" for n in ("full", "compressed"))
+    text = f"{left_out}: left out, it is the same model as {stands}"
+    assert text in capsys.readouterr().out.replace("\n", " ")
 
 
 def test_whom_to_measure_against_is_checked_before_anything_is_trained(

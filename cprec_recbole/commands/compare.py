@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from cprec_recbole.compare.controls import ALL, CONTROLS, find_controls
 from cprec_recbole.compare.page.summary import subject_of
 from cprec_recbole.compare.results import as_json
 from cprec_recbole.compare.study import Spec, run_study, write_summary
+from cprec_recbole.compare.study.spec import COMPRESSED
 from cprec_recbole.config import CompressionError
 from cprec_recbole.files import make_folder
 
@@ -169,7 +171,8 @@ def _study(options: argparse.Namespace, passed_on: dict[str, Any]) -> int:
             console=screen,
         )
         for goal in done.dropped:
-            screen.print(f"{goal.key}: is what `compressed` is, left out", soft_wrap=True)
+            stands = replace(goal, contender=COMPRESSED).key
+            screen.print(f"{goal.key}: left out, it is the same model as {stands}", soft_wrap=True)
     written = write_summary(out, latex=options.latex, against=options.against)
     screen.print(f"Written: {', '.join(str(path) for path in written)}", soft_wrap=True)
     return 0

@@ -252,7 +252,9 @@ def _ratios(given: dict[str, Any], datasets: tuple[str, ...]) -> dict[str, tuple
             f"{', '.join(str(name) for name in by_name)}."
         )
     found = {name: _listed({"ratios": by_name[name]}, "ratios", [4]) for name in datasets}
-    return {name: tuple(checked_ratio(r) for r in ratios) for name, ratios in found.items()}
+    return {
+        name: tuple(checked_ratio(r, "ratios") for r in ratios) for name, ratios in found.items()
+    }
 
 
 def _seeds(seeds: list[Any]) -> tuple[int, ...]:
