@@ -44,7 +44,7 @@ NO_DROPOUT = {
     "NextItNet": {},
 }
 TABLES = ("hashing", "recjpq-random", "recjpq-svd")
-IN_INT8 = ("int8", "narrower-int8", "recovered-int8")
+IN_INT8 = ("int8", "narrower-int8", "recovered-int8", "uniform-svd-recovered-int8")
 
 
 @pytest.fixture(scope="module")
@@ -265,6 +265,17 @@ def test_sizes_are_what_was_planned(world, stage, host_name, control):
     elif control.name in ("full", "tied"):  # which is what the compressed model is
         assert not control.differs(setting)
         assert part_sizes(model) == setting.compressed
+    elif control.name == "uniform-svd-recovered-int8":
+        blocks, _ = made(world, stage, host_name, CONTROLS["recovered-int8"])
+        assert served_bytes(model) <= served_bytes(blocks)
+        assert model.table.is_int8
+        assert len(model.table.blocks) == 1
+        assert part_sizes(model).layers == part_sizes(blocks).layers
+        rank, n_items = model.table.ranks[0], model.n_items
+        assert min(blocks.table.ranks) <= rank <= max(blocks.table.ranks)
+        wider = served_bytes(model) + n_items + model.table.dim  # a column, a row of the projection
+        assert rank == model.table.dim or wider + 2 > served_bytes(blocks)
+        return
     elif control.name == "recovered-int8":
         assert model.table.is_int8
         assert saved_bytes(model) <= 4 * limit
@@ -356,7 +367,11 @@ def test_int8_is_near_the_trained_model_and_leaves_it_alone(world, stage, host_n
 
 
 @pytest.mark.parametrize(
-    "name", ["recovered", "recovered-int8", "uncompressed-recovered", "uniform-svd-recovered"]
+    "name",
+    [
+        *("recovered", "recovered-int8", "uncompressed-recovered"),
+        *("uniform-svd-recovered", "uniform-svd-recovered-int8"),
+    ],
 )
 def test_a_recovery_takes_a_quarter_of_the_epochs(stage, name):
     setting, trained = stage["SASRec"]

@@ -31,7 +31,11 @@ from cprec_recbole.compare.controls.recovered import (
     UncompressedRecovered,
 )
 from cprec_recbole.compare.controls.setting import Setting
-from cprec_recbole.compare.controls.svd import UniformSVD, UniformSVDRecovered
+from cprec_recbole.compare.controls.svd import (
+    UniformSVD,
+    UniformSVDRecovered,
+    UniformSVDRecoveredInt8,
+)
 from cprec_recbole.config import CompressionError
 
 ALL = "all"
@@ -53,6 +57,7 @@ CONTROLS: dict[str, Control] = {
         Tied(),
         UniformSVD(),
         UniformSVDRecovered(),
+        UniformSVDRecoveredInt8(),
         Int8(),
         NarrowerInt8(),
         Hashing(),

@@ -14,7 +14,7 @@ from cprec_recbole.recommender import CompressedRecommender
 from cprec_recbole.report import BYTES_PER_FLOAT
 from cprec_recbole.spectra import Unit
 
-_BYTES = Unit("bytes in int8", entry=1, row=BYTES_PER_SCALE, other=BYTES_PER_FLOAT)
+INT8_BYTES = Unit("bytes in int8", entry=1, row=BYTES_PER_SCALE, other=BYTES_PER_FLOAT)
 
 
 class Int8(DerivedControl):
@@ -39,7 +39,7 @@ class NarrowerInt8(Narrower):
 
     name = "narrower-int8"
     words = "a model with fewer dimensions, trained and then in int8: about as many bytes"
-    unit = _BYTES
+    unit = INT8_BYTES
 
     def finished(self, model: CompressedRecommender) -> CompressedRecommender:
         """See TrainedControl.finished."""

@@ -9,6 +9,7 @@ from cprec_recbole.compare.controls.control import Derived, DerivedControl, Trai
 from cprec_recbole.compare.controls.setting import Setting
 from cprec_recbole.compress import compress
 from cprec_recbole.original import Original
+from cprec_recbole.recommender import CompressedRecommender
 from cprec_recbole.recover import LEARNING_RATE, recover
 from cprec_recbole.report import estimate
 
@@ -27,11 +28,14 @@ class Recovered(DerivedControl):
 
     def derive(self, trained: Trained, options: dict[str, Any]) -> Derived:
         """See DerivedControl.derive."""
+        return recovered(Derived(self.compressed(trained, options)), trained)
+
+    def compressed(self, trained: Trained, options: dict[str, Any]) -> CompressedRecommender:
+        """The model before the recovery."""
         given = options if "ratio" in options else chosen(options).as_dict()
         # how the model is trained on is the loader's
         given = {name: value for name, value in given.items() if name != "training"}
-        small = compress(trained.model, data=trained.train, verbose=False, **given)
-        return recovered(Derived(small), trained)
+        return compress(trained.model, data=trained.train, verbose=False, **given)
 
 
 class RecoveredInt8(Recovered):
@@ -42,13 +46,13 @@ class RecoveredInt8(Recovered):
     name = "recovered-int8"
     words = "the trained model compressed in int8 to the same bytes, then recover() likewise"
 
-    def derive(self, trained: Trained, options: dict[str, Any]) -> Derived:
-        """See DerivedControl.derive."""
+    def compressed(self, trained: Trained, options: dict[str, Any]) -> CompressedRecommender:
+        """See Recovered.compressed."""
         if "ratio" in options:
-            return super().derive(trained, {**options, "dtype": "int8"})
+            return super().compressed(trained, {**options, "dtype": "int8"})
         original, config = Original.of(trained.model), chosen(options)
         whole = estimate(original.record, original.host, config, original.n_items, original.dim)
-        small = compress(
+        return compress(
             trained.model,
             data=trained.train,
             size=whole.sizes.total * original.table.element_size(),
@@ -57,7 +61,6 @@ class RecoveredInt8(Recovered):
             tied=config.tied,
             verbose=False,
         )
-        return recovered(Derived(small), trained)
 
 
 class UncompressedRecovered(DerivedControl):

@@ -1,14 +1,20 @@
-"""One truncated SVD of the trained table: no blocks, no training."""
+"""One truncated SVD of the trained table in place of blocks."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from cprec_recbole.compare.controls.choices import chosen, one_rank
 from cprec_recbole.compare.controls.control import Derived, DerivedControl, Trained
-from cprec_recbole.compare.controls.recovered import recovered
+from cprec_recbole.compare.controls.int8 import INT8_BYTES
+from cprec_recbole.compare.controls.recovered import RecoveredInt8, recovered
 from cprec_recbole.compare.controls.setting import Setting
+from cprec_recbole.compare.sizes import served_bytes
 from cprec_recbole.compress import compress
+from cprec_recbole.original import Original
+from cprec_recbole.recommender import CompressedRecommender
+from cprec_recbole.report import estimate
 
 
 class UniformSVD(DerivedControl):
@@ -37,3 +43,23 @@ class UniformSVDRecovered(UniformSVD):
     def derive(self, trained: Trained, options: dict[str, Any]) -> Derived:
         """See DerivedControl.derive."""
         return recovered(super().derive(trained, options), trained)
+
+
+class UniformSVDRecoveredInt8(RecoveredInt8):
+    """What `recovered-int8` is, with one rank for all items in the same bytes: the largest that
+    fits, beside its layers. Where that has one rank itself, the same model."""
+
+    name = "uniform-svd-recovered-int8"
+    words = "recovered-int8 with one rank for all items in the same bytes, layers shared alike"
+
+    def compressed(self, trained: Trained, options: dict[str, Any]) -> CompressedRecommender:
+        """See Recovered.compressed."""
+        blocks = super().compressed(trained, options)
+        original, limit = Original.of(trained.model), served_bytes(blocks)
+        plain = replace(blocks.compression, ranks=(1,), cutoffs=(), softmax="full")
+        for rank in range(original.dim, 0, -1):
+            config = replace(plain, ranks=(rank,))
+            of = original.record, original.host, config, original.n_items, original.dim
+            if estimate(*of, INT8_BYTES).sizes.total <= limit:
+                break
+        return compress(trained.model, config, data=trained.train, dtype="int8", verbose=False)

@@ -129,7 +129,7 @@ class _Bench:
                     choice, training=known.training, loss_memory=known.loss_memory
                 )
                 setting = Setting(config, data.dataset, compression, refused_size)
-                if name == RecoveredInt8.name:
+                if isinstance(CONTROLS.get(name), RecoveredInt8):
                     _check_int8(fresh, work.ratio, self.spec.compression)
                 found[name] = _recipe(name, setting, work.ratio, self.spec)
             except CompressionError as error:
