@@ -219,7 +219,7 @@ def test_the_command_writes_its_files_and_prints_the_table(world, tmp_path, caps
     status = main(
         [
             *("compare", "--model", "SASRec", "--dataset", world.name, "--out", str(tmp_path)),
-            *("--ranks", "16,4,1", "--softmax", "tree", "--length", "10"),
+            *("--ranks", "16,4,1", "--softmax", "tree", "--length", "10", "--loss_memory=64MiB"),
             *(
                 f"--{key}={value}"
                 for key, value in options.items()
@@ -234,6 +234,8 @@ def test_the_command_writes_its_files_and_prints_the_table(world, tmp_path, caps
     found = json.loads((tmp_path / "compare.json").read_text())
     assert found["settings"]["MAX_ITEM_LIST_LENGTH"] == 10
     assert found["contenders"]["compressed"]["softmax"] == "tree"
+    for contender in ("uncompressed", "compressed"):
+        assert found["contenders"][contender]["loss_memory"] == 64 * 2**20
     assert found["command"].startswith("cprec compare --model SASRec --dataset made-up")
     assert "NDCG@20" in (tmp_path / "compare.md").read_text()
     assert {path.name for path in tmp_path.iterdir()} == {"compare.json", "compare.md"}
@@ -252,6 +254,7 @@ def test_the_report_command_prints_sizes(capsys):
         (["report", "SASRec", "--ranks", "8,16"], "`ranks` not to rise"),
         (["report", "SASRec", "--sharing", "all"], "`sharing` to be one of"),
         (["compare", "--model", "SASRec", "--controls", "pruning"], "`controls` to be all or out"),
+        (["compare", "--model", "SASRec", "--loss_memory=1"], "`loss_memory` to be a size"),
         (["compare", "--model", "SASRec", "--epoch=3"], "did you mean `epochs`"),
         (["compare", "--model", "SASRec", "epochs=3"], "Expected options as --name=value"),
         (["compare", "--model", "SASRec", "--epochs"], "Expected a value for --epochs"),

@@ -38,7 +38,8 @@ def test_the_readmes_python_runs(tmp_path):
     script.write_text(
         "from pathlib import Path\nimport cprec_recbole\n"
         "cprec_recbole.run_recbole(model='SASRec', dataset='ml-100k')\n"
-        "next(Path('saved').glob('SASRec-*.pth')).rename('saved/SASRec.pth')\n" + code
+        "Path('runs/sasrec').mkdir(parents=True)\n"
+        "next(Path('saved').glob('SASRec-*.pth')).rename('runs/sasrec/best.pth')\n" + code
     )
     done = subprocess.run(
         [sys.executable, str(script), *CHEAP],

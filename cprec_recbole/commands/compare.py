@@ -101,9 +101,12 @@ def run(options: argparse.Namespace, passed_on: dict[str, Any], command: str) ->
         passed_on = {"data_path": options.data_path, **passed_on}
     if options.length is not None:
         passed_on = {"MAX_ITEM_LIST_LENGTH": options.length, **passed_on}
+    compression = compression_for(options.model, options)
+    if "loss_memory" in passed_on:  # a contender's own options win over RecBole's
+        compression = replace(compression, loss_memory=passed_on["loss_memory"])
     columns = contenders(
         options.model,
-        compression_for(options.model, options),
+        compression,
         with_stock=options.with_stock,
         controls=find_controls(options.controls),
     )

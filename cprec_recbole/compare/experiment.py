@@ -59,7 +59,8 @@ def contenders(
         with_stock: also RecBole's own model, dataset and objective.
         controls: contenders that are measured by the compressed one.
     """
-    uncompressed = CompressionConfig.uncompressed(compression.training)
+    plain = CompressionConfig.uncompressed(compression.training)
+    uncompressed = replace(plain, loss_memory=compression.loss_memory)
     columns = [
         Contender(UNCOMPRESSED, f"Cp{model}", uncompressed.as_dict()),
         Contender(COMPRESSED, f"Cp{model}", compression.as_dict()),
