@@ -120,6 +120,8 @@ def test_a_search_that_all_seeds_share_is_counted_once(tmp_path):
     records = [record(seed=seed, search=search) for seed in (1, 2, 3)]
     text = Reader(page_of(tmp_path, records)).text
     assert "3 finished runs, learning rates searched in 2 trainings." in text
+    records = [record(search=search[:1])]  # one rate is no search
+    assert "1 finished run." in Reader(page_of(tmp_path / "one", records)).text
 
 
 def test_failed_runs_and_gaps_are_named(tmp_path):
@@ -414,11 +416,11 @@ def elements(page):
 def test_any_text_is_shown_as_text(tmp_path_factory, text):
     study = write_study(tmp_path_factory.mktemp("any"), hostile(text))
     runs = read_runs(study)
-    page = render_page(runs, make_cells(runs)).replace(get_plotlyjs(), "")
+    page = render_page(runs, make_cells(runs), text).replace(get_plotlyjs(), "")
     plain = write_study(tmp_path_factory.mktemp("plain"), hostile("plain"))
     runs = read_runs(plain)
     assert elements(page) == elements(
-        render_page(runs, make_cells(runs)).replace(get_plotlyjs(), "")
+        render_page(runs, make_cells(runs), "plain").replace(get_plotlyjs(), "")
     )
     (cell,) = study_in(page)
     assert cell["dataset"] == text

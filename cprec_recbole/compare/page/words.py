@@ -21,7 +21,7 @@ def scope(runs: Sequence[StudyRun]) -> str:
     seeds = {run.seed for run in named}
     histories = f", histories of {listed([str(n) for n in lengths])} items" if lengths else ""
     searches = {(run.dataset, run.model, run.length, run.contender, run.search) for run in finished}
-    tried = sum(len(trials) for *_, trials in searches)
+    tried = sum(len(trials) for *_, trials in searches if len(trials) > 1)  # one is no search
     search = f", learning rates searched in {counted(tried, 'training')}" if tried else ""
     failed = len(runs) - len(finished)
     return (
