@@ -17,7 +17,11 @@ SOFTMAXES = ("full", "tree")
 OBJECTIVES = ("all_positions", "last_position")
 
 DEFAULT_BLOCKS = 3  # CpRec, section 3.2: three to five blocks are enough
-RANK_STEP = 4  # each block has a quarter of the rank of the one before (the authors' d, d/4, d/16)
+# d/2, d/4, d/8 from head to tail, and d/8 for further blocks. The authors' d, d/4, d/16 make a table of
+# the same size whose tail learns too little (REASON; examples/results/study-defaults).
+RANK_PARTS = (2, 4, 8)
+# In a large catalogue (below) they stay: nothing else was measured there, and the tail is what costs.
+LARGE_RANK_PARTS = (1, 4, 16)
 # The head: a tenth of the items, since a small head is what compresses; but not below 400 items,
 # which seems to cost quality where there is little to save, nor above a quarter. The figures, and
 # how far they carry, are in docs/method.md, "Where to cut".
@@ -77,7 +81,8 @@ class CompressionConfig:
 
     Args:
         ranks: rank of each block from head to tail, e.g. `(64, 16, 4)`; at most the embedding size
-            and never rising. None: `d, d/4, d/16`, and d/16 for further blocks.
+            and never rising. None: `d/2, d/4, d/8`, and d/8 for further blocks; above 200,000 items
+            `d, d/4, d/16`, and d/16. One block has d.
         cutoffs: where the blocks end when items are ordered by falling popularity: rows
             (`(400, 900)`, the padding row counted) or shares of the items (`(0.1, 0.3)`). The end
             of the catalogue may be left out. None: a head of 10% of the items (at least 400 items,
@@ -161,7 +166,7 @@ class CompressionConfig:
             n_blocks = len(_inner_cutoffs(self.cutoffs, n_items)) + 1
         else:
             n_blocks = _default_blocks(n_items)
-        ranks = self.ranks or tuple(_default_rank(dim, j) for j in range(n_blocks))
+        ranks = self.ranks or _default_ranks(dim, n_blocks, n_items)
         if ranks[0] > dim:
             raise CompressionError(
                 f"Expected `ranks` to be at most the embedding size {dim}, but got {list(ranks)}."
@@ -190,8 +195,11 @@ def _default_blocks(n_items: int) -> int:
     return max(1, min(DEFAULT_BLOCKS + more, n_items - 1))
 
 
-def _default_rank(dim: int, block: int) -> int:
-    return max(1, dim // RANK_STEP ** min(block, DEFAULT_BLOCKS - 1))
+def _default_ranks(dim: int, n_blocks: int, n_items: int) -> tuple[int, ...]:
+    if n_blocks == 1:
+        return (dim,)  # no blocks: nothing is factorised
+    parts = LARGE_RANK_PARTS if n_items - 1 > LARGE_CATALOGUE else RANK_PARTS
+    return tuple(max(1, dim // parts[min(j, len(parts) - 1)]) for j in range(n_blocks))
 
 
 def _default_shares(n_blocks: int, n_items: int) -> list[float]:

@@ -65,10 +65,17 @@ def test_the_end_of_the_catalogue_may_be_left_out():
     assert short.sizes == (40, 60)
 
 
-def test_defaults_are_the_papers_ranks_and_a_small_head():
+def test_defaults_are_falling_ranks_and_a_small_head():
     plan = CompressionConfig().plan(64, 10_001)
-    assert plan.ranks == (64, 16, 4)
+    assert plan.ranks == (32, 16, 8)
     assert plan.cutoffs == (1001, 3163, 10_001)
+    assert CompressionConfig(cutoffs=[10, 20, 30]).plan(20, 100).ranks == (10, 5, 2, 2)
+    assert CompressionConfig().plan(1, 100).ranks == (1, 1, 1)
+
+
+def test_above_200_000_items_the_default_ranks_are_the_papers():
+    for n_items, ranks in ((200_001, (32, 16, 8)), (200_002, (64, 16, 4))):
+        assert CompressionConfig().plan(64, n_items).ranks == ranks
 
 
 @pytest.mark.parametrize(("items", "head"), [(800, 200), (1682, 400), (3400, 400), (50_000, 5000)])

@@ -92,7 +92,7 @@ def test_a_choice_of_ones_own_is_varied_without_contradiction():
     assert rows[1]["softmax"] == "tree"
     for four_blocks in ((100, 400, 900), (0.1, 0.3, 0.6)):
         _, rows = size_rows("GRU4Rec", CompressionConfig(cutoffs=four_blocks), items=2000)
-        assert {row["ranks"] for row in rows[1:]} == {"64/16/4/4"}
+        assert {row["ranks"] for row in rows[1:]} == {"32/16/8/8"}
 
 
 def test_an_option_that_recbole_does_not_know_is_named():
