@@ -86,13 +86,14 @@ def _choices(base: CompressionConfig, dim: int, n_items: int) -> list[Compressio
     variations += [{"sharing": scheme} for scheme in SHARING_SCHEMES if scheme != base.sharing]
     variations += [{"softmax": "tree" if base.softmax == "full" else "full"}]
     variations += [{"tied": not base.tied}]
-    three_blocks = len(base.plan(dim, n_items).ranks) == 3
+    plan = base.plan(dim, n_items)
+    three_blocks = len(plan.ranks) == 3
     if three_blocks and base.cutoffs is None:
         variations += [{"cutoffs": shares} for shares in ((0.05, 0.2), (0.25, 0.5))]
     if three_blocks and base.ranks is None:
-        half = max(1, dim // 2)
-        ladders = ((half, max(1, half // 4), max(1, half // 16)), (dim, half, max(1, half // 2)))
-        variations += [{"ranks": ranks} for ranks in ladders]
+        halves = tuple(max(1, rank // 2) for rank in plan.ranks)
+        doubles = tuple(min(dim, 2 * rank) for rank in plan.ranks)
+        variations += [{"ranks": ranks} for ranks in (halves, doubles)]
     return [replace(base, **variation) for variation in variations]
 
 

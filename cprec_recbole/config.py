@@ -17,10 +17,10 @@ SOFTMAXES = ("full", "tree")
 OBJECTIVES = ("all_positions", "last_position")
 
 DEFAULT_BLOCKS = 3  # CpRec, section 3.2: three to five blocks are enough
-# d/2, d/4, d/8 from head to tail, and d/8 for further blocks. The authors' d, d/4, d/16 make a table of
-# the same size whose tail learns too little (REASON; examples/results/study-defaults).
+# d/2, d/4, d/8 from head to tail, and d/8 for further blocks: better than the authors' d, d/4, d/16
+# and than one rank in tables of the same size (docs/defaults.md). In a large catalogue (below)
+# the authors' stay, since nothing else was measured there and the tail is what costs.
 RANK_PARTS = (2, 4, 8)
-# In a large catalogue (below) they stay: nothing else was measured there, and the tail is what costs.
 LARGE_RANK_PARTS = (1, 4, 16)
 # The head: a tenth of the items, since a small head is what compresses; but not below 400 items,
 # which seems to cost quality where there is little to save, nor above a quarter. The figures, and
@@ -142,9 +142,18 @@ class CompressionConfig:
         return cls(**options)
 
     @classmethod
-    def uncompressed(cls, training: str = "all_positions") -> CompressionConfig:
+    def uncompressed(
+        cls, training: str = "all_positions", loss_memory: int | str = LOSS_MEMORY
+    ) -> CompressionConfig:
         """The setting that loses nothing: one block of full rank, no sharing, tied full softmax."""
-        return cls(cutoffs=(), sharing="none", softmax="full", tied=True, training=training)
+        return cls(
+            cutoffs=(),
+            sharing="none",
+            softmax="full",
+            tied=True,
+            training=training,
+            loss_memory=loss_memory,
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """The options as plain values, for JSON and for `config_dict`."""

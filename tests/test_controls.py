@@ -266,15 +266,8 @@ def test_sizes_are_what_was_planned(world, stage, host_name, control):
         assert not control.differs(setting)
         assert part_sizes(model) == setting.compressed
     elif control.name == "uniform-svd-recovered-int8":
-        blocks, _ = made(world, stage, host_name, CONTROLS["recovered-int8"])
-        assert served_bytes(model) <= served_bytes(blocks)
         assert model.table.is_int8
         assert len(model.table.blocks) == 1
-        assert part_sizes(model).layers == part_sizes(blocks).layers
-        rank, n_items = model.table.ranks[0], model.n_items
-        assert min(blocks.table.ranks) <= rank <= max(blocks.table.ranks)
-        wider = served_bytes(model) + n_items + model.table.dim  # a column, a row of the projection
-        assert rank == model.table.dim or wider + 2 > served_bytes(blocks)
         return
     elif control.name == "recovered-int8":
         assert model.table.is_int8
@@ -286,6 +279,28 @@ def test_sizes_are_what_was_planned(world, stage, host_name, control):
         return
     if control.name != "narrower":
         assert setting.sizes({**options, "ranks": None}).layers == part_sizes(model).layers
+
+
+@pytest.mark.parametrize(("host", "ratio"), [("NextItNet", 8), ("NextItNet", 12), ("GRU4Rec", 7)])
+def test_one_rank_in_int8_fills_the_bytes_of_the_blocks(stage, host, ratio):
+    trained = stage[host][1]
+    names = ("recovered-int8", "uniform-svd-recovered-int8")
+    blocks, one = (CONTROLS[name].compressed(trained, {"ratio": ratio}) for name in names)
+    assert len(blocks.table.blocks) > 1
+    assert len(one.table.blocks) == 1
+    assert one.table.is_int8
+    assert part_sizes(one).layers == part_sizes(blocks).layers
+    assert one.compression.sharing == blocks.compression.sharing
+    column = one.n_items + one.table.dim + 2  # of the rows, and a row of the projection
+    assert served_bytes(one) <= served_bytes(blocks) < served_bytes(one) + column
+
+
+def test_one_rank_in_int8_beside_one_block_is_the_same_model(stage):
+    trained = stage["SASRec"][1]
+    names = ("recovered-int8", "uniform-svd-recovered-int8")
+    block, one = (CONTROLS[name].compressed(trained, {"ratio": 2}) for name in names)
+    assert len(block.table.blocks) == 1
+    assert all(map(torch.equal, block.state_dict().values(), one.state_dict().values()))
 
 
 def test_a_narrower_model_in_int8_is_as_wide_as_fits(world, stage, host_name):

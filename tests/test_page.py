@@ -121,7 +121,9 @@ def test_a_search_that_all_seeds_share_is_counted_once(tmp_path):
     text = Reader(page_of(tmp_path, records)).text
     assert "3 finished runs, learning rates searched in 2 trainings." in text
     records = [record(search=search[:1])]  # one rate is no search
-    assert "1 finished run." in Reader(page_of(tmp_path / "one", records)).text
+    text = Reader(page_of(tmp_path / "one", records)).text
+    assert "1 finished run." in text
+    assert "search of 1" not in text
 
 
 def test_failed_runs_and_gaps_are_named(tmp_path):

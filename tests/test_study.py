@@ -681,6 +681,10 @@ def test_the_command_runs_a_study_and_writes_its_tables(world, tmp_path, inline,
     assert main(["compare", "--summary", "--out", str(out), "--against", "paper"]) == 0
     text = (out / "compare.md").read_text()
     assert "| to paper |" in text
+    assert "trainings in all, at one learning rate." in text
+    page = (out / "compare.html").read_text()
+    assert "paper has the higher NDCG@20 against int8" in page
+    assert "At equal ratio, paper" not in page
     int8 = next(line for line in text.splitlines() if line.startswith("| int8 "))
     assert re.search(r"\[[-+][.\d]+, [-+][.\d]+\] \|$", int8)  # neither has a ratio
 
@@ -692,8 +696,22 @@ def test_a_run_that_is_left_out_names_the_one_that_stands_for_it(world, tmp_path
     only = ["--only", "made-up_SASRec_L8_uncompressed_s1", "*_full_*"]
     assert main([*arguments, *only, "--data-path", world.data_path]) == 0
     left_out, stands = (f"made-up_SASRec_L8_{n}_r1.5_s1" for n in ("full", "compressed"))
-    text = f"{left_out}: left out, it is the same model as {stands}"
+    text = f"{left_out}: left out, it would be the same model as {stands}"
     assert text in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_tables_are_written_where_whom_to_measure_against_did_not_run(
+    world, tmp_path, inline, capsys
+):
+    file, out = tmp_path / "study.yaml", tmp_path / "out"
+    file.write_text(FEW.replace("0.01, 0.001", "0.01"))
+    arguments = ["compare", "--study", str(file), "--out", str(out), "--against", "paper"]
+    only = ["--only", "*_int8_*", "--data-path", world.data_path]
+    assert main([*arguments, *only]) == 0
+    assert "No run of paper is finished" in capsys.readouterr().out
+    assert "to paper" not in (out / "compare.md").read_text()
+    assert main(["compare", "--summary", "--out", str(out), "--against", "paper"]) == 2
+    assert "`against` to be out of int8, but got 'paper'" in capsys.readouterr().err
 
 
 def test_whom_to_measure_against_is_checked_before_anything_is_trained(
@@ -705,7 +723,7 @@ def test_whom_to_measure_against_is_checked_before_anything_is_trained(
     for wrong in ("papers", "uncompressed"):
         assert main([*arguments, wrong, "--data-path", world.data_path]) == 2
         printed = capsys.readouterr().err
-        assert f"`against` to be one of the contenders (int8, paper), but got {wrong!r}" in printed
+        assert f"`against` to be out of int8, paper, but got {wrong!r}" in printed
         assert not out.exists()
 
 

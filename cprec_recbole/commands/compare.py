@@ -29,6 +29,7 @@ from cprec_recbole.compare.page.summary import subject_of
 from cprec_recbole.compare.results import as_json
 from cprec_recbole.compare.study import Spec, run_study, write_summary
 from cprec_recbole.compare.study.spec import COMPRESSED
+from cprec_recbole.compare.study.store import read_runs
 from cprec_recbole.config import CompressionError
 from cprec_recbole.files import make_folder
 
@@ -155,14 +156,15 @@ def _study(options: argparse.Namespace, passed_on: dict[str, Any]) -> int:
         raise CompressionError(
             f"Expected a study to be all in its file, but got `{given[0]}` on the command line."
         )
-    screen, out = console(), Path(options.out)
+    screen, out, against = console(), Path(options.out), options.against
     if not options.summary:
         file = Path(options.study)
         shown = file.name if file.is_absolute() else options.study
         data = "" if options.data_path is None else " --data-path DATA"
         spec = Spec.read(options.study)
-        if options.against is not None:
-            subject_of(spec.contenders, options.against)  # a wrong name is no news after hours
+        if against is not None:
+            # a wrong name is no news after hours
+            subject_of([*spec.contenders, *_finished(out)], against)
         done = run_study(
             spec,
             out,
@@ -175,10 +177,23 @@ def _study(options: argparse.Namespace, passed_on: dict[str, Any]) -> int:
         )
         for goal in done.dropped:
             stands = replace(goal, contender=COMPRESSED).key
-            screen.print(f"{goal.key}: left out, it is the same model as {stands}", soft_wrap=True)
-    written = write_summary(out, latex=options.latex, against=options.against)
+            screen.print(
+                f"{goal.key}: left out, it would be the same model as {stands}", soft_wrap=True
+            )
+        if against is not None and against not in _finished(out):
+            screen.print(f"No run of {against} is finished: nothing is measured against it.")
+            against = None
+    written = write_summary(out, latex=options.latex, against=against)
     screen.print(f"Written: {', '.join(str(path) for path in written)}", soft_wrap=True)
     return 0
+
+
+def _finished(out: Path) -> set[str]:
+    """The contenders of which a run is finished in a study's folder."""
+    try:
+        return {run["contender"] for run in read_runs(out) if "error" not in run}
+    except CompressionError:
+        return set()  # no runs yet
 
 
 def _finish(progress: Progress, tasks: dict[tuple[str, int], TaskID]) -> None:

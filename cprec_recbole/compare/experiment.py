@@ -59,8 +59,8 @@ def contenders(
         with_stock: also RecBole's own model, dataset and objective.
         controls: contenders that are measured by the compressed one.
     """
-    plain = CompressionConfig.uncompressed(compression.training)
-    uncompressed = replace(plain, loss_memory=compression.loss_memory)
+    same = compression.training, compression.loss_memory
+    uncompressed = CompressionConfig.uncompressed(*same)
     columns = [
         Contender(UNCOMPRESSED, f"Cp{model}", uncompressed.as_dict()),
         Contender(COMPRESSED, f"Cp{model}", compression.as_dict()),

@@ -59,6 +59,7 @@ class RecoveredInt8(Recovered):
             dtype="int8",
             softmax=config.softmax,
             tied=config.tied,
+            loss_memory=config.loss_memory,
             verbose=False,
         )
 

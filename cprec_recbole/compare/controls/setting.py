@@ -69,9 +69,8 @@ class Setting:
     @property
     def uncompressed(self) -> CompressionConfig:
         """The options that lose nothing, for the same objective."""
-        memory = self.compression.loss_memory
-        plain = CompressionConfig.uncompressed(self.compression.training)
-        return replace(plain, loss_memory=memory)
+        same = self.compression.training, self.compression.loss_memory
+        return CompressionConfig.uncompressed(*same)
 
     @property
     def layers_alone(self) -> CompressionConfig:

@@ -57,9 +57,12 @@ class UniformSVDRecoveredInt8(RecoveredInt8):
         blocks = super().compressed(trained, options)
         original, limit = Original.of(trained.model), served_bytes(blocks)
         plain = replace(blocks.compression, ranks=(1,), cutoffs=(), softmax="full")
-        for rank in range(original.dim, 0, -1):
+
+        def fits(rank: int) -> bool:
             config = replace(plain, ranks=(rank,))
             of = original.record, original.host, config, original.n_items, original.dim
-            if estimate(*of, INT8_BYTES).sizes.total <= limit:
-                break
+            return estimate(*of, INT8_BYTES).sizes.total <= limit
+
+        rank = next((rank for rank in range(original.dim, 1, -1) if fits(rank)), 1)
+        config = replace(plain, ranks=(rank,))
         return compress(trained.model, config, data=trained.train, dtype="int8", verbose=False)

@@ -80,10 +80,10 @@ def subject_of(contenders: Iterable[str], against: str | None = None) -> str | N
     names = [name for name in contenders if name != REFERENCE]
     if against is not None:
         if against not in names:
-            known = ", ".join(dict.fromkeys(sorted(names))) or "none yet"
+            known = ", ".join(sorted(set(names))) or "none yet"
             raise CompressionError(
-                f"Expected `against` to be one of the contenders ({known}), but got "
-                f"{against!r}; the uncompressed model is compared with in any case."
+                f"Expected `against` to be out of {known}, but got {against!r}; the uncompressed "
+                "model is compared with in any case."
             )
         return against
     ours = [name for name in OURS if name in names]

@@ -88,6 +88,11 @@ class Summary:
     subject: str | None
 
     @property
+    def is_searched(self) -> bool:
+        """Whether a learning rate was chosen out of several."""
+        return any(len(run["search"]) > 1 for run in self.runs)
+
+    @property
     def trainings(self) -> int:
         """Trainings in all: runs that were trained, and what the search of learning rates took
         beside them. Of runs that came to the same training, each counts."""

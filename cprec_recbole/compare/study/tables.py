@@ -25,6 +25,11 @@ _HEADER = (
     *("to uncompressed", "verdict"),
 )
 
+_SEARCH = (
+    " with the search of learning rates, which is the same for every contender: the first seed is "
+    "trained at each rate, and the rate that is best on validation is used for all seeds"
+)
+
 
 def write_summary(folder: Path, *, latex: bool = False, against: str | None = None) -> list[Path]:
     """Write `compare.csv`, `compare.md`, with `latex` also `compare.tex`, and the page
@@ -154,13 +159,13 @@ def _failures(failed: Sequence[Run]) -> list[str]:
 
 
 def _notes(summary: Summary) -> list[str]:
-    to_subject = f" and *to {summary.subject}* (at the same ratio)" if summary.subject else ""
+    to_subject = (
+        f" and *to {summary.subject}* (at the same ratio, or at none)" if summary.subject else ""
+    )
     machines = dict.fromkeys(_machine(run["environment"]) for run in summary.runs)
     return [
         f"{len(summary.runs)} runs finished, {len(summary.failed)} failed; {summary.trainings} "
-        "trainings in all with the search of learning rates, which is the same for every "
-        "contender: the first seed is trained at each rate, and the rate that is best on "
-        "validation is used for all seeds.",
+        f"trainings in all{_SEARCH if summary.is_searched else ', at one learning rate'}.",
         "",
         "*Smaller*: bytes of the weights as they are kept, of the uncompressed model over the "
         "contender's. *NDCG@20 test*: mean ± standard deviation over seeds. *To uncompressed*"

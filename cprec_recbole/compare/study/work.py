@@ -198,7 +198,8 @@ class _Bench:
         trained = Trained(original, data.train, data.valid, best_epoch, work.seed, work.rate)
         start = perf_counter()
         control = cast(DerivedControl, CONTROLS[work.recipe.kind])  # no other has a source
-        made = control.derive(trained, work.recipe.options)
+        memory = compression_of(plain).loss_memory  # is in no recipe: it is the study's
+        made = control.derive(trained, {**work.recipe.options, "loss_memory": memory})
         seconds = perf_counter() - start
         recovery = made.recovery
         curve = [] if recovery is None else [e[recovery.metric] for e in recovery.epochs]
