@@ -17,7 +17,7 @@ def main() -> None:
     config = Config(
         model="CpNextItNet",
         dataset="ml-100k",
-        config_dict={"epochs": 10, "ranks": [64, 16, 4], "sharing": "cross_block"},
+        config_dict={"epochs": 10, "ranks": [32, 16, 8], "sharing": "cross_block"},
     )
     init_seed(config["seed"], config["reproducibility"])
     dataset = create_dataset(config)
