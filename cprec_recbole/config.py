@@ -36,6 +36,7 @@ LARGEST_HEAD = 20_000
 LARGE_CATALOGUE = 200_000  # where a tenth of the items is the largest head
 LOSS_MEMORY = 256 * 2**20  # about what a step takes without the softmax of a large catalogue
 LEAST_LOSS_MEMORY = 2**20  # with less, a step would be nothing but calls
+LISTED = 20  # options that an error lists beside the nearest one
 
 
 class CompressionError(ValueError):
@@ -238,9 +239,10 @@ def reject_unknown(names: Iterable[str], known: Sequence[str]) -> None:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean `{near[0]}`?" if near else "."
-            raise CompressionError(
-                f"Expected an option out of {', '.join(known)}, but got `{name}`{hint}"
-            )
+            # RecBole's and a model's are a hundred: a list in which the typing error would be lost
+            whole = not near or len(known) <= LISTED
+            out_of = ", ".join(known) if whole else f"the {len(known)} known"
+            raise CompressionError(f"Expected an option out of {out_of}, but got `{name}`{hint}")
 
 
 def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:

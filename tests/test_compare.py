@@ -161,7 +161,10 @@ def test_controls_need_what_they_are_measured_by(world):
     ("arguments", "match"),
     [
         ({"seeds": 0}, "`seeds` to be 1 or more, but got 0"),
-        ({"options": {"epoch": 3}}, "got `epoch`; did you mean `epochs`"),
+        (
+            {"options": {"epoch": 3}},
+            "^Expected an option out of the [0-9]+ known, but got `epoch`; did you mean `epochs`",
+        ),
         ({"dataset": "no-such-data"}, "`dataset` to be ml-100k, or the name of a folder"),
         ({"config_files": ["missing.yaml"]}, "`config` to be a YAML file, but missing.yaml"),
         ({"options": {"epochs": 0}}, "`epochs` to be a whole number, 1 or more, but got 0"),
