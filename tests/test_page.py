@@ -116,10 +116,12 @@ def test_studies_that_prove_nothing_say_so(tmp_path, records, words):
 
 
 def test_a_search_that_all_seeds_share_is_counted_once(tmp_path):
-    search = [{"learning_rate": rate, "valid": 0.05} for rate in (1e-3, 3e-3)]
+    search = [{"learning_rate": rate, "valid": 0.05 + rate} for rate in (1e-3, 3e-3)]
     records = [record(seed=seed, search=search) for seed in (1, 2, 3)]
     text = Reader(page_of(tmp_path, records)).text
-    assert "3 finished runs, learning rates searched in 2 trainings." in text
+    assert (
+        "3 finished runs, learning rates searched in 2 trainings (the highest won 1 of 1)." in text
+    )
     records = [record(search=search[:1])]  # one rate is no search
     text = Reader(page_of(tmp_path / "one", records)).text
     assert "1 finished run." in text

@@ -134,7 +134,8 @@ def test_every_run_is_kept_with_every_field(finished):
     # "full" is what the compressed model is
     assert [goal.contender for goal in schedule.dropped] == ["full", "full"]
     for key, record in runs.items():
-        assert set(record) == FIELDS
+        derived = record["contender"] in ("int8", "recovered")
+        assert set(record) == FIELDS | ({"source"} if derived else set())
         assert record["key"] == key
         assert record["total_parameters"] == sum(record["parameters"].values())
         assert record["command"] == f"cprec compare --only {key}"
@@ -346,6 +347,28 @@ def test_shares_are_of_the_seeds_that_both_have(tmp_path):
     assert "to None" not in (tmp_path / "compare.md").read_text()
 
 
+def test_tables_say_where_the_best_rate_is_the_highest_or_lowest(tmp_path):
+    (tmp_path / "runs").mkdir()
+    reached = {  # at .001, .003 and .01
+        ("uncompressed", None): (0.1, 0.2, 0.3),
+        ("compressed", 4.0): (0.1, 0.3, None),  # the highest failed
+        ("narrower", 4.0): (0.3, 0.2, 0.1),
+        ("narrower", 8.0): (0.3, None, None),
+        ("hashing", 4.0): (0.3,),  # one rate is no search
+    }
+    for (contender, ratio), values in reached.items():
+        for seed in (1, 2):
+            made = studies.record("lastfm", "SASRec", contender, ratio, seed)
+            rates = zip((0.001, 0.003, 0.01), values)
+            made["search"] = [{"learning_rate": rate, "valid": valid} for rate, valid in rates]
+            (tmp_path / "runs" / f"{made['key']}.json").write_text(json.dumps(made))
+            np.save(tmp_path / "runs" / f"{made['key']}.npy", np.float32([0.1, 0.2]))
+    write_summary(tmp_path)
+    text = (tmp_path / "compare.md").read_text()
+    assert "The highest rate that was tried won 1 of 4 searches, the lowest 2: there" in text
+    assert "(the highest won 1 of 4)" in (tmp_path / "compare.html").read_text()
+
+
 def test_what_not_even_int8_can_be_is_said_before_anything_is_trained(world, tmp_path, inline):
     text = FEW.replace("[int8]", "[recovered-int8]").replace("[1.5]", "[400]")
     run(spec_of(tmp_path, text), tmp_path / "out", world)
@@ -414,7 +437,9 @@ def finish(schedule, work, valid=0.1, error=None):
             "valid": {"ndcg@20": valid},
             "options": {},
         }
-        schedule.store.write_users(work.key, np.zeros(3, np.float32))
+        schedule.store.write_users(work.key, np.full(3, valid, np.float32))
+        if work.contender == "uncompressed":
+            schedule.store.path("weights", work.key, ".safetensors").write_text("weights")
         schedule.store.write("trials", work.key, record)
     schedule.done(work, error)
 
@@ -454,6 +479,126 @@ def test_what_waits_is_not_handed_out(tmp_path):
     assert following.source[0] == begun[1].key  # the weights of the better rate
     others = schedule.next()
     assert (others.contender, others.seed, others.rate) == ("uncompressed", 2, 0.001)
+
+
+RATES = """
+datasets: {made-up: 8}
+models: [SASRec]
+seeds: [1, 2]
+contenders: [uncompressed, int8]
+settings: {paper: {ranks: [16, 4, 1]}}
+learning_rates: [0.003, 0.001]
+"""
+FASTER = RATES.replace("[0.003", "[0.01, 0.003")
+
+
+def all_done(tmp_path, text, valid_of, only=None, error_of=lambda work: None):
+    """Do what a study wants; valid_of gives each training's quality. The trainings that it took."""
+    schedule = schedule_of(tmp_path, text, only)
+    done = []
+    while (work := schedule.next()) is not None:
+        done.append(f"{work.contender} {work.rate} {work.seed}")
+        finish(schedule, work, valid_of(work), error_of(work))
+        assert len(done) < 100
+    assert schedule.open == []
+    return done
+
+
+def slower_is_better(work):
+    return 0.1 - (work.rate or 0)
+
+
+def faster_is_better(work):
+    return 0.1 + (work.rate or 0)
+
+
+def published(tmp_path):
+    """What is published of a study: the runs alone."""
+    for name in ("trials", "weights", "plans"):
+        for path in (tmp_path / "out" / name).iterdir():
+            path.unlink()
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_where_an_added_rate_is_worse_it_alone_is_trained_and_the_runs_stay(tmp_path, alone):
+    assert len(all_done(tmp_path, RATES, slower_is_better)) == 8
+    before = runs_of(tmp_path / "out")
+    if alone:
+        published(tmp_path)
+    assert all_done(tmp_path, FASTER, slower_is_better) == [
+        *("uncompressed 0.01 1", "paper 0.01 1")
+    ]
+    after = runs_of(tmp_path / "out")
+    tried = [0.01, 0.003, 0.001]
+    assert after == {
+        key: record
+        if "int8" in key or key.endswith("s2")
+        else {
+            **record,
+            "search": [{"learning_rate": r, "valid": pytest.approx(0.1 - r)} for r in tried],
+        }
+        for key, record in before.items()
+    }
+    assert all_done(tmp_path, FASTER, slower_is_better) == []
+    users = Store(tmp_path / "out").path("runs", "made-up_SASRec_L8_paper_s1", ".npy")
+    assert np.load(users) == pytest.approx(0.099)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_where_an_added_rate_is_better_seeds_and_what_is_made_of_the_model_follow(tmp_path, alone):
+    all_done(tmp_path, RATES, faster_is_better)
+    if alone:
+        published(tmp_path)
+    trained = all_done(tmp_path, FASTER, faster_is_better)
+    assert sorted(trained) == [
+        *("int8 None 1", "int8 None 2"),
+        *("paper 0.01 1", "paper 0.01 2", "uncompressed 0.01 1", "uncompressed 0.01 2"),
+    ]
+    runs = runs_of(tmp_path / "out")
+    for key, record in runs.items():
+        if "int8" in key:
+            plain = "made-up_SASRec_L8_model-"
+            assert re.fullmatch(rf"{plain}\w{{10}}_lr0.01_{key[-2:]}", record["source"])
+        else:
+            assert (record["learning_rate"], record["valid"]["ndcg@20"]) == (0.01, 0.11)
+            assert len(record["search"]) == 3
+    assert all_done(tmp_path, FASTER, faster_is_better) == []
+
+
+def test_rates_may_be_added_but_not_taken_away(tmp_path):
+    store = Store(tmp_path / "out")
+    store.agree(spec_of(tmp_path, RATES))
+    store.agree(spec_of(tmp_path, FASTER))
+    with pytest.raises(CompressionError, match=r"`learning_rates` to be \[0.01, 0.003, 0.001\]"):
+        store.agree(spec_of(tmp_path, RATES))
+
+
+def test_an_original_without_weights_is_trained_again_for_what_is_made_of_it(tmp_path):
+    first = RATES.replace("uncompressed, int8", "uncompressed")
+    all_done(tmp_path, first, faster_is_better)
+    published(tmp_path)
+    assert all_done(tmp_path, RATES, lambda work: 0.5, only=["*int8_s1"]) == [
+        *("uncompressed 0.003 1", "int8 None 1")
+    ]
+    run = runs_of(tmp_path / "out")["made-up_SASRec_L8_uncompressed_s1"]
+    assert run["valid"]["ndcg@20"] == 0.5  # the one whose weights are there
+    assert [tried["valid"] for tried in run["search"]] == [0.5, pytest.approx(0.101)]
+
+
+def test_where_training_again_fails_the_run_stays_and_what_needs_it_fails(tmp_path):
+    first = RATES.replace("uncompressed, int8", "uncompressed")
+    all_done(tmp_path, first, faster_is_better)
+    published(tmp_path)
+    before = runs_of(tmp_path / "out")
+    trained = all_done(
+        tmp_path, RATES, faster_is_better, only=["*int8_s1"], error_of=lambda work: "no memory"
+    )
+    assert trained == ["uncompressed 0.003 1"]
+    after = runs_of(tmp_path / "out")
+    assert after.pop("made-up_SASRec_L8_int8_s1")["error"] == (
+        "there is no made-up_SASRec_L8_uncompressed_s1: no memory"
+    )
+    assert after == before
 
 
 def test_what_needs_a_failed_run_fails_with_it(tmp_path):

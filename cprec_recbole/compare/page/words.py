@@ -7,7 +7,7 @@ from statistics import median
 
 from cprec_recbole.compare.page.drawing import short, with_spread
 from cprec_recbole.compare.page.points import Cell, Point
-from cprec_recbole.compare.page.runs import StudyRun
+from cprec_recbole.compare.page.runs import StudyRun, Trial
 from cprec_recbole.compare.page.summary import Standing
 
 
@@ -21,8 +21,14 @@ def scope(runs: Sequence[StudyRun]) -> str:
     seeds = {run.seed for run in named}
     histories = f", histories of {listed([str(n) for n in lengths])} items" if lengths else ""
     searches = {(run.dataset, run.model, run.length, run.contender, run.search) for run in finished}
-    tried = sum(len(trials) for *_, trials in searches if len(trials) > 1)  # one is no search
-    search = f", learning rates searched in {counted(tried, 'training')}" if tried else ""
+    several = [trials for *_, trials in searches if len(trials) > 1]  # one is no search
+    search = ""
+    if several:
+        tried = counted(sum(len(trials) for trials in several), "training")
+        highest = sum(_is_won_by_the_highest(trials) for trials in several)
+        search = (
+            f", learning rates searched in {tried} (the highest won {highest} of {len(several)})"
+        )
     failed = len(runs) - len(finished)
     return (
         f"{listed(models)} on {listed(data)}{histories}: "
@@ -30,6 +36,13 @@ def scope(runs: Sequence[StudyRun]) -> str:
         f"{counted(len(seeds), 'seed')}, {counted(len(finished), 'finished run')}{search}"
         f"{f', {failed} failed' if failed else ''}."
     )
+
+
+def _is_won_by_the_highest(trials: Sequence[Trial]) -> bool:
+    """Whether a higher rate than those that were tried may be better still."""
+    ended = {trial.learning_rate: trial.valid for trial in trials if trial.valid is not None}
+    highest = max(trial.learning_rate for trial in trials)
+    return highest in ended and ended[highest] == max(ended.values())
 
 
 def main_finding(cells: Sequence[Cell], own: Sequence[Standing]) -> str:

@@ -26,9 +26,18 @@ class Recipe:
     kind: str
     options: dict[str, Any]
 
-    def trial_key(self, cell: Cell, rate: float | None, seed: int) -> str:
-        """The name of one training; equal trainings have equal names, whoever asks for them."""
-        text = json.dumps([self.kind, self.options], sort_keys=True)
+    def trial_key(
+        self, cell: Cell, rate: float | None, seed: int, source: str | None = None
+    ) -> str:
+        """The name of one training; equal trainings have equal names, whoever asks for them.
+
+        Args:
+            cell: where it is trained.
+            rate: learning rate; None where none is needed.
+            seed: of the training.
+            source: the name of the training that it goes on from, where it does.
+        """
+        text = json.dumps([self.kind, self.options, *([source] if source else [])], sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:10]
         rated = "" if rate is None else f"_lr{rate:g}"
         return f"{cell}_{self.kind}-{digest}{rated}_s{seed}"
@@ -73,7 +82,12 @@ class Trial:
     @property
     def key(self) -> str:
         """The trial's name."""
-        return self.recipe.trial_key(self.cell, self.rate, self.seed)
+        return self.recipe.trial_key(self.cell, self.rate, self.seed, self.source_key)
+
+    @property
+    def source_key(self) -> str | None:
+        """The name of the training that it goes on from; None where it starts afresh."""
+        return self.source and self.source[0]
 
     @property
     def words(self) -> str:

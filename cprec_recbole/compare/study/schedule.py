@@ -32,11 +32,12 @@ class Schedule:
         self, spec: Spec, store: Store, command: str, only: list[str] | None = None
     ) -> None:
         self.spec, self.store, self.command = spec, store, command
+        self._cache: dict[tuple[str, str], dict[str, Any]] = {}
+        self._again: set[Goal] = set()  # trained once more, since their weights are not there
         self.goals = _wanted(spec, only)
-        self.open = [goal for goal in self.goals if store.read(RUNS, goal.key) is None]
+        self.open = [goal for goal in self.goals if not self._is_settled(goal)]
         self.dropped: list[Goal] = []  # no other model than the compressed one
         self.running: set[str] = set()
-        self._cache: dict[tuple[str, str], dict[str, Any]] = {}
 
     @property
     def finished(self) -> int:
@@ -63,6 +64,7 @@ class Schedule:
             error: in a line.
         """
         self.running.discard(work.key)
+        self._cache.pop((TRIALS, work.key), None)
         if error is None:
             return
         if isinstance(work, Planning):
@@ -78,22 +80,43 @@ class Schedule:
             self._cache[kind, key] = record
         return self._cache[kind, key]
 
+    def _is_settled(self, goal: Goal) -> bool:
+        """Whether a run is on record, of the rates and the original that the study has today: rates
+        may have been added, and with them another original may have become the best."""
+        run = self._read(RUNS, goal.key)
+        if run is None or goal in self._again:
+            return False
+        if "error" in run:
+            return True
+        original = _original(goal)
+        if original is not None and not (
+            self._is_settled(original) and run.get("source") == self._source_key(original)
+        ):
+            return False
+        first = self._first(goal)
+        if goal == first:
+            tried = {trial["learning_rate"] for trial in run["search"]}
+            return tried >= set(self.spec.rates(goal.contender)) - {None}
+        searched = self._read(RUNS, first.key)
+        if searched is None or not self._is_settled(first):
+            return False
+        return "error" in searched or run["learning_rate"] == searched["learning_rate"]
+
     def _step(self, goal: Goal) -> Work | bool:
         """Work that brings a run nearer; True where it is settled, False where it has to wait."""
+        if self._is_settled(goal):
+            return True
         planned = self._recipe(goal)
         if not isinstance(planned, Recipe):
             return planned
-        source = None
-        if is_derived(goal.contender):
-            original = Goal(goal.cell, UNCOMPRESSED, None, goal.seed)
+        original, source = _original(goal), None
+        if original is not None:
             run = self._read(RUNS, original.key)
-            if run is None:
+            if run is None or not self._is_settled(original):
                 return False
             if "error" in run:
                 return self._fail(goal, planned, f"there is no {original.key}: {run['error']}")
-            plain = recipe_without_ratio(self.spec, UNCOMPRESSED)
-            key = plain.trial_key(goal.cell, run["learning_rate"], goal.seed)
-            source = key, int(run["best_epoch"])
+            source = self._source_key(original), int(run["best_epoch"])
         rates = self._rates(goal)
         if isinstance(rates, bool):
             return rates
@@ -103,13 +126,57 @@ class Schedule:
             Trial(goal.cell, planned, rate, goal.seed, goal.contender, goal.ratio, source)
             for rate in rates
         ]
-        for trial in trials:
-            if trial.key not in self.running and self._read(TRIALS, trial.key) is None:
+        records = [self._known(goal, trial) for trial in trials]
+        missing = [trial for trial, record in zip(trials, records) if record is None]
+        if missing and original is not None and not self._has_weights(original):
+            return self._train_again(original, goal, planned)
+        for trial in missing:
+            if trial.key not in self.running:
                 return trial
-        records = [self._read(TRIALS, trial.key) for trial in trials]
-        if any(record is None for record in records):
+        if missing:
             return False
         return self._conclude(goal, trials, [record for record in records if record is not None])
+
+    def _known(self, goal: Goal, trial: Trial) -> dict[str, Any] | None:
+        """The record of a training; where that was not kept, what the goal's run says of it: all,
+        if the run is that training, or else what its search reached."""
+        run = self._read(RUNS, goal.key) or {}
+        has_run = "valid" in run and run.get("source") == trial.source_key
+        is_run = has_run and run["learning_rate"] == trial.rate
+        record = self._read(TRIALS, trial.key)
+        if is_run and goal in self._again and not self._has_weights(goal):
+            return record if record and "error" in record else None
+        if record is not None:
+            return record
+        if is_run:
+            return run
+        for tried in run["search"] if has_run and goal == self._first(goal) else ():
+            if tried["learning_rate"] == trial.rate:
+                return {"lost": tried["valid"]}
+        return None
+
+    def _train_again(self, original: Goal, goal: Goal, recipe: Recipe) -> Work | bool:
+        """Train an uncompressed model whose run is there without its weights, as in a folder that
+        was published."""
+        failed = self._read(TRIALS, self._source_key(original)) or {}
+        if "error" in failed:
+            return self._fail(goal, recipe, f"there is no {original.key}: {failed['error']}")
+        self._again.add(original)
+        if original not in self.open:
+            self.open.insert(0, original)
+        return self._step(original)
+
+    def _source_key(self, original: Goal) -> str:
+        """The name of the training that the run of an uncompressed model is."""
+        plain, run = recipe_without_ratio(self.spec, UNCOMPRESSED), self._read(RUNS, original.key)
+        return plain.trial_key(original.cell, (run or {}).get("learning_rate"), original.seed)
+
+    def _has_weights(self, original: Goal) -> bool:
+        return self.store.path(WEIGHTS, self._source_key(original), ".safetensors").exists()
+
+    def _first(self, goal: Goal) -> Goal:
+        """The run with which the learning rate is searched."""
+        return Goal(goal.cell, goal.contender, goal.ratio, self.spec.seeds[0])
 
     def _recipe(self, goal: Goal) -> Recipe | Work | bool:
         """How the contender is made; or the planning that has to come first."""
@@ -131,13 +198,11 @@ class Schedule:
     def _rates(self, goal: Goal) -> tuple[float | None, ...] | bool | str:
         """The rates of a run: all for the first seed, the best of those for the others; False where
         the search is not finished, a text where it found none."""
-        first = self.spec.seeds[0]
-        rates = self.spec.rates(goal.contender)
-        if goal.seed == first:
-            return rates
-        searched = Goal(goal.cell, goal.contender, goal.ratio, first)
-        run = self._read(RUNS, searched.key)
-        if run is None:
+        first = self._first(goal)
+        if goal == first:
+            return self.spec.rates(goal.contender)
+        run = self._read(RUNS, first.key)
+        if run is None or not self._is_settled(first):
             return False
         if "error" in run:
             return str(run["error"])
@@ -145,22 +210,28 @@ class Schedule:
 
     def _conclude(self, goal: Goal, trials: list[Trial], records: list[dict[str, Any]]) -> bool:
         """Keep the best trial as the run."""
-        ended = [(t, r) for t, r in zip(trials, records) if "error" not in r]
-        if not ended:
+        self._again.discard(goal)
+        whole = [(trial, record) for trial, record in zip(trials, records) if "valid" in record]
+        if not whole:
+            if "valid" in (self._read(RUNS, goal.key) or {}):
+                return True  # what was there is not lost
             return self._fail(goal, trials[0].recipe, records[0]["error"])
-        trial, best = max(ended, key=lambda pair: pair[1]["valid"][QUALITY])
-        first = Goal(goal.cell, goal.contender, goal.ratio, self.spec.seeds[0])
+        trial, best = max(whole, key=lambda pair: pair[1]["valid"][QUALITY])
+        first = self._first(goal)
         if goal == first:
             search = [
-                {"learning_rate": t.rate, "valid": (r.get("valid") or {}).get(QUALITY)}
-                for t, r in zip(trials, records)
-                if t.rate is not None
+                {"learning_rate": trial.rate, "valid": _reached(record)}
+                for trial, record in zip(trials, records)
+                if trial.rate is not None
             ]
         else:
             search = (self._read(RUNS, first.key) or {}).get("search", [])
         record = {k: v for k, v in best.items() if k != "seconds"}
+        if trial.source_key is not None:
+            record["source"] = trial.source_key
         record = {**self._head(goal), **record, "search": search, "command": self._repeat(goal)}
-        self.store.conclude(goal.key, record, trial.key)
+        is_kept = best is self._read(RUNS, goal.key)  # with its users' file
+        self._keep(goal, record, None if is_kept else trial.key)
         if goal.contender == UNCOMPRESSED:
             for loser in trials:
                 if loser is not trial:
@@ -170,8 +241,12 @@ class Schedule:
     def _fail(self, goal: Goal, recipe: Recipe | None, error: str) -> bool:
         options = {} if recipe is None else recipe.options
         record = {"options": options, "command": self._repeat(goal), "error": error}
-        self.store.conclude(goal.key, {**self._head(goal), **record}, None)
+        self._keep(goal, {**self._head(goal), **record}, None)
         return True
+
+    def _keep(self, goal: Goal, record: dict[str, Any], trial: str | None) -> None:
+        self.store.conclude(goal.key, record, trial)
+        self._cache.pop((RUNS, goal.key), None)
 
     def _head(self, goal: Goal) -> dict[str, Any]:
         return {
@@ -186,6 +261,16 @@ class Schedule:
 
     def _repeat(self, goal: Goal) -> str:
         return f"{self.command} --only {goal.key}"
+
+
+def _original(goal: Goal) -> Goal | None:
+    """The run of the uncompressed model that a contender is made of; None for all others."""
+    return Goal(goal.cell, UNCOMPRESSED, None, goal.seed) if is_derived(goal.contender) else None
+
+
+def _reached(record: dict[str, Any]) -> float | None:
+    """What a rate reached on validation; None where its training failed."""
+    return record["valid"][QUALITY] if "valid" in record else record.get("lost")
 
 
 def _wanted(spec: Spec, only: list[str] | None) -> list[Goal]:
@@ -205,6 +290,8 @@ def _wanted(spec: Spec, only: list[str] | None) -> list[Goal]:
     for goal in list(needed):
         for seed in (spec.seeds[0], goal.seed):
             needed.add(Goal(goal.cell, goal.contender, goal.ratio, seed))
-            if is_derived(goal.contender):
-                needed.add(Goal(goal.cell, UNCOMPRESSED, None, seed))
+            if (
+                original := _original(Goal(goal.cell, goal.contender, goal.ratio, seed))
+            ) is not None:
+                needed.add(original)
     return [goal for goal in goals if goal in needed]

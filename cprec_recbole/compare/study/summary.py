@@ -100,6 +100,20 @@ class Summary:
         searches = {_place(run) + _who(run): len(run["search"]) for run in trained}
         return len(trained) + sum(max(0, n - 1) for n in searches.values())
 
+    @property
+    def edges(self) -> tuple[int, int, int]:
+        """Of how many searches of learning rates the highest rate was the best, the lowest, and how
+        many searches there were."""
+        searches = {_place(run) + _who(run): run["search"] for run in self.runs}
+        won = []
+        for search in searches.values():
+            ended = {t["learning_rate"]: t["valid"] for t in search if t["valid"] is not None}
+            if len(search) > 1 and ended:  # one rate is no search
+                best = max(ended, key=lambda rate: ended[rate])
+                rates = [trial["learning_rate"] for trial in search]
+                won.append((best == max(rates), best == min(rates)))
+        return sum(high for high, _ in won), sum(low for _, low in won), len(won)
+
 
 def summarise(folder: Path, against: str | None = None) -> Summary:
     """Sum up the runs in the folder of a study.

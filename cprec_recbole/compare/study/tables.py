@@ -165,7 +165,8 @@ def _notes(summary: Summary) -> list[str]:
     machines = dict.fromkeys(_machine(run["environment"]) for run in summary.runs)
     return [
         f"{len(summary.runs)} runs finished, {len(summary.failed)} failed; {summary.trainings} "
-        f"trainings in all{_SEARCH if summary.is_searched else ', at one learning rate'}.",
+        f"trainings in all{_SEARCH if summary.is_searched else ', at one learning rate'}."
+        f"{_edges(summary)}",
         "",
         "*Smaller*: bytes of the weights as they are kept, of the uncompressed model over the "
         "contender's. *NDCG@20 test*: mean ± standard deviation over seeds. *To uncompressed*"
@@ -178,6 +179,17 @@ def _notes(summary: Summary) -> list[str]:
         "",
         *[f"On {machine}." for machine in machines],
     ]
+
+
+def _edges(summary: Summary) -> str:
+    """Whether the rates that were tried were enough."""
+    highest, lowest, searches = summary.edges
+    if not highest + lowest:
+        return ""
+    return (
+        f" The highest rate that was tried won {highest} of {searches} searches, the lowest "
+        f"{lowest}: there, rates beyond it may be better still, and can be added to the study."
+    )
 
 
 def _machine(environment: dict[str, Any]) -> str:
