@@ -475,8 +475,8 @@ def test_what_waits_is_not_handed_out(tmp_path):
     assert schedule.next() is None  # the other rate is not finished
     finish(schedule, begun[1], valid=0.2)
     following = schedule.next()
-    assert (following.contender, following.source[1]) == ("int8", 4)
-    assert following.source[0] == begun[1].key  # the weights of the better rate
+    assert (following.contender, following.source.best_epoch) == ("int8", 4)
+    assert following.source.key == begun[1].key  # the weights of the better rate
     others = schedule.next()
     assert (others.contender, others.seed, others.rate) == ("uncompressed", 2, 0.001)
 
@@ -532,7 +532,7 @@ def test_where_an_added_rate_is_worse_it_alone_is_trained_and_the_runs_stay(tmp_
     tried = [0.01, 0.003, 0.001]
     assert after == {
         key: record
-        if "int8" in key or key.endswith("s2")
+        if "int8" in key
         else {
             **record,
             "search": [{"learning_rate": r, "valid": pytest.approx(0.1 - r)} for r in tried],
@@ -558,11 +558,54 @@ def test_where_an_added_rate_is_better_seeds_and_what_is_made_of_the_model_follo
     for key, record in runs.items():
         if "int8" in key:
             plain = "made-up_SASRec_L8_model-"
-            assert re.fullmatch(rf"{plain}\w{{10}}_lr0.01_{key[-2:]}", record["source"])
+            assert re.fullmatch(rf"{plain}\w{{10}}_lr0.01_{key[-2:]}@0.11", record["source"])
         else:
             assert (record["learning_rate"], record["valid"]["ndcg@20"]) == (0.01, 0.11)
             assert len(record["search"]) == 3
     assert all_done(tmp_path, FASTER, faster_is_better) == []
+
+
+def test_a_seed_that_fails_at_the_better_rate_has_failed_with_what_is_made_of_it(tmp_path):
+    all_done(tmp_path, RATES, faster_is_better)
+    all_done(
+        tmp_path,
+        FASTER,
+        faster_is_better,
+        error_of=lambda work: "no memory" if work.seed == 2 else None,
+    )
+    runs = runs_of(tmp_path / "out")
+    failed = {key for key, record in runs.items() if "error" in record}
+    assert failed == {f"made-up_SASRec_L8_{n}_s2" for n in ("uncompressed", "paper", "int8")}
+
+
+def test_a_best_rate_that_is_in_the_study_no_more_is_kept(tmp_path):
+    """Where the runs alone are there, nothing says that they had other rates."""
+    all_done(tmp_path, RATES, slower_is_better)
+    published(tmp_path)
+    (tmp_path / "out" / "study.json").unlink(missing_ok=True)
+    other = RATES.replace("0.001]", "0.01]").replace(", int8]", ", int8, uncompressed-recovered]")
+    done = all_done(tmp_path, other, slower_is_better)
+    assert sorted(done) == [
+        *("paper 0.01 1", "uncompressed 0.001 1", "uncompressed 0.001 2", "uncompressed 0.01 1"),
+        *(f"uncompressed-recovered {which}" for which in ("0.003 1", "0.003 2", "0.01 1")),
+    ]
+    runs = runs_of(tmp_path / "out")
+    for name in ("uncompressed_s1", "uncompressed_s2", "paper_s1", "paper_s2"):
+        assert runs[f"made-up_SASRec_L8_{name}"]["learning_rate"] == 0.001
+    search = runs["made-up_SASRec_L8_paper_s2"]["search"]
+    assert [tried["learning_rate"] for tried in search] == [0.003, 0.01, 0.001]
+
+
+def test_what_was_made_of_another_training_is_made_again(tmp_path):
+    """A machine may train another model under the same key."""
+    all_done(tmp_path, RATES, faster_is_better)
+    published(tmp_path)
+    added = RATES.replace(", int8]", ", int8, uncompressed-recovered]")
+    done = all_done(tmp_path, added, lambda work: 0.5, only=["*s1"])
+    assert [name for name in done if "recovered" not in name] == [
+        *("uncompressed 0.003 1", "int8 None 1")
+    ]
+    assert runs_of(tmp_path / "out")["made-up_SASRec_L8_int8_s1"]["source"].endswith("@0.5")
 
 
 def test_rates_may_be_added_but_not_taken_away(tmp_path):
@@ -585,13 +628,22 @@ def test_an_original_without_weights_is_trained_again_for_what_is_made_of_it(tmp
     assert [tried["valid"] for tried in run["search"]] == [0.5, pytest.approx(0.101)]
 
 
-def test_where_training_again_fails_the_run_stays_and_what_needs_it_fails(tmp_path):
+@pytest.mark.parametrize("added", [False, True])
+def test_where_training_again_fails_the_run_stays_and_what_needs_it_fails(tmp_path, added):
     first = RATES.replace("uncompressed, int8", "uncompressed")
+    text = RATES.replace("[0.003", "[0.0001, 0.003") if added else RATES
     all_done(tmp_path, first, faster_is_better)
-    published(tmp_path)
+    if added:  # another rate, which is worse, is there whole
+        all_done(tmp_path, text, faster_is_better, only=["*uncompressed_s1"])
+        for path in (tmp_path / "out" / "weights").iterdir():
+            path.unlink()
+        for path in (tmp_path / "out" / "trials").glob("*lr0.003*"):
+            path.unlink()
+    else:
+        published(tmp_path)
     before = runs_of(tmp_path / "out")
     trained = all_done(
-        tmp_path, RATES, faster_is_better, only=["*int8_s1"], error_of=lambda work: "no memory"
+        tmp_path, text, faster_is_better, only=["*int8_s1"], error_of=lambda work: "no memory"
     )
     assert trained == ["uncompressed 0.003 1"]
     after = runs_of(tmp_path / "out")

@@ -35,7 +35,7 @@ class Recipe:
             cell: where it is trained.
             rate: learning rate; None where none is needed.
             seed: of the training.
-            source: the name of the training that it goes on from, where it does.
+            source: the name of what it goes on from, where it does.
         """
         text = json.dumps([self.kind, self.options, *([source] if source else [])], sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:10]
@@ -63,12 +63,31 @@ class Planning:
 
 
 @dataclass(frozen=True)
+class Source:
+    """A training of the uncompressed model that something is made of.
+
+    Attributes:
+        key: the trial whose weights it is.
+        best_epoch: of it.
+        valid: its quality on validation: another machine may train another model under that key.
+    """
+
+    key: str
+    best_epoch: int
+    valid: float
+
+    @property
+    def name(self) -> str:
+        """What runs say that they are made of."""
+        return f"{self.key}@{self.valid:g}"
+
+
+@dataclass(frozen=True)
 class Trial:
     """Work: make, train and measure one model.
 
     Attributes:
-        source: for what is made of the trained uncompressed model: the trial whose weights it is,
-            and its best epoch.
+        source: for what is made of the trained uncompressed model: that training.
     """
 
     cell: Cell
@@ -77,17 +96,17 @@ class Trial:
     seed: int
     contender: str
     ratio: float | None
-    source: tuple[str, int] | None = None
+    source: Source | None = None
 
     @property
     def key(self) -> str:
         """The trial's name."""
-        return self.recipe.trial_key(self.cell, self.rate, self.seed, self.source_key)
+        return self.recipe.trial_key(self.cell, self.rate, self.seed, self.source_name)
 
     @property
-    def source_key(self) -> str | None:
-        """The name of the training that it goes on from; None where it starts afresh."""
-        return self.source and self.source[0]
+    def source_name(self) -> str | None:
+        """What it goes on from; None where it starts afresh."""
+        return None if self.source is None else self.source.name
 
     @property
     def words(self) -> str:

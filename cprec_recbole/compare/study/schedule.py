@@ -9,6 +9,7 @@ from cprec_recbole.compare.study.recipes import (
     QUALITY,
     Planning,
     Recipe,
+    Source,
     Trial,
     Work,
     recipe_without_ratio,
@@ -38,6 +39,7 @@ class Schedule:
         self.open = [goal for goal in self.goals if not self._is_settled(goal)]
         self.dropped: list[Goal] = []  # no other model than the compressed one
         self.running: set[str] = set()
+        self._changes = 0
 
     @property
     def finished(self) -> int:
@@ -47,13 +49,17 @@ class Schedule:
     def next(self) -> Work | None:
         """The next piece of work, which is `running` from now on; None where all that is left waits
         for what is running, or nothing is left."""
-        for goal in list(self.open):
-            step = self._step(goal)
-            if step is True:
-                self.open.remove(goal)
-            elif isinstance(step, Work):
-                self.running.add(step.key)
-                return step
+        before = -1
+        while before != self._changes:  # others may have waited for what was settled
+            before = self._changes
+            for goal in list(self.open):
+                step = self._step(goal)
+                if step is True:
+                    self.open.remove(goal)
+                    self._changes += 1
+                elif isinstance(step, Work):
+                    self.running.add(step.key)
+                    return step
         return None
 
     def done(self, work: Work, error: str | None = None) -> None:
@@ -89,10 +95,10 @@ class Schedule:
         if "error" in run:
             return True
         original = _original(goal)
-        if original is not None and not (
-            self._is_settled(original) and run.get("source") == self._source_key(original)
-        ):
-            return False
+        if original is not None:
+            source = self._source(original)
+            if not self._is_settled(original) or (source and source.name) != run.get("source"):
+                return False
         first = self._first(goal)
         if goal == first:
             tried = {trial["learning_rate"] for trial in run["search"]}
@@ -100,7 +106,9 @@ class Schedule:
         searched = self._read(RUNS, first.key)
         if searched is None or not self._is_settled(first):
             return False
-        return "error" in searched or run["learning_rate"] == searched["learning_rate"]
+        return "error" in searched or all(
+            run[name] == searched[name] for name in ("learning_rate", "search")
+        )
 
     def _step(self, goal: Goal) -> Work | bool:
         """Work that brings a run nearer; True where it is settled, False where it has to wait."""
@@ -116,7 +124,7 @@ class Schedule:
                 return False
             if "error" in run:
                 return self._fail(goal, planned, f"there is no {original.key}: {run['error']}")
-            source = self._source_key(original), int(run["best_epoch"])
+            source = self._source(original)
         rates = self._rates(goal)
         if isinstance(rates, bool):
             return rates
@@ -129,7 +137,7 @@ class Schedule:
         records = [self._known(goal, trial) for trial in trials]
         missing = [trial for trial, record in zip(trials, records) if record is None]
         if missing and original is not None and not self._has_weights(original):
-            return self._train_again(original, goal, planned)
+            return self._wait_for_weights(original, goal, planned)
         for trial in missing:
             if trial.key not in self.running:
                 return trial
@@ -141,7 +149,7 @@ class Schedule:
         """The record of a training; where that was not kept, what the goal's run says of it: all,
         if the run is that training, or else what its search reached."""
         run = self._read(RUNS, goal.key) or {}
-        has_run = "valid" in run and run.get("source") == trial.source_key
+        has_run = "valid" in run and run.get("source") == trial.source_name
         is_run = has_run and run["learning_rate"] == trial.rate
         record = self._read(TRIALS, trial.key)
         if is_run and goal in self._again and not self._has_weights(goal):
@@ -155,24 +163,31 @@ class Schedule:
                 return {"lost": tried["valid"]}
         return None
 
-    def _train_again(self, original: Goal, goal: Goal, recipe: Recipe) -> Work | bool:
-        """Train an uncompressed model whose run is there without its weights, as in a folder that
-        was published."""
-        failed = self._read(TRIALS, self._source_key(original)) or {}
+    def _wait_for_weights(self, original: Goal, goal: Goal, recipe: Recipe) -> bool:
+        """Have an uncompressed model trained again whose run is there without its weights, as in a
+        folder that was published."""
+        failed = self._read(TRIALS, self._weights_key(original)) or {}
         if "error" in failed:
             return self._fail(goal, recipe, f"there is no {original.key}: {failed['error']}")
         self._again.add(original)
+        self._changes += 1
         if original not in self.open:
             self.open.insert(0, original)
-        return self._step(original)
+        return False
 
-    def _source_key(self, original: Goal) -> str:
-        """The name of the training that the run of an uncompressed model is."""
+    def _source(self, original: Goal) -> Source | None:
+        """The training that the run of an uncompressed model is; None where there is none."""
+        run = self._read(RUNS, original.key) or {}
+        if "valid" not in run:
+            return None
+        return Source(self._weights_key(original), run["best_epoch"], run["valid"][QUALITY])
+
+    def _weights_key(self, original: Goal) -> str:
         plain, run = recipe_without_ratio(self.spec, UNCOMPRESSED), self._read(RUNS, original.key)
         return plain.trial_key(original.cell, (run or {}).get("learning_rate"), original.seed)
 
     def _has_weights(self, original: Goal) -> bool:
-        return self.store.path(WEIGHTS, self._source_key(original), ".safetensors").exists()
+        return self.store.path(WEIGHTS, self._weights_key(original), ".safetensors").exists()
 
     def _first(self, goal: Goal) -> Goal:
         """The run with which the learning rate is searched."""
@@ -199,8 +214,10 @@ class Schedule:
         """The rates of a run: all for the first seed, the best of those for the others; False where
         the search is not finished, a text where it found none."""
         first = self._first(goal)
-        if goal == first:
-            return self.spec.rates(goal.contender)
+        if goal == first:  # a rate that is in the study no more may still be the best of its runs
+            rates = self.spec.rates(goal.contender)
+            kept = (self._read(RUNS, goal.key) or {}).get("learning_rate")
+            return rates if kept is None or kept in rates else (*rates, kept)
         run = self._read(RUNS, first.key)
         if run is None or not self._is_settled(first):
             return False
@@ -210,11 +227,15 @@ class Schedule:
 
     def _conclude(self, goal: Goal, trials: list[Trial], records: list[dict[str, Any]]) -> bool:
         """Keep the best trial as the run."""
-        self._again.discard(goal)
+        kept = self._read(RUNS, goal.key) or {}
+        if goal in self._again:
+            self._again.discard(goal)
+            if any(
+                "error" in r for t, r in zip(trials, records) if t.rate == kept["learning_rate"]
+            ):
+                return True  # what was there is not lost
         whole = [(trial, record) for trial, record in zip(trials, records) if "valid" in record]
         if not whole:
-            if "valid" in (self._read(RUNS, goal.key) or {}):
-                return True  # what was there is not lost
             return self._fail(goal, trials[0].recipe, records[0]["error"])
         trial, best = max(whole, key=lambda pair: pair[1]["valid"][QUALITY])
         first = self._first(goal)
@@ -227,10 +248,10 @@ class Schedule:
         else:
             search = (self._read(RUNS, first.key) or {}).get("search", [])
         record = {k: v for k, v in best.items() if k != "seconds"}
-        if trial.source_key is not None:
-            record["source"] = trial.source_key
+        if trial.source_name is not None:
+            record["source"] = trial.source_name
         record = {**self._head(goal), **record, "search": search, "command": self._repeat(goal)}
-        is_kept = best is self._read(RUNS, goal.key)  # with its users' file
+        is_kept = best is kept  # with its users' file
         self._keep(goal, record, None if is_kept else trial.key)
         if goal.contender == UNCOMPRESSED:
             for loser in trials:
@@ -247,6 +268,8 @@ class Schedule:
     def _keep(self, goal: Goal, record: dict[str, Any], trial: str | None) -> None:
         self.store.conclude(goal.key, record, trial)
         self._cache.pop((RUNS, goal.key), None)
+        done = {*self.open, *self.dropped}
+        self.open += [g for g in self.goals if g not in done and not self._is_settled(g)]
 
     def _head(self, goal: Goal) -> dict[str, Any]:
         return {

@@ -27,6 +27,7 @@ from cprec_recbole.compare.study.recipes import (
     MODEL,
     QUALITY,
     Planning,
+    Source,
     Trial,
     Work,
     recipe_without_ratio,
@@ -187,15 +188,14 @@ class _Bench:
         }
 
     def _derived(
-        self, work: Trial, source: tuple[str, int], config: Any, data: Data
+        self, work: Trial, source: Source, config: Any, data: Data
     ) -> tuple[CompressedRecommender, dict[str, Any]]:
-        key, best_epoch = source
         recipe = recipe_without_ratio(self.spec, UNCOMPRESSED)
         plain = self.config(work.cell, recipe.options, work.seed, work.rate)
         original = get_model(plain["model"])(plain, data.train._dataset)
-        load_model(original, str(self.store.path(WEIGHTS, key, ".safetensors")))
+        load_model(original, str(self.store.path(WEIGHTS, source.key, ".safetensors")))
         original = original.to(plain["device"]).eval()
-        trained = Trained(original, data.train, data.valid, best_epoch, work.seed, work.rate)
+        trained = Trained(original, data.train, data.valid, source.best_epoch, work.seed, work.rate)
         start = perf_counter()
         control = cast(DerivedControl, CONTROLS[work.recipe.kind])  # no other has a source
         memory = compression_of(plain).loss_memory  # is in no recipe: it is the study's
