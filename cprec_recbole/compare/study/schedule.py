@@ -5,16 +5,16 @@ from __future__ import annotations
 import fnmatch
 from typing import Any
 
+from cprec_recbole.compare.study.ledger import Ledger, original_of
 from cprec_recbole.compare.study.recipes import (
     QUALITY,
     Planning,
     Recipe,
-    Source,
     Trial,
     Work,
     recipe_without_ratio,
 )
-from cprec_recbole.compare.study.spec import UNCOMPRESSED, Goal, Spec, is_derived
+from cprec_recbole.compare.study.spec import UNCOMPRESSED, Goal, Spec
 from cprec_recbole.compare.study.store import PLANS, RUNS, TRIALS, WEIGHTS, Store
 from cprec_recbole.config import CompressionError
 
@@ -33,10 +33,9 @@ class Schedule:
         self, spec: Spec, store: Store, command: str, only: list[str] | None = None
     ) -> None:
         self.spec, self.store, self.command = spec, store, command
-        self._cache: dict[tuple[str, str], dict[str, Any]] = {}
-        self._again: set[Goal] = set()  # trained once more, since their weights are not there
+        self.ledger = Ledger(spec, store)
         self.goals = _wanted(spec, only)
-        self.open = [goal for goal in self.goals if not self._is_settled(goal)]
+        self.open = [goal for goal in self.goals if not self.ledger.is_settled(goal)]
         self.dropped: list[Goal] = []  # no other model than the compressed one
         self.running: set[str] = set()
         self._changes = 0
@@ -70,7 +69,7 @@ class Schedule:
             error: in a line.
         """
         self.running.discard(work.key)
-        self._cache.pop((TRIALS, work.key), None)
+        self.ledger.forget(TRIALS, work.key)
         if error is None:
             return
         if isinstance(work, Planning):
@@ -78,53 +77,21 @@ class Schedule:
         else:
             self.store.write(TRIALS, work.key, {"error": error})
 
-    def _read(self, kind: str, key: str) -> dict[str, Any] | None:
-        if (kind, key) not in self._cache:
-            record = self.store.read(kind, key)
-            if record is None:
-                return None
-            self._cache[kind, key] = record
-        return self._cache[kind, key]
-
-    def _is_settled(self, goal: Goal) -> bool:
-        """Whether a run is on record, of the rates and the original that the study has today: rates
-        may have been added, and with them another original may have become the best."""
-        run = self._read(RUNS, goal.key)
-        if run is None or goal in self._again:
-            return False
-        if "error" in run:
-            return True
-        original = _original(goal)
-        if original is not None:
-            source = self._source(original)
-            if not self._is_settled(original) or (source and source.name) != run.get("source"):
-                return False
-        first = self._first(goal)
-        if goal == first:
-            tried = {trial["learning_rate"] for trial in run["search"]}
-            return tried >= set(self.spec.rates(goal.contender)) - {None}
-        searched = self._read(RUNS, first.key)
-        if searched is None or not self._is_settled(first):
-            return False
-        return "error" in searched or all(
-            run[name] == searched[name] for name in ("learning_rate", "search")
-        )
-
     def _step(self, goal: Goal) -> Work | bool:
         """Work that brings a run nearer; True where it is settled, False where it has to wait."""
-        if self._is_settled(goal):
+        if self.ledger.is_settled(goal):
             return True
         planned = self._recipe(goal)
         if not isinstance(planned, Recipe):
             return planned
-        original, source = _original(goal), None
+        original, source = original_of(goal), None
         if original is not None:
-            run = self._read(RUNS, original.key)
-            if run is None or not self._is_settled(original):
+            run = self.ledger.read(RUNS, original.key)
+            if run is None or not self.ledger.is_settled(original):
                 return False
             if "error" in run:
                 return self._fail(goal, planned, f"there is no {original.key}: {run['error']}")
-            source = self._source(original)
+            source = self.ledger.source(original)
         rates = self._rates(goal)
         if isinstance(rates, bool):
             return rates
@@ -134,9 +101,9 @@ class Schedule:
             Trial(goal.cell, planned, rate, goal.seed, goal.contender, goal.ratio, source)
             for rate in rates
         ]
-        records = [self._known(goal, trial) for trial in trials]
+        records = [self.ledger.known(goal, trial) for trial in trials]
         missing = [trial for trial, record in zip(trials, records) if record is None]
-        if missing and original is not None and not self._has_weights(original):
+        if missing and original is not None and not self.ledger.has_weights(original):
             return self._wait_for_weights(original, goal, planned)
         for trial in missing:
             if trial.key not in self.running:
@@ -145,62 +112,26 @@ class Schedule:
             return False
         return self._conclude(goal, trials, [record for record in records if record is not None])
 
-    def _known(self, goal: Goal, trial: Trial) -> dict[str, Any] | None:
-        """The record of a training; where that was not kept, what the goal's run says of it: all,
-        if the run is that training, or else what its search reached."""
-        run = self._read(RUNS, goal.key) or {}
-        has_run = "valid" in run and run.get("source") == trial.source_name
-        is_run = has_run and run["learning_rate"] == trial.rate
-        record = self._read(TRIALS, trial.key)
-        if is_run and goal in self._again and not self._has_weights(goal):
-            return record if record and "error" in record else None
-        if record is not None:
-            return record
-        if is_run:
-            return run
-        for tried in run["search"] if has_run and goal == self._first(goal) else ():
-            if tried["learning_rate"] == trial.rate:
-                return {"lost": tried["valid"]}
-        return None
-
     def _wait_for_weights(self, original: Goal, goal: Goal, recipe: Recipe) -> bool:
         """Have an uncompressed model trained again whose run is there without its weights, as in a
         folder that was published."""
-        failed = self._read(TRIALS, self._weights_key(original)) or {}
+        failed = self.ledger.read(TRIALS, self.ledger.weights_key(original)) or {}
         if "error" in failed:
             return self._fail(goal, recipe, f"there is no {original.key}: {failed['error']}")
-        self._again.add(original)
+        self.ledger.again.add(original)
         self._changes += 1
         if original not in self.open:
             self.open.insert(0, original)
         return False
-
-    def _source(self, original: Goal) -> Source | None:
-        """The training that the run of an uncompressed model is; None where there is none."""
-        run = self._read(RUNS, original.key) or {}
-        if "valid" not in run:
-            return None
-        return Source(self._weights_key(original), run["best_epoch"], run["valid"][QUALITY])
-
-    def _weights_key(self, original: Goal) -> str:
-        plain, run = recipe_without_ratio(self.spec, UNCOMPRESSED), self._read(RUNS, original.key)
-        return plain.trial_key(original.cell, (run or {}).get("learning_rate"), original.seed)
-
-    def _has_weights(self, original: Goal) -> bool:
-        return self.store.path(WEIGHTS, self._weights_key(original), ".safetensors").exists()
-
-    def _first(self, goal: Goal) -> Goal:
-        """The run with which the learning rate is searched."""
-        return Goal(goal.cell, goal.contender, goal.ratio, self.spec.seeds[0])
 
     def _recipe(self, goal: Goal) -> Recipe | Work | bool:
         """How the contender is made; or the planning that has to come first."""
         if goal.ratio is None:
             return recipe_without_ratio(self.spec, goal.contender)
         work = Planning(goal.cell, goal.ratio, self.spec.with_ratio)
-        plan = self._read(PLANS, work.key)
+        plan = self.ledger.read(PLANS, work.key)
         if plan is None or goal.contender not in plan:  # contenders may have been added
-            self._cache.pop((PLANS, work.key), None)
+            self.ledger.forget(PLANS, work.key)
             return False if work.key in self.running else work
         entry = plan[goal.contender]
         if "same" in entry:
@@ -213,13 +144,13 @@ class Schedule:
     def _rates(self, goal: Goal) -> tuple[float | None, ...] | bool | str:
         """The rates of a run: all for the first seed, the best of those for the others; False where
         the search is not finished, a text where it found none."""
-        first = self._first(goal)
+        first = self.ledger.first(goal)
         if goal == first:  # a rate that is in the study no more may still be the best of its runs
             rates = self.spec.rates(goal.contender)
-            kept = (self._read(RUNS, goal.key) or {}).get("learning_rate")
+            kept = (self.ledger.read(RUNS, goal.key) or {}).get("learning_rate")
             return rates if kept is None or kept in rates else (*rates, kept)
-        run = self._read(RUNS, first.key)
-        if run is None or not self._is_settled(first):
+        run = self.ledger.read(RUNS, first.key)
+        if run is None or not self.ledger.is_settled(first):
             return False
         if "error" in run:
             return str(run["error"])
@@ -227,9 +158,9 @@ class Schedule:
 
     def _conclude(self, goal: Goal, trials: list[Trial], records: list[dict[str, Any]]) -> bool:
         """Keep the best trial as the run."""
-        kept = self._read(RUNS, goal.key) or {}
-        if goal in self._again:
-            self._again.discard(goal)
+        kept = self.ledger.read(RUNS, goal.key) or {}
+        if goal in self.ledger.again:
+            self.ledger.again.discard(goal)
             if any(
                 "error" in r for t, r in zip(trials, records) if t.rate == kept["learning_rate"]
             ):
@@ -238,7 +169,7 @@ class Schedule:
         if not whole:
             return self._fail(goal, trials[0].recipe, records[0]["error"])
         trial, best = max(whole, key=lambda pair: pair[1]["valid"][QUALITY])
-        first = self._first(goal)
+        first = self.ledger.first(goal)
         if goal == first:
             search = [
                 {"learning_rate": trial.rate, "valid": _reached(record)}
@@ -246,7 +177,7 @@ class Schedule:
                 if trial.rate is not None
             ]
         else:
-            search = (self._read(RUNS, first.key) or {}).get("search", [])
+            search = (self.ledger.read(RUNS, first.key) or {}).get("search", [])
         record = {k: v for k, v in best.items() if k != "seconds"}
         if trial.source_name is not None:
             record["source"] = trial.source_name
@@ -267,9 +198,9 @@ class Schedule:
 
     def _keep(self, goal: Goal, record: dict[str, Any], trial: str | None) -> None:
         self.store.conclude(goal.key, record, trial)
-        self._cache.pop((RUNS, goal.key), None)
+        self.ledger.forget(RUNS, goal.key)
         done = {*self.open, *self.dropped}
-        self.open += [g for g in self.goals if g not in done and not self._is_settled(g)]
+        self.open += [g for g in self.goals if g not in done and not self.ledger.is_settled(g)]
 
     def _head(self, goal: Goal) -> dict[str, Any]:
         return {
@@ -284,11 +215,6 @@ class Schedule:
 
     def _repeat(self, goal: Goal) -> str:
         return f"{self.command} --only {goal.key}"
-
-
-def _original(goal: Goal) -> Goal | None:
-    """The run of the uncompressed model that a contender is made of; None for all others."""
-    return Goal(goal.cell, UNCOMPRESSED, None, goal.seed) if is_derived(goal.contender) else None
 
 
 def _reached(record: dict[str, Any]) -> float | None:
@@ -314,7 +240,7 @@ def _wanted(spec: Spec, only: list[str] | None) -> list[Goal]:
         for seed in (spec.seeds[0], goal.seed):
             needed.add(Goal(goal.cell, goal.contender, goal.ratio, seed))
             if (
-                original := _original(Goal(goal.cell, goal.contender, goal.ratio, seed))
+                original := original_of(Goal(goal.cell, goal.contender, goal.ratio, seed))
             ) is not None:
                 needed.add(original)
     return [goal for goal in goals if goal in needed]
