@@ -612,7 +612,9 @@ def test_rates_may_be_added_but_not_taken_away(tmp_path):
     store = Store(tmp_path / "out")
     store.agree(spec_of(tmp_path, RATES))
     store.agree(spec_of(tmp_path, FASTER))
-    with pytest.raises(CompressionError, match=r"`learning_rates` to be \[0.01, 0.003, 0.001\]"):
+    with pytest.raises(
+        CompressionError, match=r"to be \[0.01, 0.003, 0.001\].*; name these too, or use"
+    ):
         store.agree(spec_of(tmp_path, RATES))
 
 

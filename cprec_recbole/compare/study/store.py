@@ -44,9 +44,10 @@ class Store:
             if name == "learning_rates" and set(value) <= set(wanted[name]):
                 continue  # runs are searched on at those that were added
             if wanted.setdefault(name, value) != value:
+                added = "name these too, or " if name == "learning_rates" else ""
                 raise CompressionError(
                     f"Expected `{name}` to be {value}, with which the runs in {self.folder} were "
-                    f"made, but got {wanted[name]}; use another --out."
+                    f"made, but got {wanted[name]}; {added}use another --out."
                 )
         if wanted != known:  # settings have been added
             write_json(path, wanted)
