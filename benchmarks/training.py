@@ -2,12 +2,14 @@
 
     pip install matplotlib
     python benchmarks/training.py [--items N ...] [--data-path DATA --datasets NAME ...]
+    python benchmarks/training.py --device cuda [...]
 
 A step is SASRec's (RecBole's defaults, d 64, windows of 50) on 2,048 targets: look-ups, layers,
 loss, gradients and Adam (PyTorch's fused one for all, several times quicker than RecBole's choice).
 The items of the made-up catalogues occur by Zipf's law with exponent 1; `--datasets` takes windows
-of real ones. Every measurement is a process of its own; contenders take turns, and figures are
-medians over the rounds. Each finished size is kept in `training.json`, and not run again.
+of real ones. Every measurement is a process of its own (on a GPU, whose memory can be told apart,
+one process for all); contenders take turns, and figures are medians over the rounds. Each finished
+size is kept in `training.json` (`training-cuda.json`), and not run again.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ SIZES = (10_000, 100_000, 1_000_000, 10_000_000)
 TARGETS, LENGTH, DIM = 2048, 50, 64
 HEAD = 20_000  # items, but at most a fifth
 ROUNDS = 2
-STEADY_SECONDS, FEWEST_STEPS = 4.0, 2  # measured after one step to warm up
+STEADY_SECONDS, FEWEST_STEPS = {"cpu": 4.0, "cuda": 0.5}, 2  # measured after a step to warm up
 PLAIN = "uncompressed, full softmax"
 ADAPTIVE = "torch's adaptive softmax"
 TREE, FULL = "ours, tree", "ours, full softmax"
@@ -199,25 +201,28 @@ def pieces_of(batch: Batch, n: int) -> list[Batch]:
     return [pair for pair in zip(items.chunk(n), targets.chunk(n)) if int((pair[1] != 0).sum())]
 
 
-def measure(name: str, counts: np.ndarray, batches: Iterator[Batch]) -> dict[str, Any]:
+def measure(name: str, counts: np.ndarray, batches: Iterator[Batch], device: str) -> dict[str, Any]:
     """Steps of a contender in this process."""
     n_items = len(counts)
-    at_first = status_mib("VmRSS")
+    memory = Memory(device)
     ranks, cutoffs = blocks_of(name, counts)
     partition = Partition.from_counts(counts, cutoffs)
     table = BlockEmbedding(partition, ranks, DIM)
     table.reset_parameters(std=0.02)  # SASRec's
     model, objective = contender(name, counts, table)
+    model.to(device)
     optimizer = build_optimizer(model, "adam", 1e-3, 0.0)
     parts = 1
     if name == PLAIN:  # logits, their softmax and their gradient, [N, n_items] each
-        available = status_of_memory("MemAvailable") - 16 * n_items * DIM
+        available = memory.available() - 16 * n_items * DIM
         while 12 * TARGETS / parts * n_items > 0.8 * available:
             parts *= 2
     times, losses, total = [], [], 0.0
-    while len(times) < 1 + FEWEST_STEPS or sum(times[1:]) < STEADY_SECONDS:
-        batch = next(batches)
-        n_targets = int((batch[1] != 0).sum())
+    while len(times) < 1 + FEWEST_STEPS or sum(times[1:]) < STEADY_SECONDS[device]:
+        items, targets = next(batches)
+        batch = items.to(device), targets.to(device)
+        n_targets = int((targets != 0).sum())
+        memory.wait()
         begin = perf_counter()
         optimizer.zero_grad()
         total = 0.0
@@ -227,13 +232,14 @@ def measure(name: str, counts: np.ndarray, batches: Iterator[Batch]) -> dict[str
             loss.backward()
             total += float(loss.detach())
         optimizer.step()
+        memory.wait()
         times.append((perf_counter() - begin) * TARGETS / n_targets)
         losses.append(total)
     return {
         "contender": name,
         "items": n_items,
         "ms": 1e3 * median(times[1:]),
-        "mib": status_mib("VmHWM") - at_first,
+        "mib": memory.peak_mib(),
         "parts": parts,
         "steps": len(times) - 1,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -241,6 +247,32 @@ def measure(name: str, counts: np.ndarray, batches: Iterator[Batch]) -> dict[str
         "cutoffs": list(cutoffs),
         "ranks": list(ranks),
     }
+
+
+class Memory:
+    """The memory of a device from now on; what waits for the device's work."""
+
+    def __init__(self, device: str) -> None:
+        self.is_cuda = device == "cuda"
+        if self.is_cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        self.at_first = 0.0 if self.is_cuda else status_mib("VmRSS")
+
+    def wait(self) -> None:
+        """Wait until all that was asked for is done."""
+        if self.is_cuda:
+            torch.cuda.synchronize()
+
+    def available(self) -> int:
+        """Bytes that are free."""
+        return torch.cuda.mem_get_info()[0] if self.is_cuda else status_of_memory("MemAvailable")
+
+    def peak_mib(self) -> float:
+        """The most that was taken, in MiB."""
+        if self.is_cuda:
+            return torch.cuda.max_memory_allocated() / 2**20
+        return status_mib("VmHWM") - self.at_first
 
 
 def status_of_memory(field: str) -> int:
@@ -254,11 +286,29 @@ def child(arguments: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(2020)
     if arguments.dataset:
         real = Real(arguments.data_path, arguments.dataset)
-        row = measure(arguments.contender, real.counts, real.batches())
+        row = measure(arguments.contender, real.counts, real.batches(), arguments.device)
         return {**row, "dataset": arguments.dataset, "epoch_targets": real.n_targets}
     counts = zipf_counts(arguments.size)
-    row = measure(arguments.contender, counts, zipf_batches(arguments.size, counts))
+    batches = zipf_batches(arguments.size, counts)
+    row = measure(arguments.contender, counts, batches, arguments.device)
     return {**row, "dataset": "made up", "epoch_targets": 1e6}
+
+
+def one(arguments: argparse.Namespace, name: str, options: dict[str, Any]) -> dict[str, Any] | None:
+    """One measurement; None for what is not made."""
+    given = {"contender": name, "data-path": arguments.data_path, **options}
+    if arguments.device == "cuda":
+        own = {key.replace("-", "_"): value for key, value in given.items()}
+        return child(argparse.Namespace(**{**vars(arguments), **own}))
+    if name in (PLAIN, FULL) and options.get("size", 0) > 10**6:
+        return None  # 10 GB before the first logit the one, minutes a step the other
+    flags = [f"--{key}={value}" for key, value in given.items()]
+    command = [sys.executable, __file__, "--child", *flags]
+    output = subprocess.run(command, capture_output=True, text=True, check=False)
+    if output.returncode:
+        raise SystemExit(output.stderr)
+    found: dict[str, Any] = json.loads(output.stdout.splitlines()[-1])
+    return found
 
 
 def rounds(arguments: argparse.Namespace, **options: Any) -> list[dict[str, Any]]:
@@ -266,15 +316,9 @@ def rounds(arguments: argparse.Namespace, **options: Any) -> list[dict[str, Any]
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS}
     for _ in range(arguments.rounds):
         for name in CONTENDERS:
-            if name in (PLAIN, FULL) and options.get("size", 0) > 10**6:
-                continue  # 10 GB before the first logit the one, minutes a step the other
-            given = {"contender": name, "data-path": arguments.data_path, **options}
-            flags = [f"--{key}={value}" for key, value in given.items()]
-            command = [sys.executable, __file__, "--child", *flags]
-            output = subprocess.run(command, capture_output=True, text=True, check=False)
-            if output.returncode:
-                raise SystemExit(output.stderr)
-            row = json.loads(output.stdout.splitlines()[-1])
+            row = one(arguments, name, options)
+            if row is None:
+                continue
             found[name].append(row)
             print(f"{row['items']:>10,} {name:<28}{row['ms']:10.1f} ms {row['mib']:8.0f} MiB")
             sys.stdout.flush()
@@ -293,12 +337,16 @@ def command_of(results: dict[str, Any]) -> str:
     names = dict.fromkeys(row["dataset"] for row in rows if row["dataset"] != "made up")
     real = ["--datasets", *names, "--data-path", "DATA"] if names else []
     command = ["python", "benchmarks/training.py", "--rounds", str(results["rounds"])]
+    if results["device"] == "cuda":
+        command += ["--device", "cuda"]
     return shlex.join([*command, "--items", *sizes, *real])
 
 
 def report(results: dict[str, Any]) -> str:
     """The results as a page of Markdown."""
     versions = ", ".join(f"{k} {v}" for k, v in results["environment"].items() if v)
+    on_gpu = results["device"] == "cuda"
+    digits = 1 if on_gpu else 0
     lines = [
         "# A training step against the size of the catalogue",
         "",
@@ -307,11 +355,12 @@ def report(results: dict[str, Any]) -> str:
         versions,
         "",
         f"SASRec, d {DIM}, windows of {LENGTH}, {TARGETS:,} targets a step, fused Adam. Median of "
-        f"{results['rounds']} round(s) of processes of their own, in brackets the least and the "
-        "most. *MiB*: peak of the process beyond what the imports take: parameters, gradients, "
-        "moments and loss. *Parts*: a batch that does not fit the memory goes in so many, "
-        "with one step of the optimizer. Made up: items by Zipf's law, exponent 1; an epoch of "
-        "them is a million targets.",
+        f"{results['rounds']} round(s){'' if on_gpu else ' of processes of their own'}, in "
+        "brackets the least and the most. *MiB*: "
+        f"{'the most taken of the GPU' if on_gpu else 'peak of the process beyond the imports'}: "
+        "parameters, gradients, moments and loss. *Parts*: a batch that does not fit the memory "
+        "goes in so many, with one step of the optimizer. Made up: items by Zipf's law, "
+        "exponent 1; an epoch of them is a million targets.",
     ]
     groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for row in results["rows"]:
@@ -333,9 +382,10 @@ def report(results: dict[str, Any]) -> str:
             rate = 1e3 * TARGETS / row["ms"]
             faster = f"{base['ms'] / row['ms']:.1f}" if base else "-"
             less = f"{base['mib'] / row['mib']:.1f}" if base else "-"
+            ms, least, most = (f"{row[k]:,.{digits}f}" for k in ("ms", "least_ms", "most_ms"))
             lines.append(
-                f"| {row['contender']} | {row['parameters']:,} | {row['ms']:,.0f} "
-                f"({row['least_ms']:,.0f} to {row['most_ms']:,.0f}) | {faster} | {rate:,.0f} "
+                f"| {row['contender']} | {row['parameters']:,} | {ms} "
+                f"({least} to {most}) | {faster} | {rate:,.0f} "
                 f"| {row['epoch_targets'] / rate:,.1f} | {row['mib']:,.0f} | {less} "
                 f"| {row['parts']} |"
             )
@@ -379,9 +429,9 @@ def plot(results: dict[str, Any], target: Path) -> None:
     for axis in axes:
         axis.set(xscale="log", yscale="log", xlabel="items")
         axis.grid(alpha=0.3)
-    figure.suptitle(
-        f"A training step of SASRec, d {DIM}, threads: {results['environment']['torch_threads']}"
-    )
+    about = results["environment"]
+    place = about["gpu"] or f"threads: {about['torch_threads']}"
+    figure.suptitle(f"A training step of SASRec, d {DIM}, {place}")
     figure.tight_layout(rect=(0, 0.07, 1, 1))
     figure.legend(loc="lower center", ncols=len(styles), fontsize=8, frameon=False)
     figure.savefig(target, metadata={"Date": None})
@@ -393,6 +443,7 @@ def main() -> None:
     parser.add_argument("--items", type=int, nargs="*", default=list(SIZES))
     parser.add_argument("--datasets", nargs="*", default=[])
     parser.add_argument("--data-path", default="data")
+    parser.add_argument("--device", choices=list(STEADY_SECONDS), default="cpu")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     for hidden in ("--contender", "--dataset"):
@@ -403,7 +454,8 @@ def main() -> None:
     if arguments.child:
         print(json.dumps(child(arguments)))
         return
-    file = arguments.out / "training.json"
+    suffix = "" if arguments.device == "cpu" else f"-{arguments.device}"
+    file = arguments.out / f"training{suffix}.json"
     results = json.loads(file.read_text()) if file.exists() else {"rows": []}
     wanted = [("made up", {"size": size}) for size in arguments.items]
     wanted += [(name, {"dataset": name}) for name in arguments.datasets]
@@ -414,6 +466,7 @@ def main() -> None:
             continue
         results["rows"] += rounds(arguments, **options)
         results["environment"], results["rounds"] = environment(), arguments.rounds
+        results["device"] = arguments.device
         results["command"] = command_of(results)
         save(json.dumps(results, indent=1), file)
         save(report(results), file.with_suffix(".md"))

@@ -103,6 +103,11 @@ def log_sum(strip: Strip, memory: int, *, padded: bool = False) -> Tensor:
     return _LogSum.apply(memory, padded, _product_dtype(strip.codes.device.type), *strip)
 
 
+def _has_caches(device: torch.device) -> bool:
+    """Whether pieces that fit a cache are quicker. On a GPU launches cost, and there is none."""
+    return device.type == "cpu"
+
+
 def _product_dtype(device: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
@@ -170,13 +175,14 @@ class Sweeps:
     def _plan(self, logits: int) -> None:
         """Rows of a group and columns of a piece, so that at most so many logits are held."""
         n_columns = sum(len(strip.rows) for strip in self.strips)
-        rows = min(min(_KEPT, logits) // n_columns, _MOST_ROWS, self.n_rows)
+        tile, kept, most = min(logits, _TILE), min(logits, _KEPT), min(self.n_rows, _MOST_ROWS)
+        if not _has_caches(self.exact.device):
+            tile, kept, most = logits, logits // 2, self.n_rows
+        rows = min(kept // n_columns, most)
         self.keeps = self.differentiated and rows >= min(_FEWEST_ROWS, self.n_rows)
         if not self.keeps:  # two columns at least, so that not all of a piece is padding
             rows = min(self.n_rows, _MOST_ROWS, max(1, min(logits, _TILE) // 2))
         self.size = max(1, rows)
-        whole_groups = self.exact.device.type != "cpu"  # no such cache, and launches cost
-        tile = logits if whole_groups else min(logits, _TILE)
         self.width = max(2, tile // self.size)
         # made once: memory that is given back and asked for again costs more than its use
         held = n_columns if self.keeps else min(self.width, n_columns)

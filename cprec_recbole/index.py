@@ -62,18 +62,15 @@ class Snapshot:
 
 
 class _Mark:
-    """By what to tell that a tensor of a module changed: PyTorch counts changes in place, and a
-    sample of its bytes shows most of those made through `.data`, which are not counted."""
+    """By what to tell that a tensor of a module changed: PyTorch counts most changes in place, and
+    a sample of its numbers shows those that are not counted: through `.data`, and by the fused
+    optimizers."""
 
     def __init__(self, place: Mapping[str, Tensor | None], name: str) -> None:
         tensor = cast(Tensor, place[name])
         self._place, self._name, self._tensor = place, name, tensor
         self._address, self._version = tensor.data_ptr(), _version(tensor)
-        self._window = None
-        if tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.numel():
-            numbers = tensor.detach().view(-1, 1).view(torch.uint8).numpy()  # [n, bytes of each]
-            self._window = numbers[:: max(1, len(numbers) // _SAMPLES)]  # shares its memory
-            self._bytes = self._window.tobytes()
+        self._sample = _look_at(tensor)
 
     def fits(self) -> bool:
         tensor = self._tensor
@@ -81,8 +78,40 @@ class _Mark:
             self._place.get(self._name) is tensor
             and tensor.data_ptr() == self._address
             and _version(tensor) == self._version
-            and (self._window is None or self._window.tobytes() == self._bytes)
+            and self._sample.is_same()
         )
+
+
+class _Bytes:
+    """A few numbers of a tensor on the CPU, read where they lie: within a microsecond."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        numbers = tensor.detach().view(-1, 1).view(torch.uint8).numpy()  # [n, bytes of each]
+        self._window = numbers[:: max(1, len(numbers) // _SAMPLES)]  # shares its memory
+        self._then = self._window.tobytes()
+
+    def is_same(self) -> bool:
+        return self._window.tobytes() == self._then
+
+
+class _Numbers:
+    """A few numbers of a tensor anywhere, for which a GPU is waited for."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor, self._then = tensor, self._read(tensor).clone()
+
+    def is_same(self) -> bool:
+        return torch.equal(self._read(self._tensor), self._then)
+
+    @staticmethod
+    def _read(tensor: Tensor) -> Tensor:
+        numbers = tensor.detach().flatten()
+        return numbers[:: max(1, len(numbers) // _SAMPLES)]
+
+
+def _look_at(tensor: Tensor) -> _Bytes | _Numbers:
+    in_place = tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.numel() > 0
+    return _Bytes(tensor) if in_place else _Numbers(tensor)
 
 
 def _version(tensor: Tensor) -> int:

@@ -19,3 +19,18 @@ def in_eval_mode(*models: nn.Module | None) -> Iterator[None]:
     finally:
         for module, training in before:
             module.training = training
+
+
+@contextmanager
+def with_gradients(model: nn.Module) -> Iterator[None]:
+    """Within, for a model in eval mode: its recurrent layers in train mode, without dropout of
+    theirs, as cuDNN has gradients of them in no other."""
+    recurrent = [m for m in model.modules() if isinstance(m, nn.RNNBase)]
+    before = [(m, m.training, m.dropout) for m in recurrent]
+    for module in recurrent:
+        module.training, module.dropout = True, 0.0
+    try:
+        yield
+    finally:
+        for module, training, dropout in before:
+            module.training, module.dropout = training, dropout

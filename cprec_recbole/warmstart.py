@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cprec_recbole.histories import Histories
 from cprec_recbole.item_tables import Host
-from cprec_recbole.modes import in_eval_mode
+from cprec_recbole.modes import in_eval_mode, with_gradients
 from cprec_recbole.original import Original
 from cprec_recbole.outcome import WarmStart
 from cprec_recbole.partition import PADDING
@@ -139,7 +139,7 @@ class Fit:
                 items = self.read(batch)
                 with torch.no_grad():
                     target = self.original.reading.all(items)
-                with torch.enable_grad():
+                with torch.enable_grad(), with_gradients(self.small):
                     error = _relative_error(self.small.reading.all(items), target)
                     gradients = torch.autograd.grad(error, self.free, allow_unused=True)
                 for parameter, gradient in zip(self.free, gradients):

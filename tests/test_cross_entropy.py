@@ -53,13 +53,17 @@ def compare(shapes, n_rows, memory, padded, scale=1.0):
     padded=st.booleans(),
     scale=st.sampled_from([1.0, -0.3, 0.0]),
     sizes=st.sampled_from([(2**18, 2**22, 64, 512), (8, 64, 1, 1), (64, 256, 4, 9), (3, 30, 2, 5)]),
+    caches=st.booleans(),
 )
-def test_value_and_gradients_are_the_plain_ones(shapes, n_rows, memory, padded, scale, sizes):
+def test_value_and_gradients_are_the_plain_ones(
+    shapes, n_rows, memory, padded, scale, sizes, caches
+):
     torch.manual_seed(0)
     names = ("_TILE", "_KEPT", "_FEWEST_ROWS", "_MOST_ROWS")
     with pytest.MonkeyPatch.context() as patch:
         for name, size in zip(names, sizes):
             patch.setattr(module, name, size)
+        patch.setattr(module, "_has_caches", lambda device: caches)
         compare(shapes, n_rows, memory, padded, scale)
 
 
@@ -78,11 +82,23 @@ def test_many_rows_and_columns_in_single_precision(memory):
 
 @pytest.mark.parametrize("memory", [100, 2**10, 2**20])
 @pytest.mark.parametrize("n_rows", [1, 7, 500])
-def test_no_more_logits_than_the_budget_are_held(memory, n_rows):
+@pytest.mark.parametrize("caches", [True, False])
+def test_no_more_logits_than_the_budget_are_held(memory, n_rows, caches, monkeypatch):
+    monkeypatch.setattr(module, "_has_caches", lambda device: caches)
     strips = strips_of(leaves([(50, 4), (3000, 2)], n_rows, torch.float32))
     sweeps = Sweeps(strips, memory, True, None, True)
     held = sweeps._kept.numel() + sweeps._logits.numel()
     assert 4 * held <= max(2 * memory, 16)  # a piece of logits beside those that are kept
+
+
+def test_a_gpu_gets_all_rows_at_once_where_they_fit(monkeypatch):
+    strips = strips_of(leaves([(50, 4), (3000, 2)], 2000, torch.float32))
+    memory = 8 * 2000 * 3050
+    assert len(list(Sweeps(strips, memory, True, None, True).groups())) > 1
+    monkeypatch.setattr(module, "_has_caches", lambda device: False)
+    sweeps = Sweeps(strips, memory, True, None, True)
+    assert list(sweeps.groups()) == [slice(0, 2000)]
+    assert 4 * (sweeps._kept.numel() + sweeps._logits.numel()) <= memory
 
 
 def test_large_logits_do_not_overflow():

@@ -18,7 +18,7 @@ from plotly.offline import get_plotlyjs
 from cprec_recbole.compare.page import write_page
 from cprec_recbole.compare.page.drawing import round_figures
 from cprec_recbole.compare.page.points import Point, gaps, make_cells, pareto_front
-from cprec_recbole.compare.page.runs import StudyRun, read_runs
+from cprec_recbole.compare.page.runs import StudyRun, read_runs, with_comparable_times
 from cprec_recbole.compare.page.styles import GREY, INK, KNOWN, assign_styles, outline
 from cprec_recbole.compare.page.summary import standings, subject_of
 from cprec_recbole.compare.page.write import render_page
@@ -81,6 +81,31 @@ def two_cells():
 
 
 # words
+
+
+def test_times_of_another_machine_are_left_out_and_said(tmp_path):
+    here = {"processor": "A", "torch_threads": 1, "gpu": None, "python": "3.11"}
+    runs = [
+        record(contender="uncompressed", environment=here, score_ms=2.0),
+        record(contender="uncompressed", environment=here | {"gpu": "H"}, seed=2021, score_ms=90.0),
+        record(contender="int8", environment=here | {"python": "3.12"}, score_ms=1.0),
+        record(contender="narrower", ratio=4.0, environment=here | {"torch_threads": 2}),
+        record(dataset="lastfm", contender="int8", environment={"processor": "B"}, score_ms=5.0),
+        failure(contender="hashing", ratio=4.0),
+    ]
+    page = page_of(tmp_path, runs)
+    times = {}
+    for run in with_comparable_times(read_runs(tmp_path / "study")):
+        times[run.dataset, run.contender, run.seed] = run.score_ms, bool(run.epoch_seconds)
+    assert times == {
+        ("ml-100k", "uncompressed", 2020): (2.0, True),
+        ("ml-100k", "uncompressed", 2021): (None, False),
+        ("ml-100k", "int8", 2020): (1.0, True),
+        ("ml-100k", "narrower", 2020): (None, False),
+        ("lastfm", "int8", 2020): (5.0, True),
+        ("ml-100k", "hashing", 2021): (None, False),
+    }
+    assert "times on the machine of the uncompressed model: 2 of 5 finished runs" in page
 
 
 def test_the_main_finding_is_computed_from_the_runs(tmp_path):

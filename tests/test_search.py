@@ -298,9 +298,11 @@ CHANGES = {
 }
 
 
+@pytest.mark.parametrize("look", [index._look_at, index._Numbers], ids=["in place", "as on a GPU"])
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("head_class", HEADS)
-def test_the_index_is_dropped_when_weights_change(head_class, change):
+def test_the_index_is_dropped_when_weights_change(head_class, change, look, monkeypatch):
+    monkeypatch.setattr(index, "_look_at", look)
     head = build(head_class)
     with thresholds():
         head.build_index()

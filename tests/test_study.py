@@ -9,7 +9,9 @@ import signal
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
+from safetensors.torch import load_model
 
 from cprec_recbole import CompressionConfig, CompressionError
 from cprec_recbole.cli import main
@@ -19,6 +21,7 @@ from cprec_recbole.compare.study.schedule import Schedule
 from cprec_recbole.compare.study.spec import Cell, own_options
 from cprec_recbole.compare.study.store import Store, read_json
 from cprec_recbole.compare.study.summary import summarise
+from cprec_recbole.compare.study.work import save_weights
 from cprec_recbole.compare.study.workers import News, attempt
 from tests import studies
 
@@ -184,6 +187,20 @@ def test_weights_of_the_uncompressed_models_alone_are_kept(finished):
     assert len(kept) == 2
     assert kept[0].endswith("_s1.safetensors")
     assert kept[1].endswith("_s2.safetensors")
+
+
+def test_weights_that_share_a_storage_are_kept_and_read(world, tmp_path):
+    """As a GPU has those of a recurrent layer."""
+    model = world.model("CpGRU4Rec", ranks=[16])
+    parameters = list(model.backbone.gru_layers.parameters())
+    storage = torch.cat([parameter.detach().flatten() for parameter in parameters])
+    for parameter, part in zip(parameters, storage.split([p.numel() for p in parameters])):
+        parameter.data = part.view_as(parameter)
+    save_weights(model, str(tmp_path / "weights.safetensors"))
+    again = world.model("CpGRU4Rec", ranks=[16], seed=1)
+    load_model(again, str(tmp_path / "weights.safetensors"))
+    for key, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value)
 
 
 def test_a_finished_study_does_nothing_again(finished, world, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from cprec_recbole.original import Original
 from cprec_recbole.softmax import TreeSoftmax
 from cprec_recbole.spectra import looks_trained
 from cprec_recbole.warmstart import _solve, warm_start
-from tests.builders import HOSTS, block_embedding
+from tests.builders import HOSTS, block_embedding, train
 
 
 def made(trained, host_name, **options):
@@ -80,6 +80,29 @@ def test_the_original_the_modes_and_the_random_state_are_left_alone(trained, hos
     assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values()))
     again = compress(model, ranks=[16, 4], sharing="cross_layer")
     assert all(torch.equal(a, b) for a, b in zip(small.parameters(), again.parameters()))
+
+
+@pytest.mark.parametrize("name", ["GRU4Rec", "NARM"])
+def test_recurrent_layers_have_gradients_in_train_mode_without_dropout(
+    trained, world, name, monkeypatch
+):
+    """cuDNN refuses them in eval mode."""
+    original = trained[name] if name in trained else train(world.model(name), world, name)
+    seen = []
+    forward = nn.GRU.forward
+
+    def watched(self, *arguments):
+        seen.append((torch.is_grad_enabled(), self.training, self.dropout))
+        return forward(self, *arguments)
+
+    monkeypatch.setattr(nn.GRU, "forward", watched)
+    data = torch.randint(1, 40, (50, 6)).tolist()
+    small = compress(original.eval(), sharing="cross_layer", ranks=[16, 4, 1], data=data)
+    with_gradients = [state[1:] for state in seen if state[0]]
+    assert with_gradients
+    assert set(with_gradients) == {(True, 0.0)}
+    assert {state[1] for state in seen if not state[0]} == {False}
+    assert not any(module.training for module in small.modules())
 
 
 def test_a_linear_map_and_a_norm_are_solved_for():

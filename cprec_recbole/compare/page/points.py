@@ -11,11 +11,10 @@ from functools import cached_property
 from statistics import mean, stdev
 from typing import Protocol
 
-from cprec_recbole.compare.page.runs import QUALITY, StudyRun
+from cprec_recbole.compare.page.runs import QUALITY, REFERENCE, StudyRun
 from cprec_recbole.compare.page.styles import assign_styles
 from cprec_recbole.compare.results import Figure
 
-REFERENCE = "uncompressed"
 Quantity = Callable[[StudyRun], float | None]
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from cprec_recbole.compare.page.records import Record, refusal
 from cprec_recbole.config import CompressionError
 
 QUALITY = "ndcg@20"
+REFERENCE = "uncompressed"
+_MACHINE = ("processor", "gpu", "torch_threads")  # of an environment: what times depend on
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class StudyRun:
         command: what repeats it.
         environment: versions and hardware.
         error: why it failed; None for a run that finished.
+        is_elsewhere: it was timed on another machine than the rest of its cell, and its times are
+            left out.
     """
 
     path: Path
@@ -79,6 +84,12 @@ class StudyRun:
     command: str = ""
     environment: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
+    is_elsewhere: bool = False
+
+    @property
+    def machine(self) -> tuple[Any, ...]:
+        """On what it was timed."""
+        return tuple(self.environment.get(name) for name in _MACHINE)
 
 
 def read_runs(study_folder: Path) -> list[StudyRun]:
@@ -99,6 +110,25 @@ def read_runs(study_folder: Path) -> list[StudyRun]:
             "run the study first."
         )
     return [read_run(path) for path in files]
+
+
+def with_comparable_times(runs: Sequence[StudyRun]) -> list[StudyRun]:
+    """The runs, those without their times that were timed on another machine than the uncompressed
+    model of the same data, model and length; without one, than the first run."""
+    machines: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+    finished = [run for run in runs if run.error is None]
+    for run in sorted(finished, key=lambda run: (run.contender != REFERENCE, run.seed or 0)):
+        machines.setdefault(_cell(run), run.machine)
+    return [
+        run
+        if run.error is not None or run.machine == machines[_cell(run)]
+        else replace(run, score_ms=None, epoch_seconds=(), is_elsewhere=True)
+        for run in runs
+    ]
+
+
+def _cell(run: StudyRun) -> tuple[Any, ...]:
+    return run.dataset, run.model, run.length
 
 
 def read_run(path: Path) -> StudyRun:

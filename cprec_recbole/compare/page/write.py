@@ -22,7 +22,7 @@ from cprec_recbole.compare.page.points import (
     gaps,
     make_cells,
 )
-from cprec_recbole.compare.page.runs import StudyRun, read_runs
+from cprec_recbole.compare.page.runs import StudyRun, read_runs, with_comparable_times
 from cprec_recbole.compare.page.styles import Styles, assign_styles, outline
 from cprec_recbole.compare.page.summary import standings, subject_of
 from cprec_recbole.compare.page.tradeoffs import SIZES, latency_picture, size_picture
@@ -53,7 +53,7 @@ def write_page(
             `against`, a place that cannot be written.
     """
     study_folder, out = Path(study_folder), Path(out)
-    runs = read_runs(study_folder)
+    runs = with_comparable_times(read_runs(study_folder))
     cells = make_cells(runs)
     subject = _subject(cells, against)
     if paired_interval is not None:
@@ -198,7 +198,8 @@ def _unmeasured(runs: Sequence[StudyRun]) -> list[str]:
     finished = [run for run in runs if run.error is None]
     lacks = {
         "quality by popularity": [run for run in finished if not run.popularity],
-        "latency": [run for run in finished if run.score_ms is None],
+        "latency": [run for run in finished if run.score_ms is None and not run.is_elsewhere],
+        "times on the machine of the uncompressed model": [r for r in finished if r.is_elsewhere],
         "bytes": [run for run in finished if run.bytes is None],
         "training curve": [run for run in finished if not run.valid_curve],
         "parameters by part": [run for run in finished if not run.parts],

@@ -9,7 +9,8 @@ from time import perf_counter
 from typing import Any, cast
 
 from recbole.utils import get_model, init_seed
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_model, save_file
+from torch import nn
 
 from cprec_recbole.compare.controls import (
     CONTROLS,
@@ -168,7 +169,7 @@ class _Bench:
         }
         if work.recipe == recipe_without_ratio(self.spec, UNCOMPRESSED):
             path = self.store.path(WEIGHTS, work.key, ".safetensors")
-            write_whole(path, lambda to: save_model(model, str(to)))
+            write_whole(path, lambda to: save_weights(model, str(to)))
         self.store.write_users(work.key, ranked.by_user())
         self.store.write(TRIALS, work.key, found)  # last: with it the trial is finished
 
@@ -212,6 +213,14 @@ class _Bench:
             # evaluation included, as recover() does both
             "epoch_seconds": [seconds / len(curve) for _ in curve],
         }
+
+
+def save_weights(model: nn.Module, path: str) -> None:
+    """Write what safetensors' `load_model` reads: each parameter once, by a copy of its own, since
+    on a GPU those of a recurrent layer are parts of one storage, which `save_model` refuses."""
+    kept = model.state_dict()
+    unique = [*model.named_parameters(), *model.named_buffers()]
+    save_file({n: t.detach().cpu().clone() for n, t in unique if n in kept}, path)
 
 
 def _choice(

@@ -1,0 +1,106 @@
+"""On a GPU: what the CPU does. Skipped where there is none."""
+
+import copy
+
+import pytest
+import torch
+
+from cprec_recbole import compress, evaluate, load_pretrained, recover, run_recbole
+from cprec_recbole.cli import main
+from cprec_recbole.compare.fitting import Data, fit
+from tests.oracles import best_items
+from tests.test_contract import HEADS, no_dropout
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+BLOCKS = {"ranks": [16, 4, 1]}
+SAME = {"rtol": 1e-4, "atol": 1e-5}  # float32 sums in another order
+
+
+@pytest.fixture(autouse=True)
+def in_float32():
+    """cuDNN's convolutions are in TensorFloat-32 by default, which keeps three digits."""
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        yield
+
+
+def test_what_training_measures_is_what_the_trained_model_has(world, host_name):
+    """The search must see the steps of PyTorch's fused optimizers, which count no versions."""
+    config = world.config(f"Cp{host_name}", epochs=3, learning_rate=0.03, ranks=[16])
+    data = Data.of(config)
+    fitted = fit(config, data, lambda epoch, score: None)
+    assert fitted.model.table.partition.item_at.device.type == "cuda"
+    assert evaluate(fitted.model, data.valid) == pytest.approx(fitted.valid)
+
+
+def on_gpu(model):
+    return copy.deepcopy(model).to("cuda")
+
+
+@pytest.mark.parametrize("options", HEADS, ids=lambda o: f"{o['softmax']}-{o['tied']}")
+def test_scores_loss_and_gradients_are_those_of_the_cpu(world, host_name, options):
+    name = f"Cp{host_name}"
+    model = world.model(name, use_gpu=False, **options, **BLOCKS).train().apply(no_dropout)
+    there = on_gpu(model)
+    batch = world.batch(name, use_gpu=False, **options, **BLOCKS)
+    losses = [m.calculate_loss(batch.to(d)) for m, d in ((there, "cuda"), (model, "cpu"))]
+    torch.testing.assert_close(losses[0].cpu(), losses[1], **SAME)
+    for loss in losses:
+        loss.backward()
+    for (key, ours), theirs in zip(model.named_parameters(), there.parameters()):
+        apart = (theirs.grad.cpu() - ours.grad).abs().max()
+        assert apart <= 1e-4 * ours.grad.abs().max(), key
+    batch = world.evaluation_batch(name, use_gpu=False)
+    with torch.no_grad():
+        dense = there.eval().full_sort_predict(batch.to("cuda"))
+        torch.testing.assert_close(
+            dense.cpu(), model.eval().full_sort_predict(batch.to("cpu")), **SAME
+        )
+
+
+@pytest.mark.parametrize("dtype", [None, "int8"])
+@pytest.mark.parametrize("softmax", ["full", "tree"])
+def test_a_model_there_is_compressed_recovered_kept_and_recommends(
+    world, trained, host_name, softmax, dtype, tmp_path
+):
+    model = on_gpu(trained[host_name])
+    data, _, _ = world.loaders(world.config(host_name))
+    small = compress(model, softmax=softmax, dtype=dtype, data=data, **BLOCKS)
+    assert {p.device.type for p in small.parameters()} == {"cuda"}
+    assert recover(small, model, data, epochs=1, progress=False).kept == 1
+    assert {p.device.type for p in small.parameters()} == {"cuda"}
+    folder = small.save_pretrained(tmp_path / "small")
+    loaded = {d: load_pretrained(folder, device=d) for d in ("cuda", "cpu")}
+    histories = [[1, 2, 3], [4], list(range(1, 9))]
+    best = loaded["cuda"].recommend(histories, k=6)
+    torch.testing.assert_close(
+        best.scores.cpu(), loaded["cpu"].recommend(histories, k=6).scores, **SAME
+    )
+    padded, lengths = torch.zeros(3, 8, dtype=torch.int64), torch.tensor([3, 1, 8])
+    for row, history in zip(padded, histories):
+        row[: len(history)] = torch.tensor(history)
+    with torch.no_grad():
+        hidden = loaded["cuda"](padded.to("cuda"), lengths.to("cuda"))
+        dense = loaded["cuda"].head.scores(hidden).cpu()
+    for row in range(3):
+        assert best.items[row].tolist() == best_items(dense[row].tolist(), 6)
+    (new,) = loaded["cuda"].add_items(["new"], like=[["i1"]])
+    assert loaded["cuda"].recommend([[1, 2]], k=1, allowed=[new]).items.tolist() == [[new]]
+
+
+def test_training_runs_there(world, host_name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["run"])
+    options = world.options(f"Cp{host_name}", epochs=3, state="ERROR", **BLOCKS)
+    result = run_recbole(model=f"Cp{host_name}", dataset=world.name, config_dict=options)
+    assert 0 < result["test_result"]["ndcg@10"] < 1
+
+
+def test_a_study_runs_there(world, tmp_path, capsys):
+    study = tmp_path / "study.yaml"
+    study.write_text(
+        f"datasets: {{{world.name}: 8}}\nmodels: [GRU4Rec]\nratios: [1.5]\nseeds: [1]\n"
+        "contenders: [uncompressed, int8, recovered-int8, narrower, recjpq-svd, all]\n"
+        "learning_rates: [0.01]\noptions: {epochs: 1, embedding_size: 16, hidden_size: 20}\n"
+    )
+    arguments = ["compare", "--study", str(study), "--data-path", world.data_path]
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 0, capsys.readouterr().err
