@@ -1,6 +1,7 @@
 """On a GPU: what the CPU does. Skipped where there is none."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -104,3 +105,6 @@ def test_a_study_runs_there(world, tmp_path, capsys):
     )
     arguments = ["compare", "--study", str(study), "--data-path", world.data_path]
     assert main([*arguments, "--out", str(tmp_path / "out")]) == 0, capsys.readouterr().err
+    runs = [json.loads(path.read_text()) for path in (tmp_path / "out/runs").glob("*.json")]
+    assert len(runs) > 10
+    assert not [run["error"] for run in runs if "Expected" not in run.get("error", "Expected")]
