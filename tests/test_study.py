@@ -885,6 +885,7 @@ def test_the_command_runs_a_study_and_writes_its_tables(world, tmp_path, inline,
     assert main([*arguments, "--data-path", world.data_path]) == 0
     printed = capsys.readouterr().out
     assert "3 runs, 0 of them finished before" in printed
+    assert "failed" not in printed
     assert "compare.md" in printed
     record = read_json(out / "runs" / "made-up_SASRec_L8_int8_s1.json")
     assert record["command"] == (
@@ -903,6 +904,19 @@ def test_the_command_runs_a_study_and_writes_its_tables(world, tmp_path, inline,
     assert "At equal ratio, paper" not in page
     int8 = next(line for line in text.splitlines() if line.startswith("| int8 "))
     assert re.search(r"\[[-+][.\d]+, [-+][.\d]+\] \|$", int8)  # neither has a ratio
+
+
+def test_the_command_says_how_many_runs_failed_also_when_it_did_nothing(
+    world, tmp_path, inline, capsys
+):
+    file, out = tmp_path / "study.yaml", tmp_path / "out"
+    file.write_text(FEW.replace("[int8]", "[compressed]").replace("ratios: [1.5]", "ratios: [90]"))
+    arguments = ["compare", "--study", str(file), "--out", str(out)]
+    only = ["--only", "*uncompressed_s1", "*_compressed_*", "--data-path", world.data_path]
+    for _ in range(2):
+        assert main([*arguments, *only]) == 0
+        assert "1 of 2 runs failed, each for a reason" in capsys.readouterr().out
+    assert "## Failed" in (out / "compare.md").read_text()
 
 
 def test_a_run_that_is_left_out_names_the_one_that_stands_for_it(world, tmp_path, inline, capsys):

@@ -180,12 +180,23 @@ def _study(options: argparse.Namespace, passed_on: dict[str, Any]) -> int:
             screen.print(
                 f"{goal.key}: left out, it would be the same model as {stands}", soft_wrap=True
             )
+        if failed := _failed(out, {goal.key for goal in done.goals}):
+            screen.print(
+                f"{failed} of {len(done.goals)} runs failed, each for a reason that compare.md "
+                "gives; --retry tries them again.",
+                soft_wrap=True,
+            )
         if against is not None and against not in _finished(out):
             screen.print(f"No run of {against} is finished: nothing is measured against it.")
             against = None
     written = write_summary(out, latex=options.latex, against=against)
     screen.print(f"Written: {', '.join(str(path) for path in written)}", soft_wrap=True)
     return 0
+
+
+def _failed(out: Path, wanted: set[str]) -> int:
+    """How many of the wanted runs failed."""
+    return sum("error" in run and run["key"] in wanted for run in read_runs(out))
 
 
 def _finished(out: Path) -> set[str]:
