@@ -15,6 +15,7 @@ size is kept in `training.json` (`training-cuda.json`), and not run again.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import shlex
 import subprocess
@@ -255,6 +256,7 @@ class Memory:
     def __init__(self, device: str) -> None:
         self.is_cuda = device == "cuda"
         if self.is_cuda:
+            gc.collect()  # what the one before left
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         self.at_first = 0.0 if self.is_cuda else status_mib("VmRSS")

@@ -175,13 +175,15 @@ class Sweeps:
     def _plan(self, logits: int) -> None:
         """Rows of a group and columns of a piece, so that at most so many logits are held."""
         n_columns = sum(len(strip.rows) for strip in self.strips)
-        tile, kept, most = min(logits, _TILE), min(logits, _KEPT), min(self.n_rows, _MOST_ROWS)
-        if not _has_caches(self.exact.device):
-            tile, kept, most = logits, logits // 2, self.n_rows
-        rows = min(kept // n_columns, most)
-        self.keeps = self.differentiated and rows >= min(_FEWEST_ROWS, self.n_rows)
+        most, few = min(self.n_rows, _MOST_ROWS), min(self.n_rows, _FEWEST_ROWS)
+        if _has_caches(self.exact.device):
+            tile, rows = min(logits, _TILE), min(min(logits, _KEPT) // n_columns, most)
+        else:  # few launches: all rows at once, or many of them, in pieces as wide as may be
+            tile, few, most = logits // 2, most, self.n_rows
+            rows = min(tile // n_columns, most)
+        self.keeps = self.differentiated and rows >= few
         if not self.keeps:  # two columns at least, so that not all of a piece is padding
-            rows = min(self.n_rows, _MOST_ROWS, max(1, min(logits, _TILE) // 2))
+            rows = min(most, max(1, tile // 2))
         self.size = max(1, rows)
         self.width = max(2, tile // self.size)
         # made once: memory that is given back and asked for again costs more than its use

@@ -62,9 +62,9 @@ class Snapshot:
 
 
 class _Mark:
-    """By what to tell that a tensor of a module changed: PyTorch counts most changes in place, and
-    a sample of its numbers shows those that are not counted: through `.data`, and by the fused
-    optimizers."""
+    """By what to tell that a tensor of a module changed: PyTorch counts changes in place, and a
+    sample of its numbers shows most of those that it does not count, made through `.data` or by a
+    fused optimizer (ours count theirs, see `optimizers`)."""
 
     def __init__(self, place: Mapping[str, Tensor | None], name: str) -> None:
         tensor = cast(Tensor, place[name])

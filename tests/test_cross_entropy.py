@@ -91,14 +91,18 @@ def test_no_more_logits_than_the_budget_are_held(memory, n_rows, caches, monkeyp
     assert 4 * held <= max(2 * memory, 16)  # a piece of logits beside those that are kept
 
 
-def test_a_gpu_gets_all_rows_at_once_where_they_fit(monkeypatch):
-    strips = strips_of(leaves([(50, 4), (3000, 2)], 2000, torch.float32))
-    memory = 8 * 2000 * 3050
-    assert len(list(Sweeps(strips, memory, True, None, True).groups())) > 1
-    monkeypatch.setattr(module, "_has_caches", lambda device: False)
-    sweeps = Sweeps(strips, memory, True, None, True)
-    assert list(sweeps.groups()) == [slice(0, 2000)]
+@pytest.mark.parametrize("n_columns", [500, 12_000, 100_000, 400_000, 10**6])
+@pytest.mark.parametrize("differentiated", [True, False])
+def test_off_the_cpu_there_are_no_more_pieces_than_the_budget_asks_for(n_columns, differentiated):
+    n_rows, memory = 2048, 2**28
+    sizes = (n_columns // 5, n_columns - n_columns // 5)
+    shapes = [(torch.empty(n_rows, 4, device="meta"), k) for k in sizes]
+    strips = [Strip(codes, torch.empty(k, 4, device="meta")) for codes, k in shapes]
+    sweeps = Sweeps(strips, memory, True, None, differentiated)
     assert 4 * (sweeps._kept.numel() + sweeps._logits.numel()) <= memory
+    passes = len(list(sweeps.groups())) * len(list(sweeps._pieces()))
+    needed = 4 * n_rows * n_columns / (memory / 2)  # logits, and as much for their softmax
+    assert passes <= needed + 1 + len(sizes)
 
 
 def test_large_logits_do_not_overflow():

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from cprec_recbole import CompressionError
+from cprec_recbole import CompressionError, FullSoftmax
 from cprec_recbole.embedding import BlockEmbedding
 from cprec_recbole.optimizers import Both, build_optimizer
 from tests.builders import block_embedding, train_a_step
@@ -47,6 +47,25 @@ def test_a_learner_moves_as_torchs_own(learner, weight_decay):
     steps(one, own)
     steps(other, build_optimizer(other, learner.upper(), 0.1, weight_decay))
     assert_equal_parameters(one, other)
+
+
+@pytest.mark.parametrize("learner", PLAIN)
+def test_a_search_sees_a_step_that_moves_a_single_item(learner):
+    head = FullSoftmax(block_embedding((200, 800), (8, 8), 8))
+    head.topk(torch.randn(2, 8), 3)  # keeps what it made of the weights
+    weight = head.table.blocks[1].weight
+    optimizer = build_optimizer(head, learner, 30.0, 0.0)
+    for parameter in head.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    weight.grad[13] = 9.0
+    before = weight.detach().clone()
+    optimizer.step()
+    moved = (weight.detach() != before).any(1).nonzero().flatten()
+    assert moved.tolist() == [13]
+    found = head.topk(-torch.ones(1, 8), 1)  # the moved item is far along the negative diagonal
+    scores = head.scores(-torch.ones(1, 8))[0]
+    assert found.items[0, 0] == scores[1:].argmax() + 1
+    assert found.scores[0, 0] == pytest.approx(float(scores[1:].max()))
 
 
 @pytest.mark.parametrize("learner", ["sgd", "adagrad"])

@@ -114,15 +114,16 @@ def read_runs(study_folder: Path) -> list[StudyRun]:
 
 def with_comparable_times(runs: Sequence[StudyRun]) -> list[StudyRun]:
     """The runs, those without their times that were timed on another machine than the uncompressed
-    model of the same data, model and length; without one, than the first run."""
+    model of the same data, model and length (without one, than the lowest seed)."""
     machines: dict[tuple[Any, ...], tuple[Any, ...]] = {}
-    finished = [run for run in runs if run.error is None]
-    for run in sorted(finished, key=lambda run: (run.contender != REFERENCE, run.seed or 0)):
+    timed = [run for run in runs if run.score_ms is not None or run.epoch_seconds]
+    for run in sorted(timed, key=lambda run: (run.contender != REFERENCE, run.seed or 0)):
         machines.setdefault(_cell(run), run.machine)
+    elsewhere = {run.key for run in timed if run.machine != machines[_cell(run)]}
     return [
-        run
-        if run.error is not None or run.machine == machines[_cell(run)]
-        else replace(run, score_ms=None, epoch_seconds=(), is_elsewhere=True)
+        replace(run, score_ms=None, epoch_seconds=(), is_elsewhere=True)
+        if run.key in elsewhere
+        else run
         for run in runs
     ]
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from time import perf_counter
 from typing import Any, cast
 
+import torch
 from recbole.utils import get_model, init_seed
 from safetensors.torch import load_model, save_file
 from torch import nn
@@ -220,7 +221,9 @@ def save_weights(model: nn.Module, path: str) -> None:
     on a GPU those of a recurrent layer are parts of one storage, which `save_model` refuses."""
     kept = model.state_dict()
     unique = [*model.named_parameters(), *model.named_buffers()]
-    save_file({n: t.detach().cpu().clone() for n, t in unique if n in kept}, path)
+    plain = {n: t.detach().cpu() for n, t in unique if n in kept}
+    contiguous = torch.contiguous_format
+    save_file({n: t.clone(memory_format=contiguous) for n, t in plain.items()}, path)
 
 
 def _choice(
