@@ -467,7 +467,8 @@ def main() -> None:
         if (dataset, options.get("size")) in done or (dataset != "made up" and dataset in known):
             continue
         results["rows"] += rounds(arguments, **options)
-        results["environment"], results["rounds"] = environment(), arguments.rounds
+        results["environment"] = environment(torch.device(arguments.device))
+        results["rounds"] = arguments.rounds
         results["device"] = arguments.device
         results["command"] = command_of(results)
         save(json.dumps(results, indent=1), file)

@@ -146,8 +146,13 @@ COSTS: tuple[Row, ...] = (
 )
 
 
-def environment() -> dict[str, Any]:
-    """Versions and hardware."""
+def environment(device: torch.device | None = None) -> dict[str, Any]:
+    """Versions and hardware.
+
+    Args:
+        device: what was run on; None for a GPU where there is one.
+    """
+    on_gpu = torch.cuda.is_available() and (device is None or device.type == "cuda")
     packages = ("cprec_recbole", "recbole", "torch", "numpy", "pandas")
     return {
         "python": platform.python_version(),
@@ -156,7 +161,7 @@ def environment() -> dict[str, Any]:
         "processor": _processor(),
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": torch.cuda.get_device_name() if on_gpu else None,
     }
 
 

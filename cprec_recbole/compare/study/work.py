@@ -165,7 +165,7 @@ class _Bench:
             **record,
             "score_ms": score_times([model], [users])[0],
             "popularity": ranked.by_popularity(counts),
-            "environment": environment(),
+            "environment": environment(config["device"]),
             "seconds": perf_counter() - start,
         }
         if work.recipe == recipe_without_ratio(self.spec, UNCOMPRESSED):
