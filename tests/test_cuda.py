@@ -49,7 +49,8 @@ def test_scores_loss_and_gradients_are_those_of_the_cpu(world, host_name, option
         loss.backward()
     for (key, ours), theirs in zip(model.named_parameters(), there.parameters()):
         apart = (theirs.grad.cpu() - ours.grad).abs().max()
-        assert apart <= 1e-4 * ours.grad.abs().max(), key
+        # 1e-10: the softmax over keys does not see their bias, whose gradient is rounding alone
+        assert apart <= 1e-4 * ours.grad.abs().max() + 1e-10, key
     batch = world.evaluation_batch(name, use_gpu=False)
     with torch.no_grad():
         dense = there.eval().full_sort_predict(batch.to("cuda"))
