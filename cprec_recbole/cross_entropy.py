@@ -54,7 +54,7 @@ def cross_entropy(
         padded: whether the first column is the padding item, which has no probability.
     """
     tensors = [tensor for strip in strips for tensor in strip]
-    dtype = _product_dtype(target.device.type)
+    dtype = product_dtype(target.device.type)
     return _CrossEntropy.apply(target, memory, padded, dtype, *tensors)
 
 
@@ -81,13 +81,23 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Any, ...]:
-        found: list[Tensor | None] = []
-        for gradient, dtype, needed in zip(ctx.gradients, ctx.dtypes, ctx.needs_input_grad[4:]):
-            scaled = gradient.new_empty(gradient.shape) if needed else None  # row by row, unlike it
-            found.append(
-                None if scaled is None else torch.mul(gradient, scale, out=scaled).to(dtype)
-            )
-        return (None, None, None, None, *found)
+        return None, None, None, None, *scaled_gradients(ctx, scale, ctx.needs_input_grad[4:])
+
+
+def scaled_gradients(ctx: Any, scale: Tensor, needed: Sequence[bool]) -> Iterator[Tensor | None]:
+    """The gradients that a forward pass has left in `ctx`, in its `dtypes`, times what came back.
+
+    Args:
+        ctx: has `gradients` and `dtypes`, one for each tensor.
+        scale: gradient of the loss, `[]`.
+        needed: for which tensors.
+    """
+    for gradient, dtype, wanted in zip(ctx.gradients, ctx.dtypes, needed):
+        if wanted:
+            scaled = gradient.new_empty(gradient.shape)  # row by row, which it may not be
+            yield torch.mul(gradient, scale, out=scaled).to(dtype)
+        else:
+            yield None
 
 
 def log_sum(strip: Strip, memory: int, *, padded: bool = False) -> Tensor:
@@ -100,7 +110,7 @@ def log_sum(strip: Strip, memory: int, *, padded: bool = False) -> Tensor:
         memory: bytes that the logits held at a time may take.
         padded: whether the first column is the padding item, which has no probability.
     """
-    return _LogSum.apply(memory, padded, _product_dtype(strip.codes.device.type), *strip)
+    return _LogSum.apply(memory, padded, product_dtype(strip.codes.device.type), *strip)
 
 
 def _has_caches(device: torch.device) -> bool:
@@ -108,7 +118,8 @@ def _has_caches(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def _product_dtype(device: str) -> torch.dtype | None:
+def product_dtype(device: str) -> torch.dtype | None:
+    """Precision of products under autocast; None where it is off."""
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 

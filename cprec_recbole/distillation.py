@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -12,9 +11,10 @@ from torch.utils.checkpoint import checkpoint
 from cprec_recbole.original import Original
 from cprec_recbole.partition import PADDING
 from cprec_recbole.recommender import CompressedRecommender
+from cprec_recbole.soft_targets import Opinion, Room, multiply
 from cprec_recbole.softmax import FullSoftmax
 
-# Of each logit: the original's opinion, the model's, their logarithm or share, and a gradient
+# Of each logit within a block: the original's opinion, the model's, their logarithm, a gradient
 _HELD = 4
 
 
@@ -30,6 +30,7 @@ class Teacher:
     def __init__(self, small: CompressedRecommender, original: Original, share: float) -> None:
         self.small, self.original, self.share = small, original, share
         self.partition = small.table.partition
+        self.room = Room(int(small.compression.loss_memory))
         # in the order of the blocks: one copy, and no gather a step
         self.vectors = original.table[self.partition.item_at.long()]
 
@@ -46,9 +47,8 @@ class Teacher:
         """
         small = self.small
         if isinstance(small.head, FullSoftmax) and small.loss_type != "BPR":
-            place = self.partition.positions(target) - 1
-            total = self._in_parts(self._mixed, small.n_items, hidden, wanted, place)
-            return total / max(1, len(target))
+            mixed = self._mixed(wanted, self.partition.positions(target))
+            return small.head.soft_loss(hidden, mixed, self.room) / max(1, len(target))
         own = small.position_loss(hidden, target)
         return (1 - self.share) * own + self.share * self.divergence(hidden, wanted, target)
 
@@ -63,14 +63,16 @@ class Teacher:
                 total = total + self._within(j, hidden[rows], wanted[rows])
         return total / len(hidden)
 
-    def _mixed(self, hidden: Tensor, wanted: Tensor, place: Tensor) -> Tensor:
-        """Summed cross-entropy with the mixture of the original's opinion and the target: both
-        losses in one softmax."""
-        with torch.no_grad():
-            mixed = (wanted @ self.vectors[1:].T).softmax(1).mul_(self.share)
-            mixed[torch.arange(len(place), device=place.device), place] += 1 - self.share
-        head = cast(FullSoftmax, self.small.head)  # no other has a flat softmax
-        return head.soft_loss(hidden, mixed.to(hidden.dtype))
+    def _mixed(self, wanted: Tensor, place: Tensor) -> Opinion:
+        """The mixture of the original's opinion and the target: both losses in one softmax."""
+
+        def mixed(part: slice, logits: Tensor, out: Tensor) -> None:
+            multiply(wanted[part], self.vectors, logits)
+            logits[:, PADDING] = -torch.inf
+            torch.softmax(logits, 1, out=out).mul_(self.share)
+            out[torch.arange(len(out), device=out.device), place[part]] += 1 - self.share
+
+        return mixed
 
     def _within(self, j: int, hidden: Tensor, wanted: Tensor) -> Tensor:
         start, end = self.partition.starts[j], self.partition.cutoffs[j]

@@ -16,6 +16,7 @@ from cprec_recbole.distillation import Teacher
 from cprec_recbole.evaluation import check_validation_data, evaluate, valid_metric
 from cprec_recbole.histories import Histories, histories_of
 from cprec_recbole.modes import in_eval_mode
+from cprec_recbole.optimizers import build_optimizer
 from cprec_recbole.original import Original
 from cprec_recbole.outcome import Recovery
 from cprec_recbole.partition import PADDING
@@ -145,7 +146,8 @@ class _Recovery:
         self, epochs: int, batch_size: int, learning_rate: float, seed: int, show: Show
     ) -> None:
         """Train for some epochs; `result` and `best` are up to date after each."""
-        optimizer = torch.optim.Adam(self.small.parameters(), lr=learning_rate)
+        # sparse only for the rows of a table that nothing but look-ups reads
+        optimizer = build_optimizer(self.small, "sparse_adam", learning_rate, weight_decay=0.0)
         average = WeightAverage(self.small.parameters())
         generator = torch.Generator().manual_seed(seed)
         batches = _Batches(self.histories, batch_size, self.small.reading.one_state)

@@ -23,7 +23,17 @@ _WITHOUT_RECBOLE = frozenset(
         *("optimizers", "outcome", "partition", "patching", "pretrained", "quantize", "reading"),
         *("recommend", "recommender"),
         *("records", "registration", "report", "search", "serving", "settle", "shard_search"),
-        *("shards", "sharing", "softmax", "sorting", "spread", "strips", "topk", "units"),
+        *(
+            "shards",
+            "sharing",
+            "soft_targets",
+            "softmax",
+            "sorting",
+            "spread",
+            "strips",
+            "topk",
+            "units",
+        ),
         *("vocabulary", "commands.export", "commands.recommend"),
     )
 )

@@ -128,25 +128,37 @@ def test_pairs_and_trees_keep_their_own_loss_beside_the_divergence(trained, soft
     )
 
 
+def test_rows_that_are_only_looked_up_may_have_sparse_gradients(trained, data):
+    train_data, _ = data["SASRec"]
+    small = squeezed(trained, "SASRec", tied=False)
+    dense = copy.deepcopy(small)
+    small.table.look_up_sparsely(fewest_rows=1)
+    before = [block.weight.clone() for block in small.table.blocks[1:]]
+    results = [recover(m, trained["SASRec"], train_data, epochs=2) for m in (small, dense)]
+    assert results[0].losses[1] < results[0].losses[0]
+    assert results[0].losses[0] == pytest.approx(results[1].losses[0], rel=0.05)
+    for block, old in zip(small.table.blocks[1:], before):
+        assert not torch.equal(block.weight, old)
+
+
 @pytest.mark.parametrize("softmax", ["full", "tree"])
 def test_rows_that_do_not_fit_the_memory_are_taught_in_parts(trained, monkeypatch, softmax):
     small = squeezed(trained, "SASRec", softmax=softmax).eval()
-    teacher = Teacher(small, Original.of(trained["SASRec"]), 0.5)
     hidden, wanted = torch.randn(30, 16, requires_grad=True), torch.randn(30, 16)
     target = torch.randint(1, small.n_items, (30,))
-    wide = []  # columns of logits times their rows, made at a time
-    logits = type(small.head.head).logits
+    heights = []  # of what is multiplied with all rows at a time
+    multiply = distillation.multiply
     monkeypatch.setattr(
-        type(small.head.head), "logits", lambda b, h: wide.append(len(h)) or logits(b, h)
+        distillation, "multiply", lambda c, r, out: heights.append(len(c)) or multiply(c, r, out)
     )
     values, slopes = [], []
-    for memory in (2**28, 7 * distillation._HELD * 4 * small.n_items):
-        small.compression = replace(small.compression, loss_memory=2**20)
+    small.compression = replace(small.compression, loss_memory=2**20)
+    for memory in (2**28, 7 * 3 * 4 * small.n_items):
         object.__setattr__(small.compression, "loss_memory", memory)
-        wide.clear()
+        teacher = Teacher(small, Original.of(trained["SASRec"]), 0.5)
         values.append(teacher.loss(hidden, wanted, target))
         slopes.append(torch.autograd.grad(values[-1], [hidden, *small.head.parameters()]))
-    assert softmax == "tree" or set(wide) == {7, 2}  # 30 rows in parts of 7
+    assert softmax == "tree" or heights == [30, 7, 7, 7, 7, 2]
     torch.testing.assert_close(*values)
     for one, other in zip(*slopes):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
