@@ -54,7 +54,7 @@ class Step:
             out[torch.arange(len(out)), self.place[part]] += 1 - SHARE
 
         strips = [Strip(*pair) for pair in zip(self.codes, self.rows)]
-        return soft_cross_entropy(strips, mixed, self.room)
+        return soft_cross_entropy(strips, mixed, self.room, padded=True)
 
     def plain(self) -> Tensor:
         """The same of PyTorch's own parts."""

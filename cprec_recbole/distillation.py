@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
+from cprec_recbole.cross_entropy import Strip
 from cprec_recbole.original import Original
 from cprec_recbole.partition import PADDING
 from cprec_recbole.recommender import CompressedRecommender
-from cprec_recbole.soft_targets import Opinion, Room, multiply
+from cprec_recbole.soft_targets import Opinion, Room, multiply, soft_cross_entropy
 from cprec_recbole.softmax import FullSoftmax
-
-# Of each logit within a block: the original's opinion, the model's, their logarithm, a gradient
-_HELD = 4
 
 
 class Teacher:
@@ -47,8 +42,9 @@ class Teacher:
         """
         small = self.small
         if isinstance(small.head, FullSoftmax) and small.loss_type != "BPR":
-            mixed = self._mixed(wanted, self.partition.positions(target))
-            return small.head.soft_loss(hidden, mixed, self.room) / max(1, len(target))
+            opinion = self._mixed(wanted, self.partition.positions(target))
+            blocks = range(len(self.partition.sizes))
+            return self._learn(blocks, hidden, opinion) / max(1, len(target))
         own = small.position_loss(hidden, target)
         return (1 - self.share) * own + self.share * self.divergence(hidden, wanted, target)
 
@@ -67,33 +63,32 @@ class Teacher:
         """The mixture of the original's opinion and the target: both losses in one softmax."""
 
         def mixed(part: slice, logits: Tensor, out: Tensor) -> None:
-            multiply(wanted[part], self.vectors, logits)
-            logits[:, PADDING] = -torch.inf
-            torch.softmax(logits, 1, out=out).mul_(self.share)
+            _softmax(wanted[part], self.vectors, logits, out, padded=True)
+            out.mul_(self.share)
             out[torch.arange(len(out), device=out.device), place[part]] += 1 - self.share
 
         return mixed
 
     def _within(self, j: int, hidden: Tensor, wanted: Tensor) -> Tensor:
-        start, end = self.partition.starts[j], self.partition.cutoffs[j]
-        first = PADDING + 1 if j == 0 else 0  # padding is no item
+        vectors = self.vectors[self.partition.starts[j] : self.partition.cutoffs[j]]
+        entropy = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
 
-        def divergence(hidden: Tensor, wanted: Tensor) -> Tensor:
-            told = (wanted @ self.vectors[start + first : end].T).log_softmax(1)
-            given = self.small.head.table.blocks[j].logits(hidden)[:, first:].log_softmax(1)
-            return (told.exp() * (told - given)).sum()
+        def told(part: slice, logits: Tensor, out: Tensor) -> None:
+            _softmax(wanted[part], vectors, logits, out, padded=j == 0)
+            entropy.add_(torch.special.entr(out, out=logits).sum())
 
-        return self._in_parts(divergence, end - start, hidden, wanted)
+        return self._learn(range(j, j + 1), hidden, told) - entropy
 
-    def _in_parts(self, loss: Callable[..., Tensor], columns: int, *rows: Tensor) -> Tensor:
-        """A summed loss of rows, so many at a time as `loss_memory` has room for; where that is
-        not all of them, logits are made again for the gradient instead of kept."""
-        memory = int(self.small.compression.loss_memory)
-        size = max(1, memory // (_HELD * rows[0].element_size() * columns))
-        if len(rows[0]) <= size:
-            return loss(*rows)
-        parts = zip(*(each.split(size) for each in rows))
-        found = [
-            checkpoint(loss, *part, use_reentrant=False, preserve_rng_state=False) for part in parts
-        ]
-        return torch.stack(found).sum()
+    def _learn(self, blocks: range, hidden: Tensor, opinion: Opinion) -> Tensor:
+        """Summed cross-entropy of an opinion and one softmax over the items of some blocks."""
+        learning = [self.small.head.table.blocks[j] for j in blocks]
+        strips = [Strip(block.into_rank(hidden), block.learnt()) for block in learning]
+        return soft_cross_entropy(strips, opinion, self.room, padded=blocks.start == 0)
+
+
+def _softmax(wanted: Tensor, vectors: Tensor, logits: Tensor, out: Tensor, padded: bool) -> None:
+    """The original's softmax over some items, `[m, d], [k, d] -> [m, k]` into `out`."""
+    multiply(wanted, vectors, logits)
+    if padded:
+        logits[:, PADDING] = -torch.inf
+    torch.softmax(logits, 1, out=out)

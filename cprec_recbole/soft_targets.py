@@ -17,8 +17,8 @@ from torch.autograd.function import once_differentiable
 from cprec_recbole.cross_entropy import Strip, product_dtype, scaled_gradients
 from cprec_recbole.partition import PADDING
 
-# Writes the wanted probabilities of some rows, `[m, k]`, into its last argument, with none for
-# padding; the second is room for their logits
+# Writes the wanted probabilities of some rows, `[m, k]`, into its last argument; the second is room
+# for their logits
 Opinion = Callable[[slice, Tensor, Tensor], None]
 
 _HELD = 3  # of each row: logits, their softmax, wanted probabilities
@@ -51,9 +51,11 @@ class Room:
         return self._held[: m * row].view(_HELD, m, n_columns)
 
 
-def soft_cross_entropy(strips: Sequence[Strip], opinion: Opinion, room: Room) -> Tensor:
+def soft_cross_entropy(
+    strips: Sequence[Strip], opinion: Opinion, room: Room, *, padded: bool = False
+) -> Tensor:
     """Summed cross-entropy of wanted probabilities and one softmax over the columns of all strips,
-    the first of which is padding and has no probability, `[]`.
+    `[]`.
 
     Values and gradients are those of `torch.nn.functional.cross_entropy(..., reduction="sum")` on
     the concatenated logits, but for rounding. Under autocast products are computed in its precision
@@ -63,17 +65,20 @@ def soft_cross_entropy(strips: Sequence[Strip], opinion: Opinion, room: Room) ->
         strips: the columns; codes `[N, r_j]` and rows `[k_j, r_j]` of each.
         opinion: fills in the wanted probabilities of some rows, which sum to 1.
         room: where to work.
+        padded: whether the first column is the padding item, which has no probability in either.
     """
     tensors = [tensor for strip in strips for tensor in strip]
     dtype = product_dtype(tensors[0].device.type)
-    return _SoftCrossEntropy.apply(opinion, room, dtype, *tensors)
+    return _SoftCrossEntropy.apply(opinion, room, padded, dtype, *tensors)
 
 
 class _SoftCrossEntropy(torch.autograd.Function):
     """Loss and gradient of `soft_cross_entropy`; the gradient waits for its scale."""
 
     @staticmethod
-    def forward(ctx: Any, opinion: Opinion, room: Room, dtype: Any, *tensors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, opinion: Opinion, room: Room, padded: bool, dtype: Any, *tensors: Tensor
+    ) -> Tensor:
         ctx.dtypes = [tensor.dtype for tensor in tensors]
         exact = torch.promote_types(tensors[0].dtype, torch.float32)
         product = dtype or tensors[0].dtype
@@ -90,13 +95,13 @@ class _SoftCrossEntropy(torch.autograd.Function):
                 opinion(part, logits, wanted)
                 for own, its, out in zip(codes, rows, logits.split(sizes, 1)):
                     multiply(own[part], its, out)
-                logits[:, PADDING] = 0  # what is wanted of it is 0
                 agreed = torch.mul(wanted, logits, out=found).sum(1)
-                logits[:, PADDING] = -torch.inf
+                if padded:
+                    logits[:, PADDING] = -torch.inf
                 torch.softmax(logits, 1, out=found)
                 # the highest logit's share is one over the normaliser
                 total += (logits.amax(1) - found.amax(1).log() - agreed).sum()
-                if any(ctx.needs_input_grad[3:]):
+                if any(ctx.needs_input_grad[4:]):
                     slopes = found.sub_(wanted).to(_slope_dtype(product, exact)).split(sizes, 1)
                     for j, slope in enumerate(slopes):
                         d_codes, d_rows = ctx.gradients[2 * j : 2 * j + 2]
@@ -106,7 +111,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Any, ...]:
-        return None, None, None, *scaled_gradients(ctx, scale, ctx.needs_input_grad[3:])
+        return None, None, None, None, *scaled_gradients(ctx, scale, ctx.needs_input_grad[4:])
 
 
 def multiply(codes: Tensor, rows: Tensor, out: Tensor) -> None:

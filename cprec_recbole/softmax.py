@@ -17,7 +17,6 @@ from cprec_recbole.partition import PADDING
 from cprec_recbole.search import Found, search
 from cprec_recbole.shard_search import topk_of_shards
 from cprec_recbole.shards import full_loss
-from cprec_recbole.soft_targets import Opinion, Room, soft_cross_entropy
 from cprec_recbole.sorting import sort_one
 from cprec_recbole.topk import Barred, Ids, TopK, allowed_positions, check_k
 
@@ -180,13 +179,9 @@ class FullSoftmax(SoftmaxHead):
         positions = self.table.partition.positions(target)
         if self.table.group is not None:
             return full_loss(self.table, hidden, positions, self.loss_memory)
-        total = cross_entropy(self._strips(hidden), positions, self.loss_memory, padded=True)
+        strips = [Strip(block.into_rank(hidden), block.learnt()) for block in self.table.blocks]
+        total = cross_entropy(strips, positions, self.loss_memory, padded=True)
         return total / max(1, len(target))
-
-    def soft_loss(self, hidden: Tensor, opinion: Opinion, room: Room) -> Tensor:
-        """Summed cross-entropy with wanted probabilities of all items, by popularity, `[N, d] ->
-        []`; see `soft_cross_entropy`."""
-        return soft_cross_entropy(self._strips(hidden), opinion, room)
 
     def pairwise_loss(self, hidden: Tensor, target: Tensor, negative: Tensor) -> Tensor:
         """RecBole's BPR: mean `-log sigmoid(target - negative)`, `[N, d], [N], [N] -> []`."""
@@ -205,10 +200,6 @@ class FullSoftmax(SoftmaxHead):
     def score(self, hidden: Tensor, items: Tensor) -> Tensor:
         """See SoftmaxHead.score."""
         return torch.einsum("bd,bmd->bm", hidden, self.table(items))
-
-    def _strips(self, hidden: Tensor) -> list[Strip]:
-        """What makes the logits in popularity order, block by block."""
-        return [Strip(block.into_rank(hidden), block.learnt()) for block in self.table.blocks]
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """Logits in popularity order, `[B, d] -> [B, n_items]`."""

@@ -19,9 +19,15 @@ def told(probabilities):
     return opinion
 
 
-def probabilities(n_rows, shapes, dtype=torch.float64):
-    columns = sum(k for k, _ in shapes) - 1
-    return F.pad(torch.rand(n_rows, columns, dtype=dtype).softmax(1), (1, 0))  # none for padding
+def probabilities(n_rows, shapes, padded=False, dtype=torch.float64):
+    columns = sum(k for k, _ in shapes) - padded
+    return F.pad(torch.rand(n_rows, columns, dtype=dtype).softmax(1), (int(padded), 0))
+
+
+def plain(tensors, wanted, padded=False):
+    logits = torch.cat([codes @ rows.T for codes, rows in strips_of(tensors)], 1)
+    first = int(padded)
+    return F.cross_entropy(logits[:, first:], wanted[:, first:], reduction="sum")
 
 
 @settings(max_examples=100, deadline=None)
@@ -31,14 +37,14 @@ def probabilities(n_rows, shapes, dtype=torch.float64):
     memory=st.sampled_from([1, 999, 5_000, 2**20]),
     scale=st.sampled_from([1.0, -0.3, 0.0]),
     few=st.sampled_from([0, 8, 100]),
+    padded=st.booleans(),
 )
-def test_value_and_gradients_are_the_plain_ones(shapes, n_rows, memory, scale, few):
-    tensors, wanted = leaves(shapes, n_rows), probabilities(n_rows, shapes)
+def test_value_and_gradients_are_the_plain_ones(shapes, n_rows, memory, scale, few, padded):
+    tensors, wanted = leaves(shapes, n_rows), probabilities(n_rows, shapes, padded)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_FEW_COLUMNS", few)
-        found = soft_cross_entropy(strips_of(tensors), told(wanted), Room(memory))
-    logits = torch.cat([codes @ rows.T for codes, rows in strips_of(tensors)], 1)[:, 1:]
-    expected = F.cross_entropy(logits, wanted[:, 1:], reduction="sum")
+        found = soft_cross_entropy(strips_of(tensors), told(wanted), Room(memory), padded=padded)
+    expected = plain(tensors, wanted, padded)
     torch.testing.assert_close(found, expected)
     gradients = torch.autograd.grad(scale * found, tensors)
     for one, other in zip(gradients, torch.autograd.grad(scale * expected, tensors)):
@@ -54,10 +60,9 @@ def test_one_room_serves_steps_of_any_size_and_precision():
         (2, [(3, 1)], torch.float32),
     ):
         tensors = leaves(shapes, n_rows, dtype)
-        wanted = probabilities(n_rows, shapes, dtype)
+        wanted = probabilities(n_rows, shapes, dtype=dtype)
         found = soft_cross_entropy(strips_of(tensors), told(wanted), room)
-        logits = torch.cat([codes @ rows.T for codes, rows in strips_of(tensors)], 1)[:, 1:]
-        torch.testing.assert_close(found, F.cross_entropy(logits, wanted[:, 1:], reduction="sum"))
+        torch.testing.assert_close(found, plain(tensors, wanted))
 
 
 def test_memory_is_asked_for_once_and_within_bounds():
@@ -72,14 +77,16 @@ def test_memory_is_asked_for_once_and_within_bounds():
 @pytest.mark.parametrize("autocast", [True, False])
 def test_half_precision_rounds_products_alone(dtype, autocast):
     shapes = [(40, 20), (300, 4)]
-    tensors, wanted = leaves(shapes, 16, torch.float32), probabilities(16, shapes, torch.float32)
+    tensors, wanted = (
+        leaves(shapes, 16, torch.float32),
+        probabilities(16, shapes, dtype=torch.float32),
+    )
     halves = [t.detach().to(torch.float32 if autocast else dtype) for t in tensors]
     halves = [t.requires_grad_() for t in halves]
     with torch.autocast("cpu", dtype, enabled=autocast):
         found = soft_cross_entropy(strips_of(halves), told(wanted), Room(2**20))
     assert found.dtype == torch.float32
-    logits = torch.cat([codes @ rows.T for codes, rows in strips_of(tensors)], 1)[:, 1:]
-    expected = F.cross_entropy(logits, wanted[:, 1:], reduction="sum")
+    expected = plain(tensors, wanted)
     torch.testing.assert_close(found, expected, rtol=0.02, atol=0)
     gradients = torch.autograd.grad(found, halves)
     for one, other in zip(gradients, torch.autograd.grad(expected, tensors)):
