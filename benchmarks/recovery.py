@@ -23,8 +23,8 @@ from torch.utils.checkpoint import checkpoint
 from cprec_recbole.compare.results import environment, save
 from cprec_recbole.config import LOSS_MEMORY
 from cprec_recbole.cross_entropy import Strip
-from cprec_recbole.partition import PADDING
-from cprec_recbole.soft_targets import Room, multiply, soft_cross_entropy
+from cprec_recbole.distillation import told_softmax
+from cprec_recbole.soft_targets import Room, soft_cross_entropy
 
 PREDICTIONS, DIM, SHARE = 128, 64, 0.5
 BLOCKS = ((0.1, 64), (0.2, 16), (0.7, 8))  # share of the items, rank
@@ -48,9 +48,8 @@ class Step:
         """The loss as `recover` has it."""
 
         def mixed(part: slice, logits: Tensor, out: Tensor) -> None:
-            multiply(self.wanted[part], self.vectors, logits)
-            logits[:, PADDING] = -torch.inf
-            torch.softmax(logits, 1, out=out).mul_(SHARE)
+            told_softmax(self.wanted[part], self.vectors, logits, out, padded=True)
+            out.mul_(SHARE)
             out[torch.arange(len(out)), self.place[part]] += 1 - SHARE
 
         strips = [Strip(*pair) for pair in zip(self.codes, self.rows)]

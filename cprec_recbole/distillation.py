@@ -17,7 +17,8 @@ class Teacher:
     """The original's opinion of the items as a loss, without all logits of a step at a time.
 
     Args:
-        small: the model that learns; its `loss_memory` bounds what is held.
+        small: the model that learns; its `loss_memory` bounds the logits of the opinion, which are
+            held beside those of its own loss where that is another (a tree, pairs).
         original: what it was compressed from.
         share: weight of the opinion against the model's own loss, from 0 to 1.
     """
@@ -57,13 +58,13 @@ class Teacher:
             rows = (blocks == j).nonzero().squeeze(1)
             if len(rows):
                 total = total + self._within(j, hidden[rows], wanted[rows])
-        return total / len(hidden)
+        return total / max(1, len(hidden))
 
     def _mixed(self, wanted: Tensor, place: Tensor) -> Opinion:
         """The mixture of the original's opinion and the target: both losses in one softmax."""
 
         def mixed(part: slice, logits: Tensor, out: Tensor) -> None:
-            _softmax(wanted[part], self.vectors, logits, out, padded=True)
+            told_softmax(wanted[part], self.vectors, logits, out, padded=True)
             out.mul_(self.share)
             out[torch.arange(len(out), device=out.device), place[part]] += 1 - self.share
 
@@ -74,7 +75,7 @@ class Teacher:
         entropy = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
 
         def told(part: slice, logits: Tensor, out: Tensor) -> None:
-            _softmax(wanted[part], vectors, logits, out, padded=j == 0)
+            told_softmax(wanted[part], vectors, logits, out, padded=j == 0)
             entropy.add_(torch.special.entr(out, out=logits).sum())
 
         return self._learn(range(j, j + 1), hidden, told) - entropy
@@ -86,9 +87,12 @@ class Teacher:
         return soft_cross_entropy(strips, opinion, self.room, padded=blocks.start == 0)
 
 
-def _softmax(wanted: Tensor, vectors: Tensor, logits: Tensor, out: Tensor, padded: bool) -> None:
-    """The original's softmax over some items, `[m, d], [k, d] -> [m, k]` into `out`."""
-    multiply(wanted, vectors, logits)
+def told_softmax(
+    wanted: Tensor, vectors: Tensor, logits: Tensor, out: Tensor, *, padded: bool
+) -> None:
+    """The original's softmax over some items, `[m, d], [k, d] -> [m, k]` into `out`; `logits` is
+    room for that. Under autocast its states may come in half precision, its table does not."""
+    multiply(wanted.to(vectors.dtype), vectors, logits)
     if padded:
         logits[:, PADDING] = -torch.inf
     torch.softmax(logits, 1, out=out)

@@ -1,4 +1,4 @@
-"""Train and eval mode, put back as they were."""
+"""Train and eval mode, and how gradients come, put back as they were."""
 
 from __future__ import annotations
 
@@ -34,3 +34,17 @@ def with_gradients(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training, dropout in before:
             module.training, module.dropout = training, dropout
+
+
+@contextmanager
+def with_dense_gradients(model: nn.Module) -> Iterator[None]:
+    """Within, look-ups give dense gradients, also of a model that is trained with sparse ones:
+    where a loss reads the table too, the sum of both is dense, which no sparse optimizer takes."""
+    sparse = [m for m in model.modules() if getattr(m, "sparse", False)]
+    for module in sparse:
+        module.sparse = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module in sparse:
+            module.sparse = True  # type: ignore[assignment]

@@ -15,7 +15,7 @@ from cprec_recbole.config import CompressionError, is_number, is_whole
 from cprec_recbole.distillation import Teacher
 from cprec_recbole.evaluation import check_validation_data, evaluate, valid_metric
 from cprec_recbole.histories import Histories, histories_of
-from cprec_recbole.modes import in_eval_mode
+from cprec_recbole.modes import in_eval_mode, with_dense_gradients
 from cprec_recbole.optimizers import build_optimizer
 from cprec_recbole.original import Original
 from cprec_recbole.outcome import Recovery
@@ -106,6 +106,7 @@ def recover(
         in_eval_mode(teacher),
         shown(progress) as show,
         in_float(small) as as_kept,
+        with_dense_gradients(small),
     ):
         torch.manual_seed(seed)
         work = _Recovery(small, original, histories, float(distillation), valid_data, as_kept)
@@ -146,8 +147,7 @@ class _Recovery:
         self, epochs: int, batch_size: int, learning_rate: float, seed: int, show: Show
     ) -> None:
         """Train for some epochs; `result` and `best` are up to date after each."""
-        # sparse only for the rows of a table that nothing but look-ups reads
-        optimizer = build_optimizer(self.small, "sparse_adam", learning_rate, weight_decay=0.0)
+        optimizer = build_optimizer(self.small, "adam", learning_rate, weight_decay=0.0)
         average = WeightAverage(self.small.parameters())
         generator = torch.Generator().manual_seed(seed)
         batches = _Batches(self.histories, batch_size, self.small.reading.one_state)

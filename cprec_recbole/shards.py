@@ -97,7 +97,14 @@ class ShardedBlock(Block):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Not to be had: no process has all rows."""
-        raise CompressionError(
+        raise self._not_whole()
+
+    def learnt(self) -> Tensor:
+        """Not to be had: no process has all rows."""
+        raise self._not_whole()
+
+    def _not_whole(self) -> CompressionError:
+        return CompressionError(
             "Expected a whole table for scores of all items, but its tail blocks are spread over "
             f"{self.group.world} processes; use topk or loss, or gather the model first."
         )

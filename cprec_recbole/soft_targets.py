@@ -30,7 +30,8 @@ class Room:
     """Memory for the logits of a step, asked for once: asking again costs more than its use.
 
     Args:
-        memory: bytes that it may take; one row is made room for in any case.
+        memory: bytes that it may take; one row is made room for in any case. Where products are in
+            another precision than float32, as under autocast, copies of logits come on top.
     """
 
     def __init__(self, memory: int) -> None:
@@ -47,6 +48,7 @@ class Room:
         row = _HELD * n_columns
         m = max(1, min(n_rows, self.memory // (row * like.element_size())))
         if len(self._held) < m * row or self._held.dtype != like.dtype:
+            self._held = like.new_empty(0)  # the old one goes before the new one comes
             self._held = like.new_empty(m * row)
         return self._held[: m * row].view(_HELD, m, n_columns)
 

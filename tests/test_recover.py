@@ -128,17 +128,31 @@ def test_pairs_and_trees_keep_their_own_loss_beside_the_divergence(trained, soft
     )
 
 
-def test_rows_that_are_only_looked_up_may_have_sparse_gradients(trained, data):
-    train_data, _ = data["SASRec"]
-    small = squeezed(trained, "SASRec", tied=False)
+@pytest.mark.parametrize("taught", [True, False])
+@pytest.mark.parametrize("pairs", [True, False])
+def test_a_model_of_sparse_gradients_recovers_as_another_does(trained, data, pairs, taught):
+    """A learner such as sgd gives them where nothing but look-ups reads the table, or with BPR."""
+    small = squeezed(trained, "SASRec", tied=pairs)
+    if pairs:
+        small.loss_type = "BPR"
     dense = copy.deepcopy(small)
     small.table.look_up_sparsely(fewest_rows=1)
-    before = [block.weight.clone() for block in small.table.blocks[1:]]
-    results = [recover(m, trained["SASRec"], train_data, epochs=2) for m in (small, dense)]
-    assert results[0].losses[1] < results[0].losses[0]
-    assert results[0].losses[0] == pytest.approx(results[1].losses[0], rel=0.05)
-    for block, old in zip(small.table.blocks[1:], before):
-        assert not torch.equal(block.weight, old)
+    teacher = trained["SASRec"] if taught else None
+    found, expected = (recover(m, teacher, data["SASRec"][0], epochs=2) for m in (small, dense))
+    assert found.losses == pytest.approx(expected.losses)
+    assert small.table.blocks[1].sparse
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("softmax", ["full", "tree"])
+def test_a_teacher_is_heard_under_autocast(trained, data, host_name, softmax, dtype):
+    small = squeezed(trained, host_name, softmax=softmax)
+    exact = copy.deepcopy(small)
+    train = data[host_name][0]
+    with torch.autocast("cpu", dtype):
+        found = recover(small, trained[host_name], train, epochs=1)
+    expected = recover(exact, trained[host_name], train, epochs=1)
+    assert found.losses == pytest.approx(expected.losses, rel=0.03)
 
 
 @pytest.mark.parametrize("softmax", ["full", "tree"])
@@ -153,12 +167,14 @@ def test_rows_that_do_not_fit_the_memory_are_taught_in_parts(trained, monkeypatc
     )
     values, slopes = [], []
     small.compression = replace(small.compression, loss_memory=2**20)
-    for memory in (2**28, 7 * 3 * 4 * small.n_items):
+    sizes = small.table.partition.sizes
+    for memory in (2**28, 7 * 3 * 4 * (small.n_items if softmax == "full" else sizes[0])):
         object.__setattr__(small.compression, "loss_memory", memory)
         teacher = Teacher(small, Original.of(trained["SASRec"]), 0.5)
         values.append(teacher.loss(hidden, wanted, target))
         slopes.append(torch.autograd.grad(values[-1], [hidden, *small.head.parameters()]))
-    assert softmax == "tree" or heights == [30, 7, 7, 7, 7, 2]
+    assert heights[0] == 30  # of all items, or of the head
+    assert heights.count(7) >= 4
     torch.testing.assert_close(*values)
     for one, other in zip(*slopes):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)

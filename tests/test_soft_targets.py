@@ -92,3 +92,19 @@ def test_half_precision_rounds_products_alone(dtype, autocast):
     for one, other in zip(gradients, torch.autograd.grad(expected, tensors)):
         apart = (one.float() - other).abs().max()
         assert apart <= 0.03 * other.abs().max()
+
+
+def test_rare_items_learn_in_float16(monkeypatch):
+    """Their probabilities are below what float16 has room for."""
+    tensors = leaves([(20_000, 20)], 4, torch.float32)
+    with torch.no_grad():
+        tensors[1].mul_(0.05)
+        tensors[1][:5] += 3 * tensors[0].sum(0)  # a few items have nearly all
+    wanted = F.one_hot(torch.tensor([1, 2, 3, 4]), 20_000).float()
+    with torch.autocast("cpu", torch.float16):
+        found = soft_cross_entropy(strips_of(tensors), told(wanted), Room(2**24))
+    slope = torch.autograd.grad(found, tensors[1])[0]
+    expected = torch.autograd.grad(plain(tensors, wanted), tensors[1])[0]
+    assert slope[5:].abs().amax(1).min() > 0
+    apart = (slope - expected)[5:].abs().amax(1) / expected[5:].abs().amax(1)
+    assert apart.max() < 0.05
