@@ -21,6 +21,7 @@ from cprec_recbole.compare.page.points import Point, gaps, make_cells, pareto_fr
 from cprec_recbole.compare.page.runs import StudyRun, read_runs, with_comparable_times
 from cprec_recbole.compare.page.styles import GREY, INK, KNOWN, assign_styles, outline
 from cprec_recbole.compare.page.summary import standings, subject_of
+from cprec_recbole.compare.page.words import cell_words
 from cprec_recbole.compare.page.write import render_page
 from cprec_recbole.config import CompressionError
 from tests.studies import failure, grid, record, write_study
@@ -355,6 +356,16 @@ def test_shares_and_wins_are_of_the_seeds_that_both_have(tmp_path):
     assert found["narrower"].shares == pytest.approx([1.0])  # of seed 1 alone
     assert found["narrower"].lost == (1, 1)
     assert (found["hashing"].shares, found["hashing"].lost) == ([], (0, 0))  # no seed in common
+
+
+def test_the_words_of_a_cell_are_of_the_seeds_that_both_have(tmp_path):
+    def of(contender, ratio, seed, quality):
+        return with_quality(record("lastfm", "SASRec", contender, ratio, seed), quality)
+
+    runs = [of("uncompressed", None, 1, 0.04), of("uncompressed", None, 2, 0.08)]
+    runs += [of("narrower", 4.0, 1, 0.04)]
+    (cell,) = make_cells(read_runs(write_study(tmp_path, runs)))
+    assert "narrower ÷\u00a04: 0.0400, 100.0% of it" in cell_words(cell)
 
 
 def test_users_that_do_not_match_are_refused_by_file(tmp_path):

@@ -111,14 +111,14 @@ def _add(standing: Standing, point: Point, cell: Cell) -> None:
     reference = cell.reference
     if reference is None:
         return
-    if (quality := _share(point, reference, lambda run: run.test[QUALITY])) is not None:
+    if (quality := share_of(point, reference, lambda run: run.test[QUALITY])) is not None:
         standing.shares.append(quality)
     if point.size > 0:
         standing.smaller.append(reference.size / point.size)
-    if (time := _share(point, reference, lambda run: run.score_ms)) is not None:
+    if (time := share_of(point, reference, lambda run: run.score_ms)) is not None:
         standing.slower.append(time)
     for group in dict.fromkeys(name for run in point.runs for name in run.popularity):
-        if (share := _share(point, reference, in_group(group))) is not None:
+        if (share := share_of(point, reference, in_group(group))) is not None:
             standing.groups.setdefault(group, []).append(share)
     if point.interval is not None:
         standing.intervals.append(point.interval)
@@ -136,7 +136,9 @@ def _fight(standing: Standing, point: Point, subject: Point | str | None) -> Non
             standing.surely_won += point.to_subject.low > 0
 
 
-def _share(point: Point, reference: Point, quantity: Quantity) -> float | None:
+def share_of(point: Point, reference: Point, quantity: Quantity) -> float | None:
+    """A point's mean by the reference's over the seeds that both have; None where there is none, or
+    nothing to divide by."""
     both = _paired(point, reference, quantity)
     return both[0] / both[1] if both is not None and both[1] > 0 else None
 

@@ -7,8 +7,8 @@ from statistics import median
 
 from cprec_recbole.compare.page.drawing import short, with_spread
 from cprec_recbole.compare.page.points import Cell, Point
-from cprec_recbole.compare.page.runs import StudyRun, Trial
-from cprec_recbole.compare.page.summary import Standing
+from cprec_recbole.compare.page.runs import QUALITY, StudyRun, Trial
+from cprec_recbole.compare.page.summary import Standing, share_of
 
 
 def scope(runs: Sequence[StudyRun]) -> str:
@@ -178,7 +178,7 @@ def cell_words(cell: Cell) -> str:
     text = f"{start} The {many} is {best.label}: {_result(best, reference)}."
     if len(smaller) == 1:
         return text
-    near = [p for p in smaller if p.quality.mean >= 0.95 * reference.quality.mean]
+    near = [p for p in smaller if (_kept(p, reference) or 0.0) >= 0.95]
     if not near:
         return f"{text} None reaches 95% of the uncompressed model's."
     least = min(near, key=lambda point: point.size)
@@ -188,13 +188,17 @@ def cell_words(cell: Cell) -> str:
 
 
 def _result(point: Point, reference: Point) -> str:
-    share = point.quality.mean / reference.quality.mean if reference.quality.mean > 0 else None
+    share = _kept(point, reference)
     of = "" if share is None else f", {_percent(share)} of it,"
     times = reference.size / point.size
     return (
         f"{with_spread(point.quality, '.4f')}{of} in {short(point.size, 'B')}, {times:.1f} times "
         "smaller"
     )
+
+
+def _kept(point: Point, reference: Point) -> float | None:
+    return share_of(point, reference, lambda run: run.test[QUALITY])
 
 
 def _percent(share: float) -> str:
