@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -86,10 +87,15 @@ class Inline:
 
     def news(self):
         work, self.work = self.work, None
-        yield News(work, ended=True, error=self.attempt(work))
+        sent = []
+        error = self.attempt(work, SimpleNamespace(send=sent.append))
+        for kind, content in sent:
+            assert kind == "epoch"
+            yield News(work, epoch=content)
+        yield News(work, ended=True, error=error)
 
-    def attempt(self, work):
-        return attempt(work, *self.arguments)
+    def attempt(self, work, pipe=None):
+        return attempt(work, *self.arguments, pipe)
 
 
 @pytest.fixture
@@ -181,12 +187,16 @@ def test_rates_are_searched_with_the_first_seed_and_the_best_is_used_for_all(fin
     assert summarise(folder).trainings == 3 * len(trained)
 
 
-def test_weights_of_the_uncompressed_models_alone_are_kept(finished):
+def test_weights_of_the_uncompressed_models_alone_are_kept_at_every_rate(finished):
     folder, _, _ = finished
-    kept = sorted(path.name for path in (folder / "weights").iterdir())
-    assert len(kept) == 2
-    assert kept[0].endswith("_s1.safetensors")
-    assert kept[1].endswith("_s2.safetensors")
+    kept = {path.stem for path in (folder / "weights").iterdir()}
+    uncompressed = [r for r in runs_of(folder).values() if r["contender"] == "uncompressed"]
+    rates = {(r["seed"], trial["learning_rate"]) for r in uncompressed for trial in r["search"]}
+    best = uncompressed[0]["learning_rate"]
+    assert {tuple(key.split("_")[-2:]) for key in kept} == {
+        (f"lr{rate:g}", f"s{seed}") for seed, rate in rates if seed == 1 or rate == best
+    }
+    assert len(kept) == 3
 
 
 def test_weights_that_share_a_storage_are_kept_and_read(world, tmp_path):
@@ -212,6 +222,18 @@ def test_a_finished_study_does_nothing_again(finished, world, tmp_path, monkeypa
     assert "16 runs, 14 of them finished before" in printed
     assert schedule.open == []
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.json")} == before
+
+
+def test_what_takes_long_says_how_far_it_is_where_there_is_no_terminal(
+    finished, world, tmp_path, inline, monkeypatch
+):
+    monkeypatch.setattr(conduct, "_SECONDS_BETWEEN_LINES", 0)
+    _, printed = run(spec_of(tmp_path), tmp_path, world, only=["*uncompressed_s1"])
+    (record,) = runs_of(tmp_path).values()
+    for epoch, score in enumerate(record["valid_curve"], start=1):
+        rate = record["learning_rate"]
+        assert f"uncompressed rate {rate:g} seed 1: epoch {epoch}, valid {score:.4f}, " in printed
+    assert " so far" not in finished[2]  # it took a few seconds
 
 
 def test_sizes_are_near_what_was_asked(finished):
@@ -243,13 +265,13 @@ def test_an_interrupted_study_goes_on_where_it_was(world, tmp_path, monkeypatch,
     class Interrupted(Inline):
         left = 0
 
-        def attempt(self, work):
+        def attempt(self, work, pipe=None):
             if not isinstance(work, Planning):
                 if Interrupted.left == 0:
                     raise KeyboardInterrupt
                 Interrupted.left -= 1
                 trained.append(work.key)
-            return super().attempt(work)
+            return super().attempt(work, pipe)
 
     monkeypatch.setattr(conduct, "Workers", Interrupted)
     for n in (0, 1, 3):
@@ -645,6 +667,19 @@ def test_an_original_without_weights_is_trained_again_for_what_is_made_of_it(tmp
     run = runs_of(tmp_path / "out")["made-up_SASRec_L8_uncompressed_s1"]
     assert run["valid"]["ndcg@20"] == 0.5  # the one whose weights are there
     assert [tried["valid"] for tried in run["search"]] == [0.5, pytest.approx(0.101)]
+
+
+def test_the_other_rate_wins_without_another_training_where_the_best_comes_out_lower(tmp_path):
+    """As on another processor, where both are as good: its weights were kept."""
+    all_done(tmp_path, RATES.replace("uncompressed, int8", "uncompressed"), faster_is_better)
+    (best,) = (tmp_path / "out" / "weights").glob("*lr0.003_s1.*")
+    best.unlink()
+    assert all_done(tmp_path, RATES, lambda work: 0.05, only=["*int8_s1"]) == [
+        *("uncompressed 0.003 1", "int8 None 1")
+    ]
+    runs = runs_of(tmp_path / "out")
+    assert runs["made-up_SASRec_L8_uncompressed_s1"]["learning_rate"] == 0.001
+    assert "_lr0.001_s1@" in runs["made-up_SASRec_L8_int8_s1"]["source"]
 
 
 @pytest.mark.parametrize("added", [False, True])

@@ -86,9 +86,12 @@ def run_study(
                         display.end(news.work, news.error)
 
 
+_SECONDS_BETWEEN_LINES = 300  # of a training, on what is no terminal
+
+
 class _Display:
     """A bar for the study and one for each training; on what is no terminal, a line for each that
-    ends."""
+    ends, and every few minutes one that says how far it is."""
 
     def __init__(self, schedule: Schedule, console: Console) -> None:
         self.schedule = schedule
@@ -107,6 +110,7 @@ class _Display:
         self.all = self.progress.add_task("runs", total=len(schedule.goals), note="")
         self.bars: dict[str, TaskID] = {}
         self.began: dict[str, float] = {}
+        self.said: dict[str, float] = {}  # when there was a line of it, on what is no terminal
 
     def __enter__(self) -> _Display:
         self.print(
@@ -119,21 +123,30 @@ class _Display:
         self.progress.__exit__(None, None, None)
 
     def begin(self, work: Work) -> None:
-        self.began[work.key] = monotonic()
+        self.began[work.key] = self.said[work.key] = monotonic()
         self.bars[work.key] = self.progress.add_task(work.words, total=self.epochs, note="")
 
     def epoch(self, work: Work, epoch: int, score: float) -> None:
-        self.progress.update(self.bars[work.key], completed=epoch, note=f"valid {score:.4f}")
+        note = f"valid {score:.4f}"
+        self.progress.update(self.bars[work.key], completed=epoch, note=note)
+        if self.progress.disable and monotonic() - self.said[work.key] >= _SECONDS_BETWEEN_LINES:
+            self.said[work.key] = monotonic()
+            seconds = monotonic() - self.began[work.key]
+            self._line(f"{work.words}: epoch {epoch}, {note}, {seconds:.0f} s so far")
 
     def end(self, work: Work, error: str | None) -> None:
         self.progress.remove_task(self.bars.pop(work.key))
         seconds = monotonic() - self.began.pop(work.key)
+        self.said.pop(work.key)
         if error is not None:
-            self.print(f"{work.words}: failed: {error}", highlight=False, soft_wrap=True)
+            self._line(f"{work.words}: failed: {error}")
         elif not isinstance(work, Planning):
             record = self.schedule.store.read(TRIALS, work.key) or {}
             reached = f"valid {record['valid'][QUALITY]:.4f}, {record['epochs']} epochs"
-            self.print(f"{work.words}: {reached}, {seconds:.0f} s", highlight=False, soft_wrap=True)
+            self._line(f"{work.words}: {reached}, {seconds:.0f} s")
 
     def count(self) -> None:
         self.progress.update(self.all, completed=self.schedule.finished)
+
+    def _line(self, text: str) -> None:
+        self.print(text, highlight=False, soft_wrap=True)

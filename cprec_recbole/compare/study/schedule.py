@@ -14,8 +14,8 @@ from cprec_recbole.compare.study.recipes import (
     Work,
     recipe_without_ratio,
 )
-from cprec_recbole.compare.study.spec import UNCOMPRESSED, Goal, Spec
-from cprec_recbole.compare.study.store import PLANS, RUNS, TRIALS, WEIGHTS, Store
+from cprec_recbole.compare.study.spec import Goal, Spec
+from cprec_recbole.compare.study.store import PLANS, RUNS, TRIALS, Store
 from cprec_recbole.config import CompressionError
 
 
@@ -184,10 +184,6 @@ class Schedule:
         record = {**self._head(goal), **record, "search": search, "command": self._repeat(goal)}
         is_kept = best is kept  # with its users' file
         self._keep(goal, record, None if is_kept else trial.key)
-        if goal.contender == UNCOMPRESSED:
-            for loser in trials:
-                if loser is not trial:
-                    self.store.path(WEIGHTS, loser.key, ".safetensors").unlink(missing_ok=True)
         return True
 
     def _fail(self, goal: Goal, recipe: Recipe | None, error: str) -> bool:
