@@ -9,6 +9,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
+from urllib.error import URLError
 
 from cprec_recbole.config import CompressionError
 
@@ -24,6 +25,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CompressionError as error:
         print(f"cprec: {error}", file=sys.stderr)
         return 2
+    except URLError as error:  # of RecBole, which downloads data sets whose names it knows
+        print(
+            "cprec: Expected `data_path` to have a folder of the name of `dataset`, but there is "
+            f"none, and RecBole could not download the data ({error.reason}).",
+            file=sys.stderr,
+        )
+        return 2
     except BrokenPipeError:  # whoever read the answers has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -33,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def recbole_options(arguments: Sequence[str]) -> dict[str, Any]:
-    """RecBole options off a command line: `--name=value` or `--name value`, values as YAML."""
+    """RecBole options off a command line: `--name=value` or `--name value`, values as YAML. A dash
+    in a name is an underscore, as in `--data-path`."""
     if not arguments:
         return {}
     from cprec_recbole.commands.common import value
@@ -49,7 +58,7 @@ def recbole_options(arguments: Sequence[str]) -> dict[str, Any]:
             if not rest or rest[0].startswith("--"):
                 raise CompressionError(f"Expected a value for --{name}, but got none.")
             text = rest.pop(0)
-        options[name] = value(text)
+        options[name.replace("-", "_")] = value(text)
     return options
 
 

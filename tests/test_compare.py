@@ -282,8 +282,12 @@ def test_one_rank_is_a_list_of_one(capsys):
 
 
 def test_recbole_options_are_read_as_yaml():
-    options = recbole_options(["--epochs=3", "--metrics=[Hit]", "--learning_rate", "0.01", "--x=a"])
-    assert options == {"epochs": 3, "metrics": ["Hit"], "learning_rate": 0.01, "x": "a"}
+    options = recbole_options(
+        ["--epochs=3", "--metrics=[Hit]", "--learning_rate", "0.01", "--x=a-b"]
+    )
+    assert options == {"epochs": 3, "metrics": ["Hit"], "learning_rate": 0.01, "x": "a-b"}
+    dashes = recbole_options(["--data-path=a-b", "--train-batch-size", "8"])
+    assert dashes == {"data_path": "a-b", "train_batch_size": 8}
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

@@ -45,7 +45,7 @@ FIELDS = {
     *("key", "dataset", "model", "length", "seed", "contender", "ratio", "options"),
     *("learning_rate", "search", "parameters", "total_parameters", "bytes", "valid", "test"),
     *("valid_curve", "best_epoch", "epochs", "epoch_seconds", "score_ms", "popularity"),
-    *("command", "environment"),
+    *("command", "environment", "blocks", "sharing"),
 }
 KEYS = {
     *(
@@ -150,7 +150,18 @@ def test_every_run_is_kept_with_every_field(finished):
         assert record["command"] == f"cprec compare --only {key}"
         assert len(record["valid_curve"]) == record["epochs"] == len(record["epoch_seconds"])
         assert record["environment"]["torch"]
-        assert sum(part["cases"] for part in record["popularity"].values()) == 59
+        if record["contender"] == "recjpq-random":
+            assert record["blocks"] is None
+            continue
+        blocks = record["blocks"]
+        assert sum(blocks["items"]) == 41
+        d = record["options"].get("hidden_size", 16)
+        assert record["parameters"]["table"] == sum(
+            rank * items + (rank * d if rank < d else 0)
+            for items, rank in zip(blocks["items"], blocks["ranks"])
+        )
+        chosen = {"recovered": "cross_layer", "compressed": "cross_layer", "paper": "cross_block"}
+        assert record["sharing"] == chosen.get(record["contender"], "none")
 
 
 def test_users_are_in_one_order_and_their_mean_is_recboles_metric(finished):
@@ -858,6 +869,10 @@ def test_the_tables_hold_the_figures_of_the_runs(finished):
         record = runs[row["key"]]
         assert float(row["test_ndcg@20"]) == record["test"]["ndcg@20"]
         assert int(row["parameters_table"]) == record["parameters"]["table"]
+        blocks = record["blocks"] or {"items": [], "ranks": []}
+        for name, numbers in blocks.items():
+            assert [int(n) for n in row[f"block_{name}"].split("/") if n] == numbers
+        assert row["sharing"] == record["sharing"]
         assert int(row["tail_cases"]) == record["popularity"]["tail"]["cases"]
         assert row["error"] == ""
     overview, text = (folder / "compare.md").read_text().split("\n## SASRec on ")

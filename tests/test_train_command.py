@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from urllib.error import URLError
 
 import pytest
 import yaml
@@ -72,6 +73,22 @@ def test_two_processes_write_and_print_once(world, how, tmp_path, capfd):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         *("best.pth", "last.pth", "result.json")
     }
+
+
+def test_data_that_cannot_be_downloaded_are_one_line(world, tmp_path, capsys, monkeypatch):
+    """RecBole looks on the internet for a data set that is not there, where it knows the name."""
+
+    def download(*arguments, **options):
+        raise URLError("no network")
+
+    monkeypatch.setattr("urllib.request.urlopen", download)
+    command = [*arguments(world, "CpSASRec"), "--dataset", "lastfm", f"--data-path={tmp_path}"]
+    assert main(command) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        "cprec: Expected `data_path` to have a folder of the name of `dataset`, but there is none, "
+        "and RecBole could not download the data (no network)."
+    )
 
 
 @pytest.mark.parametrize(

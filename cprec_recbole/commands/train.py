@@ -20,7 +20,8 @@ def add_parser(commands: Any) -> None:
         help="train and test a model, on one process or several",
         description="Train and test a model, one of ours or one of RecBole's own, on one process "
         "or several (--nproc, or under torchrun). Any further --name=value is passed on to "
-        "RecBole.",
+        "RecBole, as --data_path=DATA or --learning_rate=0.003; our loss_memory and shard_tails "
+        "are such options too (docs/scale.md).",
         allow_abbrev=False,
     )
     parser.set_defaults(run=run)

@@ -72,6 +72,9 @@ def as_csv(summary: Summary) -> str:
 def _csv_row(run: Run, metrics: Sequence[str], parts: Sequence[str]) -> dict[str, Any]:
     row = {name: run.get(name) for name in _ABOUT}
     row |= {name: run.get("environment", {}).get(name) for name in ("processor", "gpu")}
+    blocks = run.get("blocks") or {}  # runs of before did not say
+    row |= {f"block_{n}": "/".join(map(str, blocks.get(n, []))) for n in ("items", "ranks")}
+    row["sharing"] = run.get("sharing")
     row |= {f"parameters_{part}": run.get("parameters", {}).get(part) for part in parts}
     row |= {f"{s}_{m}": run.get(s, {}).get(m) for s in ("valid", "test") for m in metrics}
     seconds = run.get("epoch_seconds")

@@ -47,6 +47,7 @@ from cprec_recbole.compare.study.store import PLANS, TRIALS, WEIGHTS, Store
 from cprec_recbole.compare.users import rank_targets
 from cprec_recbole.compress import compress
 from cprec_recbole.config import CompressionConfig, CompressionError, reject_unknown
+from cprec_recbole.embedding import BlockEmbedding
 from cprec_recbole.evaluation import evaluate
 from cprec_recbole.files import write_whole
 from cprec_recbole.host import known_options, recbole_config
@@ -161,6 +162,8 @@ class _Bench:
             "learning_rate": work.rate,
             "parameters": asdict(part_sizes(model)),
             "total_parameters": part_sizes(model).total,
+            "blocks": _blocks(model),
+            "sharing": model.compression.sharing,
             "bytes": served_bytes(model),
             **record,
             "score_ms": score_times([model], [users])[0],
@@ -214,6 +217,14 @@ class _Bench:
             # evaluation included, as recover() does both
             "epoch_seconds": [seconds / len(curve) for _ in curve],
         }
+
+
+def _blocks(model: CompressedRecommender) -> dict[str, Any] | None:
+    """Items and rank of each block, as a budget may have chosen them; None for another table."""
+    table: nn.Module = model.table
+    if not isinstance(table, BlockEmbedding):
+        return None
+    return {"items": list(table.partition.sizes), "ranks": list(table.ranks)}
 
 
 def save_weights(model: nn.Module, path: str) -> None:
