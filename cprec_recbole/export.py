@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ from cprec_recbole.exportable import Exportable, OnnxInt8Block, PlainInt8Block
 from cprec_recbole.files import write_whole
 from cprec_recbole.recommender import CompressedRecommender
 from cprec_recbole.report import part_sizes, saved_bytes
+from cprec_recbole.spread import check_whole
 from cprec_recbole.topk import check_k
 
 OPSET = 18
@@ -58,15 +60,12 @@ def export(
     file = _checked(small, path, to, k)
     write = _write_onnx if to == "onnx" else _write_torch
     block = OnnxInt8Block if to == "onnx" else PlainInt8Block
-    exportable = Exportable(small, k, block)
+    exportable = Exportable(small, k, block, sorts=to == "torch")
     try:
         with _quietly(), torch.no_grad():
             program = _traced(exportable, small)
+            _write_tokens(small, tokens_path(file))  # first: a catalogue grows at its end
             write_whole(file, lambda part: write(program, part, _facts(small, k)))
-        if small.vocabulary is not None or small.item_tokens is not None:
-            names = small.known_vocabulary().tokens
-            tokens = json.dumps(list(names), ensure_ascii=False, separators=(",", ":"))
-            write_whole(tokens_path(file), lambda part: part.write_text(tokens, encoding="utf-8"))
     except OSError as error:
         raise CompressionError(
             f"Expected `path` to be a file that can be written, but got {file}: "
@@ -77,7 +76,18 @@ def export(
 
 def tokens_path(file: Path) -> Path:
     """Where the tokens of an exported model are: `small.onnx` has `small.items.json`."""
-    return file.with_suffix(".items.json")
+    stem = file.stem if file.suffix in SUFFIXES.values() else file.name
+    return file.with_name(f"{stem}.items.json")
+
+
+def _write_tokens(small: CompressedRecommender, file: Path) -> None:
+    """Write the tokens; for a model that knows none, remove those of another that was there."""
+    if small.vocabulary is None and small.item_tokens is None:
+        file.unlink(missing_ok=True)
+        return
+    names = small.known_vocabulary().tokens
+    text = json.dumps(list(names), ensure_ascii=False, separators=(",", ":"))
+    write_whole(file, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def check_format(to: object) -> None:
@@ -94,11 +104,7 @@ def _checked(small: Any, path: Any, to: str, k: int) -> Path:
             "it first, with CompressionConfig.uncompressed() to lose nothing."
         )
     check_k(k, small.n_items - 1)
-    if small.table.group is not None or small.head.table.group is not None:
-        raise CompressionError(
-            "Expected `small` to be whole, but its tail blocks are spread over processes; save it "
-            "and load it in one process first."
-        )
+    check_whole("small", small.table, small.head.table)
     if small.table.dtype != torch.float32:
         raise CompressionError(
             f"Expected `small` to be in float32, but got {small.table.dtype}; use small.float()."
@@ -168,8 +174,9 @@ def _program(exportable: Exportable, small: CompressedRecommender) -> Any:
 
 
 def _write_torch(program: Any, part: Path, facts: dict[str, str]) -> None:
-    with part.open("wb") as file:  # by its name it would have to end in .pt2
-        torch.export.save(program, file, extra_files={"cprec_recbole.json": json.dumps(facts)})
+    kept = io.BytesIO()  # torch's writer ends the process where its file cannot be written
+    torch.export.save(program, kept, extra_files={"cprec_recbole.json": json.dumps(facts)})
+    part.write_bytes(kept.getbuffer())
 
 
 def _write_onnx(program: Any, part: Path, facts: dict[str, str]) -> None:

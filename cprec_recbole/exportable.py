@@ -22,10 +22,15 @@ class Exportable(nn.Module):
         small: a compressed model in float32; it is copied.
         k: how many items.
         block: what blocks in int8 become.
+        sorts: whether all scores are sorted, as torch's `topk` does not keep equal ones in order;
+            ONNX's TopK does.
     """
 
-    def __init__(self, small: CompressedRecommender, k: int, block: type[PlainInt8Block]) -> None:
+    def __init__(
+        self, small: CompressedRecommender, k: int, block: type[PlainInt8Block], sorts: bool
+    ) -> None:
         super().__init__()
+        self.sorts = sorts
         known = (small.vocabulary, small.item_tokens, small.train_item_counts)
         self.model = copy.deepcopy(small, {id(each): each for each in known if each is not None})
         self.model.to("cpu").eval().requires_grad_(False)
@@ -54,6 +59,9 @@ class Exportable(nn.Module):
         scores = self.model.head.scores(self._hidden(history))
         padding = torch.zeros_like(history[:, :1])
         scores = scores.scatter(1, torch.cat([padding, exclude], dim=1), -torch.inf)
+        if self.sorts:
+            best, items = scores.sort(dim=1, descending=True, stable=True)
+            return items[:, : self.k], best[:, : self.k]
         best, items = torch.topk(scores, self.k, dim=1)
         return items, best
 

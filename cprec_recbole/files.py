@@ -69,8 +69,12 @@ def remove_leftovers(path: Path) -> None:
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
+def held(folder: Path, option: str = "out") -> Iterator[None]:
     """Within: no other process that asks for it gets this folder; given back when a process dies.
+
+    Args:
+        folder: it exists.
+        option: what the message calls it.
 
     Raises:
         CompressionError: another process has it.
@@ -84,7 +88,8 @@ def held(folder: Path) -> Iterator[None]:
     except BlockingIOError:
         os.close(descriptor)
         raise CompressionError(
-            f"Expected `out` to be a folder that no other run writes to, but one does: {folder}."
+            f"Expected `{option}` to be a folder that nothing else writes to, but one does: "
+            f"{folder}."
         ) from None
     except OSError:  # a file system without locks
         pass

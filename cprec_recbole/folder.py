@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from cprec_recbole.config import CompressionError
-from cprec_recbole.files import flush
+from cprec_recbole.files import flush, held
 from cprec_recbole.vocabulary import Vocabulary
 
 FORMAT = "cprec_recbole"
@@ -32,6 +32,9 @@ FORMAT_VERSION = 3
 _CONFIG = "config.json"
 _OURS = re.compile(r"(weights-[0-9a-f]{16}\.safetensors|items-[0-9a-f]{16}\.json|\.cprec-.*\.tmp)")
 _PIECE = 2**16  # bytes of tokens that are read at a time
+# between two texts of a list in JSON: the first quotation mark ends a text, for it has neither a
+# backslash before it, as one inside has, nor what comes before one that begins a text
+_BETWEEN = re.compile(rb'(?<![\\,\[])","')
 _KINDS = {"weights": ".safetensors", "items": ".json"}
 
 
@@ -41,7 +44,8 @@ def write_folder(
     weights: Mapping[str, Tensor],
     tokens: Sequence[str] | None,
 ) -> Path:
-    """Write a model; what was in the folder stays valid until the last step.
+    """Write a model; what was in the folder stays valid until the last step, and whoever reads it
+    meanwhile gets the old model or the new one.
 
     Args:
         folder: made where it is missing; other files in it are left alone.
@@ -50,30 +54,40 @@ def write_folder(
         tokens: the token of each item id from 1 on; None for a model that knows none.
 
     Raises:
-        CompressionError: a folder that cannot be written.
+        CompressionError: a folder that cannot be written, or that another process writes to.
     """
     out = _as_path(folder)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        files = {"weights": _put(out, "weights", lambda p: _save_weights(weights, p))}
+        with held(out, "folder"):
+            _write(out, options, weights, tokens)
+    except (OSError, SafetensorError) as error:
+        raise CompressionError(
+            f"Expected `folder` to be one that can be written, but got {out}: "
+            f"{getattr(error, 'strerror', None) or error}."
+        ) from error
+    return out
+
+
+def _write(
+    out: Path, options: Mapping[str, Any], weights: Mapping[str, Tensor], tokens: Any
+) -> None:
+    files: dict[str, Any] = {}
+    temporary = out / f".cprec-config-{os.getpid()}.tmp"
+    try:
+        files["weights"] = _put(out, "weights", lambda p: _save_weights(weights, p))
         if tokens is not None:
             text = json.dumps(list(tokens), ensure_ascii=False, separators=(",", ":"))
             files["items"] = _put(out, "items", lambda p: p.write_text(text, encoding="utf-8"))
         version = 3 if "matrices" in options else 2 if "rows" in options else 1
         header = {"format": FORMAT, "format_version": version, **options, "files": files}
         header["checksum"] = _checksum(header)
-        temporary = out / f".cprec-config-{os.getpid()}.tmp"
         temporary.write_text(json.dumps(header, indent=1, ensure_ascii=False), encoding="utf-8")
         flush(temporary)
         os.replace(temporary, out / _CONFIG)
         flush(out)
-        _remove_others(out, {entry["name"] for entry in files.values()})
-    except OSError as error:
-        raise CompressionError(
-            f"Expected `folder` to be one that can be written, but got {out}: "
-            f"{error.strerror or error}."
-        ) from error
-    return out
+    finally:  # a disk that is full gets back what a failure wrote
+        _remove_unused(out)
 
 
 def read_folder(
@@ -87,20 +101,35 @@ def read_folder(
     """
     out = _as_path(folder)
     header = _read_config(out)
-    paths = {kind: _checked_file(out, kind, entry) for kind, entry in header["files"].items()}
+    while True:
+        try:
+            return header, *_contents(out, header)
+        except CompressionError:
+            found = header
+            header = _read_config(out)
+            if header == found:
+                raise
+            # else it was replaced while it was read
+
+
+def _contents(out: Path, header: Mapping[str, Any]) -> tuple[dict[str, Tensor], Vocabulary | None]:
+    """Weights and tokens of the files that config.json names."""
+    try:
+        paths = {kind: _checked_file(out, kind, entry) for kind, entry in header["files"].items()}
+    except OSError as error:
+        raise CompressionError(f"Expected the files of {out} to be readable: {error}.") from error
     try:
         weights = safetensors.torch.load_file(paths["weights"])
-    except (SafetensorError, ValueError, OSError) as error:
+    except (SafetensorError, ValueError, OSError, RuntimeError) as error:
         raise CompressionError(f"Expected {paths['weights']} to hold weights: {error}.") from error
-    tokens = None
-    if "items" in paths:
-        try:
-            tokens = _tokens(paths["items"])
-        except CompressionError:
-            raise
-        except ValueError as error:
-            raise CompressionError(f"Expected {paths['items']} to be JSON: {error}.") from error
-    return header, weights, tokens
+    if "items" not in paths:
+        return weights, None
+    try:
+        return weights, _tokens(paths["items"])
+    except CompressionError:
+        raise
+    except (ValueError, OSError) as error:
+        raise CompressionError(f"Expected {paths['items']} to be JSON: {error}.") from error
 
 
 def _tokens(path: Path) -> Vocabulary:
@@ -112,11 +141,11 @@ def _tokens(path: Path) -> Vocabulary:
 
 
 def _between(text: bytes) -> Iterator[bytes]:
-    """A list of texts in JSON as several. The three bytes `","` are always between two texts: a
-    quotation mark inside of one has a backslash before it."""
+    """A list of texts in JSON, as compact as we write it, as several lists."""
     start = 1
     while start < len(text):
-        end = text.find(b'","', start + _PIECE) + 1 or len(text) - 1
+        found = _BETWEEN.search(text, start + _PIECE)
+        end = len(text) - 1 if found is None else found.start() + 1
         yield b"[" + text[start:end] + b"]"
         start = end + 1
 
@@ -216,8 +245,21 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _remove_others(out: Path, names: set[str]) -> None:
-    """Remove files of models that were here before; anything that is not ours stays."""
+def _remove_unused(out: Path) -> None:
+    """Remove files of ours that config.json does not name: those of models that were here before,
+    or what is left of one that could not be written. Where it cannot be read all stay."""
+    used: set[str] = set()
+    if (out / _CONFIG).exists():
+        try:
+            used = {entry["name"] for entry in _read_config(out)["files"].values()}
+        except CompressionError:
+            return
     for path in out.iterdir():
-        if _OURS.fullmatch(path.name) and path.name not in names:
+        if _OURS.fullmatch(path.name) and path.name not in used:
             path.unlink(missing_ok=True)
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of a model's files in its folder."""
+    names = [_CONFIG, *(entry["name"] for entry in _read_config(folder)["files"].values())]
+    return sum((folder / name).stat().st_size for name in names)

@@ -117,8 +117,9 @@ class Original:
             item_counts = getattr(self.model, "train_item_counts", None)
             if item_counts is None:
                 raise CompressionError(
-                    "Expected `item_counts` for a model that was built before `import "
-                    "cprec_recbole`, but got none; pass the training dataset or an array [n_items]."
+                    "Expected `item_counts` for a model that was loaded from a folder, or "
+                    "built before `import cprec_recbole`, but got none; pass the training dataset "
+                    "or an array [n_items]."
                 )
         return _checked_counts(item_counts, self.n_items)
 

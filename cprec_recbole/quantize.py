@@ -15,6 +15,7 @@ from cprec_recbole.embedding import BlockEmbedding
 from cprec_recbole.int8 import Int8Block
 from cprec_recbole.int8_matrices import float_matrices, round_to_int8
 from cprec_recbole.recommender import CompressedRecommender
+from cprec_recbole.spread import check_whole
 
 DTYPES = ("int8",)
 
@@ -131,11 +132,7 @@ def _checked(small: nn.Module) -> CompressedRecommender:
             "Expected `small` to have float rows, but its rows are in int8 already; quantize the "
             "model that it was made from."
         )
-    if small.table.group is not None or small.head.table.group is not None:
-        raise CompressionError(
-            "Expected `small` to be whole, but its tail blocks are spread over processes; save it "
-            "and load it in one process first."
-        )
+    check_whole("small", small.table, small.head.table)
     _check_precision("small", small.table.dtype)
     for name, parameter in small.named_parameters():
         if not torch.isfinite(parameter).all():

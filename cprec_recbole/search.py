@@ -20,7 +20,7 @@ from cprec_recbole.reading import Candidates, Reader, TooManyCandidates, log_sum
 from cprec_recbole.settle import PIECE, Rows, Weights, sort_topk
 from cprec_recbole.sorting import Sorted, is_sorted_sooner
 from cprec_recbole.strips import GroupedStrip, PickedStrip, Strip
-from cprec_recbole.topk import Barred, TopK
+from cprec_recbole.topk import Barred, TopK, not_finite
 
 _ROWS = 256  # rows of a batch that are searched together
 _LANES = 32  # rows of a batch that read the same groups; fewer leave vector units idle
@@ -56,10 +56,7 @@ def search(
     """
     hidden = hidden.double()
     if not hidden.isfinite().all():
-        raise CompressionError(
-            "Expected `hidden` to hold finite numbers, but found NaN or infinity; the model "
-            "diverged in training, or its input is damaged."
-        )
+        raise not_finite()
     n_rows = len(hidden)
     n_items = weights.n_items - 1 if allowed is None else len(allowed)
     is_sorted = is_sorted_sooner(n_items, n_rows, k)

@@ -25,6 +25,7 @@ from cprec_recbole.modes import in_eval_mode
 from cprec_recbole.partition import Partition
 from cprec_recbole.recommend import barred_ids, pad_histories
 from cprec_recbole.softmax import SoftmaxHead
+from cprec_recbole.spread import check_whole
 from cprec_recbole.topk import TopK, check_k
 from cprec_recbole.vocabulary import Vocabulary, as_vocabulary
 
@@ -179,8 +180,10 @@ class Servable(nn.Module):
             The folder.
 
         Raises:
-            CompressionError: no tokens, tokens that do not fit, a folder that cannot be written.
+            CompressionError: no tokens, tokens that do not fit, a folder that cannot be written or
+                that another process writes to, or tail blocks that are spread over processes.
         """
+        check_whole("model", self.table, self.head.table)
         vocabulary = self._vocabulary(tokens)
         for name, parameter in self.named_parameters():
             if not torch.isfinite(parameter).all():
@@ -251,8 +254,10 @@ class Servable(nn.Module):
             The ids of the new items.
 
         Raises:
-            CompressionError: a token that is there already or comes twice, or like an unknown one.
+            CompressionError: a token that is there already or comes twice, or like an unknown one,
+                or tail blocks that are spread over processes.
         """
+        check_whole("model", self.table, self.head.table)
         vocabulary = self._vocabulary()
         if isinstance(tokens, str) or not isinstance(tokens, Sequence) or not tokens:
             raise CompressionError(

@@ -12,9 +12,10 @@ from cprec_recbole.embedding import Block, BlockEmbedding
 from cprec_recbole.exchange import Group
 from cprec_recbole.partition import PADDING
 from cprec_recbole.shards import ShardedBlock
-from cprec_recbole.topk import Barred, TopK
+from cprec_recbole.topk import Barred, TopK, not_finite
 
 _LOGITS = 2**23  # of one process at a time, in float64: 64 MiB
+_MOST_LOG = 64.0  # more than the logarithm of any number of items
 _DOUBT = 2.0**-20  # relative: logits so near to each other may be equal in the model's precision
 
 
@@ -53,30 +54,48 @@ def topk_of_shards(
         barred: what each row must not get.
         allowed: positions of the only items that rows may get, the same for all processes.
         group: the processes.
+
+    Raises:
+        CompressionError: in every process, where one has hidden states that are no finite numbers.
     """
     hidden = hidden.double()
     n_rows, device = len(hidden), hidden.device
+    if group.most(int(not hidden.isfinite().all()), device):  # all raise, so that none waits
+        raise not_finite()
     most_rows = group.most(n_rows, device)
     counts = torch.bincount(barred.rows, minlength=1)
     wanted = group.most(k + int(counts.max()), device)  # so that enough are left without the barred
     everyone = group.gather(F.pad(hidden, (0, 0, 0, most_rows - n_rows)))
     found: list[_Block] = []
+    reach = hidden.new_zeros(n_rows)
+    if clusters is not None:
+        reach = 2 * (hidden @ clusters.detach().double().T).abs().amax(1) + _MOST_LOG
     for block, start in zip(table.blocks, table.partition.starts):
         if isinstance(block, ShardedBlock):
             own = block.own_rows.detach().double()
-            here = _best(own, block, start + block.own.start, everyone, wanted, allowed)
+            first = start + block.own.start
+            far = group.gather(F.pad(reach, (0, most_rows - n_rows)))
+            here = _best(own, block, first, everyone, wanted, allowed, far)
             parts = [group.swap(part)[:, :n_rows].transpose(0, 1) for part in here]
             logits, positions, normaliser = parts  # [B, world, ...]
             part = _Block(logits.flatten(1), positions.flatten(1), normaliser.logsumexp(1))
         else:
             rows = block.weight.detach().double()
-            part = _best(rows, block, start, hidden, wanted, allowed)
+            part = _best(rows, block, start, hidden, wanted, allowed, reach)
         found.append(part)
+        if clusters is not None and len(found) == 1:  # the head's is in all scores
+            reach = reach + 2 * part.normaliser.abs()
     return _merged(table, clusters, hidden, k, barred, found)
 
 
 def _best(
-    rows: Tensor, block: Block, first: int, hidden: Tensor, k: int, allowed: Tensor | None
+    rows: Tensor,
+    block: Block,
+    first: int,
+    hidden: Tensor,
+    k: int,
+    allowed: Tensor | None,
+    reach: Tensor,
 ) -> _Block:
     """The best of some rows of a block for each hidden state: k, and all that rounding could not
     tell from the last of them.
@@ -88,6 +107,8 @@ def _best(
         hidden: hidden states, `[B, d]`.
         k: how many.
         allowed: positions of the only items that count; None for all.
+        reach: what a tree adds to the logits is at most that and what the logits themselves make,
+            `[B]`; scores are rounded accordingly.
     """
     projection = block.projection
     codes = hidden if projection is None else hidden @ projection.detach().double().T
@@ -95,7 +116,7 @@ def _best(
         rows, first = rows[1:], 1
     normalisers, parts = [], []
     size = max(1, _LOGITS // max(1, len(rows)))
-    for some in codes.split(size):
+    for some, beside in zip(codes.split(size), reach.split(size)):
         logits = some @ rows.T
         normalisers.append(logits.logsumexp(1))
         if allowed is not None:
@@ -103,7 +124,7 @@ def _best(
             here = allowed[(allowed >= first) & (allowed < first + len(rows))]
             barred[here - first] = False
             logits = logits.masked_fill(barred, -torch.inf)
-        parts.append(_at_least(logits, min(k, len(rows))))
+        parts.append(_at_least(logits, min(k, len(rows)), beside.unsqueeze(1)))
     width = max([k, *(values.shape[1] for values, _ in parts)])
     group = Group.current()
     if isinstance(block, ShardedBlock) and group is not None:
@@ -118,14 +139,16 @@ def _best(
     )
 
 
-def _at_least(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row, and as many more as may be equal to the last of them."""
+def _at_least(logits: Tensor, k: int, reach: Tensor) -> tuple[Tensor, Tensor]:
+    """The k largest of each row, and as many more as may be equal to the last of them once a number
+    of at most `reach` `[B, 1]` is added."""
     best = logits.topk(k, dim=1)
     if not len(logits) or not k or k == logits.shape[1]:
         return best.values, best.indices
     last = best.values[:, -1:]
     real = logits > -torch.inf
-    scale = logits.abs().masked_fill(~real, 0).amax(1, keepdim=True).clamp(min=1)
+    largest = logits.abs().masked_fill(~real, 0).amax(1, keepdim=True)
+    scale = 2 * largest.clamp(min=1) + reach  # a block's normaliser is about as large as those
     near = int(((logits >= last - _DOUBT * scale) & real).sum(1).max())
     if near > k:
         best = logits.topk(near, dim=1)

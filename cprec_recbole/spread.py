@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from cprec_recbole.config import CompressionError
+
 
 def own_rows(tensor: Tensor) -> Tensor:
     """This process's rows of a tensor that is spread over processes (torch's DTensor); any other
@@ -26,3 +28,17 @@ def spread_as(rows: Tensor, like: Tensor) -> Tensor:
         stride=like.stride(),
         run_check=False,
     )
+
+
+def check_whole(name: str, *tables: Any) -> None:
+    """Raise a CompressionError where a model's tail blocks are spread over processes.
+
+    Args:
+        name: what the message calls the model.
+        tables: its table of items, and that of its softmax.
+    """
+    if any(table.group is not None for table in tables):
+        raise CompressionError(
+            f"Expected `{name}` to be whole, but its tail blocks are spread over processes; load "
+            "the run's best.pth in one process."
+        )

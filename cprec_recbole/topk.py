@@ -165,3 +165,11 @@ def _as_ids(name: str, ids: Ids, n_items: int) -> Tensor:
             f"{low if low < 0 else high}."
         )
     return tensor
+
+
+def not_finite() -> CompressionError:
+    """The error for hidden states that are no numbers."""
+    return CompressionError(
+        "Expected `hidden` to hold finite numbers, but found NaN or infinity; the model "
+        "diverged in training, or its input is damaged."
+    )

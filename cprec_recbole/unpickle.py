@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import pickletools
+import posixpath
 import struct
 import zipfile
 from collections.abc import Callable, Mapping
@@ -124,6 +125,14 @@ def _named(*args: object) -> object:
     return _NAMED
 
 
+def _path(*parts: object) -> str:
+    """In the place of a path, which RecBole takes for a folder: its text."""
+    if not all(isinstance(part, str) for part in parts):
+        raise UnpicklingError("a path of it is none")
+    return posixpath.join("", *map(str, parts))
+
+
+_PATHS = ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")
 _NAMED = _Function(_named)
 _ALLOWED: Mapping[tuple[str, str], object] = {
     ("builtins", "getattr"): _Function(_member),
@@ -131,6 +140,7 @@ _ALLOWED: Mapping[tuple[str, str], object] = {
     ("numpy", "dtype"): _Function(_dtype),
     ("numpy.core.multiarray", "scalar"): _Function(_number),  # NumPy 1
     ("numpy._core.multiarray", "scalar"): _Function(_number),
+    **{(m, n): _Function(_path) for m in ("pathlib", "pathlib._local") for n in _PATHS},
     ("recbole.config.configurator", "Config"): _Function(SavedConfig),
     ("recbole.utils.enum_type", "EvaluatorType"): _NAMED,
     ("recbole.utils.enum_type", "InputType"): _NAMED,

@@ -119,6 +119,30 @@ def ties(group: Group) -> None:
     assert torch.equal(spread.topk(hidden, 30).items, whole.topk(hidden, 30).items)
 
 
+def near_ties(group: Group) -> None:
+    """So do those that a large logarithm of the block's share rounds together."""
+    whole, spread = (head_of("tree", LAYOUTS[0], g) for g in (None, group))
+    with torch.no_grad():
+        for head in (whole, spread):
+            for parameter in head.parameters():
+                own = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+                own.mul_(0.1)
+            head.clusters.fill_(-1e6)
+    hidden = torch.ones(3, DIM) / DIM
+    options = {"allowed": whole.table.partition.item_at[6:].long()}  # of the tail alone
+    assert torch.equal(
+        spread.topk(hidden, 5, **options).items, whole.topk(hidden, 5, **options).items
+    )
+
+
+def not_numbers(group: Group) -> None:
+    """Hidden states of one process that are no numbers are an error in all: none waits for ever."""
+    spread = head_of("full", LAYOUTS[0], group)
+    hidden = torch.full((2, DIM), torch.nan if group.rank == 0 else 1.0)
+    with pytest.raises(CompressionError, match="`hidden` to hold finite numbers"):
+        spread.topk(hidden, 3)
+
+
 def main() -> None:
     dist.init_process_group("gloo")
     group = Group.current()
@@ -126,6 +150,8 @@ def main() -> None:
         for kind in ("full", "tree"):
             check(kind, layout, group)
     ties(group)
+    near_ties(group)
+    not_numbers(group)
     print("as one process", group.rank, file=sys.stderr)
     dist.destroy_process_group()
 

@@ -9,6 +9,7 @@ import tracemalloc
 import zipfile
 from collections import OrderedDict
 from dataclasses import replace
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 import pytest
@@ -159,6 +160,14 @@ def test_every_kind_of_number_and_of_view(contents, folder, protocol):
     found["table"][1, 0] = -1.0
     assert found["turned"][0, 1] == found["some"][0, 0] == -1.0
     assert not any(tensor.requires_grad for tensor in found.values())
+
+
+def test_a_path_is_its_text(contents, folder):
+    """As RecBole takes one for data_path."""
+    options = {"data_path": Path("/data") / "here", "checkpoint_dir": PureWindowsPath("saved/x")}
+    found = read_checkpoint(saved(contents, folder, **with_options(contents, **options)))
+    assert found.options["data_path"] == "/data/here"
+    assert found.options["checkpoint_dir"] == "saved/x"
 
 
 def test_options_are_plain_values_and_numpys_numbers(contents, folder):

@@ -113,6 +113,36 @@ def test_bytes_that_are_no_text_spoil_one_line_only(folder, tmp_path, capsys):
     assert ["items" in answer for answer in answers] == [True, False, True]
 
 
+def test_a_request_may_have_options_of_its_own(folder, tmp_path, capsys):
+    requests = [
+        {"history": ["i1"], "k": 1, "exclude_seen": True},
+        {"history": ["i2"]},
+        {"history": ["i3"], "k": 0},
+        {"history": ["i3"], "exclude_seen": 1},
+    ]
+    path = tmp_path / "users.jsonl"
+    path.write_text("\n".join(map(json.dumps, requests)))
+    assert main(["recommend", str(folder), "--input", str(path), "-k", "3"]) == 1
+    one, other, *bad = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    small = load_pretrained(folder)
+    assert one["items"] == small.recommend_tokens(["i1"], 1, exclude_seen=True).tokens[0]
+    assert other["items"] == small.recommend_tokens(["i2"], 3).tokens[0]
+    assert "`k` to be from 1" in bad[0]["error"]
+    assert "`exclude_seen` to be true or false, but got 1" in bad[1]["error"]
+
+
+def test_what_is_no_json_spoils_one_line_and_half_a_character_none(folder, tmp_path, capsys):
+    path = tmp_path / "users.jsonl"
+    path.write_text('{"history":["i1"],"id":"\\ud83d"}\n{"history":["i1"],"x":NaN}\n["i2", "y"]\n')
+    assert main(["recommend", str(folder), "--input", str(path), "-k", "2"]) == 1
+    captured = capsys.readouterr()
+    answers = [json.loads(line) for line in captured.out.splitlines()]
+    assert answers[0]["id"] == "\ud83d"
+    assert ["items" in answer for answer in answers] == [True, False, True]
+    assert "NaN is not JSON" in answers[1]["error"]
+    assert captured.err.count("'y'") == 1
+
+
 def test_many_good_users_in_several_batches(folder, tmp_path, capsys):
     histories = [[f"i{i % 40}", f"i{(7 * i) % 40}"] for i in range(150)]
     path = tmp_path / "users.jsonl"

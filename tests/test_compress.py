@@ -151,7 +151,9 @@ def test_counts_must_be_counts(world, host_name):
 def test_missing_counts_are_named(world, host_name):
     model = world.model(host_name)
     del model.train_item_counts  # as if built before the plugin
-    refused(model, "Expected `item_counts` for a model that was built before")
+    refused(
+        model, "Expected `item_counts` for a model that was loaded from a folder, or built before"
+    )
 
 
 def test_compressing_twice_is_refused(world, host_name):

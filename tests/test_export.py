@@ -2,6 +2,8 @@
 
 import collections
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -169,7 +171,7 @@ def test_the_file_is_as_small_as_the_folder(large, dtype, to, tmp_path):
     # torch.export's own description of the graph is 100 to 200 kB whatever the catalogue
     assert file.stat().st_size <= 1.05 * whole + (200_000 if to == "torch" else 0)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        *("small", "small.bin", "small.items.json")
+        *("small", "small.bin", "small.bin.items.json")
     ]
 
 
@@ -185,6 +187,30 @@ def test_torch_export_gives_what_recommend_gives(trained, row, tmp_path):
     lists, history, exclude = requests(small, 200)
     check_same(small, lists, exclude, *graph(history, exclude))
     check_same(small, lists[:1], exclude[:1, :1], *graph(history[:1], exclude[:1, :1]))
+
+
+@pytest.mark.parametrize("dtype", [None, "int8"])
+def test_equal_scores_come_by_lower_id_from_either_graph(trained, dtype, tmp_path):
+    small = compress(trained["SASRec"], **OPTIONS, dtype=dtype)
+    small.add_items([f"new-{i}" for i in range(60)])  # all at the mean of the last block
+    file = export(small, tmp_path / "small.pt2", to="torch", k=60)
+    _, history, exclude = requests(small, 3)
+    items, scores = torch.export.load(file).module()(history, exclude)
+    equal = scores[:, 1:] == scores[:, :-1]
+    assert equal.sum() >= 59
+    assert (items[:, 1:] > items[:, :-1])[equal].all()
+
+
+def test_tokens_lie_beside_their_own_graph(trained, tmp_path):
+    small, grown = (compress(trained["SASRec"], **OPTIONS) for _ in range(2))
+    grown.add_items(["new"])
+    for name, model in (("film.v1", small), ("film.v2", grown), ("film.pt2", grown)):
+        export(model, tmp_path / name, to="torch", k=3)
+    found = {path.name: len(json.loads(path.read_text())) for path in tmp_path.glob("*.json")}
+    assert found == {"film.v1.items.json": 40, "film.v2.items.json": 41, "film.items.json": 41}
+    small.vocabulary = small.item_tokens = None
+    export(small, tmp_path / "film.pt2", to="torch", k=3)
+    assert not (tmp_path / "film.items.json").exists()  # it was of another model
 
 
 def test_the_model_is_left_as_it_was(trained, tmp_path):
@@ -261,7 +287,6 @@ def test_a_model_too_large_for_one_file_is_refused_before_it_is_written(
 
 def test_a_disk_that_is_full_leaves_the_old_file(trained, tmp_path, monkeypatch):
     import errno
-    import sys
 
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -273,4 +298,34 @@ def test_a_disk_that_is_full_leaves_the_old_file(trained, tmp_path, monkeypatch)
     with pytest.raises(CompressionError, match="No space left"):
         export(small, file, to="torch")
     assert file.read_text() == "old"
-    assert [path.name for path in tmp_path.iterdir()] == ["small.pt2"]
+    assert {path.name for path in tmp_path.iterdir()} == {"small.pt2", "small.items.json"}
+
+
+FULL_DISK = """
+import resource, signal, sys
+from cprec_recbole import export, load_pretrained
+small = load_pretrained(sys.argv[1])
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+for write in (lambda: export(small, sys.argv[2], to="torch", k=3),
+              lambda: small.save_pretrained(sys.argv[1])):
+    try:
+        write()
+    except ValueError as error:
+        print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of files are POSIX's")
+def test_a_disk_that_is_full_is_an_error_and_not_the_end_of_the_process(trained, tmp_path):
+    small = compress(trained["SASRec"], **OPTIONS)
+    folder = small.save_pretrained(tmp_path / "small")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    command = [sys.executable, "-c", FULL_DISK, str(folder), str(tmp_path / "small.pt2")]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    path, saved = found.stdout.splitlines()
+    assert path.startswith("Expected `path` to be a file that can be written")
+    assert saved.startswith("Expected `folder` to be one that can be written")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert not list(tmp_path.glob(".*"))

@@ -10,6 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cprec_recbole import CompressionConfig, CompressionError, compress, load_pretrained
+from cprec_recbole import folder as folders
+from cprec_recbole.files import held
 from cprec_recbole.folder import read_folder
 from tests.builders import SCHEMES, train_a_step
 
@@ -42,6 +44,42 @@ def same(a, b):
     # rows of a block are added up in another order, which can move the last bit of a normaliser
     torch.testing.assert_close(one.scores, other.scores, rtol=1e-6, atol=1e-6)
     return True
+
+
+@given(st.lists(st.text(alphabet='ab\\",[]{}: \n\u00e9', max_size=4), unique=True, max_size=60))
+@settings(deadline=None, max_examples=200)
+def test_tokens_are_read_in_pieces_that_end_between_two(tokens):
+    text = json.dumps(tokens, ensure_ascii=False, separators=(",", ":")).encode()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(folders, "_PIECE", 5)
+        pieces = [json.loads(piece) for piece in folders._between(text)]
+    assert [token for piece in pieces for token in piece] == tokens
+    assert len(pieces) >= len(text) // 100  # and they are pieces
+
+
+def test_whoever_reads_while_it_is_replaced_gets_the_new_model(trained, tmp_path, monkeypatch):
+    old, new = (small_of(trained, "GRU4Rec", ranks=[rank, 4, 1]) for rank in (16, 8))
+    old.save_pretrained(tmp_path)
+    read, calls = folders._read_config, []
+
+    def late(out):
+        header = read(out)
+        if not calls:
+            calls.append(1)
+            new.save_pretrained(tmp_path)  # another process, just after config.json was read
+        return header
+
+    monkeypatch.setattr(folders, "_read_config", late)
+    assert same(load_pretrained(tmp_path), new)
+
+
+def test_a_folder_that_another_writes_to_is_refused_and_stays(trained, tmp_path):
+    old, new = (small_of(trained, "GRU4Rec", ranks=[rank, 4, 1]) for rank in (16, 8))
+    old.save_pretrained(tmp_path)
+    with held(tmp_path), pytest.raises(CompressionError, match="`folder` to be a folder that noth"):
+        new.save_pretrained(tmp_path)
+    assert same(load_pretrained(tmp_path), old)
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 @pytest.mark.parametrize("softmax", ["full", "tree"])

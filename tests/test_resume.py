@@ -203,7 +203,7 @@ def test_two_runs_do_not_write_to_one_folder(world, tmp_path):
     (tmp_path / "out").mkdir()
     with (
         held(tmp_path / "out"),
-        pytest.raises(CompressionError, match="`out` to be a folder that no other run writes to"),
+        pytest.raises(CompressionError, match="`out` to be a folder that nothing else writes to"),
     ):
         train(a_job(world, "dropout", tmp_path / "out"))
     assert not list((tmp_path / "out").iterdir())

@@ -200,6 +200,8 @@ def test_a_request_is_bounded(client):
     assert "error" in found.json()
     found = asked(client, "/recommend/many", histories=[["i1"]] * (MAX_HISTORIES + 1))
     assert f"at most {MAX_HISTORIES}" in found.json()["error"]
+    found = asked(client, "/recommend/many", histories=[["i1"], ["i1"] * (MAX_HISTORY + 1)])
+    assert f"at most {MAX_HISTORY}" in found.json()["error"]
 
 
 def test_a_model_or_a_path_that_there_is_not(client):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from cprec_recbole.commands.common import value as parsed
 from cprec_recbole.compress import compress
 from cprec_recbole.config import CompressionError
 from cprec_recbole.evaluation import evaluate
+from cprec_recbole.folder import size_of
 from cprec_recbole.recover import recover
 from cprec_recbole.report import part_sizes, saved_bytes
 from cprec_recbole.trained import load_trained
@@ -53,8 +55,7 @@ def run(options: argparse.Namespace, passed_on: dict[str, Any], command: str) ->
     logging.getLogger("recbole").setLevel(logging.ERROR)
     if options.recover < 0:
         raise CompressionError(f"Expected `recover` to be 0 or more, but got {options.recover}.")
-    if Path(options.out).exists() and not Path(options.out).is_dir():
-        raise CompressionError(f"Expected `out` to be a folder, but {options.out} is a file.")
+    _check_out(Path(options.out))
     screen = console()
     found = load_trained(options.checkpoint, passed_on)
     small = compress(
@@ -77,9 +78,19 @@ def run(options: argparse.Namespace, passed_on: dict[str, Any], command: str) ->
         rows.append(("recovered", small, _quality(small, found)))
     small.save_pretrained(options.out)
     screen.print(_table(rows))
-    n_bytes = sum(path.stat().st_size for path in Path(options.out).iterdir() if path.is_file())
-    screen.print(f"Written: {options.out} ({n_bytes:,} bytes)")
+    screen.print(f"Written: {options.out} ({size_of(Path(options.out)):,} bytes)")
     return 0
+
+
+def _check_out(out: Path) -> None:
+    """Raise a CompressionError where nothing can be written, before anything is computed."""
+    if out.exists() and not out.is_dir():
+        raise CompressionError(f"Expected `out` to be a folder, but {out} is a file.")
+    there = next((each for each in (out, *out.absolute().parents) if each.exists()), None)
+    if there is None or not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise CompressionError(
+            f"Expected `out` to be a folder that can be written, but got {out}: {there} cannot."
+        )
 
 
 def _quality(model: nn.Module, found: Any) -> dict[str, float]:

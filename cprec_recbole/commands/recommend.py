@@ -18,6 +18,7 @@ from cprec_recbole.recommender import CompressedRecommender
 from cprec_recbole.vocabulary import UNKNOWN
 
 _BATCH = 64
+_OWN = ("k", "exclude_seen")  # options that a request may have of its own
 
 
 def add_parser(commands: Any) -> None:
@@ -26,8 +27,9 @@ def add_parser(commands: Any) -> None:
         "recommend",
         help="recommend for histories, without a data set",
         description="Recommend from a folder that `cprec compress` or save_pretrained wrote. Many "
-        "users: a line of JSON each, a list of tokens or an object with `history`; a line of JSON "
-        "comes out for each, with what else the object held.",
+        "users: a line of JSON each, a list of tokens or an object with `history`, and perhaps "
+        "with `k` and `exclude_seen` of its own; a line of JSON comes out for each, with what else "
+        "the object held.",
         allow_abbrev=False,
     )
     parser.set_defaults(run=run)
@@ -80,7 +82,7 @@ def _stream(model: CompressedRecommender, lines: TextIO, options: argparse.Names
     while batch := list(islice(numbered, size)):
         for answer in _batch_answers(model, batch, options):
             failed += "error" in answer
-            print(json.dumps(answer, ensure_ascii=False))
+            print(_as_json(answer))
         sys.stdout.flush()
     return failed
 
@@ -89,22 +91,50 @@ def _batch_answers(
     model: CompressedRecommender, batch: list[tuple[int, str]], options: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
     asked = [(number, _parsed(line)) for number, line in batch if line.strip()]
-    histories = [request["history"] for _, request in asked if "error" not in request]
-    try:
-        found = iter(_answers(model, histories, options) if histories else [])
-    except CompressionError:  # one of them is bad: ask one by one to find out which
-        found = None
+    found = _at_once(model, [request for _, request in asked if "error" not in request], options)
     for number, request in asked:
         rest = {k: v for k, v in request.items() if k != "history"}
         if "error" in request:
             yield {**rest, "line": number}
             continue
         try:
-            one = next(found) if found else _answers(model, [request["history"]], options)[0]
+            one = next(found) if found else _answer_to(model, request, options)
         except CompressionError as error:
             yield {**rest, "error": str(error), "line": number}
             continue
         yield {**rest, "items": one[0], "scores": one[1]}
+
+
+def _at_once(
+    model: CompressedRecommender, requests: list[dict[str, Any]], options: argparse.Namespace
+) -> Iterator[tuple[list[str], list[float]]] | None:
+    """The answers to a batch; None where they have to be asked for one by one, since some have
+    options of their own or one of them is bad."""
+    if any(name in request for request in requests for name in _OWN):
+        return None
+    histories = [request["history"] for request in requests]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", UserWarning)
+        try:
+            found = _answers(model, histories, options) if histories else []
+        except CompressionError:
+            return None
+    for warning in said:
+        _on_one_line(warning.message)
+    return iter(found)
+
+
+def _answer_to(
+    model: CompressedRecommender, request: dict[str, Any], options: argparse.Namespace
+) -> tuple[list[str], list[float]]:
+    """The answer to one request, with its own options."""
+    own = {name: request[name] for name in _OWN if name in request}
+    if not isinstance(own.get("exclude_seen", True), bool):
+        raise CompressionError(
+            f"Expected `exclude_seen` to be true or false, but got {own['exclude_seen']!r}."
+        )
+    (answer,) = _answers(model, [request["history"]], argparse.Namespace(**vars(options) | own))
+    return answer
 
 
 def _answers(
@@ -119,7 +149,7 @@ def _answers(
 def _parsed(line: str) -> dict[str, Any]:
     """A line as an object with `history`, or with `error`."""
     try:
-        request = json.loads(line)
+        request = json.loads(line, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         return {"error": f"Expected a line of JSON, but got {line.strip()[:60]!r}: {error}."}
     if isinstance(request, list):
@@ -130,6 +160,19 @@ def _parsed(line: str) -> dict[str, Any]:
             f"got {line.strip()[:60]!r}."
         }
     return {k: v for k, v in request.items() if k not in ("items", "scores", "error", "line")}
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _as_json(answer: dict[str, Any]) -> str:
+    text = json.dumps(answer, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half a character, which JSON can spell and UTF-8 cannot
+        return json.dumps(answer)
+    return text
 
 
 def _opened(name: str, stack: ExitStack) -> TextIO:

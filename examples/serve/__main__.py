@@ -77,7 +77,7 @@ def _named(folders: list[str]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for text in folders:
         name, equals, path = text.partition("=")
-        if not equals:
+        if not equals or Path(text).is_dir():  # a folder may have such a name
             name, path = Path(text).resolve().name, text
         if not name or name in found:
             raise CompressionError(

@@ -62,7 +62,9 @@ class Ask(Options):
 class AskMany(Options):
     """Histories to recommend for."""
 
-    histories: list[list[Token]] = Field(min_length=1, max_length=MAX_HISTORIES)
+    histories: list[Annotated[list[Token], Field(max_length=MAX_HISTORY)]] = Field(
+        min_length=1, max_length=MAX_HISTORIES
+    )
 
 
 class Answer(BaseModel):
