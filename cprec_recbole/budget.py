@@ -89,6 +89,7 @@ def choose(
     trained: bool,
     unit: Unit = PARAMETERS,
     importance: Tensor | None = None,
+    n_bytes: int | None = None,
 ) -> Choice:
     """The options that lose least within a number of parameters, or of bytes.
 
@@ -107,6 +108,7 @@ def choose(
         trained: whether the original is; of a fresh one only the counts say anything.
         unit: what `limit` is counted in.
         importance: of the directions of a trained table, `[d, d]`; None: all are equal.
+        n_bytes: what was asked for where that was a size, for the message.
 
     Raises:
         CompressionError: the budget is below the smallest possible model.
@@ -114,10 +116,14 @@ def choose(
     smallest = smallest_possible(original, base, sharing, unit)
     if limit < smallest:
         whole = unit.other * sum(p.numel() for p in original.model.parameters())
+        least, got = f"a budget of {smallest:,} {unit.name}", f"{limit:,}"
+        if n_bytes is not None:
+            size = smallest * original.table.element_size() // unit.other
+            least, got = f"`size` to be {size:,} bytes", f"{n_bytes:,}"
         raise CompressionError(
-            f"Expected a budget of {smallest:,} {unit.name} or more (ratio "
-            f"{math.floor(100 * whole / smallest) / 100:.2f} at most), which is the smallest "
-            f"possible model, but got {limit:,}: {_why_no_smaller(original, base, sharing, unit)}."
+            f"Expected {least} or more (ratio {math.floor(100 * whole / smallest) / 100:.2f} at "
+            f"most), which is the smallest possible model, but got {got}: "
+            f"{_why_no_smaller(original, base, sharing, unit)}."
         )
     ends = block_ends(original.n_items)
     if trained:

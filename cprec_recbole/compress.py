@@ -33,6 +33,7 @@ _LADDER = 24  # ratios between which max_loss is searched: five evaluations find
 _LEAST_RATIO = 1.25
 
 
+@torch.inference_mode(False)  # what is made here can be trained, wherever it is called
 def compress(
     model: nn.Module,
     config: CompressionConfig | None = None,
@@ -66,7 +67,8 @@ def compress(
         config: the options as one object; or name them one by one instead, e.g.
             `compress(model, ranks=[64, 16, 4], sharing="cross_block")`. See CompressionConfig for
             `ranks`, `cutoffs`, `sharing`, `softmax` and `tied`. The result reads a history as the
-            model does, whatever the object's `training`; how it is trained on is the loader's.
+            model does, whatever the object's `training`; how it is trained on is the loader's. With
+            a budget, sharing is chosen unless it is named; an object names it.
         item_counts: how often each item occurs in training: a RecBole dataset (the training
             split), or an array `[n_items]`. May be left out for a model that was built after
             `import cprec_recbole`, which remembers them.
@@ -107,7 +109,8 @@ def compress(
         elif ratio is not None:
             small = work.within(int(work.cost / checked_ratio(ratio)), base, sharing)
         elif size is not None:
-            small = work.within(work.affordable(checked_bytes(size)), base, sharing)
+            n_bytes = checked_bytes(size)
+            small = work.within(work.affordable(n_bytes), base, sharing, n_bytes)
         else:
             small = work.small(base)
     if verbose and small.choice is not None:
@@ -146,9 +149,14 @@ class _Compression:
         return small
 
     def within(
-        self, limit: int, base: CompressionConfig, sharing: str | None
+        self,
+        limit: int,
+        base: CompressionConfig,
+        sharing: str | None,
+        n_bytes: int | None = None,
     ) -> CompressedRecommender:
-        """The compressed model that costs at most `limit`; its rows still in float."""
+        """The compressed model that costs at most `limit`, which may have been given as a size; its
+        rows still in float."""
         choice = choose(
             self.original,
             self.counts,
@@ -159,6 +167,7 @@ class _Compression:
             self.trained,
             self.unit,
             None if self.moment is None else tied_importance(self.moment),
+            n_bytes,
         )
         small = self.small(choice.compression)
         small.choice = choice

@@ -299,6 +299,8 @@ def _checked_cutoffs(value: object) -> tuple[int, ...] | tuple[float, ...] | Non
                 f"{list(cutoffs)}."
             )
         return tuple(int(c) for c in cutoffs)
+    if cutoffs and cutoffs[-1] == 1:
+        cutoffs = cutoffs[:-1]  # the end of the catalogue, which may be left out
     if not all(0 < c < 1 for c in cutoffs):  # also refuses NaN
         raise CompressionError(
             f"Expected `cutoffs` given as shares to lie between 0 and 1, but got {list(cutoffs)}."

@@ -78,7 +78,8 @@ class Block(nn.Module):
         """Rows of those positions that are in this block, which starts at one; zero for others.
 
         Every block looks up every position, its first row for those of others: cheap at low rank,
-        and no round trip to the host to count items. The padding row gets no gradient.
+        and no round trip to the host to count items; but with sparse gradients, which hold the rows
+        that were read, only its own. The padding row gets no gradient.
 
         Args:
             positions: in popularity order, `[...]`.
@@ -91,6 +92,9 @@ class Block(nn.Module):
         here = (positions >= start) & (positions < start + size)
         rows = torch.where(here, positions - start, 0)
         padding = PADDING if start == 0 else None
+        if self.sparse:
+            own = self._embed(rows[here], padding)
+            return own.new_zeros(*rows.shape, own.shape[-1]).index_put((here,), own)
         return torch.where(here.unsqueeze(-1), self._embed(rows, padding), 0.0)
 
     def _embed(self, rows: Tensor, padding: int | None) -> Tensor:

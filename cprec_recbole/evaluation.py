@@ -8,6 +8,7 @@ import torch
 from recbole.config import Config
 from recbole.data.dataloader import FullSortEvalDataLoader
 from recbole.evaluator import Evaluator
+from recbole.evaluator.register import metrics_dict
 from torch import nn
 
 from cprec_recbole.collector import TopKCollector, look_up
@@ -92,4 +93,14 @@ def check_evaluation_data(data: Any, argument: str = "valid_data") -> None:
         raise CompressionError(
             f"Expected `{argument}` to be RecBole's evaluation data with full ranking, the second "
             f"or third of data_preparation(config, dataset), but got {type(data).__name__}."
+        )
+    needy = [
+        name
+        for name in data.config["metrics"]
+        if any(need.startswith("data.") for need in metrics_dict[name.lower()].metric_need)
+    ]
+    if needy:
+        raise CompressionError(
+            f"Expected the `metrics` of `{argument}` to be of users alone, as NDCG and Hit are, "
+            f"but got {', '.join(needy)}, which RecBole computes from the training data too."
         )

@@ -91,6 +91,8 @@ def histories_of(data: Any, n_items: int, max_length: int) -> Histories:
             "Expected `data` to be RecBole's training data or lists of item ids, but got "
             f"{type(data).__name__}."
         )
+    if not len(data):
+        raise CompressionError("Expected `data` to hold histories, but it is empty.")
     histories: Any = data
     _, whole = pad_histories(histories, n_items, max_length, "data")
     pieces = []
@@ -118,28 +120,87 @@ def _of_dataset(dataset: Any, n_items: int, max_length: int) -> Histories:
             f"{len(dataset)} rows of a data set of {int(dataset.item_num)}."
         )
     fields = dataset.inter_feat
-    windows = NEXT_ITEMS in fields
-    if not windows and dataset.item_list_length_field not in fields:
+    if NEXT_ITEMS in fields:
+        return _of_windows(dataset, lists, max_length)
+    if dataset.item_list_length_field not in fields:
         raise CompressionError(
             "Expected `data` to be training data of a sequential model, but got a data set that "
             "has not been split; pass the first of data_preparation(config, dataset)."
         )
-    rows = torch.arange(len(dataset))
-    if not windows:
-        users = np.asarray(fields[dataset.uid_field])
-        rows = torch.from_numpy(window_rows(users, dataset.max_item_list_len))
-    width = min(max_length, dataset[rows[:1]][lists].shape[1])
-    whole = torch.zeros(2, len(rows), width, dtype=torch.int64)  # items and targets
-    for piece in torch.arange(len(rows)).split(_ROWS):  # gathering takes several times its result
+    return _of_prefixes(dataset, lists, max_length)
+
+
+def _of_windows(dataset: Any, lists: str, max_length: int) -> Histories:
+    """Our own windows, cut from the newest back where they are longer than the model's."""
+    found = []
+    for _, items, lengths, batch in _gathered(dataset, lists, torch.arange(len(dataset))):
+        for newer in range(0, items.shape[1], max_length):
+            ends = lengths - newer
+            here = ends > 0
+            size = min(max_length, items.shape[1])
+            both = (items, batch[NEXT_ITEMS])
+            found.append([_until(each[here], ends[here], size) for each in both])
+    return Histories(*(torch.cat(parts) for parts in zip(*found)))
+
+
+def _of_prefixes(dataset: Any, lists: str, max_length: int) -> Histories:
+    """RecBole's row for every prefix, brought back into windows: rows of which each has the history
+    of the one before it and its target are one sequence, whatever order they lie in by user. What
+    belongs to no other row is a window with one target."""
+    users = np.asarray(dataset.inter_feat[dataset.uid_field])
+    order = np.argsort(users, kind="stable")
+    follows = _follow(dataset, lists, order)
+    if follows.sum() < len(order) - len(np.unique(users)):  # perhaps the longest are first
+        turned = order[::-1].copy()
+        other = _follow(dataset, lists, turned)
+        if other.sum() > follows.sum():
+            order, follows = turned, other
+    size = min(max_length, dataset[torch.zeros(1, dtype=torch.int64)][lists].shape[1])
+    lasts = window_rows(np.cumsum(~follows), size)
+    n_targets = torch.from_numpy(np.diff(lasts, prepend=-1))
+    found = []
+    for piece, items, length, batch in _gathered(dataset, lists, torch.from_numpy(order[lasts])):
+        following = torch.cat([items[:, 1:], items.new_zeros(len(items), 1)], dim=1)
+        following[torch.arange(len(items)), length - 1] = batch[dataset.iid_field]
+        column = torch.arange(items.shape[1])
+        following[column < (length - n_targets[piece]).unsqueeze(1)] = PADDING
+        found.append([_until(each, length, size) for each in (items, following)])
+    return Histories(*(torch.cat(parts) for parts in zip(*found)))
+
+
+def _gathered(
+    dataset: Any, lists: str, rows: Tensor
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Any]]:
+    """Places among the rows, their lists `[n, L]`, lengths `[n]` and all fields, some at a time:
+    gathering takes several times its result."""
+    for piece in torch.arange(len(rows)).split(_ROWS):
         batch = dataset[rows[piece]]
-        items, lengths = batch[lists], batch[dataset.item_list_length_field]
-        if windows:
-            targets = batch[NEXT_ITEMS]
-        else:
-            targets = torch.cat([items[:, 1:], items.new_zeros(len(items), 1)], dim=1)
-            targets[torch.arange(len(items)), lengths - 1] = batch[dataset.iid_field]
-        whole[0, piece], whole[1, piece] = items[:, :width], targets[:, :width]
-    return Histories(*whole)
+        yield piece, batch[lists], batch[dataset.item_list_length_field], batch
+
+
+def _follow(dataset: Any, lists: str, order: np.ndarray) -> np.ndarray:
+    """Whether each row, in an order, has the history of the row before it and then that one's
+    target, of which RecBole keeps the newest items, `[n]`."""
+    found = np.zeros(len(order), dtype=bool)
+    before = None  # user and history that the next row would have
+    for piece, items, lengths, batch in _gathered(dataset, lists, torch.from_numpy(order)):
+        users = batch[dataset.uid_field]
+        longer = torch.cat([items, items.new_zeros(len(items), 1)], dim=1)
+        longer[torch.arange(len(items)), lengths] = batch[dataset.iid_field]
+        longer = _until(longer, lengths + 1, items.shape[1])
+        found[piece[1:]] = ((users[1:] == users[:-1]) & (items[1:] == longer[:-1]).all(1)).numpy()
+        if before is not None:
+            found[piece[0]] = users[0] == before[0] and torch.equal(items[0], before[1])
+        before = users[-1], longer[-1]
+    return found
+
+
+def _until(lists: Tensor, ends: Tensor, size: int) -> Tensor:
+    """The `size` columns before an end of each row, fewer where it has fewer, with padding behind
+    them: `[n, L], [n] -> [n, size]`."""
+    columns = (ends - size).clamp(min=0).unsqueeze(1) + torch.arange(size)
+    kept = lists.gather(1, columns.clamp(max=lists.shape[1] - 1))
+    return kept.masked_fill(columns >= ends.unsqueeze(1), PADDING)
 
 
 def drawn_histories(counts: np.ndarray, n: int, length: int, generator: torch.Generator) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
 
 @contextmanager
@@ -34,6 +35,26 @@ def with_gradients(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training, dropout in before:
             module.training, module.dropout = training, dropout
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Within, nothing is dropped out in train mode either: by layers of dropout, nor between those
+    of a recurrent layer, nor by attention."""
+    names = {_DropoutNd: "p", nn.RNNBase: "dropout", nn.MultiheadAttention: "dropout"}
+    before = [
+        (module, name, getattr(module, name))
+        for module in model.modules()
+        for kind, name in names.items()
+        if isinstance(module, kind)
+    ]
+    for module, name, _ in before:
+        setattr(module, name, 0.0)
+    try:
+        yield
+    finally:
+        for module, name, rate in before:
+            setattr(module, name, rate)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from cprec_recbole.backbones import Backbone, Reading
 from cprec_recbole.config import CompressionConfig, CompressionError
 from cprec_recbole.item_tables import Host
+from cprec_recbole.partition import PADDING
 from cprec_recbole.recommender import CompressedRecommender
 from cprec_recbole.records import find_backbone
 from cprec_recbole.sequences import item_counts as count_items
@@ -124,12 +125,14 @@ class Original:
         return _checked_counts(item_counts, self.n_items)
 
     def copy_host(self) -> Host:
-        """A deep copy of the host without its item table, and what is known of its items."""
+        """A deep copy of the host without its item table, and what is known of its items; all of
+        it can be trained, also what was frozen in the original."""
         holds = self.record.table.holds
         known = (*holds, "train_item_counts", "item_tokens", "vocabulary")
         left_out = [getattr(self.host, name, None) for name in known]
         host = copy.deepcopy(self.host, memo={id(each): None for each in left_out})
         host.item_embedding = self.record.table.look_up(self.host, None)
+        host.requires_grad_(True)
         return host
 
 
@@ -158,4 +161,5 @@ def _checked_counts(item_counts: Any, n_items: int) -> np.ndarray:
             "Expected `item_counts` to be zero or above and at most 2^53, but got "
             f"{counts[item]:g} for item {item}."
         )
+    counts[PADDING] = 0  # padding is no item, however often lists are padded
     return counts

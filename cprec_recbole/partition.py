@@ -52,7 +52,8 @@ class Partition(nn.Module):
             counts: training interactions of each item id, `[n_items]`; that of id 0 is ignored.
             cutoffs: end of each block in that order, the last `n_items`.
         """
-        by_popularity = np.argsort(-np.asarray(counts)[1:], kind="stable") + 1
+        often = np.asarray(counts, dtype=np.float64)[1:]  # unsigned numbers have no negative
+        by_popularity = np.argsort(-often, kind="stable") + 1
         return cls(torch.from_numpy(np.concatenate([[PADDING], by_popularity])), cutoffs)
 
     @property
@@ -86,9 +87,17 @@ class Partition(nn.Module):
         """What `print(model)` shows."""
         return f"n_items={self.n_items}, cutoffs={list(self.cutoffs)}"
 
+    def check_state(self, state_dict: Mapping[str, Any], prefix: str) -> None:
+        """Raise a CompressionError where a state's order is none of this catalogue's items; one of
+        another size is PyTorch's to refuse."""
+        item_at = state_dict.get(f"{prefix}item_at")
+        if isinstance(item_at, Tensor) and item_at.shape == self.item_at.shape:
+            _inverse(item_at)
+
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
+        self.check_state(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.position_of = _inverse(self.item_at)
 

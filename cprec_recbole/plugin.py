@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from cprec_recbole.config import CompressionConfig, reject_unknown
@@ -163,6 +164,28 @@ def _with_working_fillna(original: Callable) -> Callable:
     return _fill_nan
 
 
+def _with_working_remap(original: Callable) -> Callable:
+    def _remap(self: Any, remap_list: list) -> None:
+        # RecBole asks a column of lists for `agg(len)`, which is one number since pandas 3
+        if all(kind.name != "TOKEN_SEQ" for _, _, kind in remap_list):
+            original(self, remap_list)
+            return
+        tokens, ends = self._concat_remaped_tokens(remap_list)
+        numbers, known = pd.factorize(tokens)
+        names = np.array(["[PAD]", *known])
+        by_token = {token: number for number, token in enumerate(names)}
+        for (feat, field, kind), own in zip(remap_list, np.split(numbers + 1, ends)):
+            ids: Any = own
+            if field not in self.field2id_token:
+                self.field2id_token[field] = names
+                self.field2token_id[field] = by_token
+            if kind.name == "TOKEN_SEQ":
+                ids = np.split(ids, np.cumsum(feat[field].map(len))[:-1])
+            feat[field] = ids
+
+    return _remap
+
+
 def _with_remembered_counts(original: Callable) -> Callable:
     def __init__(self: Any, config: Any, dataset: Any) -> None:
         from cprec_recbole.sequences import item_counts
@@ -251,6 +274,7 @@ def adapt() -> None:
     replace(Config, "compatibility_settings", _without_numpy_patching)
     replace(Config, "_load_internal_config_dict", _with_parent_defaults)
     replace(Dataset, "_fill_nan", _with_working_fillna)
+    replace(Dataset, "_remap", _with_working_remap)
     replace(SequentialRecommender, "__init__", _with_remembered_counts)
     replace(recbole.data.utils, "get_dataloader", _with_positions_loader)
     for module in (recbole.quick_start, recbole.quick_start.quick_start):

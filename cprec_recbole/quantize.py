@@ -86,6 +86,7 @@ class _Numbers:
                 same = _same(cast(Int8Block, block).in_float(), trained)
                 # a copy of the block, for matrices are rounded where they are
                 table.factors[j] = copy.deepcopy(block) if same else Int8Block.of(trained)
+                table.factors[j].train(trained.training)
         for name, matrix in float_matrices(model):
             if not torch.equal(matrix, self.matrices[name]):
                 model.int8_scales = {**model.int8_scales, name: round_to_int8(matrix)}

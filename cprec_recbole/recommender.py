@@ -236,6 +236,9 @@ class CompressedRecommender(Servable, SequentialRecommender):
                     "Expected `state_dict` to be of a model with the same `sharing` and `tied`, "
                     f"but {other} and {name}, one parameter here, differ there."
                 )
+        for name, module in self.named_modules():  # before anything is changed
+            if isinstance(module, Partition):
+                module.check_state(state_dict, f"{name}.")
         return super().load_state_dict(state_dict, strict=strict)
 
     def full_sort_predict(self, interaction: Interaction) -> Tensor:

@@ -97,6 +97,7 @@ def clip_gradients(
     Raises:
         CompressionError: such an option with other gradients.
     """
+    norm_type = float(norm_type)
     for parameter in parameters:
         if parameter.grad is not None and parameter.grad.is_sparse:
             parameter.grad = parameter.grad.coalesce()  # each row once
@@ -107,6 +108,10 @@ def clip_gradients(
         raise CompressionError(
             "Expected `clip_grad_norm` to hold max_norm and norm_type alone with sparse gradients "
             f"or rows on several processes, but got {', '.join(others)}."
+        )
+    if not norm_type > 0:
+        raise CompressionError(
+            f"Expected the norm_type of `clip_grad_norm` to be above 0, but got {norm_type:g}."
         )
     device = parameters[0].device
     powers = {True: torch.zeros((), device=device), False: torch.zeros((), device=device)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from cprec_recbole.partition import Partition
 _ROWS = 2**16
 _BISECTIONS = 50
 _ABOVE_CHANCE = 1.3
+_WORTH_A_BLOCK = 0.01  # of the table: what a plan with a block more has to lose less at the least
 MOST_BLOCKS = 5  # CpRec, section 3.2: three to five are enough
 # where a block may end, as shares of the items: finer where items are popular
 _SHARES = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -107,8 +109,9 @@ class Spectra:
         """The blocks and ranks that lose least and cost at most `limit`.
 
         For a price on a parameter, or on a byte, dynamic programming finds the blocks and ranks of
-        least loss plus price; the price is bisected until the budget is met, and what is left of
-        it is spent rank by rank. None if not even one block of rank 1 fits.
+        least loss plus price; the price is bisected until the budget is met. That finds plans on
+        the convex hull of loss and cost, so what is left of the budget is spent on higher ranks and
+        on blocks in two. None if not even one block of rank 1 fits.
         """
         best = BlockPlan((1,), (self.ends[-1],), self.dim)
         if cost.of(best) > limit:
@@ -123,7 +126,13 @@ class Spectra:
             high = price
             if self.loss(plan) <= self.loss(best):
                 best = plan
-        return self._filled(best, limit, cost)
+        best = self._filled(best, limit, cost)
+        while (other := self._with_one_more(best, limit, cost)) is not None:
+            best = self._filled(other, limit, cost)
+        full = best.ranks.count(self.dim)  # blocks that lose nothing are one
+        if full > 1:
+            best = BlockPlan(best.ranks[full - 1 :], best.cutoffs[full - 1 :], self.dim)
+        return best
 
     def loss(self, plan: BlockPlan) -> float:
         """The share of the table that a plan loses."""
@@ -181,6 +190,39 @@ class Spectra:
             if not steps:
                 return plan
             plan = max(steps, key=lambda step: step[0])[1]
+
+    def _with_one_more(self, plan: BlockPlan, limit: int, cost: Cost) -> BlockPlan | None:
+        """The plan with one of its blocks in two that loses least within the budget; None where
+        none loses less."""
+        if len(plan.ranks) == MOST_BLOCKS:
+            return None
+        best, least = None, self.loss(plan) - _WORTH_A_BLOCK
+        places = [self.ends.index(end) for end in (0, *plan.cutoffs)]
+        for j, (start, end) in enumerate(pairwise(places)):
+            highest = plan.ranks[j - 1] if j else self.dim
+            lowest = plan.ranks[j + 1] if j + 1 < len(plan.ranks) else 1
+            ranks = range(lowest, highest + 1)
+            rest = self.loss(plan) - self.lost[start, end, plan.ranks[j]]
+            for middle in range(start + 1, end):
+                for first in ranks:
+                    # the second rank costs more the higher it is, and loses less
+                    low, high = lowest - 1, first
+                    while low < high:
+                        rank = (low + high + 1) // 2
+                        split = _split(plan, j, self.ends[middle], first, rank)
+                        low, high = (rank, high) if cost.of(split) <= limit else (low, rank - 1)
+                    if low < lowest:
+                        continue
+                    lost = rest + self.lost[start, middle, first] + self.lost[middle, end, low]
+                    if lost < least:
+                        best, least = _split(plan, j, self.ends[middle], first, low), lost
+        return best
+
+
+def _split(plan: BlockPlan, j: int, end: int, first: int, second: int) -> BlockPlan:
+    """A plan whose block j ends earlier, the rest of it in a block of its own."""
+    ranks = (*plan.ranks[:j], first, second, *plan.ranks[j + 1 :])
+    return BlockPlan(ranks, (*plan.cutoffs[:j], end, *plan.cutoffs[j:]), plan.dim)
 
 
 @dataclass(frozen=True)

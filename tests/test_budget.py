@@ -77,6 +77,13 @@ def test_the_plan_for_a_budget_fits_and_nothing_more_would(parameters, seed):
         more = all(a >= b for a, b in zip(other.ranks, plan.ranks)) and other.ranks != plan.ranks
         if same and more and other.n_parameters <= parameters:
             assert found.loss(other) >= found.loss(plan) - 1e-12
+        added = set(other.cutoffs) - set(plan.cutoffs)
+        if len(added) == 1 and len(other.ranks) == len(plan.ranks) + 1:  # nor a block be cut in two
+            j = other.cutoffs.index(added.pop())
+            kept = other.ranks[:j] + other.ranks[j + 2 :] == plan.ranks[:j] + plan.ranks[j + 1 :]
+            if kept and other.n_parameters <= parameters:
+                assert found.loss(other) >= found.loss(plan) - 0.01
+    assert plan.ranks.count(5) <= 1  # blocks that lose nothing are one
 
 
 @given(
@@ -187,7 +194,14 @@ def test_max_loss_may_end_at_the_smallest_model(world):
 
 @pytest.mark.parametrize(
     ("size", "n_bytes"),
-    [(2000, 2000), ("2MB", 2_000_000), ("1.5 kb", 1500), ("2KiB", 2048), ("1GiB", 2**30)],
+    [
+        (2000, 2000),
+        (2e6, 2_000_000),
+        ("2MB", 2_000_000),
+        ("1.5 kb", 1500),
+        ("2KiB", 2048),
+        ("1GiB", 2**30),
+    ],
 )
 def test_sizes_are_read(size, n_bytes):
     assert checked_bytes(size) == n_bytes
@@ -212,7 +226,7 @@ def test_sizes_are_read(size, n_bytes):
         ({"max_loss": 0.01}, "`valid_data` to be RecBole's evaluation data"),
         ({"valid_data": 1}, "`valid_data` only with `max_loss`"),
         ({"ratio": 1000}, r"budget of [\d,]+ parameters or more \(ratio [\d.]+ at most\)"),
-        ({"size": 4}, "smallest possible model"),
+        ({"size": 4}, r"`size` to be [\d,]+ bytes or more .* smallest possible model, but got 4:"),
     ],
 )
 def test_bad_budgets_are_refused(trained, options, match):

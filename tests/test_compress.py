@@ -148,6 +148,35 @@ def test_counts_must_be_counts(world, host_name):
         refused(model, f"`item_counts` to be zero or above .* {got}", item_counts=counts)
 
 
+@pytest.mark.parametrize("frozen", ["all", "some"])
+def test_a_frozen_model_is_compressed_and_what_is_made_can_be_trained(trained, host_name, frozen):
+    model = copy.deepcopy(trained[host_name])
+    for parameter in list(model.parameters())[: None if frozen == "all" else 1]:
+        parameter.requires_grad_(False)
+    before = [p.requires_grad for p in model.parameters()]
+    small = compress(model, ranks=[16, 4], cutoffs=[9])
+    assert all(p.requires_grad for p in small.parameters())
+    assert [p.requires_grad for p in model.parameters()] == before
+
+
+def test_it_can_be_trained_also_if_it_was_made_where_nothing_is(trained):
+    with torch.inference_mode():
+        small = compress(trained["SASRec"], ranks=[16, 4], cutoffs=[9])
+    hidden = small.hidden_states(torch.tensor([[1, 2, 3]]))
+    small.head.loss(hidden.flatten(0, 1), torch.tensor([2, 3, 4])).backward()
+    assert small.table.blocks[1].weight.grad.abs().sum() > 0
+
+
+def test_what_is_counted_for_padding_does_not_matter(trained):
+    counts = trained["SASRec"].train_item_counts.astype(float)
+    found = []
+    for padding in (0, 1e6):
+        counts[0] = padding
+        small = compress(trained["SASRec"], ratio=2, item_counts=counts, verbose=False)
+        found.append(small.state_dict())
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
 def test_missing_counts_are_named(world, host_name):
     model = world.model(host_name)
     del model.train_item_counts  # as if built before the plugin

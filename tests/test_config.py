@@ -61,6 +61,8 @@ def test_the_error_is_a_value_error():
 def test_the_end_of_the_catalogue_may_be_left_out():
     short = CompressionConfig(ranks=[8, 4], cutoffs=[40]).plan(8, 100)
     whole = CompressionConfig(ranks=[8, 4], cutoffs=[40, 100]).plan(8, 100)
+    shares = CompressionConfig(ranks=[8, 4], cutoffs=[0.4, 1.0])
+    assert shares == CompressionConfig(ranks=[8, 4], cutoffs=[0.4])
     assert short == whole
     assert short.sizes == (40, 60)
 

@@ -1,5 +1,6 @@
 """Windows out of RecBole's data and out of lists, each training target once."""
 
+import copy
 from itertools import pairwise
 
 import numpy as np
@@ -31,6 +32,49 @@ def test_recboles_prefix_rows_become_the_windows_of_our_own_data_set(world, host
     assert pairs(ours) == pairs(of_prefixes) == pairs(by_option)
     rows = loader(world, host_name)._dataset
     assert int((ours.targets != 0).sum()) == len(rows)
+
+
+@pytest.mark.parametrize("limit", [3, 8, 20])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("SASRec", {}), ("CpSASRec", {}), ("CpSASRec", {"training": "last_position"})],
+)
+@pytest.mark.parametrize("grouped", ["user", "none"])
+def test_every_training_target_is_there_once_whatever_the_lengths_and_the_split(
+    world, name, options, limit, grouped
+):
+    evaluation = {"split": {"RS": [8, 1, 1]}, "order": "TO", "mode": "full", "group_by": grouped}
+    rows = loader(world, "SASRec", eval_args=evaluation, MAX_ITEM_LIST_LENGTH=100)._dataset[:]
+    whole = {}  # each target's history
+    for items, target, user in zip(rows["item_id_list"], rows["item_id"], rows["user_id"]):
+        whole.setdefault((int(user), int(target)), []).append(items[items != 0].tolist())
+    data = loader(world, name, eval_args=evaluation, MAX_ITEM_LIST_LENGTH=limit, **options)
+    found = histories_of(data, 41, LENGTH)
+    assert found.items.shape[1] == min(limit, LENGTH)
+    assert ((found.items != 0) | (found.targets == 0)).all()
+    expected = sorted(int(target) for target in rows["item_id"])
+    assert sorted(found.targets[found.targets != 0].tolist()) == expected
+    histories = [(target, each) for (_, target), several in whole.items() for each in several]
+    for seen, target in pairs(found):
+        assert any(t == target and each[-len(seen) :] == seen for t, each in histories)
+
+
+@pytest.mark.parametrize("order", ["reversed", "shuffled"])
+def test_prefix_rows_are_sequences_again_in_whatever_order_they_lie(world, order):
+    """As in benchmark files, which may have the longest first."""
+    dataset = loader(world, "SASRec", MAX_ITEM_LIST_LENGTH=LENGTH)._dataset
+    expected = histories_of(dataset, 41, LENGTH)
+    rows = torch.arange(len(dataset)).flip(0)
+    if order == "shuffled":
+        rows = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(1))
+    other = copy.copy(dataset)
+    other.inter_feat = dataset.inter_feat[rows]
+    found = histories_of(other, 41, LENGTH)
+    targets = [each.targets[each.targets != 0].sort().values for each in (found, expected)]
+    assert torch.equal(*targets)
+    if order == "reversed":
+        assert pairs(found) == pairs(expected)
+        assert len(found) == len(expected)
 
 
 @given(
@@ -81,7 +125,8 @@ def test_a_sample_has_no_window_twice():
         ("many", "`data` to be item ids or lists of them, but got 'many'"),
         ([[1], [2]], "history of two items or more"),
         ([[1, 99]], "item ids from 1 to 40"),
-        ([], "every history of `data` to hold an item, but history 0 is"),
+        ([], "`data` to hold histories, but it is empty"),
+        ([[]], "every history of `data` to hold an item, but history 0 is"),
         (7, "but got int"),
     ],
 )

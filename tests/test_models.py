@@ -304,6 +304,20 @@ def test_a_state_that_shares_less_is_refused(world, host_name):
         shared.load_state_dict(shared.state_dict(), assign=True)
 
 
+def test_a_state_with_a_damaged_order_changes_nothing(world):
+    model, other = (world.model("CpSASRec", ranks=[8, 4], cutoffs=[9], seed=s) for s in (1, 2))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    damaged = other.state_dict()
+    for name in damaged:
+        if name.endswith("item_at"):
+            damaged[name] = damaged[name].clone()
+            damaged[name][3] = damaged[name][4]
+    with pytest.raises(CompressionError, match="damaged"):
+        model.load_state_dict(damaged)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
 def test_ids_outside_the_catalogue_are_an_index_error(world, host_name):
     model = world.model(f"Cp{host_name}", **BLOCKS)
     for outside in (-1, model.n_items):

@@ -47,3 +47,9 @@ def test_a_loaded_order_replaces_its_inverse_too():
     damaged = {"item_at": torch.tensor([0, 2, 2, 1], dtype=torch.int32)}
     with pytest.raises(CompressionError, match="damaged"):
         second.load_state_dict(damaged)
+    assert second.item_at.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("kind", [np.uint32, np.int64, np.float32, list])
+def test_the_order_is_that_of_the_counts_whatever_their_type(kind):
+    assert Partition.from_counts(kind([9, 1, 0, 5]), [2, 4]).item_at.tolist() == [0, 3, 1, 2]

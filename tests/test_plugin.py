@@ -102,6 +102,24 @@ def test_missing_values_are_filled_on_current_pandas(world, tmp_path):
     assert ratings.iloc[2] == pytest.approx(np.mean([0, 1, 3, 4, 5]))
 
 
+@pytest.mark.parametrize("model", ["SASRec", "CpSASRec"])
+def test_columns_of_lists_are_read_on_current_pandas(model):
+    from recbole.data import create_dataset
+
+    from cprec_recbole.host import recbole_config
+
+    columns = {"inter": ["user_id", "item_id", "timestamp"], "item": ["item_id", "class"]}
+    dataset = create_dataset(recbole_config(model, "ml-100k", {"load_col": columns}))
+    genres = dict(zip(dataset.item_feat["item_id"], dataset.item_feat["class"]))
+    for film, expected in (
+        ("1", ["Animation", "Children's", "Comedy"]),
+        ("2", ["Action", "Adventure", "Thriller"]),
+        ("242", ["Comedy"]),
+    ):
+        found = genres[dataset.token2id("item_id", film)]
+        assert list(dataset.id2token("class", found)) == expected
+
+
 def test_importing_and_registering_twice_changes_nothing():
     from recbole.config import Config
 

@@ -12,6 +12,7 @@ from cprec_recbole.checkpoint import read_checkpoint
 from cprec_recbole.group import Place, share
 from cprec_recbole.job import Job
 from cprec_recbole.processes import launch
+from cprec_recbole.reducer import clip_gradients
 from tests import children
 from tests.builders import World
 
@@ -184,6 +185,17 @@ def test_gradients_are_added_up_whatever_their_layout():
         *(False, False, False, True, True, True, False, False)
     ]
     assert torch.equal(found[-1], grads[0][-1])
+
+
+def test_clipping_takes_norms_as_torch_writes_them_and_no_others():
+    parameter = torch.nn.Parameter(torch.zeros(5, 2))
+    rows = torch.tensor([[3, 1]])
+    parameter.grad = torch.sparse_coo_tensor(rows, torch.tensor([[3.0, -4], [0, 2]]), (5, 2))
+    assert float(clip_gradients([parameter], 1.0, "inf")) == 4.0
+    with pytest.raises(
+        CompressionError, match="norm_type of `clip_grad_norm` to be above 0, but g"
+    ):
+        clip_gradients([parameter], 1.0, 0)
 
 
 @pytest.mark.parametrize("norm_type", [2.0, 1.0, float("inf")])

@@ -6,6 +6,7 @@ from importlib import import_module
 
 import pytest
 import torch
+from torch import nn
 
 from cprec_recbole import (
     CompressionConfig,
@@ -17,7 +18,7 @@ from cprec_recbole import (
 )
 from cprec_recbole.averaging import WeightAverage
 from cprec_recbole.distillation import Teacher
-from cprec_recbole.histories import histories_of
+from cprec_recbole.modes import without_dropout
 from cprec_recbole.original import Original
 from cprec_recbole.recover import _rate_at, _Recovery
 from tests.builders import HOSTS
@@ -143,6 +144,45 @@ def test_a_model_of_sparse_gradients_recovers_as_another_does(trained, data, pai
     assert small.table.blocks[1].sparse
 
 
+@pytest.mark.parametrize("metric", ["ItemCoverage", "AveragePopularity"])
+def test_metrics_of_the_training_data_are_refused_at_once(world, trained, metric):
+    loaders = world.loaders(world.config("SASRec", metrics=["NDCG", metric]))
+    small = squeezed(trained, "SASRec")
+    for call in (
+        lambda: evaluate(trained["SASRec"], loaders[1]),
+        lambda: recover(small, trained["SASRec"], loaders[0], 1, valid_data=loaders[1]),
+        lambda: compress(trained["SASRec"], max_loss=0.1, valid_data=loaders[1]),
+    ):
+        with pytest.raises(CompressionError, match=f"users alone, .* got {metric}, which RecBole"):
+            call()
+
+
+def test_layers_that_do_not_run_in_half_precision_are_named(trained, data):
+    small = squeezed(trained, "SASRec").bfloat16()
+    before = {name: value.clone() for name, value in small.state_dict().items()}
+    with pytest.raises(CompressionError, match=r"bfloat16, in which the layers of SASRec do not"):
+        recover(small, None, data["SASRec"][0], epochs=1)
+    assert all(torch.equal(small.state_dict()[name], value) for name, value in before.items())
+
+
+def test_nothing_is_dropped_out_by_any_layer():
+    model = nn.ModuleDict(
+        {
+            "gru": nn.GRU(8, 8, num_layers=3, dropout=0.9),
+            "attention": nn.MultiheadAttention(8, 2, dropout=0.9),
+            "alone": nn.AlphaDropout(0.9),
+        }
+    ).train()
+    x = torch.randn(5, 8)
+
+    def outputs():
+        return model["gru"](x)[0], model["attention"](x, x, x)[0], model["alone"](x)
+
+    with without_dropout(model):
+        assert all(torch.equal(one, other) for one, other in zip(outputs(), outputs()))
+    assert not any(torch.equal(one, other) for one, other in zip(outputs(), outputs()))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("softmax", ["full", "tree"])
 def test_a_teacher_is_heard_under_autocast(trained, data, host_name, softmax, dtype):
@@ -184,17 +224,25 @@ def test_rows_that_do_not_fit_the_memory_are_taught_in_parts(trained, monkeypatc
 @pytest.mark.parametrize(
     ("taught", "share", "dropped"), [(True, 0.5, False), (True, 0.0, True), (False, 0.5, True)]
 )
-def test_nothing_is_dropped_where_the_original_teaches(trained, data, taught, share, dropped):
-    small = squeezed(trained, "SASRec").eval()
-    original = Original.of(trained["SASRec"]) if taught else None
-    histories = histories_of(data["SASRec"][0], small.n_items, 8)
-    _Recovery(small, original, histories, share, None, lambda: small).begin_training()
-    dropouts = [m for m in small.modules() if isinstance(m, torch.nn.Dropout)]
-    assert small.training
-    assert {m.training for m in dropouts} == {dropped}
-    small.train()  # which recover() brings back, dropout included
-    recover(small, trained["SASRec"] if taught else None, data["SASRec"][0], 1, progress=False)
-    assert all(m.training for m in dropouts)
+def test_nothing_is_dropped_where_the_original_teaches(
+    trained, data, taught, share, dropped, monkeypatch
+):
+    small = squeezed(trained, "SASRec").train()
+    dropouts = [m for m in small.modules() if isinstance(m, nn.Dropout)]
+    rates = [m.p for m in dropouts]
+    assert set(rates) == {0.5}
+    seen, loss = set(), _Recovery.loss
+
+    def watched(self, *batch):
+        assert all(m.training for m in dropouts)
+        seen.update(m.p for m in dropouts)
+        return loss(self, *batch)
+
+    monkeypatch.setattr(_Recovery, "loss", watched)
+    teacher = trained["SASRec"] if taught else None
+    recover(small, teacher, data["SASRec"][0], 1, distillation=share, progress=False)
+    assert seen == ({0.5} if dropped else {0.0})
+    assert [m.p for m in dropouts] == rates  # as before
 
 
 @pytest.mark.parametrize("n_steps", [1, 3, 20, 1000])
