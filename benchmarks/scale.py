@@ -67,7 +67,8 @@ def work_of(blocks: list[tuple[int, int, float]]) -> float:
 
 def measured(file: Path) -> tuple[float, dict[str, Any]]:
     """Nanoseconds of an operation as `work_of` counts them, and where they come from."""
-    rows = json.loads(file.read_text())["rows"]
+    content = json.loads(file.read_text())
+    rows, threads = content["rows"], content["environment"]["torch_threads"]
     tree = {r["items"]: r for r in rows if r["contender"] == TREE and r["dataset"] == "made up"}
     small, large = tree[100_000], tree[10_000_000]
 
@@ -78,7 +79,8 @@ def measured(file: Path) -> tuple[float, dict[str, Any]]:
         return work_of(list(zip(sizes, row["ranks"], shares)))
 
     nanoseconds = 1e6 * (large["ms"] - small["ms"]) / (work(large) - work(small))
-    return nanoseconds, {"small": small, "large": large}
+    here = "one thread" if threads == 1 else f"{threads} threads"
+    return nanoseconds, {"small": small, "large": large, "threads": here}
 
 
 def main() -> None:
@@ -96,14 +98,14 @@ def main() -> None:
         f"Measured: {nanoseconds:.3f} ns for one of the operations by which blocks are chosen (18 "
         "+ rank for a logit; optimizer and gradients of the rows included), the difference between "
         f"{rows['small']['ms']:,.0f} ms at 100 thousand and {rows['large']['ms']:,.0f} ms at 10 "
-        "million items in training.md, two cores. Computed from that, under Zipf's law: "
+        f"million items in training.md, {rows['threads']}. Computed from that, under Zipf's law: "
         f"{TARGETS:,} targets a step, tree softmax, ranks {'/'.join(map(str, RANKS))}, a head of "
         f"{HEAD:,}. Memory: {COPIES} bytes a parameter (weights, gradient, Adam) and {ITEM_BYTES} "
         f"an item on every process. Traffic: what one of {world} processes sends in a step.",
         "",
         "| items | blocks | parameters | GB on one process "
-        f"| GB on each of {world} | MB a step | seconds a step, two cores | of them, {world} "
-        "machines of two cores |",
+        f"| GB on each of {world} | MB a step | seconds a step, {rows['threads']} "
+        f"| of them, {world} machines so |",
         "|--:|---|--:|--:|--:|--:|--:|--:|",
     ]
     for n_items in SIZES:

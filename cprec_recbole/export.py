@@ -46,7 +46,7 @@ def export(
     Args:
         small: a compressed model, its numbers in float32, its rows in float32 or int8.
         path: the file; its folder exists.
-        to: `onnx` (opset 18; needs `pip install cprec_recbole[export]`) or `torch` (a `.pt2` for
+        to: `onnx` (opset 18; needs the extra `export`) or `torch` (a `.pt2` for
             `torch.export.load`).
         k: how many items the graph returns.
 
@@ -143,7 +143,7 @@ def _check_packages() -> None:
     except (ImportError, AttributeError) as error:
         raise CompressionError(
             f"Expected onnx, onnxscript and torch 2.8 or newer for ONNX, but got: {error}; pip "
-            'install "cprec_recbole[export]".'
+            'install ".[export]" in a clone of cprec_recbole brings them.'
         ) from error
 
 
