@@ -153,7 +153,8 @@ class Sweeps:
     """The two sweeps over the logits of a group of rows, piece by piece.
 
     The first finds the normaliser, the second the gradient. Between them the pieces, each a softmax
-    of its own, are kept where the budget allows, else made again.
+    of its own, are kept where the budget allows, else made again. So for each group in turn:
+    `log_sum`, then `add_gradients` of the same rows, which uses what `log_sum` left.
 
     Args:
         strips: the columns.

@@ -37,7 +37,8 @@ class Exportable(nn.Module):
         self.k = k
         for table in {id(t): t for t in (self.model.table, self.model.head.table)}.values():
             order = table.partition
-            # one table of places is enough, for look-ups and for scores in the order of ids
+            # the graph reads `position_of` alone, for look-ups and for scores in the order of ids;
+            # of `item_at`, its inverse, an entry is left so that it is not written
             order.item_at = order.item_at[:1].clone()
             for own in table.blocks:
                 if isinstance(own, Int8Block):

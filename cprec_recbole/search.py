@@ -84,7 +84,9 @@ def search(
 class _Searched(Rows):
     """The head is read, then what of the other blocks may hold one of the best.
 
-    Arrays have the batch last, in lanes: its rows, filled up with rows of zeros that want nothing.
+    Arrays have the batch last, in lanes: its rows, then fillers, from `n_rows` on. A filler's
+    hidden state is zero and its floor is infinite (`best`), so that no item of its is ever wanted
+    or kept.
     """
 
     def topk(self) -> TopK:

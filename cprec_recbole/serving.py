@@ -190,48 +190,55 @@ class Servable(nn.Module):
                 raise CompressionError(
                     f"Expected a model with finite weights, but {name} has NaN or inf."
                 )
+        weights, is_rounded = self._kept_weights()
         partition = self.table.partition
-        member = partition.blocks(partition.position_of)
-        weights = {"blocks": packed_blocks(member.cpu().numpy(), len(partition.sizes))}
-        order = [
-            torch.argsort(partition.item_at[start:end])
-            for start, end in zip(partition.starts, partition.cutoffs)
-        ]
-        tables = (self.table, self.head.table)
-        rows = {
-            id(parameter): permutation
-            for table in tables
-            for block, permutation in zip(table.blocks, order)
-            for parameter in block.per_row()
-        }
-        scales = {id(b.scale) for t in tables for b in t.blocks if isinstance(b, Int8Block)}
-        rounded: list[Tensor] = []
-        for name, matrix in float_matrices(self):
-            values = whole_numbers(matrix, self.int8_scales.get(name))
-            if values is not None:
-                weights[name] = values
-                rounded.append(self.int8_scales[name])
-        for name, parameter in self.named_parameters():
-            if name in weights:
-                continue
-            permutation = rows.get(id(parameter))
-            weights[name] = parameter if permutation is None else parameter[permutation]
-            if id(parameter) in scales:
-                weights[name] = weights[name].to(SCALE_DTYPE)  # they have no more bits than that
-        if rounded:
-            weights["scales"] = kept_scales(rounded)
         plan = {"ranks": list(self.table.ranks), "cutoffs": list(partition.cutoffs)}
         options = {
             "model": type(self).__name__,
             "n_items": self.n_items,
             "dtype": str(self.table.dtype).removeprefix("torch."),
             **({"rows": "int8"} if self.table.is_int8 else {}),
-            **({"matrices": "int8"} if rounded else {}),
+            **({"matrices": "int8"} if is_rounded else {}),
             "reads_last_column": self.reads_last_column,
             "compression": self.compression.as_dict() | plan,
             "architecture": architecture(self.record, self.backbone),
         }
         return write_folder(folder, options, weights, vocabulary.tokens)
+
+    def _kept_weights(self) -> tuple[dict[str, Tensor], bool]:
+        """What is written of the parameters, by name, and whether matrices of layers are in int8:
+        rows in the order of ids, with the block of each item beside them."""
+        partition = self.table.partition
+        member = partition.blocks(partition.position_of)
+        weights = {"blocks": packed_blocks(member.cpu().numpy(), len(partition.sizes))}
+        rounded = {}
+        for name, matrix in float_matrices(self):
+            values = whole_numbers(matrix, self.int8_scales.get(name))
+            if values is not None:
+                weights[name], rounded[name] = values, self.int8_scales[name]
+        by_id, scales = self._rows_by_id()
+        for name, parameter in self.named_parameters():
+            if name in rounded:
+                continue
+            order = by_id.get(id(parameter))
+            weights[name] = parameter if order is None else parameter[order]
+            if id(parameter) in scales:
+                weights[name] = weights[name].to(SCALE_DTYPE)  # they have no more bits than that
+        if rounded:
+            weights["scales"] = kept_scales(list(rounded.values()))
+        return weights, bool(rounded)
+
+    def _rows_by_id(self) -> tuple[dict[int, Tensor], set[int]]:
+        """For each parameter with an entry a row of a block, the order that brings its rows into
+        that of item ids; and which of those are scales. By their `id`."""
+        partition, tables = self.table.partition, (self.table, self.head.table)
+        blocks = [
+            (block, torch.argsort(partition.item_at[start:end]))
+            for table in tables
+            for block, start, end in zip(table.blocks, partition.starts, partition.cutoffs)
+        ]
+        by_id = {id(parameter): order for block, order in blocks for parameter in block.per_row()}
+        return by_id, {id(block.scale) for block, _ in blocks if isinstance(block, Int8Block)}
 
     @torch.no_grad()
     def add_items(

@@ -132,7 +132,11 @@ class Rows:
         return self.weights.partition.item_at[positions].long()
 
     def offset(self, j: int, rows: Tensor, log_sum: Tensor) -> Tensor:
-        """Keep and return a block's offset, given the log of its summed exponentials, `[B]`."""
+        """Keep and return a block's offset, given the log of its summed exponentials, `[B]`.
+
+        It is called again as more is known of the sum: by bounds, then by all rows, at last in
+        float64. Each call adds to the doubt, as each may have been what an item was judged by.
+        """
         if j == 0:
             branches = torch.cat([log_sum.double().unsqueeze(1), self.branches[rows]], dim=1)
             offset = -torch.logsumexp(branches, 1)

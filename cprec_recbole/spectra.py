@@ -141,7 +141,11 @@ class Spectra:
         return float(sum(self.lost[a, b, rank] for a, b, rank in pairs))
 
     def _priced(self, price: float, cost: Cost) -> BlockPlan:
-        """The plan of least loss plus price times cost; ranks never rise."""
+        """The plan of least loss plus price times cost; ranks never rise.
+
+        `value[b, e, r]` is the least for the items before end e in b blocks, the last of rank r;
+        `before[b, e, r]` are the end and the rank of the block before that one.
+        """
         n, dim = len(self.ends), self.dim
         ranks = np.arange(dim + 1)
         unit = cost.unit
