@@ -94,13 +94,23 @@ def check_evaluation_data(data: Any, argument: str = "valid_data") -> None:
             f"Expected `{argument}` to be RecBole's evaluation data with full ranking, the second "
             f"or third of data_preparation(config, dataset), but got {type(data).__name__}."
         )
+    check_metrics(data.config, argument)
+
+
+def check_metrics(config: Config, argument: str) -> None:
+    """Raise a CompressionError for metrics that RecBole computes from the training data too.
+
+    Args:
+        config: RecBole's.
+        argument: what the message says that they are of.
+    """
     needy = [
         name
-        for name in data.config["metrics"]
+        for name in config["metrics"]
         if any(need.startswith("data.") for need in metrics_dict[name.lower()].metric_need)
     ]
     if needy:
         raise CompressionError(
-            f"Expected the `metrics` of `{argument}` to be of users alone, as NDCG and Hit are, "
-            f"but got {', '.join(needy)}, which RecBole computes from the training data too."
+            f"Expected the metrics in `{argument}` to be of users alone, as NDCG and Hit are, but "
+            f"got {', '.join(needy)}, which RecBole computes from the training data too."
         )

@@ -297,3 +297,5 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         save("new \ud800", path)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+    (tmp_path / "other").touch()
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode  # as the umask has it

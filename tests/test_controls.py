@@ -320,6 +320,16 @@ def test_a_narrower_model_in_int8_is_as_wide_as_fits(world, stage, host_name):
     assert widths[0] > widths[1] > widths[2]
 
 
+def test_options_that_come_to_the_same_model_do_not_differ(world):
+    """Sharing where there is one layer, a tree of one block."""
+    for layers, ranks, same in ((1, (8, 4), {"blocks-only"}), (4, (8,), {"tree"})):
+        compression = CompressionConfig(ranks=ranks)
+        config = world.config("CpGRU4Rec", num_layers=layers, **compression.as_dict())
+        setting = Setting(config, create_dataset(config), compression)
+        names = ("blocks-only", "tree", "untied")
+        assert {name for name in names if not CONTROLS[name].differs(setting)} == same
+
+
 def test_one_rank_beside_one_block_is_the_same_model(world):
     """The budget may make one block, and say so with a cutoff at the end of the catalogue."""
     for cutoffs, softmax, differs in (

@@ -221,6 +221,14 @@ def test_numbers_that_are_not_finite_count_as_not_measured(tmp_path):
 # pictures
 
 
+def test_curves_are_of_the_metric_and_at_the_epochs_that_the_runs_say(tmp_path):
+    curve = {"valid_curve": [0.1, 0.2], "epochs": 12, "curve_metric": "mrr@20", "eval_step": 5}
+    (cell,) = study_in(page_of(tmp_path, [{**record(contender="compressed", ratio=4), **curve}]))
+    picture = cell["pictures"]["curves"]["4"]
+    assert picture["layout"]["yaxis"]["title"]["text"] == "MRR@20, validation"
+    assert picture["data"][0]["x"] == [5, 10]
+
+
 def test_spread_and_means_are_those_of_the_seeds(tmp_path):
     records = [with_quality(record(seed=s), q) for s, q in ((1, 0.04), (2, 0.05), (3, 0.06))]
     (cell,) = study_in(page_of(tmp_path, records))

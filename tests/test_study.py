@@ -23,7 +23,7 @@ from cprec_recbole.compare.study.spec import Cell, own_options
 from cprec_recbole.compare.study.store import Store, read_json
 from cprec_recbole.compare.study.summary import summarise
 from cprec_recbole.compare.study.work import save_weights
-from cprec_recbole.compare.study.workers import News, attempt
+from cprec_recbole.compare.study.workers import News, Workers, _Worker, attempt
 from tests import studies
 
 STUDY = """
@@ -45,7 +45,7 @@ FIELDS = {
     *("key", "dataset", "model", "length", "seed", "contender", "ratio", "options"),
     *("learning_rate", "search", "parameters", "total_parameters", "bytes", "valid", "test"),
     *("valid_curve", "best_epoch", "epochs", "epoch_seconds", "score_ms", "popularity"),
-    *("command", "environment", "blocks", "sharing"),
+    *("command", "environment", "blocks", "sharing", "curve_metric", "eval_step"),
 }
 KEYS = {
     *(
@@ -466,6 +466,45 @@ def test_processes_work_side_by_side_and_one_that_is_killed_is_replaced(
     assert runs["made-up_SASRec_L8_paper_s1"]["environment"]["torch_threads"] == 1
 
 
+def test_a_process_that_died_with_nothing_to_do_is_replaced(tmp_path, monkeypatch):
+    class Pipe:
+        def __init__(self, error=None):
+            self.error, self.sent = error, []
+
+        def send(self, work):
+            if self.error:
+                raise self.error
+            self.sent.append(work)
+
+    workers = Workers(1, None, tmp_path, None)
+    dead = _Worker(SimpleNamespace(join=lambda: None), Pipe(BrokenPipeError()))
+    alive = _Worker(SimpleNamespace(join=lambda: None), Pipe())
+    workers.workers = [dead]
+    monkeypatch.setattr(workers, "_start", lambda: workers.workers.append(alive) or alive)
+    workers.begin("work")
+    assert workers.workers == [alive]
+    assert (alive.work, alive.pipe.sent) == ("work", ["work"])
+
+
+def test_another_pipe_than_that_of_the_output_is_an_error(monkeypatch):
+    def broken(*arguments, **options):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("cprec_recbole.commands.compare.write_summary", broken)
+    with pytest.raises(BrokenPipeError):
+        main(["compare", "--summary"])
+
+
+def test_an_error_is_printed_as_it_is(world, tmp_path, monkeypatch):
+    class Failing(Inline):
+        def attempt(self, work, pipe=None):
+            return "ValueError: Neither [/data/x] exists nor [users]"
+
+    monkeypatch.setattr(conduct, "Workers", Failing)
+    _, printed = run(spec_of(tmp_path, FEW), tmp_path / "out", world)
+    assert "failed: ValueError: Neither [/data/x] exists nor [users]" in printed
+
+
 # the order of things
 
 
@@ -547,6 +586,9 @@ def all_done(tmp_path, text, valid_of, only=None, error_of=lambda work: None):
     schedule = schedule_of(tmp_path, text, only)
     done = []
     while (work := schedule.next()) is not None:
+        if isinstance(work, Planning):
+            finish(schedule, work, error=error_of(work))
+            continue
         done.append(f"{work.contender} {work.rate} {work.seed}")
         finish(schedule, work, valid_of(work), error_of(work))
         assert len(done) < 100
@@ -658,9 +700,50 @@ def test_what_was_made_of_another_training_is_made_again(tmp_path):
     assert runs_of(tmp_path / "out")["made-up_SASRec_L8_int8_s1"]["source"].endswith("@0.5")
 
 
+def test_a_rate_that_failed_is_tried_again_and_nothing_else(tmp_path):
+    def error_of(work):
+        return "no memory" if work.rate == 0.001 and work.seed == 1 else None
+
+    assert len(all_done(tmp_path, RATES, slower_is_better, error_of=error_of)) == 8
+    assert all_done(tmp_path, RATES, slower_is_better) == []
+    schedule = schedule_of(tmp_path, RATES)
+    schedule.store.forget_failures(schedule.goals)
+    trained = all_done(tmp_path, RATES, slower_is_better)
+    assert set(trained) == {  # it wins, so what is made of it and seed 2 follow
+        *("uncompressed 0.001 1", "paper 0.001 1", "int8 None 1"),
+        *("uncompressed 0.001 2", "paper 0.001 2", "int8 None 2"),
+    }
+    run = runs_of(tmp_path / "out")["made-up_SASRec_L8_uncompressed_s1"]
+    assert [tried["valid"] for tried in run["search"]] == [
+        *(pytest.approx(0.097), pytest.approx(0.099))
+    ]
+
+
+def test_what_failed_elsewhere_stays_on_record(tmp_path):
+    all_done(tmp_path, RATES, slower_is_better, error_of=lambda work: "no memory")
+    before = runs_of(tmp_path / "out")
+    assert all("error" in record for record in before.values())
+    some = schedule_of(tmp_path, RATES, only=["*_paper_s1"]).goals
+    Store(tmp_path / "out").forget_failures(some)
+    assert set(before) - set(runs_of(tmp_path / "out")) == {goal.key for goal in some}
+
+
+def test_a_plan_that_fails_leaves_what_was_planned_before(tmp_path):
+    all_done(tmp_path, STUDY, slower_is_better)
+    more = STUDY.replace("[compressed,", "[compressed, hashing,").replace("[1, 2]", "[1, 2, 3]")
+    all_done(
+        *(tmp_path, more, slower_is_better),
+        error_of=lambda work: "no memory" if isinstance(work, Planning) else None,
+    )
+    runs = runs_of(tmp_path / "out")
+    assert "error" not in runs["made-up_SASRec_L8_compressed_r1.5_s3"]
+    assert "error" in runs["made-up_SASRec_L8_hashing_r1.5_s3"]
+
+
 def test_rates_may_be_added_but_not_taken_away(tmp_path):
     store = Store(tmp_path / "out")
     store.agree(spec_of(tmp_path, RATES))
+    store.write("runs", "one", {})
     store.agree(spec_of(tmp_path, FASTER))
     with pytest.raises(
         CompressionError, match=r"to be \[0.01, 0.003, 0.001\].*; name these too, or use"
@@ -775,6 +858,11 @@ def test_a_file_says_what_to_run(tmp_path):
     goals = list(spec.goals())
     assert goals[0] == Goal(Cell("made-up", "SASRec", 8), "uncompressed", None, 1)
     assert len({goal.key for goal in goals}) == len(goals) == 16
+    numbered = spec_of(tmp_path, "settings: {8: {ranks: [8]}}\ncontenders: [8]\nratios: [4, 4.0]")
+    assert numbered.contenders == ("uncompressed", "8")
+    assert list(numbered.settings) == ["8"]
+    assert numbered.ratios == {"ml-100k": (4.0,)}
+    assert spec_of(tmp_path, "datasets: {a: [8, 8]}").datasets == {"a": (8,)}
     several = spec_of(tmp_path, "datasets: [a, b]\nratios: {a: [2, 4], b: 8}")
     assert several.ratios == {"a": (2.0, 4.0), "b": (8.0,)}
     everything = spec_of(tmp_path, "contenders: all")
@@ -809,6 +897,14 @@ def test_a_file_says_what_to_run(tmp_path):
         ("options: {seed: 3}", "`options` to leave `seed` to the study"),
         ("options: {ranks: [3]}", "`options` to leave `ranks` to the study"),
         ("[1, 2]", "`study` to hold names and values"),
+        ("1: 2", "Expected an option out of .* but got `1`"),
+        ("datasets: [{ml-100k: 50}]", "`datasets` to be a list of values"),
+        ("contenders: [{compressed: 4}]", "`contenders` to be a list of values"),
+        ("seeds: [[1, 2]]", "`seeds` to be a list of values"),
+        ("settings: {a: [64, 16]}", "the setting a to hold options such as"),
+        ("settings: {yes: {ranks: [8]}}", "`settings` to have names of letters.*got True"),
+        ("settings: {a: {training: last_position}}", "leave `training` to the study's `options`"),
+        ("settings: {compressed-none: {ranks: [8]}}", "`settings` to have names"),
     ],
 )
 def test_bad_files_are_refused(tmp_path, text, words):
@@ -823,6 +919,13 @@ def test_bad_files_are_refused(tmp_path, text, words):
         (("epochs: 2", "epochs: 0"), "`epochs` to be a whole number"),
         (("epochs: 2", "topk: [10], valid_metric: NDCG@10"), "to measure NDCG@20"),
         (("{made-up: 8}", "{missing: 8}"), "`dataset` to be ml-100k"),
+        (("epochs: 2", "epochs: 2, eval_args: {mode: uni100}"), "`eval_args` to rank all items"),
+        (
+            ("epochs: 2", "epochs: 2, eval_args: {split: {LS: test_only}}"),
+            "to split off validation and test",
+        ),
+        (("epochs: 2", "epochs: 2, eval_args: {order: RO}"), "`eval_args` to go by time"),
+        (("epochs: 2", "epochs: 2, metrics: [NDCG, ItemCoverage]"), "to be of users alone"),
     ],
 )
 def test_what_recbole_refuses_is_found_before_training(world, tmp_path, inline, change, words):
@@ -841,12 +944,22 @@ def test_runs_of_other_options_are_not_mixed(world, finished, tmp_path, inline):
 
 def test_contenders_may_be_added_but_not_changed(tmp_path):
     store = Store(tmp_path / "out")
-    store.agree(spec_of(tmp_path))
+    store.agree(spec_of(tmp_path, STUDY.replace("epochs: 2", "epochs: 20")))
+    store.agree(spec_of(tmp_path))  # nothing was made with the others
+    store.write("runs", "one", {})
     added = STUDY.replace("settings:", "settings:\n  other: {ranks: [8, 2]}")
     store.agree(spec_of(tmp_path, added))
     with pytest.raises(CompressionError, match="`settings: other` to be"):
         store.agree(spec_of(tmp_path, added.replace("[8, 2]", "[8, 4]")))
     store.agree(spec_of(tmp_path))  # what is not asked for any more does not matter
+
+
+def test_runs_of_unknown_options_are_taken_with_a_warning(tmp_path):
+    store = Store(tmp_path / "out")
+    store.write("runs", "one", {})
+    with pytest.warns(UserWarning, match="holds runs but no study.json"):
+        store.agree(spec_of(tmp_path))
+    store.agree(spec_of(tmp_path))
 
 
 @pytest.mark.parametrize("jobs", [0, 1.5, True])
@@ -1015,6 +1128,10 @@ def test_whom_to_measure_against_is_checked_before_anything_is_trained(
         (["compare", "--study", "s.yaml", "--epochs=3"], "all in its file, but got `epochs`"),
         (["compare", "--study", "s.yaml", "--controls", "tree"], "but got `controls`"),
         (["compare", "--study", "missing.yaml"], "missing.yaml"),
+        (["compare", "--study", "s.yaml", "--seeds", "3"], "all in its file, but got `seeds`"),
+        (["compare", "--study", "s.yaml", "--dataset", "x"], "all in its file, but got `dataset`"),
+        (["compare", "--summary", "--only", "x"], "`only` without --summary"),
+        (["compare", "--model", "SASRec", "--jobs", "2"], "`jobs` only with --study"),
         (["compare", "--model", "SASRec", "--latex"], "`latex` only with --study"),
         (["compare", "--model", "SASRec", "--against", "tree"], "`against` only with --study"),
         (["compare", "--summary", "--out", "nowhere"], "`out` to be the folder of a study"),

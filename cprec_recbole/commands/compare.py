@@ -33,6 +33,8 @@ from cprec_recbole.compare.study.store import read_runs
 from cprec_recbole.config import CompressionError
 from cprec_recbole.files import make_folder
 
+_DATASET = "ml-100k"  # which comes with RecBole
+
 
 def add_parser(commands: Any) -> None:
     """Add the command to `cprec`."""
@@ -45,16 +47,14 @@ def add_parser(commands: Any) -> None:
     )
     compare.set_defaults(run=run)
     compare.add_argument("--model", choices=MODELS, help="needed but for a study")
-    compare.add_argument(
-        "--dataset", default="ml-100k", help="RecBole's name (default: %(default)s)"
-    )
+    compare.add_argument("--dataset", help=f"RecBole's name (default: {_DATASET})")
     compare.add_argument(
         "--data-path",
         "--data_path",
         metavar="FOLDER",
         help="where data sets are (RecBole: dataset)",
     )
-    compare.add_argument("--seeds", type=int, default=1, metavar="N", help="repeat with N seeds")
+    compare.add_argument("--seeds", type=int, metavar="N", help="repeat with N seeds (default: 1)")
     compare.add_argument("--with-stock", action="store_true", help="also RecBole's own model")
     compare.add_argument(
         "--length", type=int, choices=(10, 20, 50, 100), help="items of a history (RecBole: 50)"
@@ -72,7 +72,7 @@ def add_parser(commands: Any) -> None:
     add_compression(compare)
     study = compare.add_argument_group("study", "many comparisons; see docs/comparing.md")
     study.add_argument("--study", metavar="FILE", help="YAML: what to run; goes on where it was")
-    study.add_argument("--jobs", type=int, default=1, metavar="N", help="trainings at a time")
+    study.add_argument("--jobs", type=int, metavar="N", help="trainings at a time (default: 1)")
     study.add_argument("--only", nargs="+", metavar="KEY", help="patterns of keys of runs")
     study.add_argument("--retry", action="store_true", help="try again what failed")
     study.add_argument("--summary", action="store_true", help="only write the tables of --out")
@@ -93,7 +93,7 @@ def run(options: argparse.Namespace, passed_on: dict[str, Any], command: str) ->
             f"Expected `model` to be one of {', '.join(MODELS)}, but got none; use --model, or "
             "--study for many."
         )
-    for name in ("only", "retry", "latex", "against"):
+    for name in ("only", "retry", "latex", "against", "jobs"):
         if getattr(options, name):
             raise CompressionError(
                 f"Expected `{name}` only with --study or --summary, but got it without."
@@ -113,7 +113,8 @@ def run(options: argparse.Namespace, passed_on: dict[str, Any], command: str) ->
     )
     screen = console()
     logging.getLogger("recbole").setLevel(logging.ERROR)
-    experiment = Experiment(columns, options.dataset, options.seeds, passed_on, options.config)
+    dataset, seeds = options.dataset or _DATASET, 1 if options.seeds is None else options.seeds
+    experiment = Experiment(columns, dataset, seeds, passed_on, options.config)
     out = Path(options.out)
     make_folder(out)
     with Progress(
@@ -142,7 +143,7 @@ def run(options: argparse.Namespace, passed_on: dict[str, Any], command: str) ->
     save(as_json(comparison), out / "compare.json")
     save(as_markdown(comparison), out / "compare.md")
     screen.print(as_table(comparison))
-    screen.print(f"Written: {out / 'compare.json'}, {out / 'compare.md'}")
+    screen.print(f"Written: {out / 'compare.json'}, {out / 'compare.md'}", markup=False)
     return 0
 
 
@@ -150,6 +151,7 @@ def _study(options: argparse.Namespace, passed_on: dict[str, Any]) -> int:
     """Run what is left of a study, then write its tables; or the tables alone."""
     own = {name: getattr(options, name) for name in ("model", "length", "ranks", "cutoffs")}
     own |= {name: getattr(options, name) for name in ("sharing", "softmax", "tied", "training")}
+    own |= {name: getattr(options, name) for name in ("dataset", "seeds")}
     given = [name for name, value in (own | passed_on).items() if value is not None]
     given += [name for name in ("controls", "with_stock", "config") if getattr(options, name)]
     if given:
@@ -157,6 +159,11 @@ def _study(options: argparse.Namespace, passed_on: dict[str, Any]) -> int:
             f"Expected a study to be all in its file, but got `{given[0]}` on the command line."
         )
     screen, out, against = console(), Path(options.out), options.against
+    for name in ("only", "retry", "jobs") if options.summary else ():
+        if getattr(options, name):
+            raise CompressionError(
+                f"Expected `{name}` without --summary, which trains nothing, but got both."
+            )
     if not options.summary:
         file = Path(options.study)
         shown = file.name if file.is_absolute() else options.study
@@ -168,7 +175,7 @@ def _study(options: argparse.Namespace, passed_on: dict[str, Any]) -> int:
         done = run_study(
             spec,
             out,
-            jobs=options.jobs,
+            jobs=1 if options.jobs is None else options.jobs,
             data_path=options.data_path and str(Path(options.data_path).resolve()),
             command=f"cprec compare --study {shown} --out FOLDER{data}",
             only=options.only,
@@ -180,6 +187,8 @@ def _study(options: argparse.Namespace, passed_on: dict[str, Any]) -> int:
             screen.print(
                 f"{goal.key}: left out, it would be the same model as {stands}", soft_wrap=True
             )
+        if len(done.dropped) == len(done.goals):
+            return 0
         if failed := _failed(out, {goal.key for goal in done.goals}):
             screen.print(
                 f"{failed} of {len(done.goals)} runs failed, each for a reason that compare.md "
@@ -190,7 +199,8 @@ def _study(options: argparse.Namespace, passed_on: dict[str, Any]) -> int:
             screen.print(f"No run of {against} is finished: nothing is measured against it.")
             against = None
     written = write_summary(out, latex=options.latex, against=against)
-    screen.print(f"Written: {', '.join(str(path) for path in written)}", soft_wrap=True)
+    paths = ", ".join(str(path) for path in written)
+    screen.print(f"Written: {paths}", soft_wrap=True, markup=False)
     return 0
 
 

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import platform
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -15,6 +14,8 @@ from statistics import mean, median, stdev
 from typing import Any
 
 import torch
+
+from cprec_recbole.files import write_whole
 
 FORMAT = 1
 
@@ -168,14 +169,7 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
 def save(text: str, path: Path) -> None:
     """Write a file beside its place and rename it, so that a crash leaves the old one whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(beside, path)
-    except BaseException:
-        os.unlink(beside)
-        raise
+    write_whole(path, lambda beside: beside.write_text(text, encoding="utf-8"))
 
 
 def as_json(comparison: Comparison) -> str:

@@ -85,8 +85,14 @@ class Choice(TrainedControl):
         return replace(setting.compression, **self.changes).as_dict()
 
     def differs(self, setting: Setting) -> bool:
-        """See Control.differs."""
-        return self.options(setting) != setting.compression.as_dict()
+        """See Control.differs: another option may come to the same model, as sharing where there is
+        one layer, or a tree of one block."""
+        own, other = chosen(self.options(setting)), setting.compression
+        if own.tied != other.tied:
+            return True
+        n_blocks = len(other.plan(setting.dim, setting.n_items).ranks)
+        layers = [setting.sizes(options.as_dict()).layers for options in (own, other)]
+        return layers[0] != layers[1] or (own.softmax != other.softmax and n_blocks > 1)
 
 
 class BlocksOnly(Choice):

@@ -33,7 +33,7 @@ def curves_picture(cell: Cell, styles: Styles, ratio: float | None) -> Picture |
         xaxis=axis(
             "epoch", rangemode="tozero", **({"dtick": 1} if longest <= 8 else {"nticks": 8})
         ),
-        yaxis=axis("NDCG@20, validation", range=span(scores)),
+        yaxis=axis(f"{_metric(points)}, validation", range=span(scores)),
     )
 
 
@@ -74,7 +74,14 @@ def _mean_curve(point: Point, style: Style) -> go.Scatter:
     )
 
 
+def _metric(points: list[Point]) -> str:
+    """What the curves are of; runs of before did not say."""
+    known = {run.curve_metric for p in points for run in p.runs if run.valid_curve}
+    names = {name.upper() for name in known if name} or {"NDCG@20"}
+    return " and ".join(sorted(names))
+
+
 def _epochs(run: StudyRun) -> list[int]:
     """The epochs after which a run was evaluated."""
-    step = max(1, round((run.epochs or 0) / len(run.valid_curve)))
+    step = run.eval_step or max(1, round((run.epochs or 0) / len(run.valid_curve)))
     return [step * (i + 1) for i in range(len(run.valid_curve))]

@@ -46,6 +46,8 @@ class StudyRun:
         bytes: bytes of the weights.
         test: metrics on the test set.
         valid_curve: the validation metric after each evaluation.
+        curve_metric: which metric that is.
+        eval_step: epochs from one evaluation to the next.
         best_epoch: the epoch whose weights were kept, counted from 1.
         epochs: epochs trained.
         epoch_seconds: seconds of each of them.
@@ -75,6 +77,8 @@ class StudyRun:
     bytes: float | None = None
     test: dict[str, float] = field(default_factory=dict)
     valid_curve: tuple[float, ...] = ()
+    curve_metric: str | None = None
+    eval_step: int | None = None
     best_epoch: float | None = None
     epochs: float | None = None
     epoch_seconds: tuple[float, ...] = ()
@@ -170,6 +174,8 @@ def _results(record: Record) -> dict[str, Any]:
         "bytes": record.number("bytes"),
         "test": _metrics(record),
         "valid_curve": record.series("valid_curve"),
+        "curve_metric": record.text("curve_metric", "") or None,
+        "eval_step": record.whole("eval_step"),
         "best_epoch": record.number("best_epoch"),
         "epochs": record.number("epochs"),
         "epoch_seconds": record.series("epoch_seconds"),

@@ -16,7 +16,7 @@ from rich.progress import (
 )
 
 from cprec_recbole.compare.study.recipes import QUALITY, Planning, Work
-from cprec_recbole.compare.study.schedule import Schedule
+from cprec_recbole.compare.study.schedule import Schedule, wanted
 from cprec_recbole.compare.study.spec import Spec
 from cprec_recbole.compare.study.store import TRIALS, Store
 from cprec_recbole.compare.study.work import check
@@ -65,7 +65,7 @@ def run_study(
         store = Store(folder)
         store.agree(spec)
         if retry:
-            store.forget_failures()
+            store.forget_failures(wanted(spec, only))
         schedule = Schedule(spec, store, command, only)
         with (
             _Display(schedule, console or Console()) as display,
@@ -149,4 +149,5 @@ class _Display:
         self.progress.update(self.all, completed=self.schedule.finished)
 
     def _line(self, text: str) -> None:
-        self.print(text, highlight=False, soft_wrap=True)
+        # a message may have brackets, which are rich's for colours
+        self.print(text, highlight=False, soft_wrap=True, markup=False)

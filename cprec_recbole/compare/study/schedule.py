@@ -34,7 +34,7 @@ class Schedule:
     ) -> None:
         self.spec, self.store, self.command = spec, store, command
         self.ledger = Ledger(spec, store)
-        self.goals = _wanted(spec, only)
+        self.goals = wanted(spec, only)
         self.open = [goal for goal in self.goals if not self.ledger.is_settled(goal)]
         self.dropped: list[Goal] = []  # no other model than the compressed one
         self.running: set[str] = set()
@@ -73,7 +73,9 @@ class Schedule:
         if error is None:
             return
         if isinstance(work, Planning):
-            self.store.write(PLANS, work.key, {n: {"error": error} for n in work.contenders})
+            known = self.store.read(PLANS, work.key) or {}  # of contenders that were there before
+            failed = {name: {"error": error} for name in work.contenders}
+            self.store.write(PLANS, work.key, failed | known)
         else:
             self.store.write(TRIALS, work.key, {"error": error})
 
@@ -218,7 +220,7 @@ def _reached(record: dict[str, Any]) -> float | None:
     return record["valid"][QUALITY] if "valid" in record else record.get("lost")
 
 
-def _wanted(spec: Spec, only: list[str] | None) -> list[Goal]:
+def wanted(spec: Spec, only: list[str] | None) -> list[Goal]:
     """The runs that patterns name, and those that they need."""
     goals = list(spec.goals())
     if only is None:

@@ -98,10 +98,13 @@ class Spec:
         Raises:
             CompressionError: no such file, or a part of it that cannot be; it is named.
         """
-        given = read_options(file, "study")
+        given = {str(name): value for name, value in read_options(file, "study").items()}
         reject_unknown(given, _KEYS)
         schemes = _listed(given, "sharing", [], SHARING_SCHEMES)
-        settings = _mapping(given, "settings")
+        settings = {
+            str(name) if is_whole(name) else name: value  # as in {8: {ranks: [8]}}
+            for name, value in _mapping(given, "settings").items()
+        }
         options = _mapping(given, "options")
         for name in _OWN_OPTIONS:
             if name in options:
@@ -179,7 +182,7 @@ def _contenders(names: list[Any], schemes: list[str], settings: dict[str, Any]) 
     own = [UNCOMPRESSED, COMPRESSED]
     given = [f"{COMPRESSED}-{scheme}" for scheme in schemes]
     found = [UNCOMPRESSED]  # what all others are measured against
-    for name in names:
+    for name in (str(name) if is_whole(name) else name for name in names):
         if name == ALL:
             found += [*own, *(control.name for control in find_controls([ALL]))]
         elif name in own or name in settings or scheme_of(str(name)):
@@ -199,6 +202,10 @@ def _listed(given: dict[str, Any], name: str, default: list[Any], known: Any = N
     values = given.get(name, default)
     values = values if isinstance(values, list) else [values]
     for value in values:
+        if isinstance(value, list | dict):
+            raise CompressionError(
+                f"Expected `{name}` to be a list of values, but it has {value!r}."
+            )
         if known is not None and value not in known:
             raise CompressionError(
                 f"Expected `{name}` to be out of {', '.join(known)}, but got {value!r}."
@@ -219,7 +226,7 @@ def _datasets(given: Any) -> dict[str, tuple[int, ...]]:
     if isinstance(given, str):
         given = [given]
     if isinstance(given, list):
-        given = dict.fromkeys(given, _LENGTH)
+        given = dict.fromkeys(_listed({"datasets": given}, "datasets", [None]), _LENGTH)
     if not isinstance(given, dict) or not given:
         raise CompressionError(
             f"Expected `datasets` to be names, or names and lengths, but got {given!r}."
@@ -237,7 +244,7 @@ def _datasets(given: Any) -> dict[str, tuple[int, ...]]:
                 raise CompressionError(
                     f"Expected `datasets` to give {name} a length of 1 or more, but got {length!r}."
                 )
-        found[str(name)] = tuple(lengths)
+        found[str(name)] = tuple(dict.fromkeys(lengths))
     return found
 
 
@@ -252,9 +259,9 @@ def _ratios(given: dict[str, Any], datasets: tuple[str, ...]) -> dict[str, tuple
             f"{', '.join(str(name) for name in by_name)}."
         )
     found = {name: _listed({"ratios": by_name[name]}, "ratios", [4]) for name in datasets}
-    return {
-        name: tuple(checked_ratio(r, "ratios") for r in ratios) for name, ratios in found.items()
-    }
+    checked = {name: [checked_ratio(r, "ratios") for r in each] for name, each in found.items()}
+    # those that have one name are one
+    return {name: tuple({f"{r:g}": r for r in each}.values()) for name, each in checked.items()}
 
 
 def _seeds(seeds: list[Any]) -> tuple[int, ...]:
@@ -276,11 +283,23 @@ def _rates(rates: list[Any]) -> tuple[float, ...]:
 
 def _setting(name: Any, options: Any) -> dict[str, Any]:
     taken = [UNCOMPRESSED, COMPRESSED, ALL, *CONTROLS]
-    if not _NAME.fullmatch(str(name)) or name in taken:
+    taken += [f"{COMPRESSED}-{scheme}" for scheme in SHARING_SCHEMES]
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or name in taken:
         raise CompressionError(
             "Expected `settings` to have names of letters, digits, `-` and `.` that no other "
             f"contender has, but got {name!r}."
         )
+    if not isinstance(options or {}, dict):
+        raise CompressionError(
+            f"Expected the setting {name} to hold options such as {{ranks: [64, 16, 4]}}, but got "
+            f"{options!r}."
+        )
+    for shared in SHARED_OPTIONS:
+        if shared in (options or {}):
+            raise CompressionError(
+                f"Expected the setting {name} to leave `{shared}` to the study's `options`, as it "
+                f"is the same for all contenders, but got {options[shared]!r}."
+            )
     return own_options(CompressionConfig.from_options(options or {}))
 
 

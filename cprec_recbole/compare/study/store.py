@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cprec_recbole.compare.study.spec import Spec
+from cprec_recbole.compare.study.recipes import Planning
+from cprec_recbole.compare.study.spec import Goal, Spec
 from cprec_recbole.config import CompressionError
 from cprec_recbole.files import make_folder, write_whole
 
@@ -40,6 +43,14 @@ class Store:
         """
         path, wanted = self.folder / "study.json", json.loads(json.dumps(spec.must_agree()))
         known = read_json(path) if path.exists() else {}
+        if not any(any((self.folder / kind).glob("*.json")) for kind in (RUNS, TRIALS)):
+            known = {}  # nothing was made yet: what was wrong in the file may be mended
+        elif not known:
+            warnings.warn(
+                f"{self.folder} holds runs but no study.json: nothing says whether they were made "
+                "with these options.",
+                stacklevel=2,
+            )
         for name, value in known.items():
             if name == "learning_rates" and set(value) <= set(wanted[name]):
                 continue  # runs are searched on at those that were added
@@ -81,16 +92,29 @@ class Store:
             write_whole(self.path(RUNS, key, ".npy"), lambda to: shutil.copyfile(source, to))
         self.write(RUNS, key, record)
 
-    def forget_failures(self) -> None:
-        """Remove what failed, so that it is tried again."""
-        for kind in (TRIALS, RUNS, PLANS):
-            for path in (self.folder / kind).glob("*.json"):
-                record = read_json(path)
-                if record.get("error"):
+    def forget_failures(self, goals: Sequence[Goal]) -> None:
+        """Remove what failed of some runs, so that it is tried again: the runs, their trainings and
+        plans, and learning rates that failed where another one did not."""
+        for goal in goals:
+            run = self.read(RUNS, goal.key) or {}
+            if "error" in run:
+                self.path(RUNS, goal.key).unlink()
+            elif any(tried["valid"] is None for tried in run.get("search", [])):
+                search = [tried for tried in run["search"] if tried["valid"] is not None]
+                self.write(RUNS, goal.key, {**run, "search": search})
+        for place, seed in {(str(goal.cell), goal.seed) for goal in goals}:
+            for path in (self.folder / TRIALS).glob(f"{place}_*_s{seed}.json"):
+                if "error" in read_json(path):
                     path.unlink()
-                elif kind == PLANS:
-                    left = {name: plan for name, plan in record.items() if "error" not in plan}
-                    self.write(PLANS, path.stem, left)
+        for cell, ratio in {(goal.cell, goal.ratio) for goal in goals if goal.ratio is not None}:
+            key = Planning(cell, ratio, ()).key
+            names = {goal.contender for goal in goals if (goal.cell, goal.ratio) == (cell, ratio)}
+            plan = self.read(PLANS, key)
+            if plan is not None:
+                self.write(
+                    *(PLANS, key),
+                    {n: each for n, each in plan.items() if n not in names or "error" not in each},
+                )
 
 
 def read_runs(folder: Path) -> list[dict[str, Any]]:

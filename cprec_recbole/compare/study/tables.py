@@ -108,8 +108,10 @@ def _overview(summary: Summary) -> list[str]:
     found = [
         "## Shares of the uncompressed model's NDCG@20",
         "",
-        "On test, with the same intervals; in square brackets the number of seeds where the "
-        "uncompressed model has more. Empty: not run, failed, or no other model than `compressed`.",
+        "On test; in brackets the ends of the same intervals of differences, as shares of the "
+        "uncompressed model's mean, which is held fixed; in square brackets the number of seeds "
+        "where the uncompressed model has more. Empty: not run, failed, or no other model than "
+        "`compressed`.",
         "",
     ]
     for ratio in sorted({line.ratio for line in lines}, key=lambda ratio: ratio or 0):

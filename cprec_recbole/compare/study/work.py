@@ -48,7 +48,7 @@ from cprec_recbole.compare.users import rank_targets
 from cprec_recbole.compress import compress
 from cprec_recbole.config import CompressionConfig, CompressionError, reject_unknown
 from cprec_recbole.embedding import BlockEmbedding
-from cprec_recbole.evaluation import evaluate
+from cprec_recbole.evaluation import check_metrics, evaluate
 from cprec_recbole.files import write_whole
 from cprec_recbole.host import known_options, recbole_config
 from cprec_recbole.recommender import CompressedRecommender, compression_of
@@ -87,12 +87,31 @@ def check(spec: Spec, data_path: str | None) -> None:
         config = bench.config(cell, plain.options, spec.seeds[0], None)
         known.update(known_options(config))
         check_measurable(config)
+        check_metrics(config, "metrics")
+        _check_split(config)
         measured = [f"{m}@{k}".lower() for m in config["metrics"] for k in config["topk"]]
         if QUALITY not in measured:
             raise CompressionError(
                 f"Expected `metrics` and `topk` to measure NDCG@20, but got {', '.join(measured)}."
             )
     reject_unknown(spec.options, sorted(known))
+
+
+def _check_split(config: Any) -> None:
+    """Raise a CompressionError where test users are not ranked over all items, or no data are left
+    to choose the best epoch and learning rate by."""
+    given = config["eval_args"]
+    split, mode = given["split"], given["mode"]
+    modes = set(mode.values()) if isinstance(mode, dict) else {mode}
+    if modes != {"full"} or split.get("LS", "valid_and_test") != "valid_and_test":
+        raise CompressionError(
+            "Expected `eval_args` to rank all items (mode: full) and to split off validation and "
+            f"test (LS: valid_and_test, or RS), but got mode {mode} and split {split}."
+        )
+    if given["order"] != "TO":
+        raise CompressionError(
+            f"Expected `eval_args` to go by time (order: TO), but got order {given['order']}."
+        )
 
 
 class _Bench:
@@ -187,6 +206,8 @@ class _Bench:
             "valid": fitted.valid,
             "test": fitted.test,
             "valid_curve": fitted.valid_curve,
+            "curve_metric": str(config["valid_metric"]).lower(),
+            "eval_step": int(config["eval_step"]),
             "best_epoch": fitted.best_epoch,
             "epochs": len(fitted.epoch_seconds),
             "epoch_seconds": fitted.epoch_seconds,
@@ -212,6 +233,8 @@ class _Bench:
             "valid": evaluate(made.model, data.valid),
             "test": evaluate(made.model, data.test),
             "valid_curve": curve,
+            "curve_metric": str(plain["valid_metric"]).lower(),
+            "eval_step": 1,
             "best_epoch": 0 if recovery is None else recovery.kept,
             "epochs": len(curve),
             # evaluation included, as recover() does both

@@ -88,11 +88,18 @@ class Workers:
 
     def begin(self, work: Work) -> None:
         """Give work to a process that has none; it is started where that is needed."""
-        free = next((worker for worker in self.workers if worker.work is None), None)
-        if free is None:
-            free = self._start()
-        free.work = work
-        free.pipe.send(work)
+        for free in [worker for worker in self.workers if worker.work is None]:
+            try:
+                free.pipe.send(work)
+            except OSError:  # it died while it had nothing to do
+                self.workers.remove(free)
+                free.process.join()
+                continue
+            free.work = work
+            return
+        started = self._start()
+        started.work = work
+        started.pipe.send(work)
 
     def news(self) -> Iterator[News]:
         """Wait until a process has something to say."""
