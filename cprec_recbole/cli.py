@@ -51,7 +51,7 @@ def recbole_options(arguments: Sequence[str]) -> dict[str, Any]:
     in a name is an underscore, as in `--data-path`."""
     if not arguments:
         return {}
-    from cprec_recbole.commands.common import value
+    from cprec_recbole.commands.common import TEXTS, plain_text, value
 
     options: dict[str, Any] = {}
     rest = list(arguments)
@@ -64,7 +64,8 @@ def recbole_options(arguments: Sequence[str]) -> dict[str, Any]:
             if not rest or rest[0].startswith("--"):
                 raise CompressionError(f"Expected a value for --{name}, but got none.")
             text = rest.pop(0)
-        options[name.replace("-", "_")] = value(text)
+        name = name.replace("-", "_")
+        options[name] = plain_text(text) if name in TEXTS else value(text)
     return options
 
 

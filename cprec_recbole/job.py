@@ -10,9 +10,10 @@ from typing import Any
 from recbole.config import Config
 from recbole.utils import get_model
 
-from cprec_recbole.config import CompressionError
+from cprec_recbole.config import CompressionConfig, CompressionError, reject_unknown
+from cprec_recbole.evaluation import check_valid_metric
 from cprec_recbole.group import Place
-from cprec_recbole.host import recbole_config, whole_number
+from cprec_recbole.host import known_options, recbole_config, whole_number
 from cprec_recbole.journal import BEST, LAST, RESULT
 from cprec_recbole.models import MODELS
 
@@ -34,6 +35,7 @@ class Job:
         on_epoch: called after every validation, by the first process.
         say: takes a line about where the run begins; the first process's.
         logs: whether RecBole's own log is written and shown.
+        known_only: whether options that neither RecBole nor we know are refused.
     """
 
     model: str
@@ -46,6 +48,10 @@ class Job:
     on_epoch: OnEpoch | None = None
     say: Callable[[str], None] | None = None
     logs: bool = True
+    known_only: bool = False
+
+
+_OWN = ("shard_tails", "checkpoint_steps")  # options of ours beside those of a CompressionConfig
 
 
 def _ours() -> list[str]:
@@ -55,6 +61,16 @@ def _ours() -> list[str]:
 def config_of(job: Job) -> Config:
     """RecBole's config of a job; in a process that is one of several, joins the others."""
     config = recbole_config(job.model, job.dataset, job.options, list(job.config_files))
+    if job.model in _ours():
+        check_valid_metric(config)
+    for name in () if job.model in _ours() else (*_OWN, *CompressionConfig.option_names()):
+        if name != "training" and config[name] is not None:
+            raise CompressionError(
+                f"Expected `{name}` with one of {', '.join(_ours())}, but got it for {job.model}, "
+                "which is not compressed."
+            )
+    if job.known_only:
+        reject_unknown(job.options, (*known_options(config), *_OWN))
     if checkpoint_steps(config) and (job.model not in _ours() or job.out is None or not job.saved):
         raise CompressionError(
             f"Expected `checkpoint_steps` with an `out` folder and one of {', '.join(_ours())}, "

@@ -131,7 +131,7 @@ def _compression_defaults(
     from cprec_recbole.recommender import check_objective
 
     names = CompressionConfig.option_names()
-    known = (*names, "checkpoint_steps")
+    known = (*names, "checkpoint_steps", "shard_tails")
     for name in given:
         if name not in defaults and name not in known:
             _reject_misspelling(name, known)
@@ -184,6 +184,29 @@ def _with_working_remap(original: Callable) -> Callable:
             feat[field] = ids
 
     return _remap
+
+
+def _with_working_presets(original: Callable) -> Callable:
+    def _benchmark_presets(self: Any) -> None:
+        original(self)  # which asks for `agg(len)` too
+        lists = self.inter_feat[self.item_id_list_field]
+        self.inter_feat[self.item_list_length_field] = lists.map(len)
+
+    return _benchmark_presets
+
+
+def _with_generators_kept(original: Callable) -> Callable:
+    def save_split_dataloaders(config: Any, dataloaders: Any) -> None:
+        # RecBole takes them away to pickle the loaders, and trains with those
+        holders = [part for loader in dataloaders for part in (loader, loader.sampler)]
+        kept = [(holder, getattr(holder, "generator", None)) for holder in holders]
+        try:
+            original(config, dataloaders)
+        finally:
+            for holder, generator in kept:
+                holder.generator = generator
+
+    return save_split_dataloaders
 
 
 def _with_remembered_counts(original: Callable) -> Callable:
@@ -260,7 +283,7 @@ def adapt() -> None:
     import recbole.quick_start.quick_start
     import recbole.trainer
     from recbole.config import Config
-    from recbole.data.dataset import Dataset
+    from recbole.data.dataset import Dataset, SequentialDataset
     from recbole.model.abstract_recommender import SequentialRecommender
     from recbole.utils.argument_list import dataset_arguments, training_arguments
 
@@ -275,6 +298,8 @@ def adapt() -> None:
     replace(Config, "_load_internal_config_dict", _with_parent_defaults)
     replace(Dataset, "_fill_nan", _with_working_fillna)
     replace(Dataset, "_remap", _with_working_remap)
+    replace(SequentialDataset, "_benchmark_presets", _with_working_presets)
+    replace(recbole.data.utils, "save_split_dataloaders", _with_generators_kept)
     replace(SequentialRecommender, "__init__", _with_remembered_counts)
     replace(recbole.data.utils, "get_dataloader", _with_positions_loader)
     for module in (recbole.quick_start, recbole.quick_start.quick_start):
@@ -282,7 +307,7 @@ def adapt() -> None:
         replace(module, "run", starting_the_plugin_too)
     recbole_processes.adapt()
     if "training" not in dataset_arguments:  # a saved dataset is reused only where these agree
-        dataset_arguments.append("training")
+        dataset_arguments += ["training", "eval_args"]
         training_arguments.append("checkpoint_steps")
     for model_class in MODELS:
         register_model(model_class)

@@ -293,6 +293,10 @@ def _check_negatives(compression: CompressionConfig, config: Any) -> None:
             "Expected `train_neg_sample_args` to be one uniform negative with `training: "
             f"all_positions`, but got {wanted}; use `training: last_position`."
         )
+    if config["loss_type"] == "BPR" and not drawn_here and plain[0] in (None, "none"):
+        raise CompressionError(
+            f"Expected `train_neg_sample_args` to draw negatives for BPR, but got {wanted}."
+        )
 
 
 def check_objective(compression: CompressionConfig, loss_type: str) -> None:

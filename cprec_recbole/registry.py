@@ -47,7 +47,7 @@ def register(record: Backbone) -> type[CompressedRecommender]:
             f"Expected `host` to be an uncompressed model, but got {host.__name__}."
         )
     name = f"Cp{host.__name__}"
-    if name in {model.__name__ for model in MODELS}:
+    if name.lower() in {model.__name__.lower() for model in MODELS}:  # RecBole's modules are lower
         raise CompressionError(
             f"Expected `host` to have a name of its own, but {name} is known already; rename it."
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -58,6 +59,10 @@ def run(
     Raises:
         CompressionError: an option that does not fit, or a process that was killed.
     """
+    if isinstance(config_file_list, str):
+        raise CompressionError(
+            f"Expected `config_file_list` to be a list of files, but got {config_file_list!r}."
+        )
     job = Job(
         model,
         dataset,
@@ -139,7 +144,9 @@ def _into_folder(
             del state  # as large as the model and its optimizer
     result = _fit(trainer, config, loaders, job, unfinished)
     if group.is_first():
-        text = json.dumps(result, indent=1)
+        score = result["best_valid_score"]  # infinite where nothing was validated: no JSON
+        found = {**result, "best_valid_score": score if math.isfinite(score) else None}
+        text = json.dumps(found, indent=1)
         write_whole(folder / RESULT, lambda path: path.write_text(text + "\n", encoding="utf-8"))
     return result
 
@@ -160,6 +167,7 @@ def _fit(
         )
     else:
         trainer.eval_collector.data_collect(train_data)  # as `fit` begins
+        trainer.put_back_random_state()  # RecBole draws negatives for sampled evaluation
     test_result = trainer.evaluate(test_data, load_best_model=job.saved, show_progress=show)
     logger = logging.getLogger()
     logger.info(set_color("best valid ", "yellow") + f": {trainer.best_valid_result}")
@@ -203,9 +211,23 @@ def _loaders(config: Config) -> tuple[Any, Any, Any]:
     one_first = any(group.gather(bool(writes)))  # what it writes is read by the others
     if one_first and not group.is_first():
         group.wait()
-    dataset = create_dataset(config)
-    logging.getLogger().info(dataset)
-    loaders = data_preparation(config, dataset)
+    try:
+        dataset = create_dataset(config)
+        logging.getLogger().info(dataset)
+        loaders = data_preparation(config, dataset)
+    except CompressionError:
+        raise
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise CompressionError(
+            f"Expected `dataset` to be one that RecBole reads and splits with these options, but "
+            f"of {config['dataset']} in {config['data_path']} it says: {type(error).__name__}: "
+            f"{' '.join(str(error).split())}"
+        ) from error
+    most, n_items = max(config["topk"] or [0]), dataset.item_num - 1
+    if most > n_items:
+        raise CompressionError(
+            f"Expected `topk` to be at most the {n_items} items of the data, but got {most}."
+        )
     if one_first and group.is_first():
         group.wait()
     if group.size() > 1:

@@ -59,6 +59,8 @@ class PositionsDataset(InteractionsDataset):
         is_first = np.ones(len(users), dtype=bool)
         is_first[1:] = users[1:] != users[:-1]
         ends = np.flatnonzero(~is_first)
+        if not len(ends):
+            raise _no_targets()
         firsts = np.flatnonzero(is_first)
         n_targets = np.diff(firsts, append=len(users)) - 1
         lengths = np.minimum(ends - np.repeat(firsts, n_targets), self.max_item_list_len)
@@ -70,10 +72,7 @@ class PositionsDataset(InteractionsDataset):
         """Split as RecBole does; where every position is trained, training rows become windows."""
         train, *others = super().build()
         if not len(train):
-            raise CompressionError(
-                "Expected the training split to hold a target with a history before it, but it is "
-                "empty; users need at least two interactions, and four to be in every split."
-            )
+            raise _no_targets()
         return [train, *others]
 
     def leave_one_out(self, group_by: str | None, leave_one_mode: str) -> list[SequentialDataset]:
@@ -183,6 +182,13 @@ class PositionsDataset(InteractionsDataset):
         windows.update(self._pointers(windows[_END].numpy(), lengths))
         windows[NEXT_ITEMS] = torch.zeros(len(newest), 0, dtype=torch.int64)
         return windows
+
+
+def _no_targets() -> CompressionError:
+    return CompressionError(
+        "Expected the training split to hold a target with a history before it, but it is "
+        "empty; users need at least two interactions, and four to be in every split."
+    )
 
 
 def _take(feat: Interaction, rows: np.ndarray) -> Interaction:

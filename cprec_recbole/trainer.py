@@ -104,6 +104,11 @@ class CompressedTrainer(Trainer):
         self.start_epoch = self._resumed.epoch
         return not self._resumed.ended
 
+    def put_back_random_state(self) -> None:
+        """As it was when the last of the training was written down; for a test that follows."""
+        if self._resumed is not None and self._resumed.random is not None:
+            set_random_state(self._resumed.random, self.device)
+
     def _train_epoch(
         self,
         train_data: Any,

@@ -288,6 +288,10 @@ def test_recbole_options_are_read_as_yaml():
     assert options == {"epochs": 3, "metrics": ["Hit"], "learning_rate": 0.01, "x": "a-b"}
     dashes = recbole_options(["--data-path=a-b", "--train-batch-size", "8"])
     assert dashes == {"data_path": "a-b", "train_batch_size": 8}
+    texts = {"user_inter_num_interval": "[5,inf)", "field_separator": ",", "data_path": "2020"}
+    assert recbole_options([f"--{name}={text}" for name, text in texts.items()]) == texts
+    quoted = ['--item_inter_num_interval="(5,10]"', "--user_inter_num_interval=null"]
+    assert list(recbole_options(quoted).values()) == ["(5,10]", None]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

@@ -120,6 +120,27 @@ def test_columns_of_lists_are_read_on_current_pandas(model):
         assert list(dataset.id2token("class", found)) == expected
 
 
+@pytest.mark.parametrize("name", ["SASRec", "CpSASRec"])
+def test_loaders_that_are_saved_can_be_trained_with(world, tmp_path, name):
+    options = {"save_dataloaders": True, "checkpoint_dir": str(tmp_path)}
+    config = world.config(name, **options)
+    loaders = world.loaders(config)
+    assert list(tmp_path.glob("*dataloader.pth"))
+    assert all(loader.generator is not None for loader in loaders)
+    assert loaders[0].sampler.generator is not None
+
+
+def test_a_saved_data_set_is_of_its_own_split(world, tmp_path):
+    split = {"order": "TO", "mode": "full", "group_by": "user"}
+    rows = []
+    for given in ({"LS": "valid_and_test"}, {"RS": [6, 2, 2]}):
+        options = {"save_dataset": True, "checkpoint_dir": str(tmp_path)}
+        config = world.config("CpSASRec", eval_args={**split, "split": given}, **options)
+        config["dataset_save_path"] = None
+        rows.append([len(loader._dataset) for loader in world.loaders(config)])
+    assert rows[0] != rows[1]
+
+
 def test_importing_and_registering_twice_changes_nothing():
     from recbole.config import Config
 

@@ -20,10 +20,12 @@ from tests import children
 pytestmark = pytest.mark.usefixtures("ready_processes")
 
 COMMON = {"epochs": 2, "train_batch_size": 128, "checkpoint_steps": 2, "learning_rate": 0.01}
+SAMPLED = {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "uni10"}
 # what draws random numbers: dropout from torch, negatives from NumPy
 CASES = {
     "dropout": ("CpSASRec", {"softmax": "tree"}),
     "negatives": ("CpGRU4Rec", {"loss_type": "BPR", "training": "last_position"}),
+    "sampled": ("CpSASRec", {"eval_args": SAMPLED}),
     "two processes": ("CpSASRec", {}),
     "two processes, spread": ("CpSASRec", {"softmax": "tree", "shard_tails": True}),
 }
@@ -39,6 +41,7 @@ DEATHS = [
     ("dropout", "write 6"),
     ("dropout", "evaluate 3"),  # trained, but not tested
     ("negatives", "_step 6"),
+    ("sampled", "evaluate 3"),
     ("two processes", "_step 7"),
     ("two processes, spread", "_step 7"),
 ]

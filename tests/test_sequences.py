@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from cprec_recbole import CompressionError
+from cprec_recbole import CompressionError, evaluate
 from cprec_recbole.sequences import NEXT_ITEMS, PositionsDataLoader, item_counts
 from tests.builders import World
 from tests.oracles import windows
@@ -113,6 +113,38 @@ def test_an_empty_training_split_is_named(tmp_path):
     world = World(str(tmp_path))
     with pytest.raises(CompressionError, match="training split to hold a target"):
         world.loaders(world.config("CpSASRec"))
+
+
+@pytest.mark.parametrize("model", ["SASRec", "CpSASRec"])
+def test_files_that_hold_prefixes_are_read_and_trained_on(tmp_path, model):
+    rng = np.random.default_rng(0)
+    (tmp_path / "made-up").mkdir()
+    header = "user_id:token\titem_id_list:token_seq\titem_id:token\n"
+    lists = {}
+    for part, n in (("train", 60), ("valid", 20), ("test", 20)):
+        lists[part] = [rng.integers(0, 15, size=rng.integers(1, 6)) for _ in range(n)]
+        rows = [
+            f"u{i}\t{' '.join(f'i{x}' for x in row)}\ti{row[0]}"
+            for i, row in enumerate(lists[part])
+        ]
+        (tmp_path / "made-up" / f"made-up.{part}.inter").write_text(header + "\n".join(rows) + "\n")
+    world = World(str(tmp_path))
+    options = {
+        "benchmark_filename": ["train", "valid", "test"],
+        "load_col": {"inter": ["user_id", "item_id_list", "item_id"]},
+        "alias_of_item_id": ["item_id_list"],
+        "training": "last_position",
+    }
+    if model == "SASRec":
+        del options["training"]
+    config = world.config(model, **options)
+    train, valid, _ = world.loaders(config)
+    lengths = train._dataset.inter_feat["item_length"]
+    assert lengths.tolist() == [len(row) for row in lists["train"]]
+    fresh = world.model(model, **options)
+    loss = fresh.calculate_loss(next(iter(train)))
+    assert torch.isfinite(loss)
+    assert evaluate(fresh, valid)["ndcg@10"] > 0
 
 
 def test_windows_of_files_that_hold_prefixes_are_refused(world):

@@ -91,6 +91,24 @@ def test_data_that_cannot_be_downloaded_are_one_line(world, tmp_path, capsys, mo
     )
 
 
+def test_options_of_ours_for_a_model_of_recboles_are_refused(world, capsys):
+    assert main([*arguments(world, "SASRec"), "--ranks=8,4"]) == 2
+    assert "`ranks` with one of CpNextItNet" in capsys.readouterr().err
+    assert main([*arguments(world, "SASRec"), "--shard_tails=true"]) == 2
+    assert "`shard_tails` with one of CpNextItNet" in capsys.readouterr().err
+
+
+def test_the_command_line_wins_over_files(world, tmp_path, monkeypatch):
+    (tmp_path / "mine.yaml").write_text("loss_memory: 64MiB\nranks: [8, 4]\n")
+    jobs = []
+    monkeypatch.setattr("cprec_recbole.commands.train.train", lambda job, n: jobs.append(job) or {})
+    monkeypatch.setattr("cprec_recbole.commands.train._table", lambda *parts: "")
+    more = ["--config", str(tmp_path / "mine.yaml"), "--loss_memory=2MiB", "--data_path=2020,x"]
+    assert main([*arguments(world, "CpSASRec"), *more]) == 0
+    found = jobs[0].options
+    assert (found["loss_memory"], found["ranks"], found["data_path"]) == ("2MiB", [8, 4], "2020,x")
+
+
 @pytest.mark.parametrize(
     ("more", "match"),
     [
@@ -106,6 +124,15 @@ def test_data_that_cannot_be_downloaded_are_one_line(world, tmp_path, capsys, mo
             "--load_col='{inter: [user_id, item_id, timestamp]}'",
         ),
         (["--out", "/dev/null/x"], "`out` to be a folder that can be written"),
+        (["--learning_rat=0.9"], "did you mean `learning_rate`"),
+        (["--shard_tail=true"], "did you mean `shard_tails`"),
+        (["--metrics=[NDCG]", "--valid_metric=NDCG@7"], "`valid_metric` to be one of NDCG@"),
+        (
+            ["--topk=[100]", "--valid_metric=MRR@100"],
+            "`topk` to be at most the 40 items of the data",
+        ),
+        (["--loss_type=BPR", "--train_neg_sample_args=null"], "`train_neg_sample_args`"),
+        (["--field_separator=,"], "`dataset` to be one that RecBole reads and splits"),
     ],
 )
 def test_bad_arguments_are_one_line(world, capsys, more, match):

@@ -21,6 +21,11 @@ from cprec_recbole.records import BACKBONES, record_named
 
 MODELS = tuple(backbone.host.__name__ for backbone in BACKBONES)
 TABLE_WIDTH = 140
+# RecBole's options that are texts, whatever they look like in YAML: intervals such as [5,inf) too
+TEXTS = (
+    *("data_path", "checkpoint_dir", "dataset_save_path", "dataloaders_save_path"),
+    *("user_inter_num_interval", "item_inter_num_interval", "field_separator", "seq_separator"),
+)
 
 
 def console() -> Console:
@@ -59,6 +64,14 @@ def compression_for(model: str, options: argparse.Namespace) -> CompressionConfi
     compression = CompressionConfig(**{"training": record.objectives[0], **given})
     record.check_objective(compression.training)
     return compression
+
+
+def plain_text(text: str) -> str | None:
+    """A text as it stands, without quotation marks around it; None for YAML's null."""
+    if text in ("null", "~"):
+        return None
+    is_quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    return text[1:-1] if is_quoted else text
 
 
 def value(text: str) -> Any:

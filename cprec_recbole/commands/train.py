@@ -45,12 +45,13 @@ def run(options: argparse.Namespace, passed_on: dict[str, Any], command: str) ->
         options.model,
         options.dataset,
         tuple(options.config),
-        {"show_progress": False, **passed_on, **given_options(options)},
+        {"show_progress": False, **given_options(options), **passed_on},
         out=options.out,
         resume=options.resume,
         on_epoch=print_epoch,
         say=print_line,
         logs=False,
+        known_only=True,
     )
     result = train(job, options.nproc)
     place = Place.from_environment()
