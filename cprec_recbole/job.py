@@ -116,7 +116,7 @@ def check(job: Job, nproc: int | None, place: Place | None) -> None:
         if here:
             raise CompressionError(
                 f"Expected `out` to be a folder without a run, but got {folder} with {here[0]}; "
-                "resume that run, or choose another folder."
+                f"{'resume that run, or ' if job.model in _ours() else ''}choose another folder."
             )
 
 
