@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import select
 import shlex
 import sys
 from collections.abc import Sequence
@@ -33,17 +34,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 2
     except BrokenPipeError:
-        try:
-            sys.stdout.flush()
-        except BrokenPipeError:  # whoever read the answers has had enough
-            pass
-        else:
+        if not _nobody_reads():
             raise  # another pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
         print("cprec: stopped", file=sys.stderr)
         return 130
+
+
+def _nobody_reads() -> bool:
+    """Whether whoever read the answers has had enough."""
+    try:
+        output = select.poll()
+        output.register(sys.stdout.fileno(), 0)
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in output.poll(0))
+    except AttributeError:  # no poll on Windows
+        return True
+    except (OSError, ValueError):  # it has no pipe
+        return False
 
 
 def recbole_options(arguments: Sequence[str]) -> dict[str, Any]:

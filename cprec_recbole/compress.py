@@ -22,6 +22,7 @@ from cprec_recbole.directions import hidden_moment, tied_importance
 from cprec_recbole.evaluation import check_validation_data, evaluate, valid_metric
 from cprec_recbole.histories import Histories, drawn_histories, histories_of
 from cprec_recbole.int8 import BYTES_PER_SCALE
+from cprec_recbole.modes import can_be_trained
 from cprec_recbole.original import Original
 from cprec_recbole.quantize import check_dtype, quantize
 from cprec_recbole.recommender import CompressedRecommender, check_objective
@@ -33,7 +34,7 @@ _LADDER = 24  # ratios between which max_loss is searched: five evaluations find
 _LEAST_RATIO = 1.25
 
 
-@torch.inference_mode(False)  # what is made here can be trained, wherever it is called
+@can_be_trained
 def compress(
     model: nn.Module,
     config: CompressionConfig | None = None,

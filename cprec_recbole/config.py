@@ -233,6 +233,11 @@ def is_whole(value: object) -> TypeGuard[int]:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
+def is_near(name: str, known: Sequence[str]) -> bool:
+    """Whether a name looks like a misspelling of a known one."""
+    return bool(difflib.get_close_matches(name, known, n=1, cutoff=0.8))
+
+
 def reject_unknown(names: Iterable[str], known: Sequence[str]) -> None:
     """Raise a CompressionError for the first name that is not among the known ones."""
     for name in names:

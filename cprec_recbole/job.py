@@ -8,9 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from recbole.config import Config
-from recbole.utils import get_model
+from recbole.utils import EvaluatorType, get_model
 
-from cprec_recbole.config import CompressionConfig, CompressionError, reject_unknown
+from cprec_recbole.config import (
+    CompressionConfig,
+    CompressionError,
+    is_near,
+    reject_unknown,
+)
 from cprec_recbole.evaluation import check_valid_metric
 from cprec_recbole.group import Place
 from cprec_recbole.host import known_options, recbole_config, whole_number
@@ -54,14 +59,24 @@ class Job:
 _OWN = ("shard_tails", "checkpoint_steps")  # options of ours beside those of a CompressionConfig
 
 
+# options that RecBole reads and names nowhere
+_READ = ("encoding", "tail_ratio")
+
+
 def _ours() -> list[str]:
     return [model.__name__ for model in MODELS]
+
+
+def is_ours(name: str) -> bool:
+    """Whether a model's name is one of a compressed model."""
+    return name in _ours()
 
 
 def config_of(job: Job) -> Config:
     """RecBole's config of a job; in a process that is one of several, joins the others."""
     config = recbole_config(job.model, job.dataset, job.options, list(job.config_files))
-    if job.model in _ours():
+    is_ranked = config["eval_type"] == EvaluatorType.RANKING
+    if job.model in _ours() and is_ranked and config["eval_step"] > 0:
         check_valid_metric(config)
     for name in () if job.model in _ours() else (*_OWN, *CompressionConfig.option_names()):
         if name != "training" and config[name] is not None:
@@ -70,7 +85,11 @@ def config_of(job: Job) -> Config:
                 "which is not compressed."
             )
     if job.known_only:
-        reject_unknown(job.options, (*known_options(config), *_OWN))
+        known = (*known_options(config), *_OWN, *_READ)
+        for name in job.options:
+            # RecBole's own models may read what is named nowhere
+            if name not in known and (is_ours(job.model) or is_near(name, known)):
+                reject_unknown([name], known)
     if checkpoint_steps(config) and (job.model not in _ours() or job.out is None or not job.saved):
         raise CompressionError(
             f"Expected `checkpoint_steps` with an `out` folder and one of {', '.join(_ours())}, "

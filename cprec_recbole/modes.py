@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import ParamSpec, TypeVar
 
+import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def can_be_trained(make: Callable[P, T]) -> Callable[P, T]:
+    """A function of a model whose result can be trained, also where it is called in torch's
+    inference mode; but of a model that was itself made there, which cannot."""
+
+    @functools.wraps(make)
+    def made(*args: P.args, **kwargs: P.kwargs) -> T:
+        model = args[0] if args else kwargs.get("model")
+        parameters = model.parameters() if isinstance(model, nn.Module) else ()
+        stays = torch.is_inference_mode_enabled() and any(p.is_inference() for p in parameters)
+        with torch.inference_mode(stays):
+            return make(*args, **kwargs)
+
+    return made
 
 
 @contextmanager

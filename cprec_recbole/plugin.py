@@ -7,7 +7,6 @@ of the process.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
 import warnings
@@ -21,7 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from cprec_recbole.config import CompressionConfig, reject_unknown
+from cprec_recbole.config import CompressionConfig, is_near, reject_unknown
 from cprec_recbole.patching import replace
 from cprec_recbole.registration import importing_models
 
@@ -144,7 +143,7 @@ def _compression_defaults(
 
 def _reject_misspelling(name: str, names: tuple[str, ...]) -> None:
     """RecBole takes any key; one that is nearly an option of ours is taken for a misspelling."""
-    if difflib.get_close_matches(name, names, n=1, cutoff=0.8):
+    if is_near(name, names):
         reject_unknown([name], names)
 
 

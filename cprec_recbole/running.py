@@ -12,13 +12,20 @@ from typing import Any
 
 from recbole.config import Config
 from recbole.data import create_dataset, data_preparation
-from recbole.utils import get_model, get_trainer, init_logger, init_seed, set_color
+from recbole.utils import (
+    EvaluatorType,
+    get_model,
+    get_trainer,
+    init_logger,
+    init_seed,
+    set_color,
+)
 
 from cprec_recbole import group
 from cprec_recbole.config import CompressionError
 from cprec_recbole.files import held, make_folder, remove_leftovers, write_whole
 from cprec_recbole.group import Place
-from cprec_recbole.job import Job, check, checkpoint_steps, config_of
+from cprec_recbole.job import Job, check, checkpoint_steps, config_of, is_ours
 from cprec_recbole.journal import BEST, LAST, RESULT, Journal, digest, terms_of
 from cprec_recbole.processes import launch
 from cprec_recbole.trainer import CompressedTrainer
@@ -223,11 +230,12 @@ def _loaders(config: Config) -> tuple[Any, Any, Any]:
             f"of {config['dataset']} in {config['data_path']} it says: {type(error).__name__}: "
             f"{' '.join(str(error).split())}"
         ) from error
-    most, n_items = max(config["topk"] or [0]), dataset.item_num - 1
-    if most > n_items:
-        raise CompressionError(
-            f"Expected `topk` to be at most the {n_items} items of the data, but got {most}."
-        )
+    if is_ours(config["model"]) and config["eval_type"] == EvaluatorType.RANKING:
+        most, n_items = max(config["topk"]), dataset.item_num - 1
+        if most > n_items:
+            raise CompressionError(
+                f"Expected `topk` to be at most the {n_items} items of the data, but got {most}."
+            )
     if one_first and group.is_first():
         group.wait()
     if group.size() > 1:

@@ -292,6 +292,7 @@ def test_recbole_options_are_read_as_yaml():
     assert recbole_options([f"--{name}={text}" for name, text in texts.items()]) == texts
     quoted = ['--item_inter_num_interval="(5,10]"', "--user_inter_num_interval=null"]
     assert list(recbole_options(quoted).values()) == ["(5,10]", None]
+    assert recbole_options(['--field_separator="\\t"']) == {"field_separator": "\t"}
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

@@ -167,6 +167,12 @@ def test_it_can_be_trained_also_if_it_was_made_where_nothing_is(trained):
     assert small.table.blocks[1].weight.grad.abs().sum() > 0
 
 
+def test_a_model_that_was_made_where_nothing_is_trained_is_compressed_there(world):
+    with torch.inference_mode():
+        small = compress(world.model("SASRec"), ratio=1.5, verbose=False)
+        assert len(small.recommend([1, 2, 3], 5).items) == 1
+
+
 def test_what_is_counted_for_padding_does_not_matter(trained):
     counts = trained["SASRec"].train_item_counts.astype(float)
     found = []

@@ -98,6 +98,47 @@ def test_options_of_ours_for_a_model_of_recboles_are_refused(world, capsys):
     assert "`shard_tails` with one of CpNextItNet" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("model", "more"),
+    [
+        ("CpGRU4Rec", ["--eval_step=0", "--topk=[3]", "--metrics=[NDCG]"]),  # nothing is validated
+        ("CpGRU4Rec", ["--encoding=utf-8"]),  # which RecBole reads and names nowhere
+        ("BPR", ["--topk=[5]", "--metrics=[NDCG]", "--valid_metric=NDCG@5", "--embedding_size=8"]),
+        ("BPR", ["--an_option_of_its_own=1", "--valid_metric=MRR@10"]),
+    ],
+)
+def test_what_recbole_takes_is_taken(world, model, more, capsys):
+    options = [*arguments(world, model), "--load_col={inter: [user_id, item_id, timestamp]}"]
+    assert main([*options, *more]) == 0
+    assert f"{model} on {world.name}" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes are POSIX's")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_has_had_enough_is_no_error(unbuffered):
+    script = (
+        "import argparse, sys\n"
+        "from cprec_recbole import cli\n"
+        "class P:\n"
+        "    def parse_known_args(self, argv):\n"
+        "        return argparse.Namespace(run=run), []\n"
+        "def run(*arguments):\n"
+        "    for _ in range(100_000):\n"
+        "        print('an answer')\n"
+        "cli._parser = lambda argv: P()\n"
+        "sys.exit(cli.main([]))\n"
+    )
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    ) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        errors = process.stderr.read()
+        assert (process.wait(), errors) == (0, b"")
+
+
 def test_the_command_line_wins_over_files(world, tmp_path, monkeypatch):
     (tmp_path / "mine.yaml").write_text("loss_memory: 64MiB\nranks: [8, 4]\n")
     jobs = []

@@ -71,7 +71,7 @@ def plain_text(text: str) -> str | None:
     if text in ("null", "~"):
         return None
     is_quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
-    return text[1:-1] if is_quoted else text
+    return str(yaml.safe_load(text)) if is_quoted else text  # "\t" is a tab
 
 
 def value(text: str) -> Any:
