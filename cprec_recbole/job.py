@@ -57,10 +57,7 @@ class Job:
 
 
 _OWN = ("shard_tails", "checkpoint_steps")  # options of ours beside those of a CompressionConfig
-
-
-# options that RecBole reads and names nowhere
-_READ = ("encoding", "tail_ratio")
+_READ = ("encoding", "tail_ratio")  # options that RecBole reads and names nowhere
 
 
 def _ours() -> list[str]:
@@ -76,9 +73,9 @@ def config_of(job: Job) -> Config:
     """RecBole's config of a job; in a process that is one of several, joins the others."""
     config = recbole_config(job.model, job.dataset, job.options, list(job.config_files))
     is_ranked = config["eval_type"] == EvaluatorType.RANKING
-    if job.model in _ours() and is_ranked and config["eval_step"] > 0:
+    if is_ours(job.model) and is_ranked and config["eval_step"] > 0:
         check_valid_metric(config)
-    for name in () if job.model in _ours() else (*_OWN, *CompressionConfig.option_names()):
+    for name in () if is_ours(job.model) else (*_OWN, *CompressionConfig.option_names()):
         if name != "training" and config[name] is not None:
             raise CompressionError(
                 f"Expected `{name}` with one of {', '.join(_ours())}, but got it for {job.model}, "
@@ -90,7 +87,7 @@ def config_of(job: Job) -> Config:
             # RecBole's own models may read what is named nowhere
             if name not in known and (is_ours(job.model) or is_near(name, known)):
                 reject_unknown([name], known)
-    if checkpoint_steps(config) and (job.model not in _ours() or job.out is None or not job.saved):
+    if checkpoint_steps(config) and (not is_ours(job.model) or job.out is None or not job.saved):
         raise CompressionError(
             f"Expected `checkpoint_steps` with an `out` folder and one of {', '.join(_ours())}, "
             f"but got it for {job.model} with out={job.out}, saved={job.saved}."
@@ -124,7 +121,7 @@ def check(job: Job, nproc: int | None, place: Place | None) -> None:
             "Expected `resume` with the `out` folder of the run to go on with, but got "
             f"out={job.out!r}, saved={job.saved}."
         )
-    if job.resume and job.model not in _ours():
+    if job.resume and not is_ours(job.model):
         raise CompressionError(
             f"Expected `resume` with one of {', '.join(_ours())}, whose trainer writes its whole "
             f"state, but got {job.model}."
@@ -135,7 +132,7 @@ def check(job: Job, nproc: int | None, place: Place | None) -> None:
         if here:
             raise CompressionError(
                 f"Expected `out` to be a folder without a run, but got {folder} with {here[0]}; "
-                f"{'resume that run, or ' if job.model in _ours() else ''}choose another folder."
+                f"{'resume that run, or ' if is_ours(job.model) else ''}choose another folder."
             )
 
 

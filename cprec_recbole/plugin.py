@@ -17,7 +17,6 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 
 from cprec_recbole.config import CompressionConfig, is_near, reject_unknown
@@ -147,67 +146,6 @@ def _reject_misspelling(name: str, names: tuple[str, ...]) -> None:
         reject_unknown([name], names)
 
 
-def _with_working_fillna(original: Callable) -> Callable:
-    def _fill_nan(self: Any) -> None:
-        # RecBole fills a column in place, which changes nothing since pandas 3
-        kinds = self.field2type
-        for feat_name in self.feat_name_list:
-            feat = getattr(self, feat_name)
-            fill = {f: 0 for f in feat if kinds[f].name == "TOKEN"}
-            fill |= {f: feat[f].mean() for f in feat if kinds[f].name == "FLOAT"}
-            setattr(self, feat_name, feat.fillna(fill))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            original(self)
-
-    return _fill_nan
-
-
-def _with_working_remap(original: Callable) -> Callable:
-    def _remap(self: Any, remap_list: list) -> None:
-        # RecBole asks a column of lists for `agg(len)`, which is one number since pandas 3
-        if all(kind.name != "TOKEN_SEQ" for _, _, kind in remap_list):
-            original(self, remap_list)
-            return
-        tokens, ends = self._concat_remaped_tokens(remap_list)
-        numbers, known = pd.factorize(tokens)
-        names = np.array(["[PAD]", *known])
-        by_token = {token: number for number, token in enumerate(names)}
-        for (feat, field, kind), own in zip(remap_list, np.split(numbers + 1, ends)):
-            ids: Any = own
-            if field not in self.field2id_token:
-                self.field2id_token[field] = names
-                self.field2token_id[field] = by_token
-            if kind.name == "TOKEN_SEQ":
-                ids = np.split(ids, np.cumsum(feat[field].map(len))[:-1])
-            feat[field] = ids
-
-    return _remap
-
-
-def _with_working_presets(original: Callable) -> Callable:
-    def _benchmark_presets(self: Any) -> None:
-        original(self)  # which asks for `agg(len)` too
-        lists = self.inter_feat[self.item_id_list_field]
-        self.inter_feat[self.item_list_length_field] = lists.map(len)
-
-    return _benchmark_presets
-
-
-def _with_generators_kept(original: Callable) -> Callable:
-    def save_split_dataloaders(config: Any, dataloaders: Any) -> None:
-        # RecBole takes them away to pickle the loaders, and trains with those
-        holders = [part for loader in dataloaders for part in (loader, loader.sampler)]
-        kept = [(holder, getattr(holder, "generator", None)) for holder in holders]
-        try:
-            original(config, dataloaders)
-        finally:
-            for holder, generator in kept:
-                holder.generator = generator
-
-    return save_split_dataloaders
-
-
 def _with_remembered_counts(original: Callable) -> Callable:
     def __init__(self: Any, config: Any, dataset: Any) -> None:
         from cprec_recbole.sequences import item_counts
@@ -282,11 +220,10 @@ def adapt() -> None:
     import recbole.quick_start.quick_start
     import recbole.trainer
     from recbole.config import Config
-    from recbole.data.dataset import Dataset, SequentialDataset
     from recbole.model.abstract_recommender import SequentialRecommender
     from recbole.utils.argument_list import dataset_arguments, training_arguments
 
-    from cprec_recbole import recbole_processes
+    from cprec_recbole import recbole_data, recbole_processes
     from cprec_recbole.models import MODELS
     from cprec_recbole.recbole_run import starting_the_plugin_too
 
@@ -295,15 +232,12 @@ def adapt() -> None:
         warnings.filterwarnings("ignore", message=message, module=r"recbole\.")
     replace(Config, "compatibility_settings", _without_numpy_patching)
     replace(Config, "_load_internal_config_dict", _with_parent_defaults)
-    replace(Dataset, "_fill_nan", _with_working_fillna)
-    replace(Dataset, "_remap", _with_working_remap)
-    replace(SequentialDataset, "_benchmark_presets", _with_working_presets)
-    replace(recbole.data.utils, "save_split_dataloaders", _with_generators_kept)
     replace(SequentialRecommender, "__init__", _with_remembered_counts)
     replace(recbole.data.utils, "get_dataloader", _with_positions_loader)
     for module in (recbole.quick_start, recbole.quick_start.quick_start):
         replace(module, "load_data_and_model", lambda original: _load_data_and_model)
         replace(module, "run", starting_the_plugin_too)
+    recbole_data.adapt()
     recbole_processes.adapt()
     if "training" not in dataset_arguments:  # a saved dataset is reused only where these agree
         dataset_arguments += ["training", "eval_args"]
