@@ -64,6 +64,7 @@ def take(trainer: Any, moment: Moment) -> dict[str, Any]:
         "best_valid_score": float(trainer.best_valid_score),
         "best_valid_result": result and {name: float(value) for name, value in result.items()},
         "train_loss": {epoch: float(loss) for epoch, loss in trainer.train_loss_dict.items()},
+        "measured": {name: list(values) for name, values in trainer.measured.items()},
         "other_parameter": trainer.model.other_parameter(),
         "processes": group.gather(mine),
         **({} if trainer.is_parted else parts),
@@ -87,6 +88,8 @@ def restore(trainer: Any, state: dict[str, Any], train_data: Any) -> Moment:
     trainer.best_valid_score = state["best_valid_score"]
     trainer.best_valid_result = state["best_valid_result"]
     trainer.train_loss_dict = dict(state["train_loss"])
+    for name, values in state.get("measured", {}).items():  # earlier versions wrote none
+        trainer.measured[name][:] = values
     if state["valid_generator"] is not None and trainer.valid_data is not None:
         trainer.valid_data.generator.set_state(state["valid_generator"])
     return Moment(

@@ -40,6 +40,7 @@ class CompressedTrainer(Trainer):
     Attributes:
         journal: where the state is written after every epoch, for a run that can be resumed; or
             None.
+        measured: figures of each epoch so far, by name, that a subclass keeps; part of the state.
     """
 
     model: Any
@@ -52,6 +53,7 @@ class CompressedTrainer(Trainer):
         super().__init__(config, model)
         self.eval_collector = TopKCollector(config)
         self.journal: Journal | None = None
+        self.measured: dict[str, list[float]] = {}
         self.valid_data: Any = None
         self._resumed: Moment | None = None
         parted = getattr(model, "sharded_parameters", list)  # whole on the process that holds them

@@ -298,6 +298,64 @@ def test_an_interrupted_study_goes_on_where_it_was(world, tmp_path, monkeypatch,
         assert record["test"] == whole[key]["test"], key
 
 
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("damage", "epochs"),
+    [
+        (lambda folder: None, [2]),
+        (lambda folder: cut(folder / "last.pth"), [1, 2]),
+        (lambda folder: (folder / "best.pth").unlink(), [1, 2]),
+        (lambda folder: (folder / ".last.pth-1.tmp").write_bytes(b""), [2]),
+    ],
+    ids=["whole", "cut short", "without its best", "half written"],
+)
+def test_a_training_goes_on_in_the_epoch_in_which_it_was_interrupted(
+    world, tmp_path, monkeypatch, finished, damage, epochs
+):
+    spec, folder = spec_of(tmp_path, FEW.replace("0.01, ", "")), tmp_path / "out"
+    told = []
+
+    class Interrupted(Inline):
+        def attempt(self, work, pipe=None):
+            def send(message):
+                told.append(message[1][0])
+                if told == [1, 2]:  # the second epoch is trained, but not finished
+                    raise KeyboardInterrupt
+
+            return super().attempt(work, SimpleNamespace(send=send))
+
+    monkeypatch.setattr(conduct, "Workers", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(spec, folder, world)
+    (state,) = (folder / "unfinished").iterdir()
+    damage(state)
+    before = len(told)
+    run(spec, folder, world)
+    assert told[before : before + len(epochs)] == epochs
+    assert not list((folder / "unfinished").iterdir())  # a finished training leaves nothing there
+    first = json.loads((folder / "trials" / f"{state.name}.json").read_text())
+    same = json.loads((finished[0] / "trials" / f"{state.name}.json").read_text())
+    assert len(first["epoch_seconds"]) == 2
+    for name in ("valid", "test", "valid_curve", "best_epoch", "epochs"):
+        assert first[name] == same[name], name
+
+
+def test_a_training_that_fails_is_not_gone_on_with(world, tmp_path, monkeypatch):
+    def fail(message):
+        raise ValueError("Training loss is nan")
+
+    monkeypatch.setattr(conduct, "Workers", Inline)
+    attempt_at = Inline.attempt
+    pipe = SimpleNamespace(send=fail)
+    monkeypatch.setattr(Inline, "attempt", lambda self, work, _: attempt_at(self, work, pipe))
+    run(spec_of(tmp_path, FEW), tmp_path / "out", world)
+    assert "nan" in runs_of(tmp_path / "out")["made-up_SASRec_L8_uncompressed_s1"]["error"]
+    assert not list((tmp_path / "out" / "unfinished").iterdir())
+
+
 def test_a_run_that_fails_is_written_down_and_stops_no_other(world, tmp_path, inline):
     text = FEW.replace("[int8]", "[compressed, recovered, narrower]").replace("[1.5]", "[400]")
     folder = tmp_path / "out"

@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -18,8 +20,11 @@ from recbole.data.interaction import Interaction
 from recbole.utils import get_model, init_seed
 
 from cprec_recbole.compare.controls import TrainedControl
+from cprec_recbole.config import CompressionError
 from cprec_recbole.evaluation import evaluate
+from cprec_recbole.files import make_folder, remove_leftovers
 from cprec_recbole.host import working_directory
+from cprec_recbole.journal import BEST, LAST, Journal, terms_of
 from cprec_recbole.trainer import CompressedTrainer
 
 SCORE_REPEATS = 50
@@ -71,6 +76,7 @@ def fit(
     data: Data,
     on_epoch: Callable[[int, float], None],
     control: TrainedControl | None = None,
+    folder: Path | None = None,
 ) -> Fitted:
     """Build a model, train it and test it.
 
@@ -79,22 +85,29 @@ def fit(
         data: made for that config.
         on_epoch: called after each evaluation with epoch and validation score.
         control: what builds and finishes the model; None: RecBole builds it.
+        folder: where the training's state is written as each epoch begins; where it holds one of
+            the same options and data, the training goes on from there and ends as it would have.
+            None: nothing is kept.
     """
     if control is None:
         model = get_model(config["model"])(config, data.train._dataset)
     else:
         model = control.build(config, data.train._dataset)
     model = model.to(config["device"])
-    with tempfile.TemporaryDirectory() as folder:
-        config["checkpoint_dir"] = folder
-        with working_directory(folder):  # RecBole's trainer logs into the current folder
+    with _kept_or_temporary(folder) as place:
+        config["checkpoint_dir"] = str(place)
+        with working_directory(place):  # RecBole's trainer logs into the current folder
             trainer = _MeasuredTrainer(config, model)
-        trainer.fit(
-            data.train,
-            data.valid,
-            verbose=False,
-            callback_fn=lambda epoch, score: on_epoch(epoch, float(score)),
-        )
+        unfinished = folder is None or _goes_on(trainer, place, data)
+        if unfinished:
+            trainer.fit(
+                data.train,
+                data.valid,
+                verbose=False,
+                callback_fn=lambda epoch, score: on_epoch(epoch, float(score)),
+            )
+        else:
+            trainer.eval_collector.data_collect(data.train)  # as `fit` begins
         test = trainer.evaluate(data.test)  # with the best epoch's weights, which it loads
         checkpoint_bytes = os.path.getsize(trainer.saved_model_file)
     found = Fitted(
@@ -113,6 +126,33 @@ def fit(
     return replace(found, model=finished, valid=valid, test=test, checkpoint_bytes=0)
 
 
+@contextmanager
+def _kept_or_temporary(folder: Path | None) -> Iterator[Path]:
+    """A folder that stays, or one that does not."""
+    if folder is None:
+        with tempfile.TemporaryDirectory() as temporary:
+            yield Path(temporary)
+    else:
+        make_folder(folder)
+        yield folder
+
+
+def _goes_on(trainer: _MeasuredTrainer, folder: Path, data: Data) -> bool:
+    """Have a training kept in a folder, and go on with what is there; whether any is left to do."""
+    best = folder / BEST
+    for path in (best, folder / LAST):
+        remove_leftovers(path)
+    trainer.saved_model_file = str(best)
+    trainer.journal = Journal(folder, terms_of(trainer.config, (data.train, data.valid, data.test)))
+    try:
+        state = trainer.journal.read()
+    except CompressionError:  # damaged, or of other data: it is trained from the start
+        return True
+    if state is None or (state["best_valid_result"] is not None and not best.is_file()):
+        return True
+    return trainer.resume(state, data.train, data.valid)
+
+
 class _MeasuredTrainer(CompressedTrainer):
     """RecBole's trainer with a clock around its training epochs, and without its event files."""
 
@@ -126,6 +166,7 @@ class _MeasuredTrainer(CompressedTrainer):
         self.tensorboard = _NoTensorboard()
         self.epoch_seconds: list[float] = []
         self.valid_scores: list[float] = []
+        self.measured = {"epoch_seconds": self.epoch_seconds, "valid_scores": self.valid_scores}
 
     def _train_epoch(self, *args: Any, **kwargs: Any) -> Any:
         start = perf_counter()

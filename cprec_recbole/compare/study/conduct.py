@@ -38,8 +38,8 @@ def run_study(
 ) -> Schedule:
     """Do all runs of a study that are not finished yet.
 
-    Every finished training is a file at once. An interruption at any moment loses the trainings
-    that are in progress and nothing else.
+    Every finished training is a file at once. An interruption at any moment loses the epochs, and
+    the recoveries, that are in progress and nothing else.
 
     Args:
         spec: the study.

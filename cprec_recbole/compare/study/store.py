@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from cprec_recbole.config import CompressionError
 from cprec_recbole.files import make_folder, write_whole
 
 RUNS, TRIALS, PLANS, WEIGHTS = "runs", "trials", "plans", "weights"
+UNFINISHED = "unfinished"
 
 
 class Store:
@@ -75,6 +77,18 @@ class Store:
     def write(self, kind: str, key: str, record: dict[str, Any]) -> None:
         """Keep a plan, trial or run."""
         write_json(self.path(kind, key), record)
+
+    @contextmanager
+    def unfinished(self, key: str) -> Iterator[Path]:
+        """Where a trial may keep the state of its training; removed once it has ended or failed,
+        and left where it was interrupted."""
+        folder = self.folder / UNFINISHED / key
+        try:
+            yield folder
+        except Exception:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        shutil.rmtree(folder, ignore_errors=True)
 
     def write_users(self, key: str, values: np.ndarray) -> None:
         """Keep each test user's NDCG@20 of a trial, `[users]` of float32."""

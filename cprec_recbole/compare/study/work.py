@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from pathlib import Path
 from time import perf_counter
 from typing import Any, cast
 
@@ -70,7 +71,8 @@ def do(work: Work, spec: Spec, store: Store, data_path: str | None, on_epoch: On
         # what is planned stays: the seeds of a contender are one model
         store.write(PLANS, work.key, {**bench.plan(work), **(store.read(PLANS, work.key) or {})})
     else:
-        bench.train(work, on_epoch)
+        with store.unfinished(work.key) as folder:
+            bench.train(work, on_epoch, folder)
 
 
 def check(spec: Spec, data_path: str | None) -> None:
@@ -159,14 +161,14 @@ class _Bench:
                 found[name] = {"error": str(error)}
         return found
 
-    def train(self, work: Trial, on_epoch: OnEpoch) -> None:
+    def train(self, work: Trial, on_epoch: OnEpoch, folder: Path) -> None:
         start = perf_counter()
         options = {k: v for k, v in work.recipe.options.items() if k != "ratio"}
         config = self.config(work.cell, options, work.seed, work.rate)
         data = Data.of(config)
         init_seed(work.seed, config["reproducibility"])
         if work.source is None:
-            model, record = self._from_scratch(work, config, data, on_epoch)
+            model, record = self._from_scratch(work, config, data, on_epoch, folder)
         else:
             model, record = self._derived(work, work.source, config, data)
         ranked = rank_targets(model, data.test)
@@ -197,11 +199,11 @@ class _Bench:
         self.store.write(TRIALS, work.key, found)  # last: with it the trial is finished
 
     def _from_scratch(
-        self, work: Trial, config: Any, data: Data, on_epoch: OnEpoch
+        self, work: Trial, config: Any, data: Data, on_epoch: OnEpoch, folder: Path
     ) -> tuple[CompressedRecommender, dict[str, Any]]:
         control = CONTROLS.get(work.recipe.kind)
         trained = control if isinstance(control, TrainedControl) else None
-        fitted = fit(config, data, on_epoch, trained)
+        fitted = fit(config, data, on_epoch, trained, folder)
         return cast(CompressedRecommender, fitted.model), {
             "valid": fitted.valid,
             "test": fitted.test,
