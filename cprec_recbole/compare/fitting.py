@@ -96,7 +96,7 @@ def fit(
     model = model.to(config["device"])
     with _kept_or_temporary(folder) as place:
         config["checkpoint_dir"] = str(place)
-        with working_directory(place):  # RecBole's trainer logs into the current folder
+        with working_directory(str(place)):  # RecBole's trainer logs into the current folder
             trainer = _MeasuredTrainer(config, model)
         unfinished = folder is None or _goes_on(trainer, place, data)
         if unfinished:
