@@ -111,7 +111,7 @@ def measure(model: str, name: str) -> dict[str, Any]:
     import recbole.data.dataset
     from recbole.data import create_dataset, data_preparation
 
-    from cprec_recbole.host import recbole_config
+    from cprec_recbole.host.library import recbole_config
 
     options = {
         "data_path": str(CACHE),

@@ -50,7 +50,7 @@ def prepare(folder: Path, n_items: int) -> None:
     from recbole.model.sequential_recommender import SASRec
 
     import cprec_recbole
-    from cprec_recbole.host import recbole_config
+    from cprec_recbole.host.library import recbole_config
 
     torch.manual_seed(0)
     config = recbole_config("SASRec", "ml-100k", {"use_gpu": False})

@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from cprec_recbole.compare.results import environment, save
+from cprec_recbole.compression.distillation import told_softmax
 from cprec_recbole.config import LOSS_MEMORY
-from cprec_recbole.cross_entropy import Strip
-from cprec_recbole.distillation import told_softmax
-from cprec_recbole.soft_targets import Room, soft_cross_entropy
+from cprec_recbole.losses.cross_entropy import Strip
+from cprec_recbole.losses.soft_targets import Room, soft_cross_entropy
 
 PREDICTIONS, DIM, SHARE = 128, 64, 0.5
 BLOCKS = ((0.1, 64), (0.2, 16), (0.7, 8))  # share of the items, rank

@@ -29,10 +29,10 @@ from training import DIM, TARGETS, cheapest_cutoffs, ranks_of, zipf_batches, zip
 
 from cprec_recbole.compare.results import environment, save
 from cprec_recbole.embedding import Block, BlockEmbedding
-from cprec_recbole.exchange import Group
 from cprec_recbole.optimizers import build_optimizer
+from cprec_recbole.parallel.exchange import Group
+from cprec_recbole.parallel.shards import ShardedBlock
 from cprec_recbole.partition import Partition
-from cprec_recbole.shards import ShardedBlock
 from cprec_recbole.softmax import TreeSoftmax
 
 STEPS = 3

@@ -14,9 +14,9 @@ import torch
 from recbole.data import create_dataset, data_preparation
 from recbole.utils import get_model, get_trainer, init_seed
 
-from cprec_recbole import index, sorting
 from cprec_recbole.compare.results import environment, save
-from cprec_recbole.host import recbole_config
+from cprec_recbole.host.library import recbole_config
+from cprec_recbole.search import index, sorting
 
 N_USERS, K = 500, 20
 

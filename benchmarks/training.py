@@ -38,7 +38,7 @@ from cprec_recbole import CompressionConfig, CpSASRec
 from cprec_recbole.backbones import build_host
 from cprec_recbole.compare.results import environment, save
 from cprec_recbole.embedding import BlockEmbedding
-from cprec_recbole.host import recbole_config
+from cprec_recbole.host.library import recbole_config
 from cprec_recbole.item_tables import Host
 from cprec_recbole.optimizers import build_optimizer
 from cprec_recbole.partition import Partition

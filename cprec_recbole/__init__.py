@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from cprec_recbole.config import CompressionConfig, CompressionError
-from cprec_recbole.registration import register_when_needed
+from cprec_recbole.host.registration import register_when_needed
 
 if TYPE_CHECKING:
     from recbole.quick_start import load_data_and_model, run_recbole
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from cprec_recbole.compress import compress
     from cprec_recbole.embedding import BlockEmbedding
     from cprec_recbole.evaluation import evaluate
-    from cprec_recbole.export import export
+    from cprec_recbole.int8.quantize import quantize
     from cprec_recbole.models import (
         CpBERT4Rec,
         CpGCSAN,
@@ -35,15 +35,15 @@ if TYPE_CHECKING:
         CpSTAMP,
     )
     from cprec_recbole.partition import Partition
-    from cprec_recbole.pretrained import load_pretrained
-    from cprec_recbole.quantize import quantize
     from cprec_recbole.recommender import CompressedRecommender
     from cprec_recbole.recover import recover
     from cprec_recbole.registry import register
-    from cprec_recbole.running import run
+    from cprec_recbole.saving.pretrained import load_pretrained
+    from cprec_recbole.saving.vocabulary import Vocabulary
+    from cprec_recbole.search.topk import TopK
+    from cprec_recbole.serving.export import export
     from cprec_recbole.softmax import FullSoftmax, TreeSoftmax
-    from cprec_recbole.topk import TopK
-    from cprec_recbole.vocabulary import Vocabulary
+    from cprec_recbole.training.running import run
 
 __version__ = "0.1.0"
 __all__ = [
@@ -95,18 +95,18 @@ _PLACES = {
     "CpSTAMP": "cprec_recbole.models",
     "FullSoftmax": "cprec_recbole.softmax",
     "Partition": "cprec_recbole.partition",
-    "TopK": "cprec_recbole.topk",
+    "TopK": "cprec_recbole.search.topk",
     "TreeSoftmax": "cprec_recbole.softmax",
-    "Vocabulary": "cprec_recbole.vocabulary",
+    "Vocabulary": "cprec_recbole.saving.vocabulary",
     "compress": "cprec_recbole.compress",
     "evaluate": "cprec_recbole.evaluation",
-    "export": "cprec_recbole.export",
+    "export": "cprec_recbole.serving.export",
     "load_data_and_model": "recbole.quick_start",
-    "load_pretrained": "cprec_recbole.pretrained",
-    "quantize": "cprec_recbole.quantize",
+    "load_pretrained": "cprec_recbole.saving.pretrained",
+    "quantize": "cprec_recbole.int8.quantize",
     "recover": "cprec_recbole.recover",
     "register": "cprec_recbole.registry",
-    "run": "cprec_recbole.running",
+    "run": "cprec_recbole.training.running",
     "run_recbole": "recbole.quick_start",
 }
 

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cprec_recbole.config import OBJECTIVES, CompressionError
+from cprec_recbole.host.registration import importing_models
 from cprec_recbole.item_tables import PLAIN, Host, PlainTable
 from cprec_recbole.partition import PADDING
-from cprec_recbole.registration import importing_models
 from cprec_recbole.sharing import Layer
 
 if TYPE_CHECKING:

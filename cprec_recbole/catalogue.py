@@ -14,7 +14,7 @@ from cprec_recbole.config import (
     CompressionError,
     reject_unknown,
 )
-from cprec_recbole.host import known_options, recbole_config, whole_number
+from cprec_recbole.host.library import known_options, recbole_config, whole_number
 from cprec_recbole.records import record_named
 from cprec_recbole.report import Estimate, describe_sharing, estimate
 from cprec_recbole.sharing import sharing_plan, sharing_sets

@@ -9,25 +9,25 @@ import numpy as np
 import torch
 from torch import nn
 
-from cprec_recbole.budget import (
+from cprec_recbole.compression.budget import (
     checked_bytes,
     checked_ratio,
     choose,
     smallest_possible,
 )
-from cprec_recbole.building import build
-from cprec_recbole.clusters import fit_clusters_to
+from cprec_recbole.compression.building import build
+from cprec_recbole.compression.clusters import fit_clusters_to
+from cprec_recbole.compression.directions import hidden_moment, tied_importance
+from cprec_recbole.compression.histories import Histories, drawn_histories, histories_of
+from cprec_recbole.compression.original import Original
+from cprec_recbole.compression.spectra import PARAMETERS, Unit, looks_trained
+from cprec_recbole.compression.warmstart import FIT_HISTORIES, warm_start
 from cprec_recbole.config import CompressionConfig, CompressionError, is_number, reject_unknown
-from cprec_recbole.directions import hidden_moment, tied_importance
 from cprec_recbole.evaluation import check_validation_data, evaluate, valid_metric
-from cprec_recbole.histories import Histories, drawn_histories, histories_of
-from cprec_recbole.int8 import BYTES_PER_SCALE
+from cprec_recbole.int8.quantize import check_dtype, quantize
+from cprec_recbole.int8.rows import BYTES_PER_SCALE
 from cprec_recbole.modes import can_be_trained
-from cprec_recbole.original import Original
-from cprec_recbole.quantize import check_dtype, quantize
 from cprec_recbole.recommender import CompressedRecommender, check_objective
-from cprec_recbole.spectra import PARAMETERS, Unit, looks_trained
-from cprec_recbole.warmstart import FIT_HISTORIES, warm_start
 
 _QUICK_LOOK = 64  # histories on which ways of sharing are compared
 _LADDER = 24  # ratios between which max_loss is searched: five evaluations find one of them

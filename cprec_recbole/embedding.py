@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cprec_recbole.config import CompressionError
-from cprec_recbole.cross_entropy import Strip, cross_entropy
-from cprec_recbole.exchange import Group
+from cprec_recbole.losses.cross_entropy import Strip, cross_entropy
+from cprec_recbole.parallel.exchange import Group
 from cprec_recbole.partition import PADDING, Partition
 
 if TYPE_CHECKING:
-    from cprec_recbole.int8 import Int8Rows
+    from cprec_recbole.int8.rows import Int8Rows
 
 # A block with fewer rows has a dense gradient: a step over all of them is sooner done
 SPARSE_ROWS = 2**14

@@ -11,10 +11,10 @@ from recbole.evaluator import Evaluator
 from recbole.evaluator.register import metrics_dict
 from torch import nn
 
-from cprec_recbole.collector import TopKCollector, look_up
 from cprec_recbole.config import CompressionError
 from cprec_recbole.modes import in_eval_mode
 from cprec_recbole.recommender import CompressedRecommender
+from cprec_recbole.training.collector import TopKCollector, look_up
 
 ROWS = 512  # users that are scored together
 

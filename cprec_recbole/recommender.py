@@ -14,19 +14,19 @@ from torch import Tensor
 from cprec_recbole.backbones import Backbone, Reading, SequentialRecommender, build_host
 from cprec_recbole.config import CompressionConfig, CompressionError
 from cprec_recbole.embedding import Block, BlockEmbedding
-from cprec_recbole.exchange import Group
 from cprec_recbole.fields import NEXT_ITEMS
-from cprec_recbole.int8 import not_trained
+from cprec_recbole.int8.rows import not_trained
 from cprec_recbole.item_tables import Host, MaskedLookUp
 from cprec_recbole.optimizers import steps_sparsely
 from cprec_recbole.outcome import Choice, WarmStart
+from cprec_recbole.parallel.exchange import Group
+from cprec_recbole.parallel.shards import ShardedBlock, own_state, spread_parameters
+from cprec_recbole.parallel.spread import own_rows
 from cprec_recbole.partition import Partition
-from cprec_recbole.serving import Servable
-from cprec_recbole.shards import ShardedBlock, own_state, spread_parameters
+from cprec_recbole.saving.vocabulary import Vocabulary
+from cprec_recbole.serving.servable import Servable
 from cprec_recbole.sharing import share, sharing_plan
 from cprec_recbole.softmax import FullSoftmax, build_softmax
-from cprec_recbole.spread import own_rows
-from cprec_recbole.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from recbole.data.interaction import Interaction
@@ -58,7 +58,7 @@ class CompressedRecommender(Servable, SequentialRecommender):
     int8_scales: Mapping[str, Tensor] = MappingProxyType({})  # of matrices that quantize() rounded
 
     def __init__(self, config: Any, dataset: Any) -> None:
-        from cprec_recbole.sequences import item_counts
+        from cprec_recbole.data.sequences import item_counts
 
         super().__init__(config, dataset)
         self.compression = compression_of(config)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from cprec_recbole.backbones import Backbone
 from cprec_recbole.config import CompressionError
+from cprec_recbole.host.registration import importing_models
 from cprec_recbole.item_tables import Host, MaskedTable, with_one
-from cprec_recbole.registration import importing_models
 from cprec_recbole.sharing import Layer
 
 if TYPE_CHECKING:

@@ -10,19 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cprec_recbole.averaging import WeightAverage
 from cprec_recbole.backbones import Reading
+from cprec_recbole.compression.averaging import WeightAverage
+from cprec_recbole.compression.distillation import Teacher
+from cprec_recbole.compression.histories import Histories, histories_of
+from cprec_recbole.compression.original import Original
+from cprec_recbole.compression.progress import Show, shown
 from cprec_recbole.config import CompressionError, is_number, is_whole
-from cprec_recbole.distillation import Teacher
 from cprec_recbole.evaluation import check_validation_data, evaluate, valid_metric
-from cprec_recbole.histories import Histories, histories_of
+from cprec_recbole.int8.quantize import in_float
 from cprec_recbole.modes import in_eval_mode, with_dense_gradients, without_dropout
 from cprec_recbole.optimizers import build_optimizer
-from cprec_recbole.original import Original
 from cprec_recbole.outcome import Recovery
 from cprec_recbole.partition import PADDING
-from cprec_recbole.progress import Show, shown
-from cprec_recbole.quantize import in_float
 from cprec_recbole.recommender import CompressedRecommender
 
 # SASRec at ratio 3.5 on MovieLens-100K (seed 2020), loss on the validation data after 5 epochs, the
@@ -55,7 +55,7 @@ def recover(
     items where the model's softmax is flat; in a tree over the head's items and those of each
     target's own block, which it reads for those targets, so that the original's opinion costs no
     more than that. Adam, its rate rising over the first twentieth of the steps, then falling
-    evenly. What counts is the average of the weights over the latest steps (see `averaging`). With
+    evenly. What counts is the average of the weights over the latest steps (see `compression.averaging`). With
     validation data the best epoch's average is kept, which may be the start.
     A model in int8 is trained in float, measured in int8 and in int8 again afterwards.
 

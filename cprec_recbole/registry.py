@@ -9,8 +9,8 @@ from recbole.model.abstract_recommender import SequentialRecommender
 from cprec_recbole import models
 from cprec_recbole.backbones import Backbone
 from cprec_recbole.config import CompressionError
+from cprec_recbole.host.plugin import register_model
 from cprec_recbole.models import MODELS
-from cprec_recbole.plugin import register_model
 from cprec_recbole.recommender import CompressedRecommender
 from cprec_recbole.records import BACKBONES
 

@@ -10,15 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cprec_recbole.config import LOSS_MEMORY, CompressionError
-from cprec_recbole.cross_entropy import Strip, cross_entropy
 from cprec_recbole.embedding import Block, BlockEmbedding
-from cprec_recbole.index import Snapshot
+from cprec_recbole.losses.cross_entropy import Strip, cross_entropy
+from cprec_recbole.parallel.shards import full_loss
 from cprec_recbole.partition import PADDING
-from cprec_recbole.search import Found, search
-from cprec_recbole.shard_search import topk_of_shards
-from cprec_recbole.shards import full_loss
-from cprec_recbole.sorting import sort_one
-from cprec_recbole.topk import Barred, Ids, TopK, allowed_positions, check_k
+from cprec_recbole.search.index import Snapshot
+from cprec_recbole.search.pruned import Found, search
+from cprec_recbole.search.sharded import topk_of_shards
+from cprec_recbole.search.sorting import sort_one
+from cprec_recbole.search.topk import Barred, Ids, TopK, allowed_positions, check_k
 
 
 class SoftmaxHead(nn.Module, ABC):

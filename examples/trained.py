@@ -27,8 +27,8 @@ from recbole.data import create_dataset, data_preparation
 from recbole.utils import get_model, get_trainer, init_seed
 
 from cprec_recbole import CompressionConfig, CompressionError, compress, evaluate, recover
-from cprec_recbole.host import recbole_config
-from cprec_recbole.original import Original
+from cprec_recbole.compression.original import Original
+from cprec_recbole.host.library import recbole_config
 from cprec_recbole.recommender import CompressedRecommender
 from cprec_recbole.report import estimate, part_sizes, saved_bytes, shared_layers
 

@@ -26,7 +26,7 @@ from recbole.utils import init_seed
 from torch import Tensor
 
 from cprec_recbole.compare.fitting import Data, fit
-from cprec_recbole.host import recbole_config
+from cprec_recbole.host.library import recbole_config
 from cprec_recbole.modes import in_eval_mode
 from cprec_recbole.recommender import CompressedRecommender
 

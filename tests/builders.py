@@ -13,7 +13,7 @@ from recbole.data.interaction import Interaction
 from recbole.utils import get_model, init_seed
 
 from cprec_recbole.embedding import BlockEmbedding
-from cprec_recbole.host import recbole_config
+from cprec_recbole.host.library import recbole_config
 from cprec_recbole.partition import Partition
 
 HOSTS = ("NextItNet", "SASRec", "GRU4Rec")  # what the heavy grids run on

@@ -16,14 +16,15 @@ import torch._dynamo  # which the first optimizer imports: better before a proce
 import torch.distributed as dist
 from recbole.utils import get_model, get_trainer, init_seed
 
-from cprec_recbole import CompressionError, group, processes
-from cprec_recbole.job import Job
-from cprec_recbole.journal import Journal
-from cprec_recbole.reducer import GradientReducer, clip_gradients
-from cprec_recbole.running import work
-from cprec_recbole.shards import gathered_state
-from cprec_recbole.snapshot import Moment, restore, set_random_state, take
-from cprec_recbole.trainer import CompressedTrainer
+from cprec_recbole import CompressionError
+from cprec_recbole.parallel import group, processes
+from cprec_recbole.parallel.reducer import GradientReducer, clip_gradients
+from cprec_recbole.parallel.shards import gathered_state
+from cprec_recbole.training.job import Job
+from cprec_recbole.training.journal import Journal
+from cprec_recbole.training.running import work
+from cprec_recbole.training.snapshot import Moment, restore, set_random_state, take
+from cprec_recbole.training.trainer import CompressedTrainer
 from tests.builders import World
 
 
@@ -190,6 +191,7 @@ def parted_and_back() -> bool:
         model.other_parameter = model.load_other_parameter = lambda *state: None
         return SimpleNamespace(
             **{"model": model, "is_parted": True, "valid_data": None, "train_loss_dict": {}},
+            measured={},
             **{"cur_step": 0, "best_valid_score": 0.0, "best_valid_result": None},
             optimizer=torch.optim.Adam([{"params": [p]} for p in model.parameters()], lr=0.1),
             device=torch.device("cpu"),

@@ -11,9 +11,9 @@ import torch.distributed as dist
 
 from cprec_recbole import CompressionError
 from cprec_recbole.embedding import BlockEmbedding
-from cprec_recbole.exchange import Group
+from cprec_recbole.parallel.exchange import Group
+from cprec_recbole.parallel.shards import ShardedBlock, gathered_state, own_state, spread_parameters
 from cprec_recbole.partition import Partition
-from cprec_recbole.shards import ShardedBlock, gathered_state, own_state, spread_parameters
 from cprec_recbole.softmax import SoftmaxHead, build_softmax
 
 DIM = 8

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cprec_recbole.averaging import WeightAverage
+from cprec_recbole.compression.averaging import WeightAverage
 
 
 @pytest.mark.parametrize("n_steps", [1, 2, 7, 100])

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cprec_recbole import BlockEmbedding, CompressionConfig, CompressionError, Partition, compress
-from cprec_recbole.budget import checked_bytes, choose, smallest_possible
+from cprec_recbole.compression.budget import checked_bytes, choose, smallest_possible
+from cprec_recbole.compression.original import Original
+from cprec_recbole.compression.spectra import Cost, Spectra, block_ends
 from cprec_recbole.config import BlockPlan
-from cprec_recbole.original import Original
 from cprec_recbole.report import part_sizes
-from cprec_recbole.spectra import Cost, Spectra, block_ends
 from tests.builders import HOSTS, SCHEMES
 
 
@@ -107,7 +107,7 @@ def test_every_ratio_is_met_or_refused_with_the_smallest_size(
     def chosen(limit):
         return choose(original, counts, limit, base, sharing, lambda options: 0.1, use_trained)
 
-    from cprec_recbole.building import build
+    from cprec_recbole.compression.building import build
 
     try:
         choice = chosen(limit)

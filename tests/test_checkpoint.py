@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from recbole.utils import EvaluatorType, get_model, get_trainer
 
 from cprec_recbole import CompressionError
-from cprec_recbole.checkpoint import read_checkpoint
+from cprec_recbole.host.checkpoint import read_checkpoint
 
 NAMES = ("NextItNet", "SASRec", "GRU4Rec", "CpGRU4Rec")
 DTYPES = [

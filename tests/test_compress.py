@@ -7,8 +7,8 @@ import torch
 
 import cprec_recbole
 from cprec_recbole import CompressionConfig, CompressionError, compress
+from cprec_recbole.data.sequences import item_counts
 from cprec_recbole.report import part_sizes
-from cprec_recbole.sequences import item_counts
 from tests.builders import SCHEMES, train_a_step
 
 LOSSLESS = {"ranks": [16], "sharing": "none", "softmax": "full"}

@@ -9,12 +9,12 @@ import torch
 
 from cprec_recbole import CompressionError, compress, load_pretrained, recover, run_recbole
 from cprec_recbole.cli import main
+from cprec_recbole.compression.original import Original
 from cprec_recbole.models import MODELS
-from cprec_recbole.original import Original
 from cprec_recbole.recommender import CompressedRecommender
 from cprec_recbole.records import record_named
 from cprec_recbole.report import estimate, part_sizes, shared_layers
-from cprec_recbole.trainer import n_targets
+from cprec_recbole.training.trainer import n_targets
 from tests.builders import HOSTS, MORE_HOSTS, train
 from tests.oracles import best_items
 

@@ -33,7 +33,7 @@ from cprec_recbole.compare.controls.table import FlatSoftmax
 from cprec_recbole.compare.sizes import served_bytes
 from cprec_recbole.evaluation import evaluate
 from cprec_recbole.report import part_sizes, saved_bytes
-from cprec_recbole.trainer import CompressedTrainer
+from cprec_recbole.training.trainer import CompressedTrainer
 from tests.builders import HOSTS, train_a_step
 from tests.oracles import best_items
 

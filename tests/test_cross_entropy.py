@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import cprec_recbole.cross_entropy as module
+import cprec_recbole.losses.cross_entropy as module
 from cprec_recbole import CompressionConfig, CompressionError, FullSoftmax, TreeSoftmax
-from cprec_recbole.cross_entropy import Strip, Sweeps, cross_entropy
+from cprec_recbole.losses.cross_entropy import Strip, Sweeps, cross_entropy
 from tests.builders import block_embedding
 
 WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "bincount", "unique")

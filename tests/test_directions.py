@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from cprec_recbole import CompressionConfig, compress
-from cprec_recbole.building import build
-from cprec_recbole.directions import hidden_moment, scoring_importance, tied_importance
-from cprec_recbole.histories import Histories
-from cprec_recbole.original import Original
+from cprec_recbole.compression.building import build
+from cprec_recbole.compression.directions import hidden_moment, scoring_importance, tied_importance
+from cprec_recbole.compression.histories import Histories
+from cprec_recbole.compression.original import Original
 
 ITEMS = torch.tensor([[1, 2, 3], [4, 9, 8], [5, 6, 1]])
 

@@ -13,7 +13,7 @@ from recbole.utils import get_model
 
 from cprec_recbole import compress, load_pretrained, recover
 from cprec_recbole.cli import _parser, recbole_options
-from cprec_recbole.host import recbole_config
+from cprec_recbole.host.library import recbole_config
 from cprec_recbole.models import MODELS
 from cprec_recbole.records import BACKBONES
 from tests.studies import grid, write_study

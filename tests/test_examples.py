@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from cprec_recbole.config import CompressionConfig
-from cprec_recbole.host import recbole_config
+from cprec_recbole.host.library import recbole_config
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "recbole_configs").glob("Cp*.yaml"))

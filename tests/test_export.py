@@ -10,7 +10,7 @@ import torch
 
 from cprec_recbole import CompressionError, compress, export, load_pretrained, quantize
 from cprec_recbole.cli import main
-from cprec_recbole.recommend import pad_histories
+from cprec_recbole.serving.inputs import pad_histories
 from tests.builders import SMALL, train
 
 onnx = pytest.importorskip("onnx", reason="onnx is not there: pip install cprec_recbole[export]")
@@ -279,7 +279,7 @@ def test_a_model_too_large_for_one_file_is_refused_before_it_is_written(
     import sys
 
     small = compress(trained["SASRec"], **OPTIONS)
-    monkeypatch.setattr(sys.modules["cprec_recbole.export"], "_LARGEST", 1000)
+    monkeypatch.setattr(sys.modules["cprec_recbole.serving.export"], "_LARGEST", 1000)
     with pytest.raises(CompressionError, match="ends at 2 GiB"):
         export(small, tmp_path / "small.onnx")
     assert not list(tmp_path.iterdir())
@@ -294,7 +294,7 @@ def test_a_disk_that_is_full_leaves_the_old_file(trained, tmp_path, monkeypatch)
     small = compress(trained["GRU4Rec"], **OPTIONS)
     file = tmp_path / "small.pt2"
     file.write_text("old")
-    monkeypatch.setattr(sys.modules["cprec_recbole.export"], "_write_torch", full)
+    monkeypatch.setattr(sys.modules["cprec_recbole.serving.export"], "_write_torch", full)
     with pytest.raises(CompressionError, match="No space left"):
         export(small, file, to="torch")
     assert file.read_text() == "old"

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cprec_recbole import CompressionError
-from cprec_recbole.histories import Histories, drawn_histories, histories_of
+from cprec_recbole.compression.histories import Histories, drawn_histories, histories_of
 
 LENGTH = 8
 

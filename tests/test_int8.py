@@ -21,16 +21,16 @@ from cprec_recbole import (
 )
 from cprec_recbole.cli import main
 from cprec_recbole.embedding import Block
-from cprec_recbole.folder import read_folder, write_folder
-from cprec_recbole.int8 import Int8Block, quantized_rows
-from cprec_recbole.int8_matrices import (
+from cprec_recbole.int8.matrices import (
     fill_from_int8,
     float_matrices,
     round_to_int8,
     whole_numbers,
 )
-from cprec_recbole.quantize import in_float
+from cprec_recbole.int8.quantize import in_float
+from cprec_recbole.int8.rows import Int8Block, quantized_rows
 from cprec_recbole.report import saved_bytes
+from cprec_recbole.saving.folder import read_folder, write_folder
 from cprec_recbole.softmax import build_softmax
 from tests.builders import block_embedding, train_a_step
 from tests.oracles import best_by_sort
@@ -153,10 +153,10 @@ def test_look_ups_and_logits_are_those_of_the_float_block_with_the_same_rows():
 @pytest.mark.parametrize("n_rows", [1, 3, 40])
 @pytest.mark.parametrize("indexed", [False, True])
 def test_top_k_is_that_of_a_sort_of_its_own_scores(kind, n_rows, indexed, monkeypatch):
-    monkeypatch.setattr("cprec_recbole.sorting.MOST_ITEMS", 8)  # so that it is searched
-    monkeypatch.setattr("cprec_recbole.sorting.MOST_SCORES", 8)
-    monkeypatch.setattr("cprec_recbole.index._MIN_ROWS", 64)
-    monkeypatch.setattr("cprec_recbole.strips._FEW_ROWS", 100)
+    monkeypatch.setattr("cprec_recbole.search.sorting.MOST_ITEMS", 8)  # so that it is searched
+    monkeypatch.setattr("cprec_recbole.search.sorting.MOST_SCORES", 8)
+    monkeypatch.setattr("cprec_recbole.search.index._MIN_ROWS", 64)
+    monkeypatch.setattr("cprec_recbole.search.strips._FEW_ROWS", 100)
     head = head_in_int8(kind, (20, 300, 2000))
     hidden = torch.randn(n_rows, 8)
     exclude = torch.randint(1, 2320, (n_rows, 5))
@@ -244,7 +244,7 @@ def test_loaded_is_saved(trained, host_name, softmax, tied, tmp_path):
 
 
 def histories(model):
-    from cprec_recbole.recommend import pad_histories
+    from cprec_recbole.serving.inputs import pad_histories
 
     item_seq, _ = pad_histories(HISTORIES, model.n_items, model.max_seq_length)
     return item_seq, (item_seq != 0).sum(1)

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from recbole.data import create_dataset
 from recbole.data.dataset import Dataset, SequentialDataset
 
-from cprec_recbole import CompressionError, interactions
-from cprec_recbole.histories import histories_of
-from cprec_recbole.interactions import is_simple
-from cprec_recbole.sequences import NEXT_ITEMS, PositionsDataset
+from cprec_recbole import CompressionError
+from cprec_recbole.compression.histories import histories_of
+from cprec_recbole.data import interactions
+from cprec_recbole.data.interactions import is_simple
+from cprec_recbole.data.sequences import NEXT_ITEMS, PositionsDataset
 from tests.builders import World
 from tests.oracles import windows
 from tests.test_memory import STATUS

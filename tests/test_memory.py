@@ -38,7 +38,7 @@ import sys
 from pathlib import Path
 from recbole.data.interaction import Interaction
 from cprec_recbole.softmax import build_softmax
-from cprec_recbole.trainer import CompressedTrainer
+from cprec_recbole.training.trainer import CompressedTrainer
 from tests.builders import World
 
 world = World.made_up(Path(sys.argv[1]))

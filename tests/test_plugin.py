@@ -93,7 +93,7 @@ def test_missing_values_are_filled_on_current_pandas(world, tmp_path):
     (folder / "gaps.inter").write_text("\n".join(lines) + "\n")
     from recbole.data import create_dataset
 
-    from cprec_recbole.host import recbole_config
+    from cprec_recbole.host.library import recbole_config
 
     columns = {"inter": ["user_id", "item_id", "rating", "timestamp"]}
     config = recbole_config("SASRec", "gaps", {"data_path": str(tmp_path), "load_col": columns})
@@ -106,7 +106,7 @@ def test_missing_values_are_filled_on_current_pandas(world, tmp_path):
 def test_columns_of_lists_are_read_on_current_pandas(model):
     from recbole.data import create_dataset
 
-    from cprec_recbole.host import recbole_config
+    from cprec_recbole.host.library import recbole_config
 
     columns = {"inter": ["user_id", "item_id", "timestamp"], "item": ["item_id", "class"]}
     dataset = create_dataset(recbole_config(model, "ml-100k", {"load_col": columns}))
@@ -146,7 +146,7 @@ def test_importing_and_registering_twice_changes_nothing():
 
     before = Config._load_internal_config_dict
     importlib.reload(cprec_recbole)
-    importlib.import_module("cprec_recbole.plugin").adapt()
+    importlib.import_module("cprec_recbole.host.plugin").adapt()
     assert Config._load_internal_config_dict is before
     assert recbole.quick_start.run_recbole is cprec_recbole.run_recbole
 

@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cprec_recbole import CompressionConfig, CompressionError, compress, load_pretrained
-from cprec_recbole import folder as folders
 from cprec_recbole.files import held
-from cprec_recbole.folder import read_folder
+from cprec_recbole.saving import folder as folders
+from cprec_recbole.saving.folder import read_folder
 from tests.builders import SCHEMES, train_a_step
 
 OPTIONS = {"ranks": [16, 4, 1], "cutoffs": [6, 20]}
@@ -202,7 +202,7 @@ def damaged(saved, tmp_path, pattern, change):
 
 def rewritten(**changes):
     """config.json with some values changed and a checksum that fits."""
-    from cprec_recbole.folder import _checksum
+    from cprec_recbole.saving.folder import _checksum
 
     def change(content):
         header = json.loads(content)

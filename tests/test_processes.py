@@ -7,12 +7,13 @@ import recbole.quick_start
 import torch
 
 import cprec_recbole
-from cprec_recbole import CompressionError, processes
-from cprec_recbole.checkpoint import read_checkpoint
-from cprec_recbole.group import Place, share
-from cprec_recbole.job import Job
-from cprec_recbole.processes import launch
-from cprec_recbole.reducer import clip_gradients
+from cprec_recbole import CompressionError
+from cprec_recbole.host.checkpoint import read_checkpoint
+from cprec_recbole.parallel import processes
+from cprec_recbole.parallel.group import Place, share
+from cprec_recbole.parallel.processes import launch
+from cprec_recbole.parallel.reducer import clip_gradients
+from cprec_recbole.training.job import Job
 from tests import children
 from tests.builders import World
 

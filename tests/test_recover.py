@@ -8,18 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from cprec_recbole import (
-    CompressionConfig,
-    CompressionError,
-    compress,
-    distillation,
-    evaluate,
-    recover,
-)
-from cprec_recbole.averaging import WeightAverage
-from cprec_recbole.distillation import Teacher
+from cprec_recbole import CompressionConfig, CompressionError, compress, evaluate, recover
+from cprec_recbole.compression import distillation
+from cprec_recbole.compression.averaging import WeightAverage
+from cprec_recbole.compression.distillation import Teacher
+from cprec_recbole.compression.original import Original
 from cprec_recbole.modes import without_dropout
-from cprec_recbole.original import Original
 from cprec_recbole.recover import _rate_at, _Recovery
 from tests.builders import HOSTS
 

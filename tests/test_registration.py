@@ -44,18 +44,20 @@ from recbole.utils import get_model
 from recbole.trainer import CpGRU4RecTrainer
 assert get_model("CpGRU4Rec") is cprec_recbole.CpGRU4Rec
 from recbole.config import Config
-assert Config.compatibility_settings.__module__ == "cprec_recbole.plugin" or (
+assert Config.compatibility_settings.__module__ == "cprec_recbole.host.plugin" or (
     hasattr(Config.compatibility_settings, "__wrapped__"))
 """
 ONCE = """
 import sys
 import cprec_recbole
-from cprec_recbole import running, processes, sequences
+from cprec_recbole.training import running
+from cprec_recbole.parallel import processes
+from cprec_recbole.data import sequences
 assert running.launch is processes.launch
-assert sys.modules["cprec_recbole.processes"] is processes
+assert sys.modules["cprec_recbole.parallel.processes"] is processes
 from cprec_recbole import models
 assert models.CpSASRec is cprec_recbole.CpSASRec
-import cprec_recbole.compress, cprec_recbole.recover, cprec_recbole.export
+import cprec_recbole.compress, cprec_recbole.recover, cprec_recbole.serving.export
 for name in ("compress", "recover", "export", "quantize"):
     assert callable(getattr(cprec_recbole, name)), name
 assert set(cprec_recbole.__all__) <= set(dir(cprec_recbole))

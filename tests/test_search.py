@@ -12,18 +12,11 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from cprec_recbole import (
-    CompressionError,
-    FullSoftmax,
-    TreeSoftmax,
-    index,
-    reading,
-    search,
-    settle,
-    sorting,
-)
-from cprec_recbole.bounds import Reach
-from cprec_recbole.topk import Barred
+from cprec_recbole import CompressionError, FullSoftmax, TreeSoftmax
+from cprec_recbole.search import index, reading, settle, sorting
+from cprec_recbole.search import pruned as search
+from cprec_recbole.search.bounds import Reach
+from cprec_recbole.search.topk import Barred
 from tests.builders import block_embedding
 from tests.oracles import best_by_sort
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from cprec_recbole import CompressionError, evaluate
-from cprec_recbole.sequences import NEXT_ITEMS, PositionsDataLoader, item_counts
+from cprec_recbole.data.sequences import NEXT_ITEMS, PositionsDataLoader, item_counts
 from tests.builders import World
 from tests.oracles import windows
 
@@ -149,7 +149,7 @@ def test_files_that_hold_prefixes_are_read_and_trained_on(tmp_path, model):
 
 def test_windows_of_files_that_hold_prefixes_are_refused(world):
     config = world.config("CpSASRec", benchmark_filename=["a", "b", "c"])
-    from cprec_recbole.sequences import PositionsDataset
+    from cprec_recbole.data.sequences import PositionsDataset
 
     dataset = PositionsDataset.__new__(PositionsDataset)
     dataset.config = config

@@ -6,16 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from cprec_recbole import (
-    CompressionConfig,
-    CompressionError,
-    Vocabulary,
-    compress,
-    load_pretrained,
-)
+from cprec_recbole import CompressionConfig, CompressionError, Vocabulary, compress, load_pretrained
 from cprec_recbole.embedding import BlockEmbedding
-from cprec_recbole.membership import packed_blocks, unpacked_blocks
 from cprec_recbole.partition import Partition
+from cprec_recbole.saving.membership import packed_blocks, unpacked_blocks
 from tests.builders import SMALL
 
 OPTIONS = {"ranks": [16, 4, 2], "cutoffs": [6, 20]}
@@ -24,7 +18,7 @@ OPTIONS = {"ranks": [16, 4, 2], "cutoffs": [6, 20]}
 def catalogue_model(model_class, n_items):
     """A model for a large made-up catalogue, without a data set."""
     from cprec_recbole.backbones import build_host
-    from cprec_recbole.pretrained import _Catalogue, _Options
+    from cprec_recbole.saving.pretrained import _Catalogue, _Options
 
     name = model_class.__name__.removeprefix("Cp")
     options = _Options(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cprec_recbole.exchange import Group
+from cprec_recbole.parallel.exchange import Group
 
 ROOT = Path(__file__).parents[1]
 

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import cprec_recbole.soft_targets as module
-from cprec_recbole.soft_targets import Room, soft_cross_entropy
+import cprec_recbole.losses.soft_targets as module
+from cprec_recbole.losses.soft_targets import Room, soft_cross_entropy
 from tests.test_cross_entropy import leaves, strips_of
 
 

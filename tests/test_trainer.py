@@ -8,9 +8,10 @@ import torch
 from recbole.trainer import Trainer
 from recbole.utils import get_model, get_trainer, init_seed
 
-from cprec_recbole import collector, softmax
-from cprec_recbole.host import recbole_config
-from cprec_recbole.trainer import CompressedTrainer
+from cprec_recbole import softmax
+from cprec_recbole.host.library import recbole_config
+from cprec_recbole.training import collector
+from cprec_recbole.training.trainer import CompressedTrainer
 from tests.builders import HOSTS
 
 BY_LISTS = ["Recall", "MRR", "NDCG", "Hit", "MAP", "Precision"]

@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 from cprec_recbole import CompressionConfig, CompressionError, compress, evaluate
-from cprec_recbole.building import build
-from cprec_recbole.clusters import block_masses, fit_clusters
-from cprec_recbole.histories import Histories, drawn_histories
-from cprec_recbole.original import Original
+from cprec_recbole.compression.building import build
+from cprec_recbole.compression.clusters import block_masses, fit_clusters
+from cprec_recbole.compression.histories import Histories, drawn_histories
+from cprec_recbole.compression.original import Original
+from cprec_recbole.compression.spectra import looks_trained
+from cprec_recbole.compression.warmstart import _solve, warm_start
 from cprec_recbole.softmax import TreeSoftmax
-from cprec_recbole.spectra import looks_trained
-from cprec_recbole.warmstart import _solve, warm_start
 from tests.builders import HOSTS, block_embedding, train
 
 

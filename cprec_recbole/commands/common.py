@@ -16,7 +16,7 @@ from cprec_recbole.config import (
     CompressionConfig,
     CompressionError,
 )
-from cprec_recbole.host import read_options
+from cprec_recbole.host.library import read_options
 from cprec_recbole.records import BACKBONES, record_named
 
 MODELS = tuple(backbone.host.__name__ for backbone in BACKBONES)

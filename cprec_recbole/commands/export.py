@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from cprec_recbole.config import reject_unknown
-from cprec_recbole.export import SUFFIXES, check_format, export, tokens_path
-from cprec_recbole.pretrained import load_pretrained
+from cprec_recbole.saving.pretrained import load_pretrained
+from cprec_recbole.serving.export import SUFFIXES, check_format, export, tokens_path
 
 
 def add_parser(commands: Any) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 from rich.table import Table
 
 from cprec_recbole.commands.common import add_compression, console, given_options
-from cprec_recbole.group import Place
-from cprec_recbole.job import Job
-from cprec_recbole.running import train
+from cprec_recbole.parallel.group import Place
+from cprec_recbole.training.job import Job
+from cprec_recbole.training.running import train
 
 
 def add_parser(commands: Any) -> None:

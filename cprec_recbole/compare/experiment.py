@@ -19,7 +19,7 @@ from cprec_recbole.compare.results import Comparison, Run, environment
 from cprec_recbole.compare.sizes import served_bytes
 from cprec_recbole.config import CompressionConfig, CompressionError, reject_unknown
 from cprec_recbole.evaluation import check_valid_metric, evaluate
-from cprec_recbole.host import known_options, recbole_config, whole_number
+from cprec_recbole.host.library import known_options, recbole_config, whole_number
 from cprec_recbole.recommender import CompressedRecommender, compression_of
 from cprec_recbole.report import part_sizes, shared_layers
 

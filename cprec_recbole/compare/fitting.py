@@ -23,9 +23,9 @@ from cprec_recbole.compare.controls import TrainedControl
 from cprec_recbole.config import CompressionError
 from cprec_recbole.evaluation import evaluate
 from cprec_recbole.files import make_folder, remove_leftovers
-from cprec_recbole.host import working_directory
-from cprec_recbole.journal import BEST, LAST, Journal, terms_of
-from cprec_recbole.trainer import CompressedTrainer
+from cprec_recbole.host.library import working_directory
+from cprec_recbole.training.journal import BEST, LAST, Journal, terms_of
+from cprec_recbole.training.trainer import CompressedTrainer
 
 SCORE_REPEATS = 50
 _WARM_UP = 5  # the first calls warm caches up

@@ -54,7 +54,7 @@ def make_up(out: Path, n_items: int) -> None:
     from recbole.model.sequential_recommender import SASRec
 
     from cprec_recbole import CompressionConfig, compress
-    from cprec_recbole.host import recbole_config
+    from cprec_recbole.host.library import recbole_config
 
     torch.manual_seed(SEED)
     model = SASRec(recbole_config("SASRec", "ml-100k", {"use_gpu": False}), Catalogue(n_items + 1))

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 from cprec_recbole.compare.controls.control import TrainedControl
 from cprec_recbole.compare.controls.setting import Setting
+from cprec_recbole.compression.spectra import PARAMETERS, Unit
 from cprec_recbole.config import CompressionConfig, CompressionError
-from cprec_recbole.spectra import PARAMETERS, Unit
 
 _WIDTHS = ("embedding_size", "hidden_size", "inner_size")  # RecBole's names of a model's widths
 

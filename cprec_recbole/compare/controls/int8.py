@@ -8,11 +8,11 @@ from cprec_recbole.compare.controls.choices import Narrower, chosen
 from cprec_recbole.compare.controls.control import Derived, DerivedControl, Trained
 from cprec_recbole.compare.controls.setting import Setting
 from cprec_recbole.compress import compress
-from cprec_recbole.int8 import BYTES_PER_SCALE
-from cprec_recbole.quantize import quantize
+from cprec_recbole.compression.spectra import Unit
+from cprec_recbole.int8.quantize import quantize
+from cprec_recbole.int8.rows import BYTES_PER_SCALE
 from cprec_recbole.recommender import CompressedRecommender
 from cprec_recbole.report import BYTES_PER_FLOAT
-from cprec_recbole.spectra import Unit
 
 INT8_BYTES = Unit("bytes in int8", entry=1, row=BYTES_PER_SCALE, other=BYTES_PER_FLOAT)
 

@@ -16,8 +16,8 @@ from cprec_recbole.compare.controls.control import TrainedControl
 from cprec_recbole.compare.controls.hashing import table_std
 from cprec_recbole.compare.controls.setting import Setting
 from cprec_recbole.compare.controls.table import ItemTable, TableRecommender, on_table
+from cprec_recbole.data.sequences import NEXT_ITEMS
 from cprec_recbole.report import BYTES_PER_FLOAT
-from cprec_recbole.sequences import NEXT_ITEMS
 
 CENTROIDS = 256  # of each split: a code is a byte
 FEWEST_CODES, USUAL_CODES, MOST_CODES = 4, 8, 32  # the paper's are 4 to 16; more where they fit

@@ -8,7 +8,7 @@ from cprec_recbole.compare.controls.choices import chosen
 from cprec_recbole.compare.controls.control import Derived, DerivedControl, Trained
 from cprec_recbole.compare.controls.setting import Setting
 from cprec_recbole.compress import compress
-from cprec_recbole.original import Original
+from cprec_recbole.compression.original import Original
 from cprec_recbole.recommender import CompressedRecommender
 from cprec_recbole.recover import LEARNING_RATE, recover
 from cprec_recbole.report import estimate

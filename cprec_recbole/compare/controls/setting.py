@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from cprec_recbole.backbones import Backbone, build_host
+from cprec_recbole.compression.spectra import PARAMETERS, Unit
 from cprec_recbole.config import CompressionConfig
 from cprec_recbole.recommender import compression_of
 from cprec_recbole.report import PartSizes, estimate
-from cprec_recbole.spectra import PARAMETERS, Unit
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from cprec_recbole.compare.controls.recovered import RecoveredInt8, recovered
 from cprec_recbole.compare.controls.setting import Setting
 from cprec_recbole.compare.sizes import served_bytes
 from cprec_recbole.compress import compress
-from cprec_recbole.original import Original
+from cprec_recbole.compression.original import Original
 from cprec_recbole.recommender import CompressedRecommender
 from cprec_recbole.report import estimate
 

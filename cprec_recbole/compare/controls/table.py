@@ -10,17 +10,17 @@ from torch import Tensor, nn
 
 from cprec_recbole.backbones import build_host
 from cprec_recbole.config import CompressionError
-from cprec_recbole.cross_entropy import Strip, cross_entropy
+from cprec_recbole.data.sequences import item_counts
 from cprec_recbole.embedding import Block, BlockEmbedding
-from cprec_recbole.index import Snapshot
+from cprec_recbole.losses.cross_entropy import Strip, cross_entropy
 from cprec_recbole.models import MODELS
 from cprec_recbole.partition import PADDING, Partition
 from cprec_recbole.recommender import CompressedRecommender, compression_of
-from cprec_recbole.search import Found
-from cprec_recbole.sequences import item_counts
+from cprec_recbole.search.index import Snapshot
+from cprec_recbole.search.pruned import Found
+from cprec_recbole.search.topk import Barred, Ids, TopK, allowed_positions, check_k
 from cprec_recbole.sharing import share, sharing_plan
 from cprec_recbole.softmax import FullSoftmax
-from cprec_recbole.topk import Barred, Ids, TopK, allowed_positions, check_k
 
 _SCORES = 2**24  # scores at a time: 64 MiB
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from cprec_recbole.budget import checked_ratio
 from cprec_recbole.compare.controls import ALL, CONTROLS, DerivedControl, find_controls
+from cprec_recbole.compression.budget import checked_ratio
 from cprec_recbole.config import (
     SHARING_SCHEMES,
     CompressionConfig,
@@ -18,7 +18,7 @@ from cprec_recbole.config import (
     is_whole,
     reject_unknown,
 )
-from cprec_recbole.host import read_options
+from cprec_recbole.host.library import read_options
 from cprec_recbole.records import BACKBONES
 
 UNCOMPRESSED, COMPRESSED = "uncompressed", "compressed"

@@ -48,13 +48,13 @@ from cprec_recbole.compare.study.store import PLANS, TRIALS, WEIGHTS, Store
 from cprec_recbole.compare.users import rank_targets
 from cprec_recbole.compress import compress
 from cprec_recbole.config import CompressionConfig, CompressionError, reject_unknown
+from cprec_recbole.data.sequences import item_counts
 from cprec_recbole.embedding import BlockEmbedding
 from cprec_recbole.evaluation import check_metrics, evaluate
 from cprec_recbole.files import write_whole
-from cprec_recbole.host import known_options, recbole_config
+from cprec_recbole.host.library import known_options, recbole_config
 from cprec_recbole.recommender import CompressedRecommender, compression_of
 from cprec_recbole.report import part_sizes
-from cprec_recbole.sequences import item_counts
 
 OnEpoch = Callable[[int, float], None]  # epoch from 0, validation score
 

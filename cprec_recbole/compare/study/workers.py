@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from cprec_recbole import processes
 from cprec_recbole.compare.study.recipes import Work
 from cprec_recbole.compare.study.spec import Spec
 from cprec_recbole.compare.study.store import Store
 from cprec_recbole.compare.study.work import do
 from cprec_recbole.config import CompressionError
+from cprec_recbole.parallel import processes
 
 _SECONDS_TO_END = 5
 

@@ -1,0 +1,1 @@
+"""What `compress` and `recover` do, a step a module."""

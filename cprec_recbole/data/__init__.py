@@ -1,0 +1,1 @@
+"""RecBole's interactions as arrays, and training rows made on demand."""

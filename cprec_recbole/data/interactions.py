@@ -1,0 +1,202 @@
+"""RecBole's atomic files, filters and orders of interactions, without an object for each row.
+
+RecBole reads with pandas' Python parser, keeps a string for every token of every row and counts in
+Python. Here the C parser reads, and token columns are pandas categories until they become ids. The
+result is RecBole's, item for item; where that is not certain, RecBole's own methods do the work.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from recbole.data.dataset import SequentialDataset
+from recbole.utils import FeatureSource, FeatureType
+
+from cprec_recbole.config import CompressionError
+from cprec_recbole.data.splits import stable_order
+
+_DTYPES: dict[FeatureType, type] = {FeatureType.TOKEN: object, FeatureType.FLOAT: np.float64}
+_SEPARATORS = "\t,;|"
+_BYTES = 2**24  # of a file that are checked together
+_ROWS = 2**20  # of a file that are parsed together
+
+
+class InteractionsDataset(SequentialDataset):
+    """RecBole's SequentialDataset, reading and filtering large files of interactions.
+
+    The quick ways are for a `.inter` file whose loaded columns are tokens and floats, and without
+    files of users or items. Everything else is RecBole's.
+    """
+
+    inter_feat: Any
+    user_feat: Any
+    item_feat: Any
+
+    def _load_feat(self, filepath: str, source: Any) -> Any:
+        kinds = self._simple_columns(filepath, source)
+        if not kinds or not is_simple(filepath, self.config["field_separator"]):
+            return super()._load_feat(filepath, source)
+        types = {name: _DTYPES[kind] for name, kind in kinds.items()}
+        try:
+            frame = read_columns(filepath, self.config["field_separator"], types)
+        except ValueError:  # RecBole's own reading knows a way, or says what is wrong
+            return super()._load_feat(filepath, source)
+        frame.columns = [name.split(":")[0] for name in kinds]
+        for field, kind in zip(frame.columns, kinds.values()):
+            self.set_field_property(field, kind, source, 1)
+            if kind == FeatureType.FLOAT:
+                self.field2bucketnum[field] = 2
+        return frame
+
+    def _simple_columns(self, filepath: str, source: Any) -> dict[str, FeatureType]:
+        """The columns to load and their types, as the header names them; empty where RecBole's own
+        reading has to do it."""
+        if (
+            source != FeatureSource.INTERACTION
+            or self.benchmark_filename_list is not None
+            or self.config["encoding"] not in (None, "utf-8")
+        ):
+            return {}
+        load, unload = self._get_load_and_unload_col(source)
+        with open(filepath, encoding=self.config["encoding"]) as file:
+            header = file.readline().rstrip("\n").split(self.config["field_separator"])
+        known = {kind.value: kind for kind in FeatureType}
+        if any(name.count(":") != 1 or name.split(":")[1] not in known for name in header):
+            return {}
+        if len({name.split(":")[0] for name in header}) < len(header):
+            return {}
+        kinds = {}
+        for name in header:
+            field, kind = name.split(":")
+            if (load is None or field in load) and field not in (unload or ()):
+                kinds[name] = known[kind]
+        return kinds if set(kinds.values()) <= set(_DTYPES) else {}
+
+    def _filter_inter_by_user_or_item(self) -> None:
+        if self.user_feat is not None or self.item_feat is not None:
+            super()._filter_inter_by_user_or_item()
+
+    def _filter_by_inter_num(self) -> None:
+        """Drop users and items with too few or too many interactions, until there are none."""
+        intervals = {
+            self.uid_field: self._parse_intervals_str(self.config["user_inter_num_interval"]),
+            self.iid_field: self._parse_intervals_str(self.config["item_inter_num_interval"]),
+        }
+        intervals = {field: interval for field, interval in intervals.items() if interval}
+        if (
+            self.user_feat is not None
+            or self.item_feat is not None
+            or any(len(interval) > 1 for interval in intervals.values())
+            or not all(self._is_complete(field) for field in intervals)
+        ):
+            super()._filter_by_inter_num()
+            return
+        while True:
+            keep = np.ones(len(self.inter_feat), dtype=bool)
+            for field, interval in intervals.items():
+                codes = self.inter_feat[field].cat.codes.to_numpy()
+                counts = np.bincount(codes, minlength=1)
+                keep &= self._within_intervals(counts, interval)[codes]
+            if keep.all():
+                return
+            self.inter_feat = self.inter_feat[keep]
+
+    def _is_complete(self, field: str | None) -> bool:
+        """Whether a field is a category in every row. (Where both users and items are missing
+        somewhere, RecBole drops other rows than those, and the missing ones stay.)"""
+        return (
+            field in self.inter_feat
+            and _is_category(self.inter_feat[field])
+            and not self.inter_feat[field].hasnans
+        )
+
+    def _remap(self, remap_list: list) -> None:
+        """Ids in order of first appearance, from 1; 0 is padding, and what is missing."""
+        if len(remap_list) != 1 or not _is_category(remap_list[0][0][remap_list[0][1]]):
+            super()._remap(remap_list)
+            return
+        feat, field, _ = remap_list[0]
+        ids, tokens = pd.factorize(feat[field])
+        ids += 1
+        feat[field] = ids
+        names = np.array(["[PAD]", *tokens])
+        if field not in self.field2id_token:
+            self.field2id_token[field] = names
+            self.field2token_id[field] = dict(zip(names.tolist(), range(len(names))))
+
+    def sort(self, by: str | list[str], ascending: bool | list[bool] = True) -> None:
+        """Sort the interactions, equal ones in the order they had, as RecBole does."""
+        names = [by] if isinstance(by, str) else list(by)
+        feat = self.inter_feat
+        missing = [name for name in names if name not in feat]
+        if missing:
+            raise CompressionError(
+                f"Expected the interactions to have {', '.join(names)}, by which they are ordered, "
+                f"but {', '.join(missing)} was not loaded; name it in `load_col`, as in "
+                f"--load_col='{{inter: [{self.uid_field}, {self.iid_field}, {missing[0]}]}}'."
+            )
+        if ascending is not True or any(feat[name].dim() > 1 for name in names):
+            super().sort(by, ascending)
+            return
+        for name in reversed(names):
+            feat._reindex(torch.from_numpy(stable_order(feat[name].numpy())))
+
+
+def _is_category(column: pd.Series) -> bool:
+    return isinstance(column.dtype, pd.CategoricalDtype)
+
+
+def is_simple(filepath: str, separator: str) -> bool:
+    """Whether both parsers of pandas read the same out of a file in UTF-8.
+
+    They differ over quotes, carriage returns within a line, NUL, and rows with more fields than the
+    header.
+    """
+    if len(separator) != 1 or separator not in _SEPARATORS:
+        return False
+    with open(filepath, "rb") as file:
+        n_separators = file.readline().count(separator.encode())
+        file.seek(0)
+        while block := file.read(_BYTES) + file.readline():  # whole lines
+            if b'"' in block or b"\0" in block or block.count(b"\r") != block.count(b"\r\n"):
+                return False
+            text = np.frombuffer(block, dtype=np.uint8)
+            ends = np.append(np.flatnonzero(text == ord("\n")), len(text))
+            before = np.searchsorted(np.flatnonzero(text == ord(separator)), ends)
+            if np.diff(before, prepend=0).max() > n_separators:
+                return False
+    return True
+
+
+def read_columns(filepath: str, separator: str, types: dict[str, type]) -> pd.DataFrame:
+    """Columns of a file, with a category for each token, in order of first appearance.
+
+    Args:
+        filepath: a file with a header.
+        separator: between the fields of a row.
+        types: what to read; columns of type object become categories.
+    """
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in types}
+    tokens = {name: np.empty(0, dtype=object) for name in types if types[name] is object}
+    with pd.read_csv(
+        filepath, sep=separator, usecols=list(types), dtype=types, engine="c", chunksize=_ROWS
+    ) as chunks:
+        for chunk in chunks:
+            for name in types:
+                values = chunk[name].to_numpy()
+                if name in tokens:
+                    known = tokens[name]
+                    codes, tokens[name] = pd.factorize(np.concatenate([known, values]))
+                    values = codes[len(known) :].astype(np.int32)
+                parts[name].append(values)
+    columns: dict[str, Any] = {}
+    for name in types:
+        column = np.concatenate(parts.pop(name))
+        if name in tokens:
+            categories = pd.Index(tokens.pop(name), dtype=object)
+            column = pd.Categorical.from_codes(column, categories)
+        columns[name] = column
+    return pd.DataFrame(columns, copy=False)

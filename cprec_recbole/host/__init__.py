@@ -1,0 +1,1 @@
+"""RecBole: registration with it, what mends it, and what it has written."""

@@ -1,0 +1,247 @@
+"""Registration with RecBole, and what it takes to run RecBole 1.2.1 on current NumPy and PyTorch.
+
+RecBole has no hook for a plugin and was written for NumPy 1, torch before 2.6 and ray 2.6. All of
+that is mended inside RecBole's own modules: no name of NumPy, torch or ray is changed for the rest
+of the process.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+
+from cprec_recbole.config import CompressionConfig, is_near, reject_unknown
+from cprec_recbole.host.patching import replace
+from cprec_recbole.host.registration import importing_models
+
+_REMOVED_FROM_NUMPY = {
+    "bool": np.bool_,
+    "int": np.int_,
+    "long": np.int64,
+    "float": np.float64,
+    "complex": np.complex128,
+    "object": np.object_,
+    "str": np.str_,
+    "unicode": np.str_,
+}
+
+
+class _View(ModuleType):
+    """A module as one importer sees it: some names replaced, all others passed on."""
+
+    def __init__(self, module: ModuleType, **names: Any) -> None:
+        super().__init__(module.__name__)
+        self.__dict__.update(names, _viewed=module)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_viewed"], name)
+
+
+class _NoRay(ModuleType):
+    """Stands where `ray.tune` will not import; RecBole needs it for hyper-parameter search only."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise ImportError(
+            f"ray.tune.{name} needs ray, which does not import here; RecBole uses it for "
+            "hyper-parameter search only."
+        )
+
+
+def _trusting_load(file: Any, *args: Any, **kwargs: Any) -> Any:
+    """torch.load as RecBole means it: its checkpoints are pickles that hold its Config."""
+    kwargs.setdefault("weights_only", False)
+    return torch.load(file, *args, **kwargs)
+
+
+_NUMPY_FOR_RECBOLE = _View(np, **_REMOVED_FROM_NUMPY)
+_TORCH_FOR_RECBOLE = _View(torch, load=_trusting_load)
+
+
+def adapt_recbole_modules() -> None:
+    """Give every RecBole module imported so far its own view of NumPy and torch."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("recbole.") and module is not None:
+            if module.__dict__.get("np") is np:
+                module.__dict__["np"] = _NUMPY_FOR_RECBOLE
+            if module.__dict__.get("torch") is torch:
+                module.__dict__["torch"] = _TORCH_FOR_RECBOLE
+
+
+@contextmanager
+def _ray_if_possible() -> Iterator[None]:
+    """Within: `from ray import tune` works. Afterwards: sys.modules knows no stand-in."""
+    before = set(sys.modules)
+    try:
+        importlib.import_module("ray.tune")
+    except Exception:  # whatever a broken ray raises: missing modules, removed NumPy names
+        for name in set(sys.modules) - before:
+            if name.split(".")[0] == "ray":
+                del sys.modules[name]
+        ray = ModuleType("ray")
+        ray.tune = _NoRay("ray.tune")  # type: ignore[attr-defined]
+        sys.modules["ray"], sys.modules["ray.tune"] = ray, ray.tune
+        try:
+            yield
+        finally:
+            del sys.modules["ray"], sys.modules["ray.tune"]
+    else:
+        yield
+
+
+def _without_numpy_patching(original: Callable) -> Callable:
+    def compatibility_settings(self: Any) -> None:
+        adapt_recbole_modules()  # RecBole would put removed names back into NumPy for everybody
+
+    return compatibility_settings
+
+
+def _with_parent_defaults(original: Callable) -> Callable:
+    def _load_internal_config_dict(self: Any, model: str, model_class: Any, dataset: str) -> None:
+        adapt_recbole_modules()  # the model's module has just been imported
+        record = getattr(model_class, "record", None)
+        original(self, record.host.__name__ if record else model, model_class, dataset)
+        given, defaults = self.external_config_dict, self.internal_config_dict
+        if record:
+            defaults.update(_compression_defaults(given, defaults, record))
+        loss_type = given.get("loss_type", defaults.get("loss_type"))
+        if model_class.type.name == "SEQUENTIAL" and loss_type == "CE":
+            # overall.yaml samples negatives, which Config then refuses for a CE model
+            defaults["train_neg_sample_args"] = None
+
+    return _load_internal_config_dict
+
+
+def _compression_defaults(
+    given: dict[str, Any], defaults: dict[str, Any], record: Any
+) -> dict[str, Any]:
+    """The compression options that were not given; those given, and their spelling, are checked."""
+    from cprec_recbole.recommender import check_objective
+
+    names = CompressionConfig.option_names()
+    known = (*names, "checkpoint_steps", "shard_tails")
+    for name in given:
+        if name not in defaults and name not in known:
+            _reject_misspelling(name, known)
+    compression = CompressionConfig(**{name: given[name] for name in names if name in given})
+    check_objective(compression, given.get("loss_type", defaults.get("loss_type", "CE")))
+    record.check_objective(given.get("training", record.objectives[0]))
+    own = {name: getattr(CompressionConfig(), name) for name in names}
+    return own | {"training": record.objectives[0]}
+
+
+def _reject_misspelling(name: str, names: tuple[str, ...]) -> None:
+    """RecBole takes any key; one that is nearly an option of ours is taken for a misspelling."""
+    if is_near(name, names):
+        reject_unknown([name], names)
+
+
+def _with_remembered_counts(original: Callable) -> Callable:
+    def __init__(self: Any, config: Any, dataset: Any) -> None:
+        from cprec_recbole.data.sequences import item_counts
+
+        original(self, config, dataset)
+        if hasattr(dataset, "inter_feat"):
+            self.train_item_counts = item_counts(dataset)
+            self.item_tokens = dataset.field2id_token[dataset.iid_field]
+
+    return __init__
+
+
+def _with_positions_loader(original: Callable) -> Callable:
+    def get_dataloader(config: Any, phase: str) -> type:
+        from cprec_recbole.data.sequences import PositionsDataLoader
+        from cprec_recbole.models import MODELS
+
+        is_ours = config["model"] in {model.__name__ for model in MODELS}
+        if phase == "train" and is_ours and config["training"] == "all_positions":
+            return PositionsDataLoader
+        return original(config, phase)
+
+    return get_dataloader
+
+
+def _load_data_and_model(model_file: str) -> tuple:
+    """RecBole's function, but for its torch.load, which the function imports for itself."""
+    from logging import getLogger
+
+    from recbole.data import create_dataset, data_preparation
+    from recbole.utils import get_model, init_logger, init_seed
+
+    checkpoint = _trusting_load(model_file)
+    config = checkpoint["config"]
+    init_seed(config["seed"], config["reproducibility"])
+    init_logger(config)
+    getLogger().info(config)
+    dataset = create_dataset(config)
+    getLogger().info(dataset)
+    train_data, valid_data, test_data = data_preparation(config, dataset)
+    init_seed(config["seed"], config["reproducibility"])
+    model = get_model(config["model"])(config, train_data._dataset).to(config["device"])
+    model.load_state_dict(checkpoint["state_dict"])
+    model.load_other_parameter(checkpoint.get("other_parameter"))
+    return config, model, dataset, train_data, valid_data, test_data
+
+
+def register_model(model_class: type) -> None:
+    """Let RecBole's get_model, create_dataset and get_trainer find a class by its name."""
+    import recbole.data.dataset
+    import recbole.trainer
+
+    from cprec_recbole.data.sequences import PositionsDataset
+    from cprec_recbole.training.trainer import CompressedTrainer
+
+    name = f"recbole.model.sequential_recommender.{model_class.__name__.lower()}"
+    module = ModuleType(name, f"Where RecBole looks for {model_class.__name__}.")
+    module.__spec__ = ModuleSpec(name, loader=None, origin="cprec_recbole")
+    setattr(module, model_class.__name__, model_class)
+    sys.modules[name] = module
+    setattr(recbole.data.dataset, model_class.__name__ + "Dataset", PositionsDataset)
+    setattr(recbole.trainer, model_class.__name__ + "Trainer", CompressedTrainer)
+
+
+def adapt() -> None:
+    """Make RecBole run on this Python and know the compressed models; a second call is harmless."""
+    with _ray_if_possible():
+        import recbole.quick_start
+    with importing_models():
+        import recbole.model.sequential_recommender
+    import recbole.data.utils
+    import recbole.quick_start.quick_start
+    import recbole.trainer
+    from recbole.config import Config
+    from recbole.model.abstract_recommender import SequentialRecommender
+    from recbole.utils.argument_list import dataset_arguments, training_arguments
+
+    from cprec_recbole.host import data as recbole_data
+    from cprec_recbole.host import processes as recbole_processes
+    from cprec_recbole.host.run import starting_the_plugin_too
+    from cprec_recbole.models import MODELS
+
+    adapt_recbole_modules()
+    for message in ("The given NumPy array is not writable", r".*GradScaler\(args"):
+        warnings.filterwarnings("ignore", message=message, module=r"recbole\.")
+    replace(Config, "compatibility_settings", _without_numpy_patching)
+    replace(Config, "_load_internal_config_dict", _with_parent_defaults)
+    replace(SequentialRecommender, "__init__", _with_remembered_counts)
+    replace(recbole.data.utils, "get_dataloader", _with_positions_loader)
+    for module in (recbole.quick_start, recbole.quick_start.quick_start):
+        replace(module, "load_data_and_model", lambda original: _load_data_and_model)
+        replace(module, "run", starting_the_plugin_too)
+    recbole_data.adapt()
+    recbole_processes.adapt()
+    if "training" not in dataset_arguments:  # a saved dataset is reused only where these agree
+        dataset_arguments += ["training", "eval_args"]
+        training_arguments.append("checkpoint_steps")
+    for model_class in MODELS:
+        register_model(model_class)

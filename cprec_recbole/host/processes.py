@@ -1,0 +1,260 @@
+"""What it takes to run RecBole 1.2.1 on several processes, with GPUs or without.
+
+RecBole starts torch.distributed with NCCL and a GPU for each process, on every machine; pads the
+evaluation rows with rows that it then counts twice; weighs the processes' metrics by the number of
+fields of a batch; and lets every process write. All of that is mended inside RecBole's own modules,
+for runs on several processes: one process alone does what it did.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import BatchSampler
+
+from cprec_recbole.config import CompressionError
+from cprec_recbole.host.patching import replace
+from cprec_recbole.parallel import group
+from cprec_recbole.parallel.group import Place
+from cprec_recbole.parallel.shares import GlobalBatches, PartOf
+
+# what the collector keeps of evaluation batches, a row for each user or interaction
+COLLECTED = ("rec.topk", "rec.meanrank", "rec.score", "rec.items", "data.label")
+_OF_A_GROUP = ("local_rank", "world_size", "nproc", "ip", "port", "offset")
+
+
+class _NoTensorboard:
+    """What a process that does not write has in place of a SummaryWriter."""
+
+    def add_scalar(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing."""
+
+    def add_hparams(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing."""
+
+
+def alone(config: Any) -> Any:
+    """A copy of a RecBole config that says nothing of several processes, to be written to a file
+    from which one process reads."""
+    single = copy.copy(config)
+    for name in ("final", "external", "variable", "cmd", "file"):
+        options = getattr(config, f"{name}_config_dict", {})
+        kept = {key: value for key, value in options.items() if key not in _OF_A_GROUP}
+        setattr(single, f"{name}_config_dict", kept)
+    single.final_config_dict.update(single_spec=True, local_rank=0)
+    return single
+
+
+def _joining_a_group(original: Callable) -> Callable:
+    def _init_device(self: Any) -> None:
+        final = self.final_config_dict
+        place = group.expected()
+        if place is None and "local_rank" in final:  # somebody's own way to start RecBole
+            place = _place_of_options(final)
+        if place is None:
+            original(self)
+            return
+        gpus = _gpus(final, "gpu_id" in self.external_config_dict, place)
+        group.join(place, gpus=bool(gpus))
+        device = torch.device("cuda", gpus[place.local_rank]) if gpus else torch.device("cpu")
+        if gpus:
+            torch.cuda.set_device(device)
+        final.update(
+            single_spec=False,
+            device=device,
+            local_rank=place.rank,  # RecBole asks it who writes, and adds it to the seed
+            world_size=place.size,
+            nproc=place.local_size,
+        )
+        if place.rank:
+            final.update(state="error", show_progress=False, verbose=False, log_wandb=False)
+            final.update(save_dataset=False, save_dataloaders=False)
+
+    return _init_device
+
+
+def _place_of_options(options: dict[str, Any]) -> Place:
+    """The place that RecBole's own `run` gives a process in its options."""
+    local_rank, address = options["local_rank"], f"{options['ip']}:{options['port']}"
+    rank = local_rank + options["offset"]
+    return Place(rank, options["world_size"], local_rank, options["nproc"], f"tcp://{address}")
+
+
+def _gpus(options: dict[str, Any], given: bool, place: Place) -> list[int]:
+    """A GPU for each process of this machine, by its number; none to work on the CPU.
+
+    RecBole's option `gpu_id` says which; where it was not given, the first ones.
+    """
+    gpu_id = options["gpu_id"]
+    listed = ",".join(map(str, gpu_id)) if isinstance(gpu_id, tuple | list) else str(gpu_id)
+    names = [name for name in listed.split(",") if name.strip()]
+    if not names or options.get("use_gpu") is False or not torch.cuda.is_available():
+        return []
+    if given:
+        if len(names) < place.local_size:
+            raise CompressionError(
+                f"Expected `gpu_id` to name a GPU for each of {place.local_size} processes, but "
+                f"got {listed!r}; name as many, or '' to work on the CPU."
+            )
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names)  # as RecBole does
+    found = torch.cuda.device_count()
+    if found >= place.local_size:
+        return list(range(place.local_size))
+    if place.local_rank == 0:
+        logging.getLogger().warning(
+            "%d processes find %d GPUs, and work on the CPU.", place.local_size, found
+        )
+    return []
+
+
+def _reading_a_share(original: Callable) -> Callable:
+    def __init__(self: Any, config: Any, dataset: Any, sampler: Any, shuffle: bool = False) -> None:
+        original(self, config, dataset, sampler, shuffle)
+        if config["single_spec"]:
+            return
+        number, parts = group.rank(), group.size()
+        if _is_evaluation(self):
+            rows = list(group.share(self.sample_size, number, parts))
+            if config["shard_tails"]:  # all take every step together; see TopKCollector.n_rows
+                rows += [0] * (-(-self.sample_size // parts) - len(rows))
+            batches: Any = BatchSampler(rows, self.step, drop_last=False)
+        elif _is_ours(config["model"]):
+            self._init_batch_size_and_step()  # RecBole has divided the batch by the processes
+            batches = GlobalBatches(
+                self.sample_size,
+                self.step,
+                shuffle=shuffle,
+                generator=self.generator,
+                number=number,
+                parts=parts,
+            )
+            self.collate_fn = PartOf(self.collate_fn)
+        else:
+            return
+        self.__dict__["batch_sampler"] = batches  # which a DataLoader does not let one set
+
+    return __init__
+
+
+def _has_rows(loader: Any) -> bool:
+    """What RecBole asks by `if not valid_data`; where this process has no rows, others have."""
+    return len(loader) > 0 if loader.config["single_spec"] else loader.sample_size > 0
+
+
+def _is_evaluation(loader: Any) -> bool:
+    from recbole.data.dataloader import FullSortEvalDataLoader, NegSampleEvalDataLoader
+
+    return isinstance(loader, FullSortEvalDataLoader | NegSampleEvalDataLoader)
+
+
+def _is_ours(name: str) -> bool:
+    from cprec_recbole.models import MODELS
+
+    return name in {model.__name__ for model in MODELS}
+
+
+def _without_needing_gpus(original: Callable) -> Callable:
+    def __init__(self: Any, config: Any, model: torch.nn.Module) -> None:
+        if config["single_spec"]:
+            original(self, config, model)
+            return
+        self.config, self.model = config, model
+        if _is_ours(config["model"]):
+            return  # CompressedTrainer adds the gradients up itself
+        if config["device"].type == "cuda":
+            self.model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            self.distributed_model = DistributedDataParallel(
+                self.model, device_ids=[config["device"].index]
+            )
+        else:
+            self.distributed_model = DistributedDataParallel(self.model)
+
+    return __init__
+
+
+def _with_one_file(original: Callable) -> Callable:
+    def __init__(self: Any, config: Any, model: torch.nn.Module) -> None:
+        original(self, config, model)
+        if not config["single_spec"]:  # the name holds a time, which need not be the others'
+            self.saved_model_file = group.from_first(self.saved_model_file)
+
+    return __init__
+
+
+def _written_by_one(original: Callable) -> Callable:
+    def _save_checkpoint(self: Any, epoch: int, verbose: bool = True, **kwargs: Any) -> None:
+        if self.config["single_spec"]:
+            original(self, epoch, verbose=verbose, **kwargs)
+            return
+        if group.is_first():
+            config, self.config = self.config, alone(self.config)
+            try:
+                original(self, epoch, verbose=verbose, **kwargs)
+            finally:
+                self.config = config
+        group.wait()  # the others may be about to read the file
+
+    return _save_checkpoint
+
+
+def _of_all_rows(original: Callable) -> Callable:
+    def get_data_struct(self: Any) -> Any:
+        struct = original(self)
+        if self.config["single_spec"]:
+            return struct
+        mine = {name: struct.get(name) for name in COLLECTED if name in struct}
+        parts = group.gather(mine)
+        for name in COLLECTED:
+            found = [part[name] for part in parts if name in part]  # one may have had no rows
+            if found:
+                struct.set(name, torch.cat(found))
+        return struct
+
+    return get_data_struct
+
+
+def _as_it_is(original: Callable) -> Callable:
+    def _map_reduce(self: Any, result: Any, num_sample: int) -> Any:
+        return result  # of all rows already
+
+    return _map_reduce
+
+
+def _of_the_first(original: Callable) -> Callable:
+    def get_tensorboard(logger: Any) -> Any:
+        return original(logger) if group.is_first() else _NoTensorboard()
+
+    return get_tensorboard
+
+
+def _if_missing(original: Callable) -> Callable:
+    def ensure_dir(dir_path: str) -> None:
+        os.makedirs(dir_path, exist_ok=True)  # another process may be making it
+
+    return ensure_dir
+
+
+def adapt() -> None:
+    """Mend RecBole's modules; a second call is harmless."""
+    import recbole.trainer.trainer
+    from recbole.config import Config
+    from recbole.data.dataloader.abstract_dataloader import AbstractDataLoader
+    from recbole.evaluator import Collector
+    from recbole.trainer.trainer import AbstractTrainer, Trainer
+
+    replace(Config, "_init_device", _joining_a_group)
+    replace(AbstractDataLoader, "__init__", _reading_a_share)
+    AbstractDataLoader.__bool__ = _has_rows
+    replace(AbstractTrainer, "__init__", _without_needing_gpus)
+    replace(Trainer, "__init__", _with_one_file)
+    replace(Trainer, "_save_checkpoint", _written_by_one)
+    replace(Trainer, "_map_reduce", _as_it_is)
+    replace(Collector, "get_data_struct", _of_all_rows)
+    replace(recbole.trainer.trainer, "get_tensorboard", _of_the_first)
+    replace(recbole.trainer.trainer, "ensure_dir", _if_missing)

@@ -1,0 +1,1 @@
+"""Matrices in int8: rows of blocks, layers, and `quantize`."""

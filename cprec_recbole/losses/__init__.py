@@ -1,0 +1,1 @@
+"""Cross-entropies over factorised rows, value and gradient in pieces."""

@@ -1,0 +1,74 @@
+"""Which rows each of several processes reads, so that together they read what one would."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from recbole.data.interaction import Interaction
+from torch.utils.data import BatchSampler, RandomSampler, Sampler, SequentialSampler
+
+from cprec_recbole.parallel.group import share
+
+
+class GlobalBatches(Sampler[list[int]]):
+    """This process's part of each batch that one process alone would read.
+
+    Every process draws the same permutation from a generator in the same state, by the sampler that
+    a DataLoader would make, and takes its share of each batch: the parts of a batch, put together
+    in the processes' order, are the batch. None is padded or read twice; a part may be empty.
+
+    Args:
+        n_rows: rows of the data set.
+        batch_size: rows of a batch, over all processes.
+        shuffle: whether the order is drawn.
+        generator: what it is drawn from; the same on every process.
+        number: which process this is, of `parts`.
+        parts: how many there are.
+    """
+
+    def __init__(
+        self,
+        n_rows: int,
+        batch_size: int,
+        *,
+        shuffle: bool,
+        generator: torch.Generator,
+        number: int,
+        parts: int,
+    ) -> None:
+        rows = range(n_rows)
+        order: Sampler[int] = (
+            RandomSampler(rows, generator=generator) if shuffle else SequentialSampler(rows)
+        )
+        self.batches = BatchSampler(order, batch_size, drop_last=False)
+        self.number, self.parts = number, parts
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in self.batches:
+            mine = share(len(batch), self.number, self.parts)
+            yield batch[mine.start : mine.stop] or batch[:1] * 2
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+class StandIn(Interaction):
+    """A row of a batch of which this process has none: it goes along, and counts for nothing.
+
+    So every process takes part in whatever a model has them do together, and as the row is another
+    process's too, no parameter is touched that the batch does not touch.
+    """
+
+
+class PartOf:
+    """A DataLoader's `collate_fn` for the indices that GlobalBatches gives."""
+
+    def __init__(self, collate: Callable[[Sequence[int]], Interaction]) -> None:
+        self.collate = collate
+
+    def __call__(self, index: Sequence[int]) -> Interaction:
+        """The rows of an index `[B]`, or a StandIn."""
+        if len(index) != 2 or index[0] != index[1]:  # no row is in a batch twice
+            return self.collate(index)
+        return StandIn(self.collate(index[:1]).interaction)

@@ -1,0 +1,229 @@
+"""export(): a model as an ONNX file or as one of torch.export, from item ids to the best items."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cprec_recbole.config import CompressionError
+from cprec_recbole.files import write_whole
+from cprec_recbole.parallel.spread import check_whole
+from cprec_recbole.recommender import CompressedRecommender
+from cprec_recbole.report import part_sizes, saved_bytes
+from cprec_recbole.search.topk import check_k
+from cprec_recbole.serving.exportable import Exportable, OnnxInt8Block, PlainInt8Block
+
+OPSET = 18
+SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
+INPUTS, OUTPUTS = ("history", "exclude"), ("items", "scores")
+_AXES = {"history": {0: "batch"}, "exclude": {0: "batch", 1: "excluded"}}  # that may differ
+_LARGEST = 2**31 - 2**24  # an ONNX file is one protocol buffer, which ends at 2 GiB
+
+
+def export(
+    small: CompressedRecommender, path: str | os.PathLike[str], to: str = "onnx", k: int = 20
+) -> Path:
+    """Write a model as one graph that needs neither RecBole nor this package.
+
+    Its inputs are `history [B, L]`, item ids, oldest first, then zeros, with L the model's
+    `max_seq_length`: of longer histories the newest items; and `exclude [B, M]`, ids that must not
+    be returned, 0 for none. Its outputs are `items [B, k]` and `scores [B, k]`, those of
+    `recommend`: the graph scores every item and sorts. B and M, 1 or more, may differ from call to
+    call. Ids are int64. Rows in int8 stay in int8.
+
+    The tokens of the items, where the model knows them, are written beside as a JSON list, with id
+    1 first.
+
+    Args:
+        small: a compressed model, its numbers in float32, its rows in float32 or int8.
+        path: the file; its folder exists.
+        to: `onnx` (opset 18; needs the extra `export`) or `torch` (a `.pt2` for
+            `torch.export.load`).
+        k: how many items the graph returns.
+
+    Returns:
+        The file.
+
+    Raises:
+        CompressionError: an unknown format, k above the catalogue, another precision, a model too
+            large for one file, a path that cannot be written, or ONNX's packages missing.
+    """
+    file = _checked(small, path, to, k)
+    write = _write_onnx if to == "onnx" else _write_torch
+    block = OnnxInt8Block if to == "onnx" else PlainInt8Block
+    exportable = Exportable(small, k, block, sorts=to == "torch")
+    try:
+        with _quietly(), torch.no_grad():
+            program = _traced(exportable, small)
+            _write_tokens(small, tokens_path(file))  # first: a catalogue grows at its end
+            write_whole(file, lambda part: write(program, part, _facts(small, k)))
+    except OSError as error:
+        raise CompressionError(
+            f"Expected `path` to be a file that can be written, but got {file}: "
+            f"{error.strerror or error}."
+        ) from error
+    return file
+
+
+def tokens_path(file: Path) -> Path:
+    """Where the tokens of an exported model are: `small.onnx` has `small.items.json`."""
+    stem = file.stem if file.suffix in SUFFIXES.values() else file.name
+    return file.with_name(f"{stem}.items.json")
+
+
+def _write_tokens(small: CompressedRecommender, file: Path) -> None:
+    """Write the tokens; for a model that knows none, remove those of another that was there."""
+    if small.vocabulary is None and small.item_tokens is None:
+        file.unlink(missing_ok=True)
+        return
+    names = small.known_vocabulary().tokens
+    text = json.dumps(list(names), ensure_ascii=False, separators=(",", ":"))
+    write_whole(file, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def check_format(to: object) -> None:
+    """Raise a CompressionError unless `to` is a known format."""
+    if to not in SUFFIXES:
+        raise CompressionError(f"Expected `to` to be onnx or torch, but got {to!r}.")
+
+
+def _checked(small: Any, path: Any, to: str, k: int) -> Path:
+    check_format(to)
+    if not isinstance(small, CompressedRecommender):
+        raise CompressionError(
+            f"Expected `small` to be a compressed model, but got {type(small).__name__}; compress "
+            "it first, with CompressionConfig.uncompressed() to lose nothing."
+        )
+    check_k(k, small.n_items - 1)
+    check_whole("small", small.table, small.head.table)
+    if small.table.dtype != torch.float32:
+        raise CompressionError(
+            f"Expected `small` to be in float32, but got {small.table.dtype}; use small.float()."
+        )
+    n_bytes = saved_bytes(small) + 4 * (small.n_items + part_sizes(small).layers)  # at most
+    if to == "onnx" and n_bytes > _LARGEST:
+        raise CompressionError(
+            f"Expected `small` to fit one ONNX file, which ends at 2 GiB, but it has {n_bytes:,} "
+            'bytes; use quantize(small) or to="torch".'
+        )
+    if to == "onnx":
+        _check_packages()
+    return _checked_path(path)
+
+
+def _checked_path(path: Any) -> Path:
+    usable = isinstance(path, str | os.PathLike) and os.fspath(path) not in ("", b"")
+    if not usable or "\0" in str(path):
+        raise CompressionError(f"Expected `path` to be a file, but got {path!r}.")
+    file = Path(path)
+    if file.is_dir():
+        raise CompressionError(f"Expected `path` to be a file, but {file} is a folder.")
+    if not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
+        raise CompressionError(
+            f"Expected `path` to be in a folder that can be written, but got {file}."
+        )
+    return file
+
+
+def _check_packages() -> None:
+    try:
+        import onnx_ir.passes.common  # noqa: F401
+        import onnxscript.optimizer  # noqa: F401
+
+        torch.onnx.ops.symbolic  # noqa: B018
+    except (ImportError, AttributeError) as error:
+        raise CompressionError(
+            f"Expected onnx, onnxscript and torch 2.8 or newer for ONNX, but got: {error}; pip "
+            'install ".[export]" in a clone of cprec_recbole brings them.'
+        ) from error
+
+
+def _traced(exportable: Exportable, small: CompressedRecommender) -> Any:
+    try:
+        return _program(exportable, small)
+    except Exception as error:  # torch.export raises many kinds
+        reason = str(error).strip().splitlines()[0]
+        raise CompressionError(
+            f"Expected `small` to be of a model that torch.export can follow, but "
+            f"{small.record.host.__name__} is none: {reason}"
+        ) from error
+
+
+def _program(exportable: Exportable, small: CompressedRecommender) -> Any:
+    history = torch.zeros(3, small.max_seq_length, dtype=torch.int64)
+    history[:, 0] = 1
+    exclude = torch.zeros(3, 2, dtype=torch.int64)
+    sizes = {name: torch.export.Dim(name) for axes in _AXES.values() for name in axes.values()}
+    return torch.export.export(
+        exportable,
+        (history, exclude),
+        dynamic_shapes={
+            name: {axis: sizes[of] for axis, of in axes.items()} for name, axes in _AXES.items()
+        },
+        strict=False,
+    )
+
+
+def _write_torch(program: Any, part: Path, facts: dict[str, str]) -> None:
+    kept = io.BytesIO()  # torch's writer ends the process where its file cannot be written
+    torch.export.save(program, kept, extra_files={"cprec_recbole.json": json.dumps(facts)})
+    part.write_bytes(kept.getbuffer())
+
+
+def _write_onnx(program: Any, part: Path, facts: dict[str, str]) -> None:
+    import onnx_ir.passes.common as passes
+    import onnxscript.optimizer
+
+    result: Any = torch.onnx.export(
+        program,
+        dynamo=True,
+        opset_version=OPSET,
+        input_names=INPUTS,
+        output_names=OUTPUTS,
+        dynamic_shapes={name: dict(axes) for name, axes in _AXES.items()},  # their names
+        optimize=False,
+        verbose=False,
+    )
+    model = result.model
+    passes.DeduplicateInitializersPass()(model)  # what is tied or shared is there once
+    # positions and shapes are computed here, but nothing of a parameter, which would be there twice
+    stored = set(model.graph.initializers.values())
+    onnxscript.optimizer.optimize_ir(
+        model, should_fold=lambda node: False if stored & set(node.inputs) else None
+    )
+    passes.ClearMetadataAndDocStringPass()(model)
+    model.metadata_props.update(facts)
+    model.producer_name = "cprec_recbole"
+    result.save(part)
+
+
+def _facts(small: CompressedRecommender, k: int) -> dict[str, str]:
+    """What a caller of the graph has to know, kept in the file."""
+    return {
+        "model": type(small).__name__,
+        "max_length": str(small.max_seq_length),
+        "n_items": str(small.n_items),
+        "k": str(k),
+    }
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Within: the exporters' progress and warnings about their own insides are not shown."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,1 @@
+"""Training with RecBole: its trainer for our models, on one process or several, to be resumed."""
