@@ -87,7 +87,8 @@ def compress(
         verbose: whether to print what was chosen for a budget.
 
     Returns:
-        The Cp model of the same name, on the model's device and in its train or eval mode.
+        The Cp model of the same name, on the model's device, in its precision and in its train or
+        eval mode. A model in half precision is compressed in float32, for which it is copied.
 
     Raises:
         CompressionError: a model that is not supported or is compressed already, an option that
@@ -97,8 +98,8 @@ def compress(
     base = _options(config, options)
     sharing = options.get("sharing") if config is None else config.sharing
     _check_budget(base, ratio=ratio, size=size, max_loss=max_loss, valid_data=valid_data)
-    original = Original.of(model)
-    check_dtype(dtype, original.table.dtype)
+    original = Original.of(model).in_float()
+    check_dtype(dtype, original.dtype)
     check_objective(base, str(original.host.loss_type))
     base.plan(original.dim, original.n_items)
     counts = original.counts(item_counts if item_counts is not None else _dataset_of(data))
@@ -116,7 +117,7 @@ def compress(
             small = work.small(base)
     if verbose and small.choice is not None:
         print(small.choice)
-    small.train(model.training)
+    small.to(original.dtype).train(model.training)
     return small if dtype is None else quantize(small)
 
 
@@ -132,19 +133,17 @@ class _Compression:
     ) -> None:
         self.original, self.counts, self.histories = original, counts, histories
         self.trained = looks_trained(original.table)
-        # RecBole's layers mix types in half precision, and steps as small as these would be lost
-        self.fits = original.table.dtype in (torch.float32, torch.float64)
-        self.moment = hidden_moment(original, histories) if self.trained and self.fits else None
+        self.moment = hidden_moment(original, histories) if self.trained else None
         self.dtype, self.unit = dtype, PARAMETERS
         if dtype is not None:
-            self.unit = Unit("bytes", 1, BYTES_PER_SCALE, original.table.element_size())
+            self.unit = Unit("bytes", 1, BYTES_PER_SCALE, original.dtype.itemsize)
         n_parameters = sum(p.numel() for p in original.model.parameters())
         self.cost = self.unit.other * n_parameters  # of the original, as a budget counts it
 
     def small(self, compression: CompressionConfig) -> CompressedRecommender:
         """The compressed model for given options, as near to a trained original as it gets."""
         small = build(self.original, compression, self.counts, self.moment)
-        if self.trained and self.fits:
+        if self.trained:
             small.warm_start = warm_start(small, self.original, self.histories)
             fit_clusters_to(small, self.original, self.histories)
         return small
@@ -176,7 +175,7 @@ class _Compression:
 
     def affordable(self, n_bytes: int) -> int:
         """What a number of bytes may cost as a budget counts it."""
-        return n_bytes * self.unit.other // self.original.table.element_size()
+        return n_bytes * self.unit.other // self.original.dtype.itemsize
 
     def within_loss(
         self, max_loss: float, valid_data: Any, base: CompressionConfig, sharing: str | None
@@ -216,8 +215,6 @@ class _Compression:
         return found
 
     def _hidden_error(self, compression: CompressionConfig) -> float:
-        if not self.fits:
-            return 0.0
         small = build(self.original, compression, self.counts, self.moment)
         start = warm_start(small, self.original, self.histories, descend=False, look_at=_QUICK_LOOK)
         return start.refitted
@@ -231,9 +228,11 @@ def _dataset_of(data: Any) -> Any:
 
 def _histories(data: Any, item_counts: Any, original: Original, counts: np.ndarray) -> Histories:
     length = original.host.max_seq_length
-    source = data if data is not None else _dataset_of(item_counts)
+    source, name = data, "data"
+    if source is None:
+        source, name = _dataset_of(item_counts), "item_counts"
     if source is not None:
-        return histories_of(source, original.n_items, length)
+        return histories_of(source, original.n_items, length, name)
     generator = torch.Generator().manual_seed(0)
     return Histories(drawn_histories(counts, FIT_HISTORIES, length, generator))
 

@@ -33,7 +33,8 @@ def make_folder(out: Path) -> None:
 def flush(path: Path) -> None:
     """Have the system write a file or a folder to its disk."""
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        # Windows flushes nothing that was opened for reading, POSIX opens no folder for writing
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     except PermissionError:  # a folder, on Windows
         return
     try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
@@ -21,8 +23,8 @@ def can_be_trained(make: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(make)
     def made(*args: P.args, **kwargs: P.kwargs) -> T:
-        model = args[0] if args else kwargs.get("model")
-        parameters = model.parameters() if isinstance(model, nn.Module) else ()
+        models = [each for each in (*args, *kwargs.values()) if isinstance(each, nn.Module)]
+        parameters = models[0].parameters() if models else ()
         stays = torch.is_inference_mode_enabled() and any(p.is_inference() for p in parameters)
         with torch.inference_mode(stays):
             return make(*args, **kwargs)
@@ -32,13 +34,45 @@ def can_be_trained(make: Callable[P, T]) -> Callable[P, T]:
 
 @contextmanager
 def in_eval_mode(*models: nn.Module | None) -> Iterator[None]:
-    """Within: no dropout in any of the models; afterwards each part is in the mode it had."""
-    before = [(m, m.training) for model in models if model is not None for m in model.modules()]
-    for module, _ in before:
-        module.training = False
+    """Within: no dropout in any of the models; afterwards each part is in the mode it had. Several
+    threads may be within at a time: the last to leave puts the modes back."""
+    roots = [model for model in models if model is not None]
+    changed = [root for root in roots if _enter_eval(root)]
     try:
         yield
     finally:
+        for root in changed:
+            _leave_eval(root)
+
+
+_LOCK = threading.Lock()
+# of models that were not in eval mode: how many are within, and the modes before the first
+_WITHIN: weakref.WeakKeyDictionary[nn.Module, tuple[int, list[tuple[nn.Module, bool]]]]
+_WITHIN = weakref.WeakKeyDictionary()
+
+
+def _enter_eval(model: nn.Module) -> bool:
+    """Whether the model has to be left again: not where all of it is in eval mode anyway."""
+    with _LOCK:
+        if model in _WITHIN:
+            n_within, before = _WITHIN[model]
+            _WITHIN[model] = n_within + 1, before
+            return True
+        before = [(module, module.training) for module in model.modules()]
+        if not any(training for _, training in before):
+            return False
+        _WITHIN[model] = 1, before
+        for module, _ in before:
+            module.training = False
+        return True
+
+
+def _leave_eval(model: nn.Module) -> None:
+    with _LOCK:
+        n_within, before = _WITHIN.pop(model)
+        if n_within > 1:
+            _WITHIN[model] = n_within - 1, before
+            return
         for module, training in before:
             module.training = training
 

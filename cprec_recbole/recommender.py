@@ -219,8 +219,9 @@ class CompressedRecommender(Servable, SequentialRecommender):
         """As nn.Module does, but a state of a model that shares less is refused.
 
         Raises:
-            CompressionError: places that share a parameter here hold different values there, or
-                `assign=True`, which would replace the shared parameter in each place.
+            CompressionError: places that share a parameter here hold different values there, rows
+                that are in int8 on one side alone, or `assign=True`, which would replace the
+                shared parameter in each place.
         """
         if assign:
             raise CompressionError(
@@ -229,6 +230,14 @@ class CompressedRecommender(Servable, SequentialRecommender):
         state_dict = own_state(self, state_dict)
         first: dict[int, str] = {}
         for name, parameter in self.named_parameters(remove_duplicate=False):
+            given = state_dict.get(name, parameter)
+            if isinstance(given, Tensor) and given.dtype.is_floating_point != (
+                parameter.dtype.is_floating_point
+            ):
+                raise CompressionError(
+                    f"Expected `state_dict` to have {name} in {parameter.dtype}, but got "
+                    f"{given.dtype}; make the model with `quantize` or `dtype` as the state's was."
+                )
             other = first.setdefault(id(parameter), name)
             both = name in state_dict and other in state_dict
             if both and not _same(state_dict[name], state_dict[other]):

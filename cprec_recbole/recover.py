@@ -55,8 +55,9 @@ def recover(
     items where the model's softmax is flat; in a tree over the head's items and those of each
     target's own block, which it reads for those targets, so that the original's opinion costs no
     more than that. Adam, its rate rising over the first twentieth of the steps, then falling
-    evenly. What counts is the average of the weights over the latest steps (see `compression.averaging`). With
-    validation data the best epoch's average is kept, which may be the start.
+    evenly. What counts is the average of the weights over the latest steps (see
+    `compression.averaging`). With validation data the best epoch's average is kept, which may be
+    the start.
     A model in int8 is trained in float, measured in int8 and in int8 again afterwards.
 
     Args:

@@ -4,6 +4,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from recbole.data import create_dataset
 
 import cprec_recbole
 from cprec_recbole import CompressionConfig, CompressionError, compress
@@ -202,6 +203,31 @@ def test_clusters_of_a_half_precision_model_are_finite(world, host_name):
     small = compress(model, ranks=[16, 4], softmax="tree", item_counts=[10**6] * model.n_items)
     assert torch.isfinite(small.head.clusters).all()
     assert small.head.clusters.abs().sum() > 0
+
+
+@pytest.mark.parametrize("budget", [{"ratio": 1.7}, {"size": 11_000}])
+def test_a_model_in_half_precision_is_compressed_as_one_in_float(trained, host_name, budget):
+    half = copy.deepcopy(trained[host_name]).bfloat16()
+    found = compress(half, verbose=False, **budget)
+    if "size" in budget:  # a number is half as long
+        budget = {"size": 2 * budget["size"]}
+    wanted = compress(copy.deepcopy(half).float(), verbose=False, **budget)
+    assert found.choice == wanted.choice
+    assert found.warm_start == wanted.warm_start
+    assert {p.dtype for p in found.parameters()} == {torch.bfloat16}
+    state = wanted.bfloat16().state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in found.state_dict().items())
+    assert all(p.dtype == torch.bfloat16 for p in half.parameters())
+
+
+def test_where_there_is_nothing_to_share_a_scheme_compresses_nothing(world):
+    same = compress(world.model("GRU4Rec", num_layers=1), ranks=[16], sharing="cross_layer")
+    assert compress(same, ranks=[16, 4]).table.ranks == (16, 4)
+
+
+def test_a_data_set_that_was_not_split_is_named_as_it_was_given(world):
+    dataset, words = create_dataset(world.config("SASRec")), "`item_counts` to be training .* split"
+    refused(world.model("SASRec"), words, item_counts=dataset)
 
 
 def test_other_models_and_subclasses_are_refused(world, host_name):

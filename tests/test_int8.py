@@ -367,8 +367,13 @@ def test_a_recovery_that_fails_leaves_its_very_numbers(trained, small, host_name
 
 def test_a_state_of_float_rows_does_not_fit(small):
     result = quantize(small)
-    with pytest.raises(RuntimeError, match="scale"):
-        result.load_state_dict(small.state_dict())
+    for model, other in ((result, small), (small, result)):
+        before = copy.deepcopy(model.state_dict())
+        for strict in (True, False):
+            with pytest.raises(CompressionError, match=r"`state_dict` to have .*weight in torch\."):
+                model.load_state_dict(other.state_dict(), strict=strict)
+        after = model.state_dict()
+        assert all(torch.equal(after[name], before[name]) for name in before)
     result.load_state_dict(quantize(small).state_dict())
 
 

@@ -78,6 +78,60 @@ def test_a_model_of_ones_own_is_compressed_and_kept(world, registered, tmp_path)
     assert rows == [best_items(row.tolist(), 5) for row in dense]
 
 
+class Twice(MeanRec):
+    """One layer that runs twice, at every position and at the end."""
+
+    def forward(self, item_seq, item_seq_len):
+        total = torch.relu(self.dense(self.item_embedding(item_seq))).sum(1)
+        return self.dense(total / item_seq_len.unsqueeze(1))
+
+
+class Named(MeanRec):
+    """A layer whose input comes by name."""
+
+    def forward(self, item_seq, item_seq_len):
+        total = self.item_embedding(item_seq).sum(1)
+        return self.dense(input=total / item_seq_len.unsqueeze(1))
+
+
+class Normed(MeanRec):
+    """A norm without parameters, and one that keeps means of what it has seen."""
+
+    def __init__(self, config, dataset):
+        super().__init__(config, dataset)
+        self.norm = nn.Sequential(
+            nn.LayerNorm(self.width, elementwise_affine=False), nn.BatchNorm1d(self.width)
+        )
+
+    def forward(self, item_seq, item_seq_len):
+        return self.norm(super().forward(item_seq, item_seq_len))
+
+
+@pytest.mark.parametrize("host", [Twice, Named, Normed])
+def test_layers_of_any_kind_are_fitted_and_kept(world, host, tmp_path):
+    record = replace(RECORD, host=host)
+    model_class = register(record)
+    try:
+        config = world.config("SASRec", **OPTIONS)
+        model = host(config, world.loaders(config)[0]._dataset)
+        with torch.no_grad():
+            model.item_embedding.weight[1:] += 3 * torch.randn(12)  # so that it looks trained
+        model = train(model, world, "SASRec")
+        same = compress(model, ranks=[12])
+        batch = world.evaluation_batch("SASRec")
+        torch.testing.assert_close(
+            same.full_sort_predict(batch), model.full_sort_predict(batch), atol=1e-4, rtol=0
+        )
+        small = compress(model, ranks=[6, 3])
+        assert small.warm_start.refitted <= small.warm_start.copied
+        loaded = load_pretrained(small.save_pretrained(tmp_path))
+        wanted = small.full_sort_predict(batch)
+        torch.testing.assert_close(loaded.full_sort_predict(batch), wanted, atol=1e-5, rtol=0)
+    finally:
+        MODELS.remove(model_class)
+        BACKBONES.remove(record)
+
+
 def test_recbole_builds_and_trains_it_by_name(world, registered):
     model = world.model("CpMeanRec", **OPTIONS, ranks=[12, 4, 1])
     assert type(model) is registered

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from cprec_recbole import CompressionError, FullSoftmax, TreeSoftmax
 from cprec_recbole.search import index, reading, settle, sorting
 from cprec_recbole.search import pruned as search
-from cprec_recbole.search.bounds import Reach
+from cprec_recbole.search.bounds import Bounds, Reach, group_rows
 from cprec_recbole.search.topk import Barred
 from tests.builders import block_embedding
 from tests.oracles import best_by_sort
@@ -472,6 +472,28 @@ def test_bounds_hold_and_groups_hold_every_row_once(n_rows, rank, seed):
     rounding = strip.rounding * hidden.norm(dim=1)  # half of what the search allows two logits
     for bounds in (strip.bounds, strip.branches):
         assert (bounds.log_sum_below(query) <= exact + rounding).all()
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("n_rows", [17, 19, 129])
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_group_of_copies_alone_counts_for_nothing(n_rows, size, equal):
+    rows = torch.zeros(n_rows, 3) if equal else 0.01 * torch.randn(n_rows, 3)
+    rows[n_rows // 2] += 0.0 if equal else 100.0  # which every odd half repeats
+    groups, real = group_rows(rows, size)
+    bounds = Bounds.of(rows[groups], real)
+    query = torch.randn(3, 5)
+    logits = (rows @ query).double()
+    assert (bounds.log_sum_below(query) <= logits.logsumexp(0) + 1e-4).all()
+    upper = bounds.above(Reach.of(query))
+    assert (upper.amax(0) >= logits.amax(0)).all()
+    assert upper.isfinite().all()
+
+
+def test_such_groups_come_about():
+    _, real = group_rows(torch.zeros(17, 3), 2)
+    assert (real.sum(1) == 0).any()
+    assert real.sum() == 17
 
 
 def strip_of(head, j):

@@ -74,11 +74,17 @@ def test_what_was_seen_excluded_or_not_allowed_is_left_out(small):
 
 def test_unknown_tokens_are_skipped_with_a_warning_or_an_error(small):
     known = small.recommend_tokens(["i1", "i2"], 4).tokens
-    with pytest.warns(UserWarning, match="2 of 4 tokens are not in the catalogue: 'x', 'y'"):
+    with pytest.warns(UserWarning, match="2 of 4 .* of the history are not .*: 'x', 'y';"):
         assert small.recommend_tokens(["x", "i1", "y", "i2"], 4).tokens == known
     assert small.recommend_tokens(["x", "i1", "i2"], 4, unknown="skip").tokens == known
-    with pytest.raises(CompressionError, match="1 of 2 tokens are not in the catalogue: 'x'"):
+    with pytest.raises(CompressionError, match="1 of 2 tokens are not in it: 'x'"):
         small.recommend_tokens(["x", "i1"], 4, unknown="error")
+    with pytest.raises(CompressionError, match=r"`exclude` to hold tokens of .*: 'x'"):
+        small.recommend_tokens(["i1"], 4, unknown="error", exclude=["x"])
+    with pytest.raises(CompressionError, match=r"`allowed` to hold tokens, .*\['i2'\]"):
+        small.recommend_tokens(["i1"], 4, allowed=[["i2"]])
+    with pytest.raises(CompressionError, match=r"`like` to hold tokens of .*'x'; leave them out"):
+        small.add_items(["new"], like=["x"])
 
 
 @pytest.mark.parametrize(

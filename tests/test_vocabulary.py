@@ -74,7 +74,7 @@ def test_what_is_no_token_is_named(tokens, match):
 
 def test_what_is_unknown_is_named_warned_of_or_skipped():
     known = Vocabulary(["a", "b", "7"])
-    with pytest.raises(CompressionError, match="1 of 2 tokens are not in the catalogue: 'x'"):
+    with pytest.raises(CompressionError, match="1 of 2 tokens are not in it: 'x'"):
         known.ids(["a", "x"])
     with pytest.warns(UserWarning, match="'x', 'y'; they are left out"):
         assert known.ids(["x", "b", "y"], "warn") == [2]

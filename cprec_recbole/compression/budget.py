@@ -118,7 +118,7 @@ def choose(
         whole = unit.other * sum(p.numel() for p in original.model.parameters())
         least, got = f"a budget of {smallest:,} {unit.name}", f"{limit:,}"
         if n_bytes is not None:
-            size = smallest * original.table.element_size() // unit.other
+            size = smallest * original.dtype.itemsize // unit.other
             least, got = f"`size` to be {size:,} bytes", f"{n_bytes:,}"
         raise CompressionError(
             f"Expected {least} or more (ratio {math.floor(100 * whole / smallest) / 100:.2f} at "

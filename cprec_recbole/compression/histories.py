@@ -65,7 +65,7 @@ class Histories:
         return self.items[row].masked_fill(later, PADDING), targets[row, column]
 
 
-def histories_of(data: Any, n_items: int, max_length: int) -> Histories:
+def histories_of(data: Any, n_items: int, max_length: int, name: str = "data") -> Histories:
     """Windows out of RecBole's training data or of lists of item ids.
 
     Args:
@@ -74,18 +74,19 @@ def histories_of(data: Any, n_items: int, max_length: int) -> Histories:
             first.
         n_items: items of the catalogue, padding included.
         max_length: positions of the model.
+        name: what messages call the data.
 
     Raises:
         CompressionError: neither of them, empty, or of another catalogue.
     """
     if isinstance(data, FullSortEvalDataLoader | NegSampleEvalDataLoader):
         raise CompressionError(
-            "Expected `data` to be training data, but got evaluation data; pass the first of "
+            f"Expected `{name}` to be training data, but got evaluation data; pass the first of "
             "data_preparation(config, dataset)."
         )
     dataset = getattr(data, "_dataset", data)
     if hasattr(dataset, "inter_feat"):
-        return _of_dataset(dataset, n_items, max_length)
+        return _of_dataset(dataset, n_items, max_length, name)
     if not isinstance(data, Sequence | Tensor | np.ndarray):
         raise CompressionError(
             "Expected `data` to be RecBole's training data or lists of item ids, but got "
@@ -112,11 +113,11 @@ def histories_of(data: Any, n_items: int, max_length: int) -> Histories:
     return Histories(rows[:, :-1].masked_fill(targets == PADDING, PADDING), targets)
 
 
-def _of_dataset(dataset: Any, n_items: int, max_length: int) -> Histories:
+def _of_dataset(dataset: Any, n_items: int, max_length: int, name: str) -> Histories:
     lists = dataset.iid_field + dataset.config["LIST_SUFFIX"]
     if int(dataset.item_num) != n_items or not len(dataset):
         raise CompressionError(
-            f"Expected `data` to be of the model's {n_items} items (padding included), but got "
+            f"Expected `{name}` to be of the model's {n_items} items (padding included), but got "
             f"{len(dataset)} rows of a data set of {int(dataset.item_num)}."
         )
     fields = dataset.inter_feat
@@ -124,7 +125,7 @@ def _of_dataset(dataset: Any, n_items: int, max_length: int) -> Histories:
         return _of_windows(dataset, lists, max_length)
     if dataset.item_list_length_field not in fields:
         raise CompressionError(
-            "Expected `data` to be training data of a sequential model, but got a data set that "
+            f"Expected `{name}` to be training data of a sequential model, but got a data set that "
             "has not been split; pass the first of data_preparation(config, dataset)."
         )
     return _of_prefixes(dataset, lists, max_length)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from cprec_recbole.item_tables import Host
 from cprec_recbole.partition import PADDING
 from cprec_recbole.recommender import CompressedRecommender
 from cprec_recbole.records import find_backbone
+from cprec_recbole.sharing import sharing_plan, sharing_sets
 
 _MOST_OFTEN = 2**53  # an item's count: up to here a float holds every whole number
 
@@ -31,6 +32,7 @@ class Original:
         host: RecBole's model; for a Cp model its backbone.
         table: item vectors in id order, `[n_items, d]`, without a gradient.
         reads_last_column: it predicts from the last column of a padded batch, even from padding.
+        dtype: the precision in which the model was given.
     """
 
     model: nn.Module
@@ -38,6 +40,7 @@ class Original:
     host: Host
     table: Tensor
     reads_last_column: bool
+    dtype: torch.dtype
 
     @classmethod
     def of(cls, model: nn.Module) -> Original:
@@ -58,7 +61,7 @@ class Original:
                     "model."
                 )
             table = record.table.vectors(model)
-            original = cls(model, record, model, table, record.reads_last_column)
+            original = cls(model, record, model, table, record.reads_last_column, table.dtype)
         for name, parameter in model.named_parameters():
             if not torch.isfinite(parameter).all():
                 raise CompressionError(
@@ -76,15 +79,24 @@ class Original:
         options = model.compression
         plain = CompressionConfig.uncompressed(options.training)
         whole = set(model.table.ranks) == {model.table.dim}
+        layers = model.record.layers(model.backbone)
+        sets = sharing_sets(layers, sharing_plan(options.sharing, len(layers), model.record.group))
         if not (whole and options.softmax == plain.softmax and options.tied == plain.tied) or (
-            options.sharing != plain.sharing
+            len(sets) != len(layers)
         ):
             raise CompressionError(
                 f"Expected `model` to be uncompressed, but got {type(model).__name__}, which is "
                 "compressed; compress the original model with the new options."
             )
         table = model.table.dense().detach()
-        return cls(model, model.record, model.backbone, table, model.reads_last_column)
+        return cls(model, model.record, model.backbone, table, model.reads_last_column, table.dtype)
+
+    def in_float(self) -> Original:
+        """Of a model in half precision, a copy in float32: RecBole's layers mix types there, and
+        fits of small steps would be lost. Of any other, itself."""
+        if self.dtype in (torch.float32, torch.float64):
+            return self
+        return replace(Original.of(copy.deepcopy(self.model).float()), dtype=self.dtype)
 
     @property
     def n_items(self) -> int:
@@ -162,4 +174,9 @@ def _checked_counts(item_counts: Any, n_items: int) -> np.ndarray:
             f"{counts[item]:g} for item {item}."
         )
     counts[PADDING] = 0  # padding is no item, however often lists are padded
+    if (counts % 1).any() and counts.max() <= 1:
+        raise CompressionError(
+            "Expected `item_counts` to be how often each item occurs, but got no number above 1 "
+            f"and shares such as {counts.max():g}; multiply them by the number of interactions."
+        )
     return counts

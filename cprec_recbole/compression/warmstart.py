@@ -7,6 +7,7 @@ over a few histories: no softmax, and no label, is needed for that.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -86,6 +87,7 @@ class Fit:
             name: module
             for name, module in small.backbone.named_modules()
             if isinstance(module, nn.LayerNorm | nn.Linear)
+            and module.weight is not None  # of a norm without parameters of its own
             and not any(id(p) in shared for p in module.parameters())
         }
         own = {id(p) for p in small.table.parameters()}
@@ -167,15 +169,22 @@ class Fit:
 
     def _refit(self, look: Histories) -> None:
         """Solve for each free norm and linear map, in the order in which they run, so that it gives
-        what it gave in the original; each sees what those before it now give."""
+        what it gave in the original; each sees what those before it now give. One that runs more
+        than once, or whose input comes by name, stays as it is."""
         items = self.read(look)
         real = torch.ones_like(items, dtype=torch.bool)
         if not self.small.reads_last_column:
             real = items != PADDING
         wanted: dict[str, Tensor] = {}
+        runs: Counter[str] = Counter()
 
         def keep(name: str) -> Any:
-            return lambda module, inputs, output: wanted.__setitem__(name, _rows(output, real))
+            def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+                runs[name] += 1
+                if inputs:
+                    wanted[name] = _rows(output, real)
+
+            return hook
 
         def solve(name: str) -> Any:
             def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
@@ -186,7 +195,7 @@ class Fit:
 
         with _hooked(self.original.host, list(self.affine), keep):
             self.original.reading.all(items)
-        with _hooked(self.small.backbone, list(self.affine), solve):
+        with _hooked(self.small.backbone, [n for n in wanted if runs[n] == 1], solve):
             self.small.reading.all(items)
 
 

@@ -14,12 +14,14 @@ from cprec_recbole.config import CompressionError
 from cprec_recbole.embedding import BlockEmbedding
 from cprec_recbole.int8.matrices import float_matrices, round_to_int8
 from cprec_recbole.int8.rows import Int8Block
+from cprec_recbole.modes import can_be_trained
 from cprec_recbole.parallel.spread import check_whole
 from cprec_recbole.recommender import CompressedRecommender
 
 DTYPES = ("int8",)
 
 
+@can_be_trained
 def quantize(small: nn.Module) -> CompressedRecommender:
     """A copy of a compressed model with all matrices in int8, a scale for each row.
 

@@ -98,7 +98,7 @@ def _block_kind(rows: object) -> type[Block]:
 def _fill(model: CompressedRecommender, weights: dict[str, Tensor], matrices: object) -> None:
     if matrices not in (None, "int8"):
         raise CompressionError(f"Expected `matrices` to be int8 or left out, but got {matrices!r}.")
-    parameters = dict(model.named_parameters())
+    parameters = {**dict(model.named_parameters()), **model.layer_buffers()}
     names = set(weights) - ({"blocks", "scales"} if matrices else {"blocks"})
     if names != set(parameters):
         missing, strange = sorted(set(parameters) - names), sorted(names - set(parameters))

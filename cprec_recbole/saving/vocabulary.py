@@ -100,14 +100,16 @@ class Vocabulary:
             for text, i, j in zip(texts, first.tolist(), last.tolist())
         ]
 
-    def ids(self, tokens: Iterable[object], unknown: str = "error") -> list[int]:
+    def ids(
+        self, tokens: Iterable[object], unknown: str = "error", name: str = "a history"
+    ) -> list[int]:
         """The ids of tokens.
 
         Args:
             tokens: texts, or whole numbers that stand for their digits.
             unknown: what to do about those that are not in the catalogue: `error`, or leave them
                 out, with a warning (`warn`) or without (`skip`).
-
+            name: what messages call the tokens.
         Raises:
             CompressionError: an unknown token, where that is an error; something that is no token.
         """
@@ -116,19 +118,22 @@ class Vocabulary:
                 f"Expected `unknown` to be one of {', '.join(UNKNOWN)}, but got {unknown!r}."
             )
         if isinstance(tokens, str | bytes) or not isinstance(tokens, Iterable):
-            raise CompressionError(f"Expected a list of tokens, but got {tokens!r}.")
-        texts = [_as_text(token) for token in tokens]
+            raise CompressionError(f"Expected {name} to be a list of tokens, but got {tokens!r}.")
+        texts = [_as_text(token, name) for token in tokens]
         found = self._found(texts)
         missing = [text for text, item in zip(texts, found) if not item]
         if missing and unknown != "skip":
             shown = ", ".join(map(repr, missing[:5])) + (", ..." if len(missing) > 5 else "")
-            message = f"{len(missing)} of {len(texts)} tokens are not in the catalogue: {shown}"
+            few = f"{len(missing)} of {len(texts)} tokens"
             if unknown == "error":
                 raise CompressionError(
-                    f"Expected tokens of the {len(self):,} items of the catalogue, but {message}. "
-                    'Leave them out with unknown="warn".'
+                    f"Expected {name} to hold tokens of the {len(self):,} items of the catalogue, "
+                    f"but {few} are not in it: {shown}; leave them out."
                 )
-            warnings.warn(f"{message}; they are left out.", stacklevel=3)
+            warnings.warn(
+                f"{few} of {name} are not in the catalogue: {shown}; they are left out.",
+                stacklevel=3,
+            )
         return [item for item in found if item]
 
     def extended(self, tokens: Sequence[str]) -> Vocabulary:
@@ -177,11 +182,11 @@ def _encoded(tokens: Sequence[str]) -> list[bytes]:
         ) from error
 
 
-def _as_text(token: object) -> str:
+def _as_text(token: object, name: str) -> str:
     if isinstance(token, str):
         return token
     if isinstance(token, int | np.integer) and not isinstance(token, bool):
         return str(token)
     raise CompressionError(
-        f"Expected a history of tokens, which are texts or whole numbers, but got {token!r}."
+        f"Expected {name} to hold tokens, which are texts or whole numbers, but got {token!r}."
     )

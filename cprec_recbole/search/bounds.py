@@ -50,10 +50,11 @@ class Bounds:
 
     @classmethod
     def of(cls, rows: Tensor, real: Tensor) -> Bounds:
-        """Bounds of grouped rows, `[G, s, r]`; rows not marked real, `[G, s]`, are copies."""
+        """Bounds of grouped rows, `[G, s, r]`; rows not marked real, `[G, s]`, are copies, of which
+        a group may have nothing else."""
         sizes = real.sum(1, keepdim=True)
         weights = real.unsqueeze(2).to(rows.dtype)
-        centres = (rows * weights).sum(1) / sizes
+        centres = (rows * weights).sum(1) / sizes.clamp(min=1)
         radius = ((rows - centres.unsqueeze(1)).norm(dim=2) * real).amax(1, keepdim=True)
         low, high = rows.amin(1), rows.amax(1)
         middle, half = (low + high) / 2, (high - low) / 2

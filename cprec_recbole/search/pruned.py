@@ -32,7 +32,8 @@ class Found(NamedTuple):
 
     Attributes:
         topk: the result.
-        tail_share: share of the tail's rows that were read for a row of the batch, on average.
+        tail_share: rows of the tail that were read for a row of the batch, on average, as a share
+            of all; one that was read twice counts twice.
     """
 
     topk: TopK

@@ -32,7 +32,7 @@ def similar_items(
             f"{like!r}."
         )
     lists = [[] if entry is None else [entry] if not _is_list(entry) else entry for entry in like]
-    return [known.ids(entry) for entry in lists]
+    return [known.ids(entry, name="`like`") for entry in lists]
 
 
 def _is_list(entry: object) -> bool:

@@ -18,7 +18,7 @@ from cprec_recbole.embedding import BlockEmbedding
 from cprec_recbole.int8.matrices import float_matrices, kept_scales, whole_numbers
 from cprec_recbole.int8.rows import SCALE_DTYPE, Int8Block
 from cprec_recbole.item_tables import Host
-from cprec_recbole.modes import in_eval_mode
+from cprec_recbole.modes import can_be_trained, in_eval_mode
 from cprec_recbole.parallel.spread import check_whole
 from cprec_recbole.partition import Partition
 from cprec_recbole.saving.folder import write_folder
@@ -139,14 +139,15 @@ class Servable(nn.Module):
                     f"Expected every history to be a list of tokens, but history "
                     f"{index} is {row!r}."
                 )
-            ids.append(vocabulary.ids(row, unknown))
+            name = f"history {index}" if several else "the history"
+            ids.append(vocabulary.ids(row, unknown, name))
             if not ids[-1]:
                 raise CompressionError(
                     f"Expected every history to hold a token of the catalogue, but history {index} "
                     "has none."
                 )
-        barred = None if exclude is None else vocabulary.ids(exclude, unknown)
-        only = None if allowed is None else vocabulary.ids(allowed, unknown)
+        barred = None if exclude is None else vocabulary.ids(exclude, unknown, "`exclude`")
+        only = None if allowed is None else vocabulary.ids(allowed, unknown, "`allowed`")
         best = self.recommend(ids, k, exclude_seen, barred or None, only)
         return TokenTopK(
             [[vocabulary.token(i) for i in row] for row in best.items.tolist()], best.scores
@@ -224,9 +225,16 @@ class Servable(nn.Module):
             weights[name] = parameter if order is None else parameter[order]
             if id(parameter) in scales:
                 weights[name] = weights[name].to(SCALE_DTYPE)  # they have no more bits than that
+        weights |= self.layer_buffers()
         if rounded:
             weights["scales"] = kept_scales(list(rounded.values()))
         return weights, bool(rounded)
+
+    def layer_buffers(self) -> dict[str, Tensor]:
+        """What the layers keep beside their parameters, such as running means, by name."""
+        of_tables = {id(b) for table in (self.table, self.head) for b in table.buffers()}
+        kept = self.state_dict()
+        return {n: b for n, b in self.named_buffers() if n in kept and id(b) not in of_tables}
 
     def _rows_by_id(self) -> tuple[dict[int, Tensor], set[int]]:
         """For each parameter with an entry a row of a block, the order that brings its rows into
@@ -240,6 +248,7 @@ class Servable(nn.Module):
         by_id = {id(parameter): order for block, order in blocks for parameter in block.per_row()}
         return by_id, {id(block.scale) for block, _ in blocks if isinstance(block, Int8Block)}
 
+    @can_be_trained
     @torch.no_grad()
     def add_items(
         self,
