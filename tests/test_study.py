@@ -298,6 +298,24 @@ def test_an_interrupted_study_goes_on_where_it_was(world, tmp_path, monkeypatch,
         assert record["test"] == whole[key]["test"], key
 
 
+def test_a_setting_in_int8_is_the_float_one_in_a_quarter_of_the_bytes(world, tmp_path, inline):
+    text = FEW.replace("[int8]", "[paper, small]").replace("0.01, ", "") + "\n"
+    text = text.replace(
+        "softmax: tree}\n",
+        "softmax: tree}\n  small: {ranks: [16, 4, 1], softmax: tree, dtype: int8}\n",
+    )
+    run(spec_of(tmp_path, text), tmp_path / "out", world)
+    runs = runs_of(tmp_path / "out")
+    whole, small = (runs[f"made-up_SASRec_L8_{name}_s1"] for name in ("paper", "small"))
+    assert small["options"] == {**whole["options"], "dtype": "int8"}
+    for name in ("valid_curve", "best_epoch", "total_parameters", "blocks"):  # the same training
+        assert small[name] == whole[name], name
+    assert 0.2 < small["bytes"] / whole["bytes"] < 0.5
+    assert abs(small["test"]["ndcg@20"] - whole["test"]["ndcg@20"]) < 0.03
+    write_summary(tmp_path / "out")
+    assert "| small" in (tmp_path / "out" / "compare.md").read_text()
+
+
 def cut(path):
     path.write_bytes(path.read_bytes()[:-100])
 
@@ -949,6 +967,7 @@ def test_a_file_says_what_to_run(tmp_path):
         ("datasets: 5", "`datasets` to be names"),
         ("settings: {tree: {softmax: tree}}", "`settings` to have names"),
         ("settings: {mine: {rank: 3}}", "did you mean `ranks`"),
+        ("settings: {mine: {dtype: int4}}", "setting mine to have `dtype` int8 or none, .*'int4'"),
         ("settings: [1]", "`settings` to hold names and values"),
         ("compression: {ranks: [4]}", "Expected an option out of softmax, tied, sharing"),
         ("compression: {softmax: flat}", "`softmax` to be one of"),

@@ -5,7 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from cprec_recbole.compare.controls.choices import Narrower, chosen
-from cprec_recbole.compare.controls.control import Derived, DerivedControl, Trained
+from cprec_recbole.compare.controls.control import (
+    Derived,
+    DerivedControl,
+    Trained,
+    TrainedControl,
+)
 from cprec_recbole.compare.controls.setting import Setting
 from cprec_recbole.compress import compress
 from cprec_recbole.compression.spectra import Unit
@@ -31,6 +36,22 @@ class Int8(DerivedControl):
         """See DerivedControl.derive."""
         plain, data = chosen(options), trained.train
         return Derived(compress(trained.model, plain, data=data, dtype="int8", verbose=False))
+
+
+class TrainedInt8(TrainedControl):
+    """A model of given options, trained in float, then all its matrices in int8: what a study's
+    setting with `dtype: int8` is."""
+
+    name = "trained-int8"
+    words = "a model of the setting's options, trained and then in int8"
+
+    def options(self, setting: Setting) -> dict[str, Any]:
+        """See Control.options."""
+        return setting.compression.as_dict()
+
+    def finished(self, model: CompressedRecommender) -> CompressedRecommender:
+        """See TrainedControl.finished."""
+        return quantize(model)
 
 
 class NarrowerInt8(Narrower):

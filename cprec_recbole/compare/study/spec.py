@@ -300,7 +300,14 @@ def _setting(name: Any, options: Any) -> dict[str, Any]:
                 f"Expected the setting {name} to leave `{shared}` to the study's `options`, as it "
                 f"is the same for all contenders, but got {options[shared]!r}."
             )
-    return own_options(CompressionConfig.from_options(options or {}))
+    options = dict(options or {})
+    dtype = options.pop("dtype", None)
+    if dtype not in (None, "int8"):
+        raise CompressionError(
+            f"Expected the setting {name} to have `dtype` int8 or none, but got {dtype!r}."
+        )
+    own = own_options(CompressionConfig.from_options(options))
+    return own if dtype is None else {**own, "dtype": dtype}
 
 
 def _base(options: dict[str, Any]) -> dict[str, Any]:

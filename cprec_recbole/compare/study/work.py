@@ -21,6 +21,7 @@ from cprec_recbole.compare.controls import (
     Trained,
     TrainedControl,
 )
+from cprec_recbole.compare.controls.int8 import TrainedInt8
 from cprec_recbole.compare.controls.recovered import Recovered, RecoveredInt8
 from cprec_recbole.compare.experiment import SETTINGS, check_measurable
 from cprec_recbole.compare.fitting import Data, fit, score_times
@@ -163,7 +164,7 @@ class _Bench:
 
     def train(self, work: Trial, on_epoch: OnEpoch, folder: Path) -> None:
         start = perf_counter()
-        options = {k: v for k, v in work.recipe.options.items() if k != "ratio"}
+        options = {k: v for k, v in work.recipe.options.items() if k not in ("ratio", "dtype")}
         config = self.config(work.cell, options, work.seed, work.rate)
         data = Data.of(config)
         init_seed(work.seed, config["reproducibility"])
@@ -202,6 +203,8 @@ class _Bench:
         self, work: Trial, config: Any, data: Data, on_epoch: OnEpoch, folder: Path
     ) -> tuple[CompressedRecommender, dict[str, Any]]:
         control = CONTROLS.get(work.recipe.kind)
+        if work.recipe.options.get("dtype") is not None:
+            control = TrainedInt8()
         trained = control if isinstance(control, TrainedControl) else None
         fitted = fit(config, data, on_epoch, trained, folder)
         return cast(CompressedRecommender, fitted.model), {
