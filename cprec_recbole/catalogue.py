@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from recbole.data import create_dataset
-
 from cprec_recbole.backbones import build_host
 from cprec_recbole.config import (
     SHARING_SCHEMES,
@@ -14,7 +12,7 @@ from cprec_recbole.config import (
     CompressionError,
     reject_unknown,
 )
-from cprec_recbole.host.library import known_options, recbole_config, whole_number
+from cprec_recbole.host.library import known_options, recbole_config, recbole_dataset, whole_number
 from cprec_recbole.records import record_named
 from cprec_recbole.report import Estimate, describe_sharing, estimate
 from cprec_recbole.sharing import sharing_plan, sharing_sets
@@ -49,7 +47,7 @@ def size_rows(
     record = record_named(model)
     config = recbole_config(f"Cp{model}", dataset or "ml-100k", options or {}, config_files)
     if items is None:
-        n_items = int(create_dataset(config).item_num)
+        n_items = int(recbole_dataset(config).item_num)
         title = f"{model} on {dataset or 'ml-100k'} ({n_items - 1:,} items)"
     else:
         n_items = items + 1  # and the padding item
@@ -81,7 +79,7 @@ class _Catalogue:
 
 
 def _choices(base: CompressionConfig, dim: int, n_items: int) -> list[CompressionConfig]:
-    """The given choice, then what varies one option of it; what does not fit is left out."""
+    """The given choice, then what varies one option of it."""
     variations: list[dict[str, Any]] = [{}]
     variations += [{"sharing": scheme} for scheme in SHARING_SCHEMES if scheme != base.sharing]
     variations += [{"softmax": "tree" if base.softmax == "full" else "full"}]

@@ -38,6 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise  # another pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno is None:
+            raise  # not of the system's
+        where = "" if error.filename is None else f" ({error.filename})"
+        print(f"cprec: a file cannot be read or written: {error.strerror}{where}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("cprec: stopped", file=sys.stderr)
         return 130
@@ -56,8 +62,8 @@ def _nobody_reads() -> bool:
 
 
 def recbole_options(arguments: Sequence[str]) -> dict[str, Any]:
-    """RecBole options off a command line: `--name=value` or `--name value`, values as YAML. A dash
-    in a name is an underscore, as in `--data-path`."""
+    """RecBole options off a command line: `--name=value`, or `--name value` behind what has no
+    name, values as YAML. A dash in a name is an underscore, as in `--data-path`."""
     if not arguments:
         return {}
     from cprec_recbole.commands.common import TEXTS, plain_text, value

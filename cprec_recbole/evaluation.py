@@ -9,6 +9,7 @@ from recbole.config import Config
 from recbole.data.dataloader import FullSortEvalDataLoader
 from recbole.evaluator import Evaluator
 from recbole.evaluator.register import metrics_dict
+from recbole.utils import EvaluatorType
 from torch import nn
 
 from cprec_recbole.config import CompressionError
@@ -73,6 +74,17 @@ def check_valid_metric(config: Config) -> None:
         raise CompressionError(
             f"Expected `valid_metric` to be one of {', '.join(measured)} (by `metrics`, `topk`), "
             f"but got {config['valid_metric']}."
+        )
+
+
+def check_cutoffs(config: Config, dataset: Any) -> None:
+    """Raise a CompressionError where `topk` asks for more items than a RecBole data set has."""
+    if config["eval_type"] != EvaluatorType.RANKING:
+        return
+    most, n_items = max(config["topk"]), int(dataset.item_num) - 1
+    if most > n_items:
+        raise CompressionError(
+            f"Expected `topk` to be at most the {n_items} items of the data, but got {most}."
         )
 
 

@@ -9,6 +9,7 @@ from recbole.utils import get_model, get_trainer, init_seed
 
 from cprec_recbole import CompressionError, load_pretrained
 from cprec_recbole.cli import main
+from cprec_recbole.commands.common import value
 from cprec_recbole.host.trained import load_trained
 from cprec_recbole.report import part_sizes
 from tests.builders import HOSTS, World
@@ -164,6 +165,13 @@ def test_rows_in_int8_are_recovered_and_kept_in_int8(checkpoints, tmp_path, caps
     assert load_pretrained(out).table.is_int8
 
 
+def test_numbers_of_any_form_are_numbers():
+    assert [value(text) for text in ("1e-3", "-2.5E4", "1.e+2", "1e-3x", "e1")] == [
+        *(0.001, -25_000.0, 100.0),
+        *("1e-3x", "e1"),
+    ]
+
+
 class Harmful:
     def __reduce__(self):
         return (print, ("harm",))
@@ -180,8 +188,13 @@ class Harmful:
         (["--data_path=/nowhere"], "`dataset` to be ml-100k, or the name of a folder"),
         (["--recovr=1"], "got `recovr`"),
         (["--ratio", "1.1", "--max_loss=0.01"], "got `max_loss`"),
-        (["--ratio", "1.1", "--recover", "1", "--learning_rate=0"], "`learning_rate` to be above"),
+        (
+            ["--ratio", "1.1", "--recover", "1", "--learning_rate=0"],
+            "`learning_rate` to be a number above",
+        ),
         (["--ranks", "99"], "`ranks` to be at most"),
+        (["--ratio", "1.1", "--learning_rate=0.01"], "`learning_rate` with --recover"),
+        (["--ratio", "1.1", "--epochs=3"], "no `epochs`, as nothing here trains by it"),
     ],
 )
 def test_bad_arguments_of_compress_write_nothing(checkpoints, tmp_path, capsys, arguments, match):

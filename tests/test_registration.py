@@ -68,6 +68,18 @@ try:
 except AttributeError as error:
     print(error)
 """
+LIGHT = f"""
+import importlib, pkgutil, sys
+import cprec_recbole
+from cprec_recbole.host import registration
+for name in sorted(registration._WITHOUT_RECBOLE):
+    importlib.import_module("cprec_recbole." + name)
+for name in sorted(registration._PACKAGES_WITHOUT_RECBOLE):
+    package = importlib.import_module("cprec_recbole." + name)
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(package.__name__ + "." + module.name)
+assert not set({RUNS}) & set(sys.modules), set({RUNS}) & set(sys.modules)
+"""
 COMMAND = f"""
 import sys
 from cprec_recbole.cli import main
@@ -84,6 +96,10 @@ def folder(trained, tmp_path_factory):
 
 def test_a_folder_is_loaded_without_what_runs_recbole(folder):
     assert len(run(SERVE, folder)) == 3
+
+
+def test_what_is_said_not_to_run_recbole_does_not():
+    run(LIGHT)
 
 
 def test_recbole_knows_the_models_as_soon_as_it_is_imported():

@@ -453,6 +453,20 @@ def test_metrics_count_what_happened(client, models):
     assert found["cprec_model_version", "whole"] == 1
 
 
+def test_who_does_not_wait_for_an_answer_is_no_error(client):
+    async def left():
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        raise AssertionError("nobody is there")
+
+    scope = {"type": "http", "method": "POST", "path": "/recommend", "headers": []}
+    asyncio.run(client.app.middleware_stack(scope, left, send))
+    found = samples(client)
+    assert found["cprec_requests_total", "/recommend", "499"] == 1
+    assert ("cprec_errors_total", "/recommend") not in found
+
+
 def test_an_unexpected_error_is_no_traceback(client, monkeypatch):
     def broken(*args, **options):
         raise RuntimeError("secret")

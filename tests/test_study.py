@@ -1,6 +1,7 @@
 """Studies: what is run in which order, that nothing is done twice, and what is written."""
 
 import csv
+import errno
 import io
 import json
 import os
@@ -16,6 +17,7 @@ from safetensors.torch import load_model
 
 from cprec_recbole import CompressionConfig, CompressionError
 from cprec_recbole.cli import main
+from cprec_recbole.compare import fitting
 from cprec_recbole.compare.study import Goal, Spec, conduct, run_study, write_summary
 from cprec_recbole.compare.study.recipes import Planning, recipe_without_ratio
 from cprec_recbole.compare.study.schedule import Schedule
@@ -24,6 +26,7 @@ from cprec_recbole.compare.study.store import Store, read_json
 from cprec_recbole.compare.study.summary import summarise
 from cprec_recbole.compare.study.work import save_weights
 from cprec_recbole.compare.study.workers import News, Workers, _Worker, attempt
+from cprec_recbole.training.journal import Journal
 from tests import studies
 
 STUDY = """
@@ -359,6 +362,80 @@ def test_a_training_goes_on_in_the_epoch_in_which_it_was_interrupted(
     assert len(first["epoch_seconds"]) == 2
     for name in ("valid", "test", "valid_curve", "best_epoch", "epochs"):
         assert first[name] == same[name], name
+
+
+@pytest.mark.parametrize("change", ["another machine", "another model"])
+def test_a_state_of_something_else_is_not_gone_on_with(world, tmp_path, monkeypatch, change):
+    spec, folder = spec_of(tmp_path, FEW.replace("0.01, ", "")), tmp_path / "out"
+    told = []
+
+    class Interrupted(Inline):
+        def attempt(self, work, pipe=None):
+            def send(message):
+                told.append(message[1][0])
+                if told == [1, 2]:
+                    raise KeyboardInterrupt
+
+            return super().attempt(work, SimpleNamespace(send=send))
+
+    monkeypatch.setattr(conduct, "Workers", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(spec, folder, world)
+    (state,) = (folder / "unfinished").glob("*/last.pth")
+    if change == "another machine":
+        monkeypatch.setattr(fitting, "environment", lambda device: {"processor": "Z80"})
+    else:
+        written = torch.load(state)
+        written["model"] = {f"other.{name}": each for name, each in written["model"].items()}
+        torch.save(written, state)
+        run(spec, folder, world)
+        assert "last.pth to be of this model" in str(runs_of(folder))
+    run(spec, folder, world, retry=True)
+    assert told[2:4] == [1, 2]  # from the start
+    assert "error" not in str(runs_of(folder))
+    assert not list((folder / "unfinished").iterdir())
+
+
+@pytest.mark.parametrize("error", [OSError("disk"), RuntimeError("memory"), ValueError("nan")])
+def test_a_state_stays_where_the_training_is_not_to_blame(tmp_path, error):
+    store = Store(tmp_path)
+    folder = tmp_path / "unfinished" / "key"
+    folder.mkdir(parents=True)
+    with pytest.raises(type(error)), store.unfinished("key"):
+        raise error
+    assert folder.exists() == (not isinstance(error, ValueError))
+    for record, stays in (({"error": "disk"}, True), ({"valid": {}}, False)):
+        folder.mkdir(parents=True, exist_ok=True)
+        store.write("trials", "key", record)
+        Store(tmp_path, tidy=False)
+        assert folder.exists()
+        Store(tmp_path)
+        assert folder.exists() == stays
+
+
+def test_seconds_of_an_epoch_leave_out_the_writing_of_its_state(world, tmp_path, monkeypatch):
+    now = [0.0]
+
+    def slow(self, state):
+        now[0] += 1000.0
+
+    monkeypatch.setattr(fitting, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(Journal, "write", slow)
+    monkeypatch.setattr(conduct, "Workers", Inline)
+    run(spec_of(tmp_path, FEW), tmp_path / "out", world)
+    found = runs_of(tmp_path / "out")["made-up_SASRec_L8_uncompressed_s1"]
+    assert found["epoch_seconds"] == [0.0, 0.0]
+
+
+def test_a_training_goes_on_where_its_state_cannot_be_written(world, tmp_path, monkeypatch):
+    def full(self, state):
+        raise CompressionError("Expected `out` to be a folder that can be written.")
+
+    monkeypatch.setattr(Journal, "write", full)
+    monkeypatch.setattr(conduct, "Workers", Inline)
+    with pytest.warns(UserWarning, match="The training goes on without it"):
+        run(spec_of(tmp_path, FEW), tmp_path / "out", world)
+    assert "error" not in str(runs_of(tmp_path / "out"))
 
 
 def test_a_training_that_fails_is_not_gone_on_with(world, tmp_path, monkeypatch):
@@ -999,9 +1076,14 @@ def test_bad_files_are_refused(tmp_path, text, words):
         (("epochs: 2", "epochs: 2, eval_args: {mode: uni100}"), "`eval_args` to rank all items"),
         (
             ("epochs: 2", "epochs: 2, eval_args: {split: {LS: test_only}}"),
-            "to split off validation and test",
+            "to split off one item of each user",
         ),
         (("epochs: 2", "epochs: 2, eval_args: {order: RO}"), "`eval_args` to go by time"),
+        (
+            ("epochs: 2", "epochs: 2, eval_args: {split: {RS: [8, 1, 1]}}"),
+            "one item of each user",
+        ),
+        (("epochs: 2", "epochs: ten"), "`epochs` to be a whole number"),
         (("epochs: 2", "epochs: 2, metrics: [NDCG, ItemCoverage]"), "to be of users alone"),
     ],
 )
@@ -1154,9 +1236,22 @@ def test_the_command_says_how_many_runs_failed_also_when_it_did_nothing(
     arguments = ["compare", "--study", str(file), "--out", str(out)]
     only = ["--only", "*uncompressed_s1", "*_compressed_*", "--data-path", world.data_path]
     for _ in range(2):
-        assert main([*arguments, *only]) == 0
+        assert main([*arguments, *only]) == 1
         assert "1 of 2 runs failed, each for a reason" in capsys.readouterr().out
     assert "## Failed" in (out / "compare.md").read_text()
+
+
+def test_a_full_disk_is_one_line(world, tmp_path, inline, capsys, monkeypatch):
+    def full(store, key, record, trial):
+        raise OSError(errno.ENOSPC, "No space left on device", f"{key}.json")
+
+    monkeypatch.setattr(Store, "conclude", full)
+    file = tmp_path / "study.yaml"
+    file.write_text(FEW.replace("0.01, ", ""))
+    arguments = ["compare", "--study", str(file), "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--data-path", world.data_path]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("cprec: a file cannot be read or written: No space left on device (made")
 
 
 def test_a_run_that_is_left_out_names_the_one_that_stands_for_it(world, tmp_path, inline, capsys):

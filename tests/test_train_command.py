@@ -174,6 +174,13 @@ def test_the_command_line_wins_over_files(world, tmp_path, monkeypatch):
         ),
         (["--loss_type=BPR", "--train_neg_sample_args=null"], "`train_neg_sample_args`"),
         (["--field_separator=,"], "`dataset` to be one that RecBole reads and splits"),
+        (["--epochs=ten"], "`epochs` to be a whole number, 0 or more, but got 'ten'"),
+        (["--train_batch_size=0"], "`train_batch_size` to be a whole number, 1 or more, but got 0"),
+        (["--stopping_step=x"], "`stopping_step` to be a whole number"),
+        (["--seed=x"], "`seed` to be a whole number"),
+        (["--learning_rate=-1"], "`learning_rate` to be a number above 0, but got -1"),
+        (["--weight_decay=x"], "`weight_decay` to be a number, 0 or more, but got 'x'"),
+        (["--hidden_size=15"], "options that a CpSASRec can have, but RecBole says: The hidden"),
     ],
 )
 def test_bad_arguments_are_one_line(world, capsys, more, match):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from typing import Any
 
@@ -75,14 +76,15 @@ def plain_text(text: str) -> str | None:
 
 
 def value(text: str) -> Any:
-    """A value as YAML writes it; `64,16,4` is a list too."""
+    """A value as YAML writes it; `64,16,4` is a list and `1e-3` a number too."""
     try:
         found = yaml.safe_load(text)
         if isinstance(found, str) and "," in found and not found.startswith(("[", "{")):
             found = yaml.safe_load(f"[{found}]")
     except yaml.YAMLError as error:
         raise CompressionError(f"Expected a value as in YAML, but got {text!r}.") from error
-    return found
+    is_number = isinstance(found, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", found)
+    return float(found) if is_number else found
 
 
 def numbers(text: str) -> Any:

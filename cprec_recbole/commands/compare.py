@@ -148,7 +148,8 @@ def run(options: argparse.Namespace, passed_on: dict[str, Any], command: str) ->
 
 
 def _study(options: argparse.Namespace, passed_on: dict[str, Any]) -> int:
-    """Run what is left of a study, then write its tables; or the tables alone."""
+    """Run what is left of a study, then write its tables; or the tables alone. Gives 1 where a run
+    that was asked for has failed."""
     own = {name: getattr(options, name) for name in ("model", "length", "ranks", "cutoffs")}
     own |= {name: getattr(options, name) for name in ("sharing", "softmax", "tied", "training")}
     own |= {name: getattr(options, name) for name in ("dataset", "seeds")}
@@ -159,6 +160,7 @@ def _study(options: argparse.Namespace, passed_on: dict[str, Any]) -> int:
             f"Expected a study to be all in its file, but got `{given[0]}` on the command line."
         )
     screen, out, against = console(), Path(options.out), options.against
+    failed = 0
     for name in ("only", "retry", "jobs") if options.summary else ():
         if getattr(options, name):
             raise CompressionError(
@@ -189,7 +191,8 @@ def _study(options: argparse.Namespace, passed_on: dict[str, Any]) -> int:
             )
         if len(done.dropped) == len(done.goals):
             return 0
-        if failed := _failed(out, {goal.key for goal in done.goals}):
+        failed = _failed(out, {goal.key for goal in done.goals})
+        if failed:
             screen.print(
                 f"{failed} of {len(done.goals)} runs failed, each for a reason that compare.md "
                 "gives; --retry tries them again.",
@@ -201,7 +204,7 @@ def _study(options: argparse.Namespace, passed_on: dict[str, Any]) -> int:
     written = write_summary(out, latex=options.latex, against=against)
     paths = ", ".join(str(path) for path in written)
     screen.print(f"Written: {paths}", soft_wrap=True, markup=False)
-    return 0
+    return 1 if failed else 0
 
 
 def _failed(out: Path, wanted: set[str]) -> int:

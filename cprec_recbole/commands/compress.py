@@ -56,6 +56,15 @@ def run(options: argparse.Namespace, passed_on: dict[str, Any], command: str) ->
     if options.recover < 0:
         raise CompressionError(f"Expected `recover` to be 0 or more, but got {options.recover}.")
     _check_out(Path(options.out))
+    recovery = {"learning_rate": "learning_rate", "train_batch_size": "batch_size", "seed": "seed"}
+    for name in ("learning_rate", "train_batch_size") if not options.recover else ():
+        if name in passed_on:
+            raise CompressionError(f"Expected `{name}` with --recover, which alone reads it.")
+    for name in ("epochs", "stopping_step", "learner", "weight_decay"):
+        if name in passed_on:
+            raise CompressionError(
+                f"Expected no `{name}`, as nothing here trains by it; --recover EPOCHS fine-tunes."
+            )
     screen = console()
     found = load_trained(options.checkpoint, passed_on)
     small = compress(
@@ -72,8 +81,7 @@ def run(options: argparse.Namespace, passed_on: dict[str, Any], command: str) ->
     made = "compressed" if options.dtype is None else f"compressed, {options.dtype}"
     rows.append((made, small, _quality(small, found)))
     if options.recover:
-        named = {"learning_rate": "learning_rate", "train_batch_size": "batch_size", "seed": "seed"}
-        given = {ours: passed_on[theirs] for theirs, ours in named.items() if theirs in passed_on}
+        given = {ours: passed_on[name] for name, ours in recovery.items() if name in passed_on}
         recover(small, found.model, found.train, options.recover, valid_data=found.valid, **given)
         rows.append(("recovered", small, _quality(small, found)))
     small.save_pretrained(options.out)

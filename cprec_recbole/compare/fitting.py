@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,15 +17,20 @@ from typing import Any
 
 import torch
 from recbole.config import Config
-from recbole.data import create_dataset, data_preparation
 from recbole.data.interaction import Interaction
-from recbole.utils import get_model, init_seed
+from recbole.utils import init_seed
 
 from cprec_recbole.compare.controls import TrainedControl
+from cprec_recbole.compare.results import environment
 from cprec_recbole.config import CompressionError
-from cprec_recbole.evaluation import evaluate
+from cprec_recbole.evaluation import check_cutoffs, evaluate
 from cprec_recbole.files import make_folder, remove_leftovers
-from cprec_recbole.host.library import working_directory
+from cprec_recbole.host.library import (
+    recbole_dataset,
+    recbole_loaders,
+    recbole_model,
+    working_directory,
+)
 from cprec_recbole.training.journal import BEST, LAST, Journal, terms_of
 from cprec_recbole.training.trainer import CompressedTrainer
 
@@ -44,8 +51,10 @@ class Data:
     def of(cls, config: Config) -> Data:
         """Read, filter and split as RecBole does; draws are those of the config's seed."""
         init_seed(config["seed"], config["reproducibility"])
-        dataset = create_dataset(config)
-        return cls(dataset, *data_preparation(config, dataset))
+        dataset = recbole_dataset(config)
+        loaders = recbole_loaders(config, dataset)
+        check_cutoffs(config, dataset)
+        return cls(dataset, *loaders)
 
 
 @dataclass(frozen=True)
@@ -90,7 +99,7 @@ def fit(
             None: nothing is kept.
     """
     if control is None:
-        model = get_model(config["model"])(config, data.train._dataset)
+        model = recbole_model(config, data.train._dataset)
     else:
         model = control.build(config, data.train._dataset)
     model = model.to(config["device"])
@@ -134,7 +143,7 @@ def _kept_or_temporary(folder: Path | None) -> Iterator[Path]:
             yield Path(temporary)
     else:
         make_folder(folder)
-        yield folder
+        yield folder.resolve()  # RecBole makes it again, from wherever it is
 
 
 def _goes_on(trainer: _MeasuredTrainer, folder: Path, data: Data) -> bool:
@@ -143,14 +152,33 @@ def _goes_on(trainer: _MeasuredTrainer, folder: Path, data: Data) -> bool:
     for path in (best, folder / LAST):
         remove_leftovers(path)
     trainer.saved_model_file = str(best)
-    trainer.journal = Journal(folder, terms_of(trainer.config, (data.train, data.valid, data.test)))
+    terms = terms_of(trainer.config, (data.train, data.valid, data.test))
+    # another machine or version would not end where this one does
+    where = {"environment": json.dumps(environment(trainer.config["device"]))}
+    trainer.journal = _Willing(folder, terms | where)
     try:
         state = trainer.journal.read()
     except CompressionError:  # damaged, or of other data: it is trained from the start
         return True
     if state is None or (state["best_valid_result"] is not None and not best.is_file()):
         return True
-    return trainer.resume(state, data.train, data.valid)
+    try:
+        return trainer.resume(state, data.train, data.valid)
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise CompressionError(
+            f"Expected {folder / LAST} to be of this model, but got {type(error).__name__}: "
+            f"{error}."
+        ) from error
+
+
+class _Willing(Journal):
+    """A journal without which a training goes on, as where the disk is full."""
+
+    def write(self, state: Mapping[str, Any]) -> None:
+        try:
+            super().write(state)
+        except CompressionError as error:
+            warnings.warn(f"{error} The training goes on without it.", stacklevel=2)
 
 
 class _MeasuredTrainer(CompressedTrainer):
@@ -167,11 +195,16 @@ class _MeasuredTrainer(CompressedTrainer):
         self.epoch_seconds: list[float] = []
         self.valid_scores: list[float] = []
         self.measured = {"epoch_seconds": self.epoch_seconds, "valid_scores": self.valid_scores}
+        self._began = 0.0
+
+    def _begin(self, *args: Any, **kwargs: Any) -> Any:
+        begin = super()._begin(*args, **kwargs)
+        self._began = perf_counter()  # the state has been written by then
+        return begin
 
     def _train_epoch(self, *args: Any, **kwargs: Any) -> Any:
-        start = perf_counter()
         loss = super()._train_epoch(*args, **kwargs)
-        self.epoch_seconds.append(perf_counter() - start)
+        self.epoch_seconds.append(perf_counter() - self._began)
         return loss
 
     def _valid_epoch(self, *args: Any, **kwargs: Any) -> Any:

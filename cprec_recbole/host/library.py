@@ -12,8 +12,10 @@ from typing import Any
 import recbole
 import yaml
 from recbole.config import Config
+from recbole.data import create_dataset, data_preparation
+from recbole.utils import get_model
 
-from cprec_recbole.config import CompressionError
+from cprec_recbole.config import CompressionError, is_number
 
 
 def recbole_config(
@@ -46,8 +48,61 @@ def recbole_config(
         raise CompressionError(f"RecBole refuses these options: {error}") from error
     finally:
         sys.argv = argv
+    _check_numbers(config)
     _check_dataset(config)
     return config
+
+
+def recbole_dataset(config: Config) -> Any:
+    """RecBole's data set of a config, read and filtered.
+
+    Raises:
+        CompressionError: files that RecBole cannot read with these options.
+    """
+    with _reading(config):
+        return create_dataset(config)
+
+
+def recbole_loaders(config: Config, dataset: Any) -> tuple[Any, Any, Any]:
+    """RecBole's loaders of the training, validation and test rows of a data set.
+
+    Raises:
+        CompressionError: a data set that cannot be split with these options.
+    """
+    with _reading(config):
+        return data_preparation(config, dataset)
+
+
+def recbole_model(config: Config, dataset: Any) -> Any:
+    """The model of a config, fresh.
+
+    Raises:
+        CompressionError: options that no such model can have.
+    """
+    try:
+        return get_model(config["model"])(config, dataset)
+    except CompressionError:
+        raise
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        raise CompressionError(
+            f"Expected options that a {config['model']} can have, but RecBole says: "
+            f"{' '.join(str(error).split())}"
+        ) from error
+
+
+@contextmanager
+def _reading(config: Config) -> Iterator[None]:
+    """Within: what RecBole says of data that it cannot read is an error of one line."""
+    try:
+        yield
+    except CompressionError:
+        raise
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise CompressionError(
+            f"Expected `dataset` to be one that RecBole reads and splits with these options, but "
+            f"of {config['dataset']} in {config['data_path']} it says: {type(error).__name__}: "
+            f"{' '.join(str(error).split())}"
+        ) from error
 
 
 def read_options(file: str, name: str = "config") -> dict[str, Any]:
@@ -86,6 +141,20 @@ def known_options(config: Config) -> list[str]:
     """The names of all options that RecBole or this package knows for a model."""
     arguments = [name for names in config.parameters.values() for name in names]
     return sorted({*config.internal_config_dict, *arguments})
+
+
+def _check_numbers(config: Config) -> None:
+    """RecBole takes anything, and fails once it computes with it."""
+    lowest = {"train_batch_size": 1, "eval_batch_size": 1, "epochs": 0, "stopping_step": 0}
+    for name, least in {**lowest, "seed": 0}.items():
+        whole_number(config, name, least)
+    for name, words, fits in (
+        ("learning_rate", "a number above 0", lambda rate: rate > 0),
+        ("weight_decay", "a number, 0 or more", lambda decay: decay >= 0),
+    ):
+        value = config[name]
+        if value is not None and not (is_number(value) and fits(value)):
+            raise CompressionError(f"Expected `{name}` to be {words}, but got {value!r}.")
 
 
 def _check_dataset(config: Config) -> None:

@@ -20,7 +20,8 @@ _WITHOUT_RECBOLE = frozenset(
         *("backbones", "cli", "config", "embedding", "fields", "files", "item_tables", "models"),
         *("modes", "optimizers", "outcome", "partition", "recommender", "records", "report"),
         *("sharing", "softmax", "units"),
-        *("commands", "commands.export", "commands.recommend", "host", "host.registration"),
+        *("commands", "commands.export", "commands.recommend", "compression"),
+        *("compression.spectra", "host", "host.registration"),
     }
 )
 _PACKAGES_WITHOUT_RECBOLE = frozenset({"int8", "losses", "parallel", "saving", "search", "serving"})

@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from recbole.data import create_dataset, data_preparation
 from recbole.utils import get_model, init_seed
 from torch import nn
 
 from cprec_recbole.config import CompressionError, reject_unknown
 from cprec_recbole.host.checkpoint import Checkpoint, read_checkpoint
-from cprec_recbole.host.library import known_options, recbole_config
+from cprec_recbole.host.library import (
+    known_options,
+    recbole_config,
+    recbole_dataset,
+    recbole_loaders,
+)
 
 # what RecBole works out for itself, or what belongs to the machine that trained
 _DERIVED = (
@@ -53,7 +57,7 @@ def load_trained(file: str | os.PathLike[str], options: dict[str, Any] | None = 
             f"was trained on, but {config['data_path']} does not exist."
         )
     init_seed(config["seed"], config["reproducibility"])
-    train, valid, test = data_preparation(config, create_dataset(config))
+    train, valid, test = recbole_loaders(config, recbole_dataset(config))
     model = get_model(checkpoint.model)(config, train._dataset)
     try:
         model.load_state_dict(checkpoint.state)

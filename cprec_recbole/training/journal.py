@@ -73,16 +73,16 @@ class Journal:
             return None
         try:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
-            terms = state["terms"]
+            terms, written = state["terms"], state["format"]
         except Exception as error:  # damage to a zip or a pickle may raise any
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CompressionError(
                 f"Expected {self.path} to be whole, but it is cut short or damaged: {reason} "
                 "Start afresh in another folder."
             ) from error
-        if state["format"] != _FORMAT:
+        if written != _FORMAT:
             raise CompressionError(
-                f"Expected {self.path} to be of format {_FORMAT}, but got {state['format']}: "
+                f"Expected {self.path} to be of format {_FORMAT}, but got {written}: "
                 "another version of cprec_recbole wrote it."
             )
         _compare(terms, self.terms)

@@ -11,10 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from recbole.config import Config
-from recbole.data import create_dataset, data_preparation
 from recbole.utils import (
-    EvaluatorType,
-    get_model,
     get_trainer,
     init_logger,
     init_seed,
@@ -22,7 +19,9 @@ from recbole.utils import (
 )
 
 from cprec_recbole.config import CompressionError
+from cprec_recbole.evaluation import check_cutoffs
 from cprec_recbole.files import held, make_folder, remove_leftovers, write_whole
+from cprec_recbole.host.library import recbole_dataset, recbole_loaders, recbole_model
 from cprec_recbole.parallel import group
 from cprec_recbole.parallel.group import Place
 from cprec_recbole.parallel.processes import launch
@@ -124,7 +123,7 @@ def _train_and_test(config: Config, job: Job) -> dict[str, Any]:
     _set_up_logging(config, job)
     loaders = _loaders(config)
     init_seed(config["seed"], config["reproducibility"])
-    model = get_model(config["model"])(config, loaders[0]._dataset).to(config["device"])
+    model = recbole_model(config, loaders[0]._dataset).to(config["device"])
     if not group.is_first():  # the same weights everywhere; what is drawn while training differs
         init_seed(config["seed"] + group.rank(), config["reproducibility"])
     logging.getLogger().info(model)
@@ -218,24 +217,11 @@ def _loaders(config: Config) -> tuple[Any, Any, Any]:
     one_first = any(group.gather(bool(writes)))  # what it writes is read by the others
     if one_first and not group.is_first():
         group.wait()
-    try:
-        dataset = create_dataset(config)
-        logging.getLogger().info(dataset)
-        loaders = data_preparation(config, dataset)
-    except CompressionError:
-        raise
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise CompressionError(
-            f"Expected `dataset` to be one that RecBole reads and splits with these options, but "
-            f"of {config['dataset']} in {config['data_path']} it says: {type(error).__name__}: "
-            f"{' '.join(str(error).split())}"
-        ) from error
-    if is_ours(config["model"]) and config["eval_type"] == EvaluatorType.RANKING:
-        most, n_items = max(config["topk"]), dataset.item_num - 1
-        if most > n_items:
-            raise CompressionError(
-                f"Expected `topk` to be at most the {n_items} items of the data, but got {most}."
-            )
+    dataset = recbole_dataset(config)
+    logging.getLogger().info(dataset)
+    loaders = recbole_loaders(config, dataset)
+    if is_ours(config["model"]):
+        check_cutoffs(config, dataset)
     if one_first and group.is_first():
         group.wait()
     if group.size() > 1:

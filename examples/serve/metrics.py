@@ -59,7 +59,7 @@ class Measured:
             await self._app(scope, receive, send)
             return
         path = scope["path"] if scope["path"] in self._paths else "other"
-        started, status = perf_counter(), 500
+        started, status = perf_counter(), 499  # nobody waits for an answer any more
 
         async def watched(message: Any) -> None:
             nonlocal status
@@ -69,8 +69,11 @@ class Measured:
 
         try:
             await self._app(scope, receive, watched)
+        except Exception:
+            status = 500
+            raise
         finally:
             self._metrics.requests.labels(path, status).inc()
             self._metrics.seconds.labels(path).observe(perf_counter() - started)
-            if status >= 400:
+            if status >= 400 and status != 499:
                 self._metrics.errors.labels(path).inc()

@@ -36,6 +36,9 @@ class Store:
             make_folder(folder / name)
             for left in (folder / name).glob(".*.tmp") if tidy else ():
                 left.unlink(missing_ok=True)
+        for state in (folder / UNFINISHED).glob("*") if tidy else ():
+            if "error" not in (self.read(TRIALS, state.name) or {"error": "none yet"}):
+                shutil.rmtree(state, ignore_errors=True)
 
     def agree(self, spec: Spec) -> None:
         """Note what all runs of this folder have in common, or compare it with what was noted.
@@ -80,12 +83,12 @@ class Store:
 
     @contextmanager
     def unfinished(self, key: str) -> Iterator[Path]:
-        """Where a trial may keep the state of its training; removed once it has ended or failed,
-        and left where it was interrupted."""
+        """Where a trial may keep the state of its training; removed once it has ended, or failed
+        for what would make it fail again, and left where it was interrupted."""
         folder = self.folder / UNFINISHED / key
         try:
             yield folder
-        except Exception:
+        except ValueError:  # a loss that is no number, or options that cannot be
             shutil.rmtree(folder, ignore_errors=True)
             raise
         shutil.rmtree(folder, ignore_errors=True)

@@ -106,14 +106,15 @@ def _check_split(config: Any) -> None:
     given = config["eval_args"]
     split, mode = given["split"], given["mode"]
     modes = set(mode.values()) if isinstance(mode, dict) else {mode}
-    if modes != {"full"} or split.get("LS", "valid_and_test") != "valid_and_test":
-        raise CompressionError(
-            "Expected `eval_args` to rank all items (mode: full) and to split off validation and "
-            f"test (LS: valid_and_test, or RS), but got mode {mode} and split {split}."
-        )
     if given["order"] != "TO":
         raise CompressionError(
             f"Expected `eval_args` to go by time (order: TO), but got order {given['order']}."
+        )
+    if modes != {"full"} or split.get("LS") != "valid_and_test":  # users are what is resampled
+        raise CompressionError(
+            "Expected `eval_args` to rank all items (mode: full) and to split off one item of each "
+            f"user for each of validation and test (LS: valid_and_test), but got mode {mode} and "
+            f"split {split}."
         )
 
 
@@ -212,7 +213,7 @@ class _Bench:
             "test": fitted.test,
             "valid_curve": fitted.valid_curve,
             "curve_metric": str(config["valid_metric"]).lower(),
-            "eval_step": int(config["eval_step"]),
+            "eval_step": min(int(config["eval_step"]), int(config["epochs"])),  # as RecBole does
             "best_epoch": fitted.best_epoch,
             "epochs": len(fitted.epoch_seconds),
             "epoch_seconds": fitted.epoch_seconds,
