@@ -1078,7 +1078,10 @@ def test_bad_files_are_refused(tmp_path, text, words):
             ("epochs: 2", "epochs: 2, eval_args: {split: {LS: test_only}}"),
             "to split off one item of each user",
         ),
-        (("epochs: 2", "epochs: 2, eval_args: {order: RO}"), "`eval_args` to go by time"),
+        (
+            ("epochs: 2", "epochs: 2, eval_args: {order: RO, split: {LS: valid_and_test}}"),
+            "`eval_args` to go by time",
+        ),
         (
             ("epochs: 2", "epochs: 2, eval_args: {split: {RS: [8, 1, 1]}}"),
             "one item of each user",

@@ -106,15 +106,15 @@ def _check_split(config: Any) -> None:
     given = config["eval_args"]
     split, mode = given["split"], given["mode"]
     modes = set(mode.values()) if isinstance(mode, dict) else {mode}
-    if given["order"] != "TO":
-        raise CompressionError(
-            f"Expected `eval_args` to go by time (order: TO), but got order {given['order']}."
-        )
     if modes != {"full"} or split.get("LS") != "valid_and_test":  # users are what is resampled
         raise CompressionError(
             "Expected `eval_args` to rank all items (mode: full) and to split off one item of each "
             f"user for each of validation and test (LS: valid_and_test), but got mode {mode} and "
             f"split {split}."
+        )
+    if given["order"] != "TO":
+        raise CompressionError(
+            f"Expected `eval_args` to go by time (order: TO), but got order {given['order']}."
         )
 
 
