@@ -99,9 +99,6 @@ def main() -> None:
         f"| | bytes | original | compressed | {' | '.join(f'at {rate}' for rate in rates)} |",
         f"|---|--:|--:|--:|{'--:|' * len(rates)}",
     ]
-    for dataset in arguments.datasets:
-        for model in arguments.models:
-            table += rows(model, dataset, arguments)
     title = f"# The learning rate of `recover`: originals trained at {arguments.original_rate:g}"
     about = ", ".join(f"{name} {value}" for name, value in environment().items() if value)
     what = (
@@ -109,9 +106,11 @@ def main() -> None:
         "recovered for four epochs at each rate; one seed, 2020."
     )
     text = [title, "", f"`{shlex.join(['python', 'benchmarks/recovery_rates.py', *command])}`"]
-    save(
-        "\n".join([*text, "", about, "", what, "", *table, ""]), arguments.out / "recovery-rates.md"
-    )
+    text += ["", about, "", what, "", *table]
+    for dataset in arguments.datasets:
+        for model in arguments.models:
+            text += rows(model, dataset, arguments)
+            save("\n".join([*text, ""]), arguments.out / "recovery-rates.md")
 
 
 if __name__ == "__main__":
