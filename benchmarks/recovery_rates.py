@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import copy
 import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +92,12 @@ def main() -> None:
     parser.add_argument("--data-path", help="where data sets are; RecBole's own place without it")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
-    command = [a if a != arguments.data_path else "DATA" for a in sys.argv[1:]]
+    given = vars(arguments) | {"data_path": arguments.data_path and "DATA"}
+    command = []
+    for name, value in given.items():
+        if name != "out" and value is not None and value != parser.get_default(name):
+            values = value if isinstance(value, list) else [value]
+            command += [f"--{name.replace('_', '-')}", *map(str, values)]
     rates = [f"{rate:g}".lstrip("0") for rate in arguments.rates]
     table = [
         f"| | bytes | original | compressed | {' | '.join(f'at {rate}' for rate in rates)} |",

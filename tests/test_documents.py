@@ -34,12 +34,14 @@ def test_the_readmes_python_runs(tmp_path):
     code = "\n".join(blocks(ROOT / "README.md", "python"))
     assert "compress(model" in code
     script = tmp_path / "readme.py"
-    # a trained SASRec where the README expects one
+    # trained models where the README expects them
     script.write_text(
         "from pathlib import Path\nimport cprec_recbole\n"
-        "cprec_recbole.run_recbole(model='SASRec', dataset='ml-100k')\n"
-        "Path('runs/sasrec').mkdir(parents=True)\n"
-        "next(Path('saved').glob('SASRec-*.pth')).rename('runs/sasrec/best.pth')\n" + code
+        "for name in ('SASRec', 'CpSASRec'):\n"
+        "    cprec_recbole.run_recbole(model=name, dataset='ml-100k')\n"
+        "    folder = Path('runs') / name.lower()\n"
+        "    folder.mkdir(parents=True)\n"
+        "    next(Path('saved').glob(f'{name}-*.pth')).rename(folder / 'best.pth')\n" + code
     )
     done = subprocess.run(
         [sys.executable, str(script), *CHEAP],
