@@ -323,20 +323,9 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:-100])
 
 
-@pytest.mark.parametrize(
-    ("damage", "epochs"),
-    [
-        (lambda folder: None, [2]),
-        (lambda folder: cut(folder / "last.pth"), [1, 2]),
-        (lambda folder: (folder / "best.pth").unlink(), [1, 2]),
-        (lambda folder: (folder / ".last.pth-1.tmp").write_bytes(b""), [2]),
-    ],
-    ids=["whole", "cut short", "without its best", "half written"],
-)
-def test_a_training_goes_on_in_the_epoch_in_which_it_was_interrupted(
-    world, tmp_path, monkeypatch, finished, damage, epochs
-):
-    spec, folder = spec_of(tmp_path, FEW.replace("0.01, ", "")), tmp_path / "out"
+def interrupted_in_its_second_epoch(spec, folder, world, monkeypatch):
+    """Run a study until its first training is in its second epoch; returns a list of the epochs
+    that are told of, then and from then on."""
     told = []
 
     class Interrupted(Inline):
@@ -351,6 +340,24 @@ def test_a_training_goes_on_in_the_epoch_in_which_it_was_interrupted(
     monkeypatch.setattr(conduct, "Workers", Interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(spec, folder, world)
+    return told
+
+
+@pytest.mark.parametrize(
+    ("damage", "epochs"),
+    [
+        (lambda folder: None, [2]),
+        (lambda folder: cut(folder / "last.pth"), [1, 2]),
+        (lambda folder: (folder / "best.pth").unlink(), [1, 2]),
+        (lambda folder: (folder / ".last.pth-1.tmp").write_bytes(b""), [2]),
+    ],
+    ids=["whole", "cut short", "without its best", "half written"],
+)
+def test_a_training_goes_on_in_the_epoch_in_which_it_was_interrupted(
+    world, tmp_path, monkeypatch, finished, damage, epochs
+):
+    spec, folder = spec_of(tmp_path, FEW.replace("0.01, ", "")), tmp_path / "out"
+    told = interrupted_in_its_second_epoch(spec, folder, world, monkeypatch)
     (state,) = (folder / "unfinished").iterdir()
     damage(state)
     before = len(told)
@@ -367,20 +374,7 @@ def test_a_training_goes_on_in_the_epoch_in_which_it_was_interrupted(
 @pytest.mark.parametrize("change", ["another machine", "another model"])
 def test_a_state_of_something_else_is_not_gone_on_with(world, tmp_path, monkeypatch, change):
     spec, folder = spec_of(tmp_path, FEW.replace("0.01, ", "")), tmp_path / "out"
-    told = []
-
-    class Interrupted(Inline):
-        def attempt(self, work, pipe=None):
-            def send(message):
-                told.append(message[1][0])
-                if told == [1, 2]:
-                    raise KeyboardInterrupt
-
-            return super().attempt(work, SimpleNamespace(send=send))
-
-    monkeypatch.setattr(conduct, "Workers", Interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run(spec, folder, world)
+    told = interrupted_in_its_second_epoch(spec, folder, world, monkeypatch)
     (state,) = (folder / "unfinished").glob("*/last.pth")
     if change == "another machine":
         monkeypatch.setattr(fitting, "environment", lambda device: {"processor": "Z80"})
