@@ -12,7 +12,13 @@ from cprec_recbole.config import (
     CompressionError,
     reject_unknown,
 )
-from cprec_recbole.host.library import known_options, recbole_config, recbole_dataset, whole_number
+from cprec_recbole.host.library import (
+    fitting_options,
+    known_options,
+    recbole_config,
+    recbole_dataset,
+    whole_number,
+)
 from cprec_recbole.records import record_named
 from cprec_recbole.report import Estimate, describe_sharing, estimate
 from cprec_recbole.sharing import sharing_plan, sharing_sets
@@ -40,7 +46,8 @@ def size_rows(
         A title, and one row of named cells for each choice.
 
     Raises:
-        CompressionError: fewer than one item, or options that fit no catalogue of that size.
+        CompressionError: fewer than one item, options that no such model can have, or that fit no
+            catalogue of that size.
     """
     if items is not None and items < 1:
         raise CompressionError(f"Expected `items` to be 1 or more, but got {items}.")
@@ -54,7 +61,8 @@ def size_rows(
         title = f"{model} for {items:,} items"
     reject_unknown(options or {}, known_options(config))
     dim = record.dim(whole_number(config, record.size_option))
-    host = build_host(record, config, _Catalogue(config["ITEM_ID_FIELD"], n_items))
+    with fitting_options(model):
+        host = build_host(record, config, _Catalogue(config["ITEM_ID_FIELD"], n_items))
     uncompressed = estimate(record, host, CompressionConfig.uncompressed(), n_items, dim)
     rows = [_row("uncompressed", uncompressed, uncompressed, "")]
     layers = record.layers(host)

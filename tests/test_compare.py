@@ -264,6 +264,7 @@ def test_the_report_command_prints_sizes(capsys):
         (["compare", "--model", "SASRec", "--out", __file__], "`out` to be a folder"),
         (["compare", "--model", "SASRec", "--config", __file__], "`config` to be a YAML file"),
         (["report", "SASRec", "--hidden_size=abc"], "`hidden_size`"),
+        (["report", "SASRec", "--items=9", "--n_heads=3"], "RecBole says: The hidden size (64)"),
         (["compare", "--model", "SASRec", "--softmax=tree", "--loss_type=BPR"], "`loss_type`"),
     ],
 )

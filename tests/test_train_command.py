@@ -181,6 +181,7 @@ def test_the_command_line_wins_over_files(world, tmp_path, monkeypatch):
         (["--learning_rate=-1"], "`learning_rate` to be a number above 0, but got -1"),
         (["--weight_decay=x"], "`weight_decay` to be a number, 0 or more, but got 'x'"),
         (["--hidden_size=15"], "options that a CpSASRec can have, but RecBole says: The hidden"),
+        (["--hidden_act=foo"], "but RecBole says: nothing is called 'foo'"),
     ],
 )
 def test_bad_arguments_are_one_line(world, capsys, more, match):

@@ -79,14 +79,27 @@ def recbole_model(config: Config, dataset: Any) -> Any:
     Raises:
         CompressionError: options that no such model can have.
     """
-    try:
+    with fitting_options(config["model"]):
         return get_model(config["model"])(config, dataset)
+
+
+@contextmanager
+def fitting_options(model: str) -> Iterator[None]:
+    """Where RecBole's own layers are built: what they say of options is of the user's.
+
+    Raises:
+        CompressionError: options that no such model can have.
+    """
+    try:
+        yield
     except CompressionError:
         raise
-    except (ValueError, TypeError, ZeroDivisionError) as error:
+    except (ValueError, TypeError, ZeroDivisionError, KeyError) as error:
+        said = " ".join(str(error).split())
+        if isinstance(error, KeyError):  # of an activation's name, say
+            said = f"nothing is called {said}"
         raise CompressionError(
-            f"Expected options that a {config['model']} can have, but RecBole says: "
-            f"{' '.join(str(error).split())}"
+            f"Expected options that a {model} can have, but RecBole says: {said}"
         ) from error
 
 
