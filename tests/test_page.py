@@ -7,7 +7,6 @@ import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -15,14 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plotly.offline import get_plotlyjs
 
-from cprec_recbole.compare.page import write_page
+from cprec_recbole.compare.findings import findings_of
+from cprec_recbole.compare.findings.points import Point, gaps, make_cells, pareto_front
+from cprec_recbole.compare.findings.runs import StudyRun, read_runs, with_comparable_times
+from cprec_recbole.compare.findings.searches import Searches
+from cprec_recbole.compare.findings.standings import standings, subject_of
+from cprec_recbole.compare.page import render_page, write_page
+from cprec_recbole.compare.page.breakdowns import popularity_picture
 from cprec_recbole.compare.page.drawing import round_figures
-from cprec_recbole.compare.page.points import Point, gaps, make_cells, pareto_front
-from cprec_recbole.compare.page.runs import StudyRun, read_runs, with_comparable_times
 from cprec_recbole.compare.page.styles import GREY, INK, KNOWN, assign_styles, outline
-from cprec_recbole.compare.page.summary import standings, subject_of
 from cprec_recbole.compare.page.words import cell_words
-from cprec_recbole.compare.page.write import render_page
+from cprec_recbole.compare.statistics import paired_difference
 from cprec_recbole.config import CompressionError
 from tests.studies import failure, grid, record, write_study
 
@@ -186,7 +188,11 @@ def test_shares_of_next_to_nothing_give_way_to_the_quality(tmp_path):
 
 
 def test_a_study_without_gaps_says_so(tmp_path):
-    text = Reader(page_of(tmp_path, two_cells())).text
+    study = write_study(tmp_path / "study", two_cells())
+    for path in (study / "runs").glob("*.json"):
+        np.save(path.with_suffix(".npy"), np.full(5, 0.05))
+    write_page(study, tmp_path / "compare.html")
+    text = Reader((tmp_path / "compare.html").read_text(encoding="utf-8")).text
     assert "No run failed. Every contender was run for every model" in text
 
 
@@ -314,13 +320,7 @@ def test_two_hundred_runs(tmp_path):
     assert len(page) < 3_000_000
 
 
-# the intervals' seam
-
-
-class Interval(NamedTuple):
-    mean: float
-    low: float
-    high: float
+# intervals
 
 
 def with_users(tmp_path, values):
@@ -333,22 +333,37 @@ def with_users(tmp_path, values):
     return study
 
 
-def test_intervals_are_what_the_function_makes_of_the_same_users(tmp_path):
-    study = with_users(tmp_path, [[0.0, 1.0], [0.5, 1.0], [0.0, 0.5]])
-
-    def paired(own, reference):
-        difference = float(np.mean([a - b for a, b in zip(own, reference)]))
-        return Interval(difference, difference - 0.01, difference + 0.01)
-
-    write_page(study, tmp_path / "out.html", paired_interval=paired)
+def test_intervals_are_of_the_same_users(tmp_path):
+    rng = np.random.default_rng(0)
+    plain = rng.random(200)
+    study = with_users(tmp_path, [plain, plain + 0.25, plain - 0.25 + rng.normal(0, 0.5, 200)])
+    found = {p.contender: p for p in findings_of(study).cells[0].points}
+    values = [np.load(path) for path in sorted((study / "runs").glob("*.npy"))]
+    assert found["compressed"].interval == paired_difference(values[1:2], values[:1])
+    assert found["narrower"].to_subject == paired_difference(values[2:], values[1:2])
+    assert found["uncompressed"].interval is None
+    assert found["compressed"].to_subject is None
+    write_page(study, tmp_path / "out.html")
     text = Reader((tmp_path / "out.html").read_text(encoding="utf-8")).text
-    assert "+0.2500 [+0.2400, +0.2600]" in text
-    assert "-0.2500 [-0.2600, -0.2400]" in text
+    assert "+0.2500 [+0.2500, +0.2500]" in text
     assert (
         "the interval of the paired difference over users includes or exceeds zero in 1 of 1"
         in text
     )
     assert "the higher NDCG@20 against narrower in 1 of 1 (1 beyond chance)." in text
+
+
+def test_a_subject_without_a_ratio_is_compared_with_all_ratios(tmp_path):
+    def of(contender, ratio, quality):
+        return with_quality(record("lastfm", "SASRec", contender, ratio), quality)
+
+    runs = [of("uncompressed", None, 0.05), of("uncompressed-recovered", None, 0.06)]
+    runs += [of("recovered", 4.0, 0.055), of("recovered", 8.0, 0.07)]
+    found = findings_of(write_study(tmp_path, runs), "uncompressed-recovered")
+    lost = {(s.contender, s.ratio): s.lost for s in standings(found.cells, found.subject)}
+    assert lost["recovered", 4.0] == (1, 1)
+    assert lost["recovered", 8.0] == (0, 1)
+    assert "At equal ratio" not in render_page(found)
 
 
 def test_shares_and_wins_are_of_the_seeds_that_both_have(tmp_path):
@@ -379,20 +394,63 @@ def test_the_words_of_a_cell_are_of_the_seeds_that_both_have(tmp_path):
 def test_users_that_do_not_match_are_refused_by_file(tmp_path):
     study = with_users(tmp_path, [[0.0, 1.0], [0.5, 1.0, 1.0]])
     with pytest.raises(CompressionError, match=r"0001\.npy to hold 2 test users.* got 3"):
-        write_page(study, tmp_path / "out.html", paired_interval=lambda a, b: Interval(0, 0, 0))
+        write_page(study, tmp_path / "out.html")
 
 
 def test_without_the_users_values_there_is_no_interval(tmp_path):
-    study = with_users(tmp_path, [[0.0, 1.0], [0.5, 1.0]])  # narrower has none
-    write_page(study, tmp_path / "out.html", paired_interval=lambda a, b: Interval(0.5, 0.4, 0.6))
-    assert (tmp_path / "out.html").read_text(encoding="utf-8").count("[+0.4000, +0.6000]") == 1
+    study = with_users(tmp_path, [[0.0, 1.0], [0.5, 1.5]])  # narrower has none
+    write_page(study, tmp_path / "out.html")
+    page = (tmp_path / "out.html").read_text(encoding="utf-8")
+    assert page.count("[+0.5000, +0.5000]") == 1
+    assert "each test user's NDCG@20: 1 of 3 finished runs (narrower)" in Reader(page).text
 
 
 def test_a_users_file_that_cannot_be_read_is_named(tmp_path):
     study = with_users(tmp_path, [[0.0, 1.0], [0.5, 1.0]])
     (study / "runs" / "0001.npy").write_bytes(b"\x93NUMPY")
     with pytest.raises(CompressionError, match=r"0001\.npy to hold a number for each test user"):
-        write_page(study, tmp_path / "out.html", paired_interval=lambda a, b: Interval(0, 0, 0))
+        write_page(study, tmp_path / "out.html")
+
+
+def test_shares_by_popularity_and_the_best_point_are_of_the_seeds_that_both_have(tmp_path):
+    def of(contender, ratio, seed, quality):
+        made = with_quality(record("lastfm", "SASRec", contender, ratio, seed), quality)
+        groups = {"tail": {"ndcg@20": quality / 2, "hit@20": quality, "cases": 9}}
+        return {**made, "popularity": groups}
+
+    runs = [of("uncompressed", None, 1, 0.04), of("uncompressed", None, 2, 0.08)]
+    runs += [of("compressed", 4.0, 1, 0.05), of("compressed", 4.0, 2, 0.07)]
+    runs += [of("narrower", 4.0, 2, 0.064)]  # highest mean, but of the better seed alone
+    (cell,) = findings_of(write_study(tmp_path, runs)).cells
+    picture = popularity_picture(cell, assign_styles(p.contender for p in cell.points), 4.0)
+    shares = {trace["meta"]: trace["y"] for trace in picture["data"] if "meta" in trace}
+    assert shares["compressed"] == pytest.approx([100.0])
+    assert shares["narrower"] == pytest.approx([80.0])
+    assert "best of 2 smaller points is compressed" in cell_words(cell)
+
+
+# searches
+
+
+def test_searches_are_those_of_the_first_seed(tmp_path):
+    wide = [{"learning_rate": rate, "valid": v} for rate, v in ((1, 0.2), (0.1, 0.3), (0.01, 0.1))]
+    narrow = wide[:2]
+    runs = [
+        record(contender="uncompressed", seed=2020, search=wide, learning_rate=0.1),
+        record(contender="uncompressed", seed=2021, search=narrow, learning_rate=0.1),
+        record(contender="compressed", ratio=4.0, seed=2020, search=narrow, learning_rate=0.1),
+        record(contender="narrower", ratio=4.0, seed=2020, search=wide, learning_rate=0.1),
+        record(contender="narrower", ratio=4.0, seed=2021, search=narrow, learning_rate=1),
+        record(contender="hashing", ratio=4.0, seed=2020, search=wide[:1], learning_rate=1),
+    ]
+    searches = Searches(findings_of(write_study(tmp_path, runs)).cells)
+    assert searches.trainings == len(runs) + 2 + 1 + 2
+    assert searches.edges == (0, 1, 3)  # .1 is between the others but for compressed
+    assert [s.replace("\u00a0", " ") for s in searches.unequal] == [
+        "SASRec on ml-100k, length 50: fewer learning rates than the 3 of others were tried for "
+        "compressed ÷ 4 (2), hashing ÷ 4 (1).",
+        "SASRec on ml-100k, length 50: seeds at several learning rates: narrower ÷ 4.",
+    ]
 
 
 # input
@@ -463,12 +521,10 @@ def elements(page):
 @given(text=st.one_of(st.just(HOSTILE), st.text(min_size=1, max_size=30)))
 def test_any_text_is_shown_as_text(tmp_path_factory, text):
     study = write_study(tmp_path_factory.mktemp("any"), hostile(text))
-    runs = read_runs(study)
-    page = render_page(runs, make_cells(runs), text).replace(get_plotlyjs(), "")
+    page = render_page(findings_of(study, text)).replace(get_plotlyjs(), "")
     plain = write_study(tmp_path_factory.mktemp("plain"), hostile("plain"))
-    runs = read_runs(plain)
     assert elements(page) == elements(
-        render_page(runs, make_cells(runs), "plain").replace(get_plotlyjs(), "")
+        render_page(findings_of(plain, "plain")).replace(get_plotlyjs(), "")
     )
     (cell,) = study_in(page)
     assert cell["dataset"] == text

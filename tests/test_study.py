@@ -18,12 +18,13 @@ from safetensors.torch import load_model
 from cprec_recbole import CompressionConfig, CompressionError
 from cprec_recbole.cli import main
 from cprec_recbole.compare import fitting
+from cprec_recbole.compare.findings import findings_of
+from cprec_recbole.compare.findings.searches import Searches
 from cprec_recbole.compare.study import Goal, Spec, conduct, run_study, write_summary
 from cprec_recbole.compare.study.recipes import Planning, recipe_without_ratio
 from cprec_recbole.compare.study.schedule import Schedule
 from cprec_recbole.compare.study.spec import Cell, own_options
 from cprec_recbole.compare.study.store import Store, read_json
-from cprec_recbole.compare.study.summary import summarise
 from cprec_recbole.compare.study.work import save_weights
 from cprec_recbole.compare.study.workers import News, Workers, _Worker, attempt
 from cprec_recbole.training.journal import Journal
@@ -198,7 +199,7 @@ def test_rates_are_searched_with_the_first_seed_and_the_best_is_used_for_all(fin
     # a training of the search is reused: 2 rates for seed 1, one for seed 2, int8 one each
     trained = {r["contender"] for r in runs.values()} - {"int8"}
     assert len(list((folder / "trials").glob("*.json"))) == 3 * len(trained) + 2
-    assert summarise(folder).trainings == 3 * len(trained)
+    assert Searches(findings_of(folder).cells).trainings == 3 * len(trained)
 
 
 def test_weights_of_the_uncompressed_models_alone_are_kept_at_every_rate(finished):
@@ -1183,16 +1184,22 @@ def test_a_summary_of_nothing_is_an_error(tmp_path):
         write_summary(tmp_path)
 
 
-def test_a_users_file_that_is_missing_is_named(finished, tmp_path):
+def test_a_users_file_that_is_missing_or_damaged_is_named(finished, tmp_path):
     folder, _, _ = finished
     key = "made-up_SASRec_L8_int8_s1"
     (tmp_path / "runs").mkdir()
     record = read_json(folder / "runs" / f"{key}.json")
     (tmp_path / "runs" / f"{key}.json").write_text(json.dumps(record))
-    with pytest.raises(CompressionError, match=rf"{key}\.npy to hold a number for each test user"):
-        write_summary(tmp_path)
+    write_summary(tmp_path)
+    assert f"and so without intervals: {key}." in (tmp_path / "compare.md").read_text()
+    for damaged in ([0.1, float("nan")], [[0.1]], []):
+        np.save(tmp_path / "runs" / f"{key}.npy", np.array(damaged))
+        with pytest.raises(
+            CompressionError, match=rf"{key}\.npy to hold a number.*remove {key}\.json beside"
+        ):
+            write_summary(tmp_path)
     (tmp_path / "runs" / "x.json").write_text("{")
-    with pytest.raises(CompressionError, match=r"x\.json to hold JSON"):
+    with pytest.raises(CompressionError, match=r"x\.json to hold a run in JSON"):
         write_summary(tmp_path)
 
 

@@ -25,11 +25,11 @@ from cprec_recbole.commands.common import (
 )
 from cprec_recbole.compare import Experiment, as_markdown, as_table, contenders, save
 from cprec_recbole.compare.controls import ALL, CONTROLS, find_controls
-from cprec_recbole.compare.page.summary import subject_of
+from cprec_recbole.compare.findings.runs import read_runs
+from cprec_recbole.compare.findings.standings import subject_of
 from cprec_recbole.compare.results import as_json
 from cprec_recbole.compare.study import Spec, run_study, write_summary
 from cprec_recbole.compare.study.spec import COMPRESSED
-from cprec_recbole.compare.study.store import read_runs
 from cprec_recbole.config import CompressionError
 from cprec_recbole.files import make_folder
 
@@ -209,13 +209,13 @@ def _study(options: argparse.Namespace, passed_on: dict[str, Any]) -> int:
 
 def _failed(out: Path, wanted: set[str]) -> int:
     """How many of the wanted runs failed."""
-    return sum("error" in run and run["key"] in wanted for run in read_runs(out))
+    return sum(run.error is not None and run.key in wanted for run in read_runs(out))
 
 
 def _finished(out: Path) -> set[str]:
     """The contenders of which a run is finished in a study's folder."""
     try:
-        return {run["contender"] for run in read_runs(out) if "error" not in run}
+        return {run.contender for run in read_runs(out) if run.error is None}
     except CompressionError:
         return set()  # no runs yet
 

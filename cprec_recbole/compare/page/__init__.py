@@ -1,6 +1,5 @@
 """A study as one page, `compare.html`, that is read without a network."""
 
-from cprec_recbole.compare.page.runs import read_runs
-from cprec_recbole.compare.page.write import write_page
+from cprec_recbole.compare.page.write import render_page, write_page
 
-__all__ = ["read_runs", "write_page"]
+__all__ = ["render_page", "write_page"]

@@ -7,6 +7,8 @@ from statistics import mean
 
 import plotly.graph_objects as go
 
+from cprec_recbole.compare.findings.points import Cell, Point
+from cprec_recbole.compare.findings.standings import in_group, paired
 from cprec_recbole.compare.page.drawing import (
     QUALITY_TITLE,
     Picture,
@@ -19,9 +21,7 @@ from cprec_recbole.compare.page.drawing import (
     span,
     with_spread,
 )
-from cprec_recbole.compare.page.points import Cell, Point
 from cprec_recbole.compare.page.styles import Style, Styles
-from cprec_recbole.compare.page.summary import in_group
 from cprec_recbole.compare.results import Figure
 
 HIGHEST_SHARE = 300  # percent
@@ -130,12 +130,14 @@ def popularity_picture(cell: Cell, styles: Styles, ratio: float | None) -> Pictu
     if not points:
         return None
     groups = list(dict.fromkeys(g for p in points for run in p.runs for g in run.popularity))
-    whole = _whole(cell.reference, groups)
     width = 0.76 / len(points)
+    whole = cell.reference
     shares = [_shares(point, groups, whole) for point in points]
-    if whole and any(f.mean > HIGHEST_SHARE for figures in shares for f in figures if f):
-        whole = {}
-        shares = [_shares(point, groups, whole) for point in points]
+    if not any(f for figures in shares for f in figures) or any(
+        f.mean > HIGHEST_SHARE for figures in shares for f in figures if f
+    ):
+        whole = None
+        shares = [[point.figure(in_group(group)) for group in groups] for point in points]
     traces = [_level(len(groups))] if whole else []
     for i, (point, figures) in enumerate(zip(points, shares)):
         places = [g - 0.38 + (i + 0.5) * width for g in range(len(groups))]
@@ -159,21 +161,18 @@ def popularity_picture(cell: Cell, styles: Styles, ratio: float | None) -> Pictu
     )
 
 
-def _whole(reference: Point | None, groups: Sequence[str]) -> dict[str, float]:
-    """What counts as 100% in each group; empty where there is no such thing in any."""
-    figures = {g: reference.figure(in_group(g)) for g in groups} if reference else {}
-    return {g: figure.mean for g, figure in figures.items() if figure and figure.mean > 0}
-
-
-def _shares(point: Point, groups: Sequence[str], whole: dict[str, float]) -> list[Figure | None]:
-    """A point's quality in each group by what counts as 100% there."""
-    figures = [point.figure(in_group(group)) for group in groups]
-    unit = 100 if whole else 1
-    bases = [whole.get(group) if whole else 1.0 for group in groups]
-    return [
-        Figure(unit * f.mean / base, unit * f.spread / base) if f and base else None
-        for f, base in zip(figures, bases)
-    ]
+def _shares(point: Point, groups: Sequence[str], whole: Point | None) -> list[Figure | None]:
+    """A point's quality in each group, in percent of another one's over the seeds that both have;
+    None where that has nothing there."""
+    found: list[Figure | None] = []
+    for group in groups:
+        own = point.figure(in_group(group))
+        both = None if whole is None else paired(point, whole, in_group(group))
+        if own is None or both is None or both[1] <= 0:
+            found.append(None)
+        else:
+            found.append(Figure(100 * both[0] / both[1], 100 * own.spread / both[1]))
+    return found
 
 
 def _groups(

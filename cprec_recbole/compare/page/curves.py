@@ -7,9 +7,9 @@ from statistics import mean
 
 import plotly.graph_objects as go
 
+from cprec_recbole.compare.findings.points import Cell, Point
+from cprec_recbole.compare.findings.runs import StudyRun
 from cprec_recbole.compare.page.drawing import Picture, axis, marker, picture, safe, span
-from cprec_recbole.compare.page.points import Cell, Point
-from cprec_recbole.compare.page.runs import StudyRun
 from cprec_recbole.compare.page.styles import Style, Styles
 from cprec_recbole.compare.results import Figure
 

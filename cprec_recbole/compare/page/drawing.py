@@ -13,7 +13,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from cprec_recbole.compare.page.points import Point
+from cprec_recbole.compare.findings.points import Point
 from cprec_recbole.compare.page.styles import Style
 from cprec_recbole.compare.results import Figure
 

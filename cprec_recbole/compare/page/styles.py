@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import product
+from itertools import cycle, product
+
+from cprec_recbole.compare.findings.points import in_order
 
 INK, GREY = "var(--ink)", "var(--grey)"
 ORANGE, SKY, GREEN = "#E69F00", "#56B4E9", "#009E73"
@@ -27,7 +29,6 @@ class Style:
 
 Styles = dict[str, Style]
 
-# in the order in which legends and tables show them
 KNOWN: Styles = {
     "uncompressed": Style(INK, "star", "solid"),
     "compressed": Style(VERMILLION, "circle", "solid"),
@@ -73,12 +74,9 @@ _OUTLINES = {
 
 def assign_styles(contenders: Iterable[str]) -> Styles:
     """A style for each name, in the order of the legend; unknown names get spare ones."""
-    names = set(contenders)
-    others = sorted(names - KNOWN.keys())
-    return {
-        **{name: style for name, style in KNOWN.items() if name in names},
-        **{name: _SPARE[i % len(_SPARE)] for i, name in enumerate(others)},
-    }
+    names = in_order(contenders)
+    spare = cycle(_SPARE)
+    return {name: KNOWN[name] if name in KNOWN else next(spare) for name in names}
 
 
 def outline(style: Style) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from cprec_recbole.compare.findings.points import Cell, Point, Quantity, pareto_front
 from cprec_recbole.compare.page.drawing import (
     QUALITY_TITLE,
     Picture,
@@ -19,7 +20,6 @@ from cprec_recbole.compare.page.drawing import (
     safe,
     span,
 )
-from cprec_recbole.compare.page.points import Cell, Point, Quantity, pareto_front
 from cprec_recbole.compare.page.styles import Styles
 from cprec_recbole.compare.results import Figure
 

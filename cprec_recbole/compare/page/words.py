@@ -5,44 +5,34 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
+from cprec_recbole.compare.findings.found import Findings
+from cprec_recbole.compare.findings.points import Cell, Point
+from cprec_recbole.compare.findings.runs import QUALITY
+from cprec_recbole.compare.findings.searches import Searches
+from cprec_recbole.compare.findings.standings import Standing, share_of
 from cprec_recbole.compare.page.drawing import short, with_spread
-from cprec_recbole.compare.page.points import Cell, Point
-from cprec_recbole.compare.page.runs import QUALITY, StudyRun, Trial
-from cprec_recbole.compare.page.summary import Standing, share_of
 
 
-def scope(runs: Sequence[StudyRun]) -> str:
+def scope(findings: Findings) -> str:
     """What was compared, counted."""
-    finished = [run for run in runs if run.error is None]
-    named = finished or runs
+    finished, failed = findings.finished, len(findings.failed)
+    named = finished or findings.runs
     models = sorted({run.model for run in named})
     data = sorted({run.dataset for run in named})
     lengths = sorted({run.length for run in named if run.length is not None})
     seeds = {run.seed for run in named}
     histories = f", histories of {listed([str(n) for n in lengths])} items" if lengths else ""
-    searches = {(run.dataset, run.model, run.length, run.contender, run.search) for run in finished}
-    several = [trials for *_, trials in searches if len(trials) > 1]  # one is no search
-    search = ""
-    if several:
-        tried = counted(sum(len(trials) for trials in several), "training")
-        highest = sum(_is_won_by_the_highest(trials) for trials in several)
-        search = (
-            f", learning rates searched in {tried} (the highest won {highest} of {len(several)})"
-        )
-    failed = len(runs) - len(finished)
+    searches, search = Searches(findings.cells), ""
+    if several := searches.several:
+        tried = counted(sum(len(point.search) for point in several), "training")
+        highest, _, ended = searches.edges
+        search = f", learning rates searched in {tried} (the highest won {highest} of {ended})"
     return (
         f"{listed(models)} on {listed(data)}{histories}: "
         f"{counted(len({run.contender for run in named}), 'contender')}, "
         f"{counted(len(seeds), 'seed')}, {counted(len(finished), 'finished run')}{search}"
         f"{f', {failed} failed' if failed else ''}."
     )
-
-
-def _is_won_by_the_highest(trials: Sequence[Trial]) -> bool:
-    """Whether a higher rate than those that were tried may be better still."""
-    ended = {trial.learning_rate: trial.valid for trial in trials if trial.valid is not None}
-    highest = max(trial.learning_rate for trial in trials)
-    return highest in ended and ended[highest] == max(ended.values())
 
 
 def main_finding(cells: Sequence[Cell], own: Sequence[Standing]) -> str:
@@ -76,7 +66,7 @@ def details(own: Sequence[Standing], others: Sequence[Standing]) -> list[str]:
         return []
     first = _first(shown)
     rest = [kept(standing) for standing in shown if standing is not first]
-    return [*rest, *_rivals(shown[0].contender, others), *_rare_items(shown), *_speed(shown)]
+    return [*rest, *_rivals(shown[0], others), *_rare_items(shown), *_speed(shown)]
 
 
 def _first(own: Sequence[Standing]) -> Standing:
@@ -108,7 +98,7 @@ def kept(standing: Standing) -> str:
     return f"{text}."
 
 
-def _rivals(subject: str, others: Sequence[Standing]) -> list[str]:
+def _rivals(subject: Standing, others: Sequence[Standing]) -> list[str]:
     """How often the subject is above each other contender at equal ratio, and how often more than
     another sample of users would change."""
     fought = [standing for standing in others if standing.lost[1]]
@@ -116,8 +106,8 @@ def _rivals(subject: str, others: Sequence[Standing]) -> list[str]:
     parts = [_rival([s for s in fought if s.contender == name]) for name in names]
     if not parts:
         return []
-    start = "" if fought[0].ratio is None else "At equal ratio, "
-    return [f"{start}{subject} has the higher NDCG@20 against {listed(parts)}."]
+    start = "" if subject.ratio is None else "At equal ratio, "
+    return [f"{start}{subject.contender} has the higher NDCG@20 against {listed(parts)}."]
 
 
 def _rival(standings: Sequence[Standing]) -> str:
@@ -173,7 +163,7 @@ def cell_words(cell: Cell) -> str:
     smaller = [point for point in cell.points if 0 < point.size < reference.size]
     if not smaller:
         return f"{start} No smaller contender was run here."
-    best = max(smaller, key=lambda point: point.quality.mean)
+    best = max(smaller, key=lambda point: _kept(point, reference) or 0.0)
     many = "one smaller point" if len(smaller) == 1 else f"best of {len(smaller)} smaller points"
     text = f"{start} The {many} is {best.label}: {_result(best, reference)}."
     if len(smaller) == 1:

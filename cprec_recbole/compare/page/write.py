@@ -11,40 +11,28 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from cprec_recbole.compare.findings import Findings, findings_of
+from cprec_recbole.compare.findings.points import Cell, Point, gaps
+from cprec_recbole.compare.findings.runs import StudyRun
+from cprec_recbole.compare.findings.searches import Searches
+from cprec_recbole.compare.findings.standings import standings
 from cprec_recbole.compare.page import words
 from cprec_recbole.compare.page.breakdowns import PARTS, parts_picture, popularity_picture
 from cprec_recbole.compare.page.curves import curves_picture
 from cprec_recbole.compare.page.drawing import short, with_spread
-from cprec_recbole.compare.page.intervals import PairedInterval, add_intervals
-from cprec_recbole.compare.page.points import (
-    Cell,
-    Point,
-    gaps,
-    make_cells,
-)
-from cprec_recbole.compare.page.runs import StudyRun, read_runs, with_comparable_times
 from cprec_recbole.compare.page.styles import Styles, assign_styles, outline
-from cprec_recbole.compare.page.summary import standings, subject_of
 from cprec_recbole.compare.page.tradeoffs import SIZES, latency_picture, size_picture
 from cprec_recbole.config import CompressionError
 from cprec_recbole.files import make_folder, write_whole
 
 
-def write_page(
-    study_folder: Path,
-    out: Path,
-    *,
-    paired_interval: PairedInterval | None = None,
-    against: str | None = None,
-) -> None:
+def write_page(folder: Path, out: Path, *, against: str | None = None) -> None:
     """Write a study as one self-contained page.
 
     Args:
-        study_folder: holds `runs/*.json`, a run each, and may hold `runs/<key>.npy`.
+        folder: of the study: `runs/*.json`, a run each, and `runs/<key>.npy`, every test user's
+            NDCG@20; points without that have no intervals.
         out: the page; what it held stays whole until the new one is.
-        paired_interval: makes the interval of a contender's difference to the uncompressed model
-            (`mean`, `low`, `high`) from the values of both for the same users, an array [n_users]
-            for each common seed. Without it the page gives no intervals.
         against: the contender that the findings are about; None: of ours the one that was run
             most often.
 
@@ -52,13 +40,7 @@ def write_page(
         CompressionError: no run, a run that cannot be read (the file is named), no run of
             `against`, a place that cannot be written.
     """
-    study_folder, out = Path(study_folder), Path(out)
-    runs = with_comparable_times(read_runs(study_folder))
-    cells = make_cells(runs)
-    subject = _subject(cells, against)
-    if paired_interval is not None:
-        add_intervals(cells, paired_interval, subject)
-    page = render_page(runs, cells, subject)
+    page, out = render_page(findings_of(Path(folder), against)), Path(out)
     make_folder(out.parent)
     try:
         write_whole(out, lambda path: path.write_text(page, encoding="utf-8"))
@@ -68,21 +50,22 @@ def write_page(
         ) from None
 
 
-def render_page(runs: Sequence[StudyRun], cells: Sequence[Cell], subject: str | None) -> str:
-    """The page's HTML; the findings are about the subject."""
+def render_page(findings: Findings) -> str:
+    """The page's HTML."""
+    cells, subject = findings.cells, findings.subject
     loader = PackageLoader("cprec_recbole.compare.page", "assets")
     engine = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
     engine.policies["json.dumps_kwargs"] = {"sort_keys": False}
     engine.filters.update(spread=with_spread, short=short, median=statistics.median)
     styles = assign_styles(point.contender for cell in cells for point in cell.points)
-    environments = _environments(runs)
+    environments = _environments(findings.finished)
     over_all = standings(cells, subject)
     own = [standing for standing in over_all if standing.contender == subject]
     return engine.get_template("page.html").render(
         css=_asset("page.css"),
         script=_asset("page.js"),
         plotly=_inline(get_plotlyjs()),
-        scope=words.scope(runs),
+        scope=words.scope(findings),
         finding=words.main_finding(cells, own),
         details=words.details(own, over_all),
         subject=subject,
@@ -95,16 +78,12 @@ def render_page(runs: Sequence[StudyRun], cells: Sequence[Cell], subject: str | 
         with_intervals=any(point.interval for cell in cells for point in cell.points),
         environments=environments,
         environment_of=lambda run: environments.index(_in_words(run.environment)) + 1,
-        failed=[run for run in runs if run.error is not None],
-        failures=_failures(runs),
+        failed=findings.failed,
+        failures=_failures(findings.failed),
         gaps=gaps(cells),
-        unmeasured=_unmeasured(runs),
+        unmeasured=_unmeasured(findings.finished),
+        unequal=Searches(cells).unequal,
     )
-
-
-def _subject(cells: Sequence[Cell], against: str | None) -> str | None:
-    points = {(i, p.contender, p.ratio) for i, cell in enumerate(cells) for p in cell.points}
-    return subject_of((contender for _, contender, _ in points), against)
 
 
 def _cell_data(cell: Cell, styles: Styles) -> dict[str, Any]:
@@ -162,9 +141,8 @@ def _epoch_seconds(run: StudyRun) -> float | None:
 
 
 def _environments(runs: Sequence[StudyRun]) -> list[str]:
-    """The different machines and versions of a study, in the order of their first run."""
-    finished = [run for run in runs if run.error is None]
-    return list(dict.fromkeys(_in_words(run.environment) for run in finished))
+    """The different machines and versions of runs, in the order of their first one."""
+    return list(dict.fromkeys(_in_words(run.environment) for run in runs))
 
 
 def _in_words(environment: dict[str, Any]) -> str:
@@ -172,15 +150,14 @@ def _in_words(environment: dict[str, Any]) -> str:
     return ", ".join(known) or "not recorded"
 
 
-def _failures(runs: Sequence[StudyRun]) -> list[dict[str, str]]:
+def _failures(failed: Sequence[StudyRun]) -> list[dict[str, str]]:
     """What failed, together where it failed in one cell for one reason."""
     together: dict[tuple[str, str], dict[str, list[str]]] = {}
-    for run in runs:
-        if run.error is not None:
-            place = Cell(run.dataset, run.model, run.length).label
-            who = Point(run.contender, run.ratio, []).label
-            seeds = together.setdefault((place, run.error), {}).setdefault(who, [])
-            seeds += [] if run.seed is None else [str(run.seed)]
+    for run in failed:
+        place = Cell(run.dataset, run.model, run.length).label
+        who = Point(run.contender, run.ratio, []).label
+        seeds = together.setdefault((place, str(run.error)), {}).setdefault(who, [])
+        seeds += [] if run.seed is None else [str(run.seed)]
     return [
         {"place": place, "error": error, "who": ", ".join(map(_with_seeds, who, who.values()))}
         for (place, error), who in together.items()
@@ -193,10 +170,10 @@ def _with_seeds(label: str, seeds: list[str]) -> str:
     return f"{label} (seed{'s' if len(seeds) > 1 else ''} {words.listed(seeds)})"
 
 
-def _unmeasured(runs: Sequence[StudyRun]) -> list[str]:
+def _unmeasured(finished: Sequence[StudyRun]) -> list[str]:
     """What runs lack that finished, as sentences."""
-    finished = [run for run in runs if run.error is None]
     lacks = {
+        "each test user's NDCG@20": [run for run in finished if not run.users_path.exists()],
         "quality by popularity": [run for run in finished if not run.popularity],
         "latency": [run for run in finished if run.score_ms is None and not run.is_elsewhere],
         "times on the machine of the uncompressed model": [r for r in finished if r.is_elsewhere],

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from cprec_recbole.compare.findings.runs import RUNS
 from cprec_recbole.compare.study.recipes import QUALITY, Source, Trial, recipe_without_ratio
 from cprec_recbole.compare.study.spec import UNCOMPRESSED, Goal, Spec, is_derived
-from cprec_recbole.compare.study.store import RUNS, TRIALS, WEIGHTS, Store
+from cprec_recbole.compare.study.store import TRIALS, WEIGHTS, Store
 
 
 class Ledger:

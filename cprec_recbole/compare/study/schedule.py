@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from typing import Any
 
+from cprec_recbole.compare.findings.runs import RUNS
 from cprec_recbole.compare.study.ledger import Ledger, original_of
 from cprec_recbole.compare.study.recipes import (
     QUALITY,
@@ -15,7 +16,7 @@ from cprec_recbole.compare.study.recipes import (
     recipe_without_ratio,
 )
 from cprec_recbole.compare.study.spec import Goal, Spec
-from cprec_recbole.compare.study.store import PLANS, RUNS, TRIALS, Store
+from cprec_recbole.compare.study.store import PLANS, TRIALS, Store
 from cprec_recbole.config import CompressionError
 
 

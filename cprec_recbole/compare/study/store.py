@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from cprec_recbole.compare.findings.runs import RUNS
 from cprec_recbole.compare.study.recipes import Planning
 from cprec_recbole.compare.study.spec import Goal, Spec
 from cprec_recbole.config import CompressionError
 from cprec_recbole.files import make_folder, write_whole
 
-RUNS, TRIALS, PLANS, WEIGHTS = "runs", "trials", "plans", "weights"
+TRIALS, PLANS, WEIGHTS = "trials", "plans", "weights"
 UNFINISHED = "unfinished"
 
 
@@ -132,32 +133,6 @@ class Store:
                     *(PLANS, key),
                     {n: each for n, each in plan.items() if n not in names or "error" not in each},
                 )
-
-
-def read_runs(folder: Path) -> list[dict[str, Any]]:
-    """All finished and failed runs of a study, by the names of their files.
-
-    Raises:
-        CompressionError: a folder without any.
-    """
-    paths = sorted(p for p in (folder / RUNS).glob("*.json") if not p.name.startswith("."))
-    if not paths:
-        raise CompressionError(
-            f"Expected `out` to be the folder of a study, but got {folder}, which holds no "
-            f"{RUNS}/*.json; run it first with --study."
-        )
-    return [read_json(path) for path in paths]
-
-
-def read_users(folder: Path, key: str) -> np.ndarray:
-    """NDCG@20 of every test user of a run, `[users]`."""
-    path = folder / RUNS / f"{key}.npy"
-    try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise CompressionError(
-            f"Expected {path} to hold a number for each test user, but got {error}."
-        ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -9,29 +9,19 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from statistics import mean, stdev
-from typing import Protocol
 
-from cprec_recbole.compare.page.runs import QUALITY, REFERENCE, StudyRun
-from cprec_recbole.compare.page.styles import assign_styles
+from cprec_recbole.compare.findings.runs import QUALITY, REFERENCE, StudyRun, Trial
 from cprec_recbole.compare.results import Figure
+from cprec_recbole.compare.statistics import Difference
 
 Quantity = Callable[[StudyRun], float | None]
 
-
-class Interval(Protocol):
-    """A mean difference and the ends of its interval."""
-
-    @property
-    def mean(self) -> float:
-        """The mean over users."""
-
-    @property
-    def low(self) -> float:
-        """The lower end."""
-
-    @property
-    def high(self) -> float:
-        """The upper end."""
+# contenders in the order in which legends and tables show them; others follow by name
+ORDER = (
+    *(REFERENCE, "compressed", "recovered", "recovered-int8", "uncompressed-recovered"),
+    *("tree", "untied", "blocks-only", "sharing-only", "narrower", "narrower-int8", "one-rank"),
+    *("recjpq-svd", "recjpq-random", "hashing", "uniform-svd", "int8"),
+)
 
 
 @dataclass
@@ -42,8 +32,8 @@ class Point:
     ratio: float | None
     runs: list[StudyRun]
     remark: str = ""
-    interval: Interval | None = None  # of the difference to the uncompressed model
-    to_subject: Interval | None = None  # and to the subject of the findings at the same ratio
+    interval: Difference | None = None  # to the uncompressed model
+    to_subject: Difference | None = None  # and to the subject of the findings, at the same ratio
 
     @property
     def label(self) -> str:
@@ -55,6 +45,16 @@ class Point:
     def seeds(self) -> list[int | None]:
         """The seeds of its runs."""
         return [run.seed for run in self.runs]
+
+    @property
+    def search(self) -> tuple[Trial, ...]:
+        """The learning rates that were tried, with the first seed."""
+        return min(self.runs, key=lambda run: run.seed or 0).search
+
+    @property
+    def rates(self) -> set[float]:
+        """The same, as a set."""
+        return {trial.learning_rate for trial in self.search}
 
     def figure(self, quantity: Quantity) -> Figure | None:
         """Mean and spread (NaN for one seed) over the runs in which this was measured."""
@@ -86,6 +86,7 @@ class Cell:
     model: str
     length: int | None
     points: list[Point] = field(default_factory=list)
+    users: int | None = None  # test users, where their figures lie beside the runs
 
     @property
     def label(self) -> str:
@@ -112,11 +113,23 @@ class Cell:
         found = [p for p in self.points if (p.contender, p.ratio) == (contender, ratio)]
         return found[0] if found else None
 
+    def rival(self, subject: str | None, point: Point) -> Point | None:
+        """The subject at a point's ratio, or where it has none; None for the subject's own."""
+        if subject is None or subject == point.contender:
+            return None
+        return self.find(subject, point.ratio) or self.find(subject, None)
+
+
+def in_order(contenders: Iterable[str]) -> list[str]:
+    """Each name once, in the order in which legends and tables show them."""
+    names = set(contenders)
+    return [*(name for name in ORDER if name in names), *sorted(names - set(ORDER))]
+
 
 def make_cells(runs: Iterable[StudyRun]) -> list[Cell]:
     """All finished runs by cell and point, contenders in the order of the legend."""
     finished = [run for run in runs if run.error is None]
-    order = {name: i for i, name in enumerate(assign_styles(run.contender for run in finished))}
+    order = {name: i for i, name in enumerate(in_order(run.contender for run in finished))}
     cells: dict[tuple[str, str, int], Cell] = {}
     points: dict[tuple[object, ...], Point] = {}
     finished.sort(key=lambda r: (order[r.contender], r.ratio or 0, _options(r), r.seed or 0))

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from cprec_recbole.compare.page.records import Record, refusal
+from cprec_recbole.compare.findings.records import Record, refusal
 from cprec_recbole.config import CompressionError
 
+RUNS = "runs"  # in the folder of a study
 QUALITY = "ndcg@20"
 REFERENCE = "uncompressed"
 _MACHINE = ("processor", "gpu", "torch_threads")  # of an environment: what times depend on
@@ -57,6 +58,7 @@ class StudyRun:
         command: what repeats it.
         environment: versions and hardware.
         error: why it failed; None for a run that finished.
+        content: all that its file holds.
         is_elsewhere: it was timed on another machine than the rest of its cell, and its times are
             left out.
     """
@@ -88,7 +90,13 @@ class StudyRun:
     command: str = ""
     environment: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
+    content: dict[str, Any] = field(default_factory=dict)
     is_elsewhere: bool = False
+
+    @property
+    def users_path(self) -> Path:
+        """The file of each test user's NDCG@20."""
+        return self.path.with_suffix(".npy")
 
     @property
     def machine(self) -> tuple[Any, ...]:
@@ -96,22 +104,22 @@ class StudyRun:
         return tuple(self.environment.get(name) for name in _MACHINE)
 
 
-def read_runs(study_folder: Path) -> list[StudyRun]:
+def read_runs(folder: Path) -> list[StudyRun]:
     """All runs of a study, those that failed too, sorted by the names of their files.
 
     Args:
-        study_folder: holds `runs/*.json`, a run each.
+        folder: of a study; holds `runs/*.json`, a run each.
 
     Raises:
         CompressionError: no run, a file that is no JSON object, a field that is missing or of
             the wrong kind; the file is named.
     """
-    folder = Path(study_folder) / "runs"
-    files = [path for path in sorted(folder.glob("*.json")) if not path.name.startswith(".")]
+    runs = Path(folder) / RUNS
+    files = [path for path in sorted(runs.glob("*.json")) if not path.name.startswith(".")]
     if not files:
         raise CompressionError(
-            f"Expected `study_folder` to hold runs, but got no file {folder / '*.json'}; "
-            "run the study first."
+            f"Expected `out` to be the folder of a study, but got no file {runs / '*.json'}; run "
+            "it first with --study."
         )
     return [read_run(path) for path in files]
 
@@ -157,6 +165,7 @@ def read_run(path: Path) -> StudyRun:
         "options": record.mapping("options"),
         "command": record.text("command", ""),
         "environment": record.mapping("environment"),
+        "content": content,
     }
     if content.get("error") is not None:
         return StudyRun(**about, error=str(content["error"]))

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import mean, median
 
-from cprec_recbole.compare.page.points import REFERENCE, Cell, Interval, Point, Quantity
-from cprec_recbole.compare.page.runs import QUALITY
+from cprec_recbole.compare.findings.points import Cell, Point, Quantity
+from cprec_recbole.compare.findings.runs import QUALITY, REFERENCE
+from cprec_recbole.compare.statistics import Difference
 from cprec_recbole.config import CompressionError
 
 OURS = ("compressed", "recovered", "recovered-int8")
@@ -39,7 +40,7 @@ class Standing:
     smaller: list[float] = field(default_factory=list)
     slower: list[float] = field(default_factory=list)
     groups: dict[str, list[float]] = field(default_factory=dict)
-    intervals: list[Interval] = field(default_factory=list)
+    intervals: list[Difference] = field(default_factory=list)
     lost: tuple[int, int] = (0, 0)
     tested: int = 0
     surely_lost: int = 0
@@ -102,7 +103,7 @@ def standings(cells: Sequence[Cell], subject: str | None) -> list[Standing]:
             seen.add(key)
             standing = found.setdefault(key, Standing(*key))
             _add(standing, point, cell)
-            _fight(standing, point, subject and cell.find(subject, point.ratio))
+            _fight(standing, point, cell.rival(subject, point))
     order = {name: i for i, name in enumerate(dict.fromkeys(name for name, _ in found))}
     return sorted(found.values(), key=lambda s: (order[s.contender], s.ratio or 0))
 
@@ -124,10 +125,11 @@ def _add(standing: Standing, point: Point, cell: Cell) -> None:
         standing.intervals.append(point.interval)
 
 
-def _fight(standing: Standing, point: Point, subject: Point | str | None) -> None:
-    if not isinstance(subject, Point) or subject.contender == point.contender:
-        return
-    if (both := _paired(subject, point, lambda run: run.test[QUALITY])) is not None:
+def _fight(standing: Standing, point: Point, subject: Point | None) -> None:
+    if (
+        subject is not None
+        and (both := paired(subject, point, lambda run: run.test[QUALITY])) is not None
+    ):
         won, fought = standing.lost
         standing.lost = (won + (both[0] > both[1]), fought + 1)
         if point.to_subject is not None:
@@ -139,11 +141,11 @@ def _fight(standing: Standing, point: Point, subject: Point | str | None) -> Non
 def share_of(point: Point, reference: Point, quantity: Quantity) -> float | None:
     """A point's mean by the reference's over the seeds that both have; None where there is none, or
     nothing to divide by."""
-    both = _paired(point, reference, quantity)
+    both = paired(point, reference, quantity)
     return both[0] / both[1] if both is not None and both[1] > 0 else None
 
 
-def _paired(one: Point, other: Point, quantity: Quantity) -> tuple[float, float] | None:
+def paired(one: Point, other: Point, quantity: Quantity) -> tuple[float, float] | None:
     """Means of both over the seeds in which both were measured; None for no such seed."""
     theirs = {run.seed: value for run in other.runs if (value := quantity(run)) is not None}
     mine = {run.seed: value for run in one.runs if (value := quantity(run)) is not None}
