@@ -672,7 +672,7 @@ def finish(schedule, work, valid=0.1, error=None):
             "learning_rate": work.rate,
             "best_epoch": 4,
             "valid": {"ndcg@20": valid},
-            "options": {},
+            "options": work.recipe.options,
         }
         schedule.store.write_users(work.key, np.full(3, valid, np.float32))
         if work.contender == "uncompressed":
@@ -888,6 +888,72 @@ def test_a_plan_that_fails_leaves_what_was_planned_before(tmp_path):
     assert "error" in runs["made-up_SASRec_L8_hashing_r1.5_s3"]
 
 
+def test_what_failed_at_all_rates_is_tried_at_those_that_are_added(tmp_path):
+    def error_of(work):
+        return "not a number" if work.rate in (0.003, 0.001) else None
+
+    all_done(tmp_path, RATES, slower_is_better, error_of=error_of)
+    before = runs_of(tmp_path / "out")
+    assert all("error" in run for run in before.values())
+    assert all_done(tmp_path, RATES, slower_is_better) == []  # for no other reason
+    trained = all_done(tmp_path, FASTER, slower_is_better, error_of=error_of)
+    assert sorted(trained) == [
+        *("int8 None 1", "int8 None 2"),
+        *("paper 0.01 1", "paper 0.01 2", "uncompressed 0.01 1", "uncompressed 0.01 2"),
+    ]
+    after = runs_of(tmp_path / "out")
+    assert not any("error" in run for run in after.values())
+    search = after["made-up_SASRec_L8_paper_s1"]["search"]
+    assert [trial["valid"] for trial in search] == [pytest.approx(0.09), None, None]
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "not finite"])
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_run_without_its_users_is_made_whole_again(tmp_path, damage, alone):
+    all_done(tmp_path, RATES, slower_is_better)
+    if alone:
+        published(tmp_path)
+    users = tmp_path / "out" / "runs" / "made-up_SASRec_L8_paper_s1.npy"
+    if damage == "missing":
+        users.unlink()
+    elif damage == "cut":
+        users.write_bytes(users.read_bytes()[:90])
+    else:
+        np.save(users, np.full(3, np.nan, np.float32))
+    # copied from the training; trained again where that was not kept
+    trained = all_done(tmp_path, RATES, slower_is_better)
+    assert trained == (["paper 0.001 1"] if alone else [])
+    assert np.load(users) == pytest.approx(0.099)
+
+
+def test_a_training_without_its_users_is_done_again(tmp_path):
+    all_done(tmp_path, RATES, slower_is_better)
+    for path in (tmp_path / "out" / "runs").glob("*paper_s1.*"):
+        path.unlink()
+    for path in (tmp_path / "out" / "trials").glob("*lr0.001_s1.json"):
+        if read_json(path)["options"]["ranks"] == [16, 4, 1]:
+            path.with_suffix(".npy").unlink()
+    assert all_done(tmp_path, RATES, slower_is_better) == ["paper 0.001 1"]
+
+
+def test_what_was_chosen_for_the_first_seed_stays(tmp_path):
+    """Also where a plan is made anew, by other code, in a folder that was published."""
+    first = STUDY.replace("[1, 2]", "[1]")
+    all_done(tmp_path, first, slower_is_better)
+    published(tmp_path)
+    schedule = schedule_of(tmp_path)
+    while (work := schedule.next()) is not None:
+        if isinstance(work, Planning):
+            plan = {n: {"kind": "model", "options": {"name": "other"}} for n in work.contenders}
+            schedule.store.write("plans", work.key, plan)
+            schedule.done(work)
+        else:
+            finish(schedule, work)
+    runs = runs_of(tmp_path / "out")
+    for name in ("compressed", "narrower"):
+        assert runs[f"made-up_SASRec_L8_{name}_r1.5_s2"]["options"] == {"name": name}
+
+
 def test_rates_may_be_added_but_not_taken_away(tmp_path):
     store = Store(tmp_path / "out")
     store.agree(spec_of(tmp_path, RATES))
@@ -1097,6 +1163,33 @@ def test_runs_of_other_options_are_not_mixed(world, finished, tmp_path, inline):
     for change in (("epochs: 2", "epochs: 3"), ("0.001]", "0.002]"), ("[1, 2]", "[2, 1]")):
         with pytest.raises(CompressionError, match=r"with which the runs in .* use another --out"):
             run(spec_of(tmp_path, STUDY.replace(*change)), folder, world)
+
+
+def test_runs_of_other_interactions_are_not_mixed(world, tmp_path, inline):
+    store = Store(tmp_path / "out")
+    store.same_rows("made-up_SASRec_L8", "others")
+    run(spec_of(tmp_path, FEW), tmp_path / "out", world)
+    runs = runs_of(tmp_path / "out")
+    assert all(
+        "`data_path` to hold the interactions of which the runs of made-up_SASRec_L8" in r["error"]
+        for r in runs.values()
+    )
+    store.path("data", "made-up_SASRec_L8").unlink()
+    run(spec_of(tmp_path, FEW), tmp_path / "out", world, retry=True)
+    run(spec_of(tmp_path, FEW.replace("[1]", "[1, 2]")), tmp_path / "out", world)
+    assert not any("error" in record for record in runs_of(tmp_path / "out").values())
+
+
+def test_damaged_weights_are_named_and_trained_again(world, tmp_path, inline):
+    run(spec_of(tmp_path, FEW.replace("[int8]", "[uncompressed]")), tmp_path / "out", world)
+    for path in (tmp_path / "out" / "weights").iterdir():
+        path.write_bytes(path.read_bytes()[:500])
+    run(spec_of(tmp_path, FEW), tmp_path / "out", world)
+    key = "made-up_SASRec_L8_int8_s1"
+    error = runs_of(tmp_path / "out")[key]["error"]
+    assert "to hold the weights of the uncompressed model" in error
+    run(spec_of(tmp_path, FEW), tmp_path / "out", world, retry=True)
+    assert "error" not in runs_of(tmp_path / "out")[key]
 
 
 def test_contenders_may_be_added_but_not_changed(tmp_path):

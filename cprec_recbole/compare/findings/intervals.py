@@ -64,11 +64,19 @@ def _read(run: StudyRun) -> np.ndarray | None:
     if not run.users_path.exists():
         return None
     try:
-        values = np.load(run.users_path, allow_pickle=False)
+        return load_users(run.users_path)
+    except ValueError as error:
+        raise _refusal(run, "a number for each test user", str(error)) from None
+
+
+def load_users(path: Path) -> np.ndarray:
+    """NDCG@20 of each test user, `[users]`; a ValueError where the file does not hold that."""
+    try:
+        values = np.load(path, allow_pickle=False)
         if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
             raise ValueError(f"an array {list(values.shape)} that has to be finite")
-    except (OSError, ValueError, TypeError, AttributeError, EOFError) as error:
-        raise _refusal(run, "a number for each test user", str(error)) from None
+    except (OSError, TypeError, AttributeError, EOFError) as error:
+        raise ValueError(str(error)) from None
     return values
 
 

@@ -105,8 +105,8 @@ class _Display:
             disable=not console.is_terminal,
         )
         self.print = console.print if not console.is_terminal else self.progress.console.print
-        options = schedule.spec.options
-        self.epochs = options.get("epochs")
+        given = str(schedule.spec.options.get("epochs"))  # RecBole takes a text as well
+        self.epochs = int(given) if given.isdecimal() else None
         self.all = self.progress.add_task("runs", total=len(schedule.goals), note="")
         self.bars: dict[str, TaskID] = {}
         self.began: dict[str, float] = {}

@@ -142,7 +142,10 @@ class Schedule:
             return True
         if "error" in entry:
             return self._fail(goal, None, entry["error"])
-        return Recipe(entry["kind"], entry["options"])
+        # what was chosen for the first seed stays, also where a plan is made again by other code
+        made = self.ledger.read(RUNS, self.ledger.first(goal).key) or {}
+        chosen = made["options"] if "valid" in made else entry["options"]
+        return Recipe(entry["kind"], chosen)
 
     def _rates(self, goal: Goal) -> tuple[float | None, ...] | bool | str:
         """The rates of a run: all for the first seed, the best of those for the others; False where
@@ -170,7 +173,8 @@ class Schedule:
                 return True  # what was there is not lost
         whole = [(trial, record) for trial, record in zip(trials, records) if "valid" in record]
         if not whole:
-            return self._fail(goal, trials[0].recipe, records[0]["error"])
+            tried = [trial.rate for trial in trials if trial.rate is not None]
+            return self._fail(goal, trials[0].recipe, records[0]["error"], tried)
         trial, best = max(whole, key=lambda pair: pair[1]["valid"][QUALITY])
         first = self.ledger.first(goal)
         if goal == first:
@@ -189,9 +193,14 @@ class Schedule:
         self._keep(goal, record, None if is_kept else trial.key)
         return True
 
-    def _fail(self, goal: Goal, recipe: Recipe | None, error: str) -> bool:
+    def _fail(
+        self, goal: Goal, recipe: Recipe | None, error: str, tried: list[float] | None = None
+    ) -> bool:
         options = {} if recipe is None else recipe.options
-        record = {"options": options, "command": self._repeat(goal), "error": error}
+        record: dict[str, Any] = {"options": options, "command": self._repeat(goal)}
+        record["error"] = error
+        if tried:
+            record["search"] = [{"learning_rate": rate, "valid": None} for rate in tried]
         self._keep(goal, {**self._head(goal), **record}, None)
         return True
 

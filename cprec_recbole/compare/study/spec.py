@@ -266,8 +266,10 @@ def _ratios(given: dict[str, Any], datasets: tuple[str, ...]) -> dict[str, tuple
 
 def _seeds(seeds: list[Any]) -> tuple[int, ...]:
     for seed in seeds:
-        if not is_whole(seed) or seed < 0:
-            raise CompressionError(f"Expected `seeds` to be whole numbers, but got {seed!r}.")
+        if not is_whole(seed) or not 0 <= seed < 2**32:  # as NumPy takes them
+            raise CompressionError(
+                f"Expected `seeds` to be whole numbers from 0 to {2**32 - 1}, but got {seed!r}."
+            )
     return tuple(seeds)
 
 

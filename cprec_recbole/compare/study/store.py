@@ -19,6 +19,7 @@ from cprec_recbole.config import CompressionError
 from cprec_recbole.files import make_folder, write_whole
 
 TRIALS, PLANS, WEIGHTS = "trials", "plans", "weights"
+DATA = "data"  # which interactions the runs of a cell are of
 UNFINISHED = "unfinished"
 
 
@@ -81,6 +82,23 @@ class Store:
     def write(self, kind: str, key: str, record: dict[str, Any]) -> None:
         """Keep a plan, trial or run."""
         write_json(self.path(kind, key), record)
+
+    def same_rows(self, cell: str, digest: str) -> None:
+        """Note of which interactions a cell's runs are, or compare them with what was noted.
+
+        Raises:
+            CompressionError: other ones than those of the runs that are there.
+        """
+        make_folder(self.folder / DATA)
+        known = self.read(DATA, cell)
+        if known is None:
+            self.write(DATA, cell, {"rows": digest})
+        elif known["rows"] != digest:
+            raise CompressionError(
+                f"Expected `data_path` to hold the interactions of which the runs of {cell} in "
+                f"{self.folder} are, but they have changed; use another --out, or restore them and "
+                "add --retry."
+            )
 
     @contextmanager
     def unfinished(self, key: str) -> Iterator[Path]:

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from recbole.utils import get_model, init_seed
+from safetensors import SafetensorError
 from safetensors.torch import load_model, save_file
 from torch import nn
 
@@ -56,6 +57,7 @@ from cprec_recbole.files import write_whole
 from cprec_recbole.host.library import known_options, recbole_config
 from cprec_recbole.recommender import CompressedRecommender, compression_of
 from cprec_recbole.report import part_sizes
+from cprec_recbole.training.journal import digest
 
 OnEpoch = Callable[[int, float], None]  # epoch from 0, validation score
 
@@ -168,6 +170,7 @@ class _Bench:
         options = {k: v for k, v in work.recipe.options.items() if k not in ("ratio", "dtype")}
         config = self.config(work.cell, options, work.seed, work.rate)
         data = Data.of(config)
+        self.store.same_rows(str(work.cell), digest((data.train, data.valid, data.test)))
         init_seed(work.seed, config["reproducibility"])
         if work.source is None:
             model, record = self._from_scratch(work, config, data, on_epoch, folder)
@@ -225,7 +228,7 @@ class _Bench:
         recipe = recipe_without_ratio(self.spec, UNCOMPRESSED)
         plain = self.config(work.cell, recipe.options, work.seed, work.rate)
         original = get_model(plain["model"])(plain, data.train._dataset)
-        load_model(original, str(self.store.path(WEIGHTS, source.key, ".safetensors")))
+        self._load(original, source)
         original = original.to(plain["device"]).eval()
         trained = Trained(original, data.train, data.valid, source.best_epoch, work.seed, work.rate)
         start = perf_counter()
@@ -246,6 +249,19 @@ class _Bench:
             # evaluation included, as recover() does both
             "epoch_seconds": [seconds / len(curve) for _ in curve],
         }
+
+    def _load(self, original: nn.Module, source: Source) -> None:
+        """Give an uncompressed model its weights; a damaged file is removed, so that they can be
+        trained again."""
+        path = self.store.path(WEIGHTS, source.key, ".safetensors")
+        try:
+            load_model(original, str(path))
+        except (OSError, RuntimeError, SafetensorError) as error:
+            path.unlink(missing_ok=True)
+            raise CompressionError(
+                f"Expected {path} to hold the weights of the uncompressed model, but got: {error}. "
+                "It was removed; --retry trains that model again."
+            ) from error
 
 
 def _blocks(model: CompressedRecommender) -> dict[str, Any] | None:
