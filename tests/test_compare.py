@@ -1,5 +1,6 @@
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from rich.console import Console
 
 from cprec_recbole import CompressionConfig, CompressionError
 from cprec_recbole.cli import main, recbole_options
-from cprec_recbole.compare import Experiment, as_markdown, as_table, contenders, save
+from cprec_recbole.compare import Contender, Experiment, as_markdown, as_table, contenders, save
 from cprec_recbole.compare.controls import find_controls
 from cprec_recbole.compare.results import Comparison, Run, as_json
 from tests.builders import SMALL
@@ -70,6 +71,19 @@ def test_the_same_seed_gives_the_same_figures(world):
     ]
     for a, b in zip(results[0].runs, results[1].runs):
         assert (a.test, a.valid_curve) == (b.test, b.valid_curve)
+
+
+def test_a_contender_that_fails_is_left_out_and_named(world):
+    columns = contenders("SASRec", CompressionConfig(ranks=(16, 4, 1)))
+    columns.append(Contender("too-fast", "CpSASRec", {"learning_rate": 1e29}))
+    found = Experiment(columns, world.name, options=cheap(world, "SASRec")).run("", lambda *e: None)
+    assert {run.contender for run in found.runs} == {"uncompressed", "compressed"}
+    (reason,) = found.failed.values()
+    assert re.match(r"seed 2020: ValueError: Training loss is nan \(", reason)
+    assert f"Failed, and left out:\n\n- too-fast, {reason}" in as_markdown(found)
+    assert json.loads(as_json(found))["failed"] == {"too-fast": reason}
+    with pytest.raises(CompressionError, match=r"too-fast, which all others .* loss is nan"):
+        Experiment(columns[2:], world.name, options=cheap(world, "SASRec")).run("", lambda *e: None)
 
 
 def test_json_holds_what_a_sceptic_would_ask_for(comparison):

@@ -85,7 +85,8 @@ def add_parser(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace, passed_on: dict[str, Any], command: str) -> int:
-    """Train, measure, print the table and write it; or run a study."""
+    """Train, measure, print the table and write it; or run a study. Gives 1 where a contender has
+    failed."""
     if options.study is not None or options.summary:
         return _study(options, passed_on)
     if options.model is None:
@@ -143,8 +144,10 @@ def run(options: argparse.Namespace, passed_on: dict[str, Any], command: str) ->
     save(as_json(comparison), out / "compare.json")
     save(as_markdown(comparison), out / "compare.md")
     screen.print(as_table(comparison))
+    for name, reason in comparison.failed.items():
+        screen.print(f"{name} failed, {reason}", soft_wrap=True, markup=False, highlight=False)
     screen.print(f"Written: {out / 'compare.json'}, {out / 'compare.md'}", markup=False)
-    return 0
+    return 1 if comparison.failed else 0
 
 
 def _study(options: argparse.Namespace, passed_on: dict[str, Any]) -> int:

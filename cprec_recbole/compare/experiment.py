@@ -15,7 +15,7 @@ from recbole.utils import init_seed
 
 from cprec_recbole.compare.controls import Control, DerivedControl, Setting, Trained, TrainedControl
 from cprec_recbole.compare.fitting import Data, fit, saved_bytes, score_times
-from cprec_recbole.compare.results import Comparison, Run, environment
+from cprec_recbole.compare.results import Comparison, Run, environment, in_a_line
 from cprec_recbole.compare.sizes import served_bytes
 from cprec_recbole.config import CompressionConfig, CompressionError, reject_unknown
 from cprec_recbole.evaluation import check_valid_metric, evaluate
@@ -121,37 +121,54 @@ class Experiment:
             on_epoch: called after each epoch with contender, seed, epoch and validation score.
             on_run: called before each training with contender and seed.
 
+        A contender that fails, with any seed, is left out of the results and stops no other.
+
         Raises:
-            CompressionError: blocks that do not fit the catalogue; before any training.
+            CompressionError: blocks that do not fit the catalogue, before any training; or the
+                first contender fails, which the others are measured against.
         """
         columns = self._planned()
         runs: list[Run] = []
+        failed: dict[str, str] = {}
         description: dict[str, Any] = {}
         for seed in self.seeds:
             trained: list[tuple[Run, torch.nn.Module, Interaction]] = []
             for column in columns:
+                if column.name in failed:
+                    continue
                 on_run(column.name, seed)
                 config = self._config(column, seed)
                 control = column.control
-                if isinstance(control, DerivedControl):
-                    first, original, _ = trained[0]
-                    run, model, users = self._derive(column, control, config, first, original)
-                else:
-                    run, model, users, description = self._train(column, config, on_epoch)
+                try:
+                    if isinstance(control, DerivedControl):
+                        first, original, _ = trained[0]
+                        run, model, users = self._derive(column, control, config, first, original)
+                    else:
+                        run, model, users, description = self._train(column, config, on_epoch)
+                except Exception as error:
+                    if column is columns[0]:
+                        raise CompressionError(
+                            f"{column.name}, which all others are measured against, failed with "
+                            f"seed {seed}: {in_a_line(error)}"
+                        ) from error
+                    failed[column.name] = f"seed {seed}: {in_a_line(error)}"
+                    continue
                 trained.append((run, model, users))
             times = score_times([m for _, m, _ in trained], [users for _, _, users in trained])
             for (run, _, _), milliseconds in zip(trained, times):
                 run.score_ms = milliseconds
             runs += [run for run, _, _ in trained]
+        shown = [column for column in columns if column.name not in failed]
         return Comparison(
             command=command,
             dataset=description,
             seeds=self.seeds,
             settings={**self.options, "config_files": self.config_files},
-            contenders={c.name: {"model": c.model, **c.options} for c in columns},
-            configuration={c.name: _shown(self._config(c, None)) for c in columns},
+            contenders={c.name: {"model": c.model, **c.options} for c in shown},
+            configuration={c.name: _shown(self._config(c, None)) for c in shown},
             environment=environment(),
-            runs=runs,
+            runs=[run for run in runs if run.contender not in failed],
+            failed=failed,
         )
 
     def _planned(self) -> list[Contender]:

@@ -42,6 +42,9 @@ def as_markdown(comparison: Comparison) -> str:
     for name, options in comparison.contenders.items():
         words = ", ".join(f"{key} {value}" for key, value in options.items() if value is not None)
         lines.append(f"- {name}: {words} ({comparison.sharing(name)})")
+    if comparison.failed:
+        lines += ["", "Failed, and left out:", ""]
+        lines += [f"- {name}, {reason}" for name, reason in comparison.failed.items()]
     lines += ["", f"On {_machine(comparison.environment)}."]
     return "\n".join(lines) + "\n"
 

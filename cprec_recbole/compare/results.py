@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 
+from cprec_recbole.config import CompressionError
 from cprec_recbole.files import write_whole
 
 FORMAT = 1
@@ -68,7 +70,7 @@ class Figure:
 
 @dataclass
 class Comparison:
-    """All runs of a comparison, and how to repeat it."""
+    """All runs of a comparison, how to repeat it, and why other contenders failed."""
 
     command: str
     dataset: dict[str, Any]
@@ -78,6 +80,7 @@ class Comparison:
     configuration: dict[str, dict[str, Any]]
     environment: dict[str, Any]
     runs: list[Run] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
 
     def figure(self, contender: str, quantity: Callable[[Run], float]) -> Figure:
         """Mean and spread of a quantity over the seeds of one contender; NaN where one has none."""
@@ -164,6 +167,15 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if on_gpu else None,
     }
+
+
+def in_a_line(error: Exception) -> str:
+    """Why something failed: what the user's own errors say, of all others their place as well."""
+    if isinstance(error, CompressionError):
+        return str(error)
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text} ({Path(place.filename).name}:{place.lineno})"
 
 
 def save(text: str, path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing import connection
@@ -14,11 +13,11 @@ from typing import Any
 
 import torch
 
+from cprec_recbole.compare.results import in_a_line
 from cprec_recbole.compare.study.recipes import Work
 from cprec_recbole.compare.study.spec import Spec
 from cprec_recbole.compare.study.store import Store
 from cprec_recbole.compare.study.work import do
-from cprec_recbole.config import CompressionError
 from cprec_recbole.parallel import processes
 
 _SECONDS_TO_END = 5
@@ -158,12 +157,8 @@ def attempt(
 
     try:
         do(work, spec, store, data_path, on_epoch)
-    except CompressionError as error:
-        return str(error)
     except Exception as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        text = " ".join(str(error).split())
-        return f"{type(error).__name__}: {text} ({Path(place.filename).name}:{place.lineno})"
+        return in_a_line(error)
     return None
 
 
