@@ -173,7 +173,7 @@ def cell_words(cell: Cell) -> str:
         return f"{text} None reaches 95% of the uncompressed model's."
     least = min(near, key=lambda point: point.size)
     if least is best:
-        return f"{text} No smaller one reaches 95%."
+        return f"{text} None smaller than that one reaches 95%."
     return f"{text} The smallest that reaches 95% is {least.label}: {_result(least, reference)}."
 
 
