@@ -27,9 +27,8 @@ from cprec_recbole.compare import Experiment, as_markdown, as_table, contenders,
 from cprec_recbole.compare.controls import ALL, CONTROLS, find_controls
 from cprec_recbole.compare.findings.runs import read_runs
 from cprec_recbole.compare.findings.standings import subject_of
-from cprec_recbole.compare.results import as_json
+from cprec_recbole.compare.results import COMPRESSED, as_json
 from cprec_recbole.compare.study import Spec, run_study, write_summary
-from cprec_recbole.compare.study.spec import COMPRESSED
 from cprec_recbole.config import CompressionError
 from cprec_recbole.files import make_folder
 

@@ -14,8 +14,15 @@ from recbole.data.interaction import Interaction
 from recbole.utils import init_seed
 
 from cprec_recbole.compare.controls import Control, DerivedControl, Setting, Trained, TrainedControl
-from cprec_recbole.compare.fitting import Data, fit, saved_bytes, score_times
-from cprec_recbole.compare.results import Comparison, Run, environment, in_a_line
+from cprec_recbole.compare.fitting import Data, fit, pickled_bytes, score_times
+from cprec_recbole.compare.results import (
+    COMPRESSED,
+    UNCOMPRESSED,
+    Comparison,
+    Run,
+    environment,
+    in_a_line,
+)
 from cprec_recbole.compare.sizes import served_bytes
 from cprec_recbole.config import CompressionConfig, CompressionError, reject_unknown
 from cprec_recbole.evaluation import check_valid_metric, evaluate
@@ -24,7 +31,6 @@ from cprec_recbole.recommender import CompressedRecommender, compression_of
 from cprec_recbole.report import part_sizes, shared_layers
 
 SETTINGS = Path(__file__).with_name("settings.yaml")
-UNCOMPRESSED, COMPRESSED = "uncompressed", "compressed"
 
 
 @dataclass(frozen=True)
@@ -271,7 +277,7 @@ def _described(model: torch.nn.Module) -> dict[str, Any]:
         "parameters": part_sizes(model).as_dict(),
         "served_bytes": served_bytes(model),
         "sharing": shared_layers(model) if isinstance(model, CompressedRecommender) else "none",
-        "weight_bytes": 0 if in_folder else saved_bytes(model.state_dict()),
+        "weight_bytes": 0 if in_folder else pickled_bytes(model.state_dict()),
     }
 
 

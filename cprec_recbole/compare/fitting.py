@@ -252,7 +252,7 @@ def score_times(models: Sequence[torch.nn.Module], users: Sequence[Interaction])
     return [median(own) for own in times]
 
 
-def saved_bytes(state: dict[str, Any]) -> int:
+def pickled_bytes(state: dict[str, Any]) -> int:
     """Bytes of a state as torch saves it."""
     buffer = io.BytesIO()
     torch.save(state, buffer)

@@ -19,6 +19,8 @@ import torch
 from cprec_recbole.config import CompressionError
 from cprec_recbole.files import write_whole
 
+UNCOMPRESSED, COMPRESSED = "uncompressed", "compressed"  # contenders in every comparison
+QUALITY = "ndcg@20"  # what contenders are judged by
 FORMAT = 1
 
 

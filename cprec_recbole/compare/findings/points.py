@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from statistics import mean, stdev
 
-from cprec_recbole.compare.findings.runs import QUALITY, REFERENCE, StudyRun, Trial
-from cprec_recbole.compare.results import Figure
+from cprec_recbole.compare.findings.runs import StudyRun, Trial
+from cprec_recbole.compare.results import QUALITY, UNCOMPRESSED, Figure
 from cprec_recbole.compare.statistics import Difference
 
 Quantity = Callable[[StudyRun], float | None]
 
 # contenders in the order in which legends and tables show them; others follow by name
 ORDER = (
-    *(REFERENCE, "compressed", "recovered", "recovered-int8", "uncompressed-recovered"),
+    *(UNCOMPRESSED, "compressed", "recovered", "recovered-int8", "uncompressed-recovered"),
     *("tree", "untied", "blocks-only", "sharing-only", "narrower", "narrower-int8", "one-rank"),
     *("recjpq-svd", "recjpq-random", "hashing", "uniform-svd", "int8"),
 )
@@ -97,7 +97,7 @@ class Cell:
     @cached_property
     def reference(self) -> Point | None:
         """The uncompressed model."""
-        return next((p for p in self.points if p.contender == REFERENCE), None)
+        return next((p for p in self.points if p.contender == UNCOMPRESSED), None)
 
     @property
     def ratios(self) -> list[float]:

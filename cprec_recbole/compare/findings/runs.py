@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from cprec_recbole.compare.findings.records import Record, refusal
+from cprec_recbole.compare.results import QUALITY, UNCOMPRESSED
 from cprec_recbole.config import CompressionError
 
 RUNS = "runs"  # in the folder of a study
-QUALITY = "ndcg@20"
-REFERENCE = "uncompressed"
 _MACHINE = ("processor", "gpu", "torch_threads")  # of an environment: what times depend on
 
 
@@ -129,7 +128,7 @@ def with_comparable_times(runs: Sequence[StudyRun]) -> list[StudyRun]:
     model of the same data, model and length (without one, than the lowest seed)."""
     machines: dict[tuple[Any, ...], tuple[Any, ...]] = {}
     timed = [run for run in runs if run.score_ms is not None or run.epoch_seconds]
-    for run in sorted(timed, key=lambda run: (run.contender != REFERENCE, run.seed or 0)):
+    for run in sorted(timed, key=lambda run: (run.contender != UNCOMPRESSED, run.seed or 0)):
         machines.setdefault(_cell(run), run.machine)
     elsewhere = {run.key for run in timed if run.machine != machines[_cell(run)]}
     return [

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from statistics import mean, median
 
 from cprec_recbole.compare.findings.points import Cell, Point, Quantity
-from cprec_recbole.compare.findings.runs import QUALITY, REFERENCE
+from cprec_recbole.compare.results import QUALITY, UNCOMPRESSED
 from cprec_recbole.compare.statistics import Difference
 from cprec_recbole.config import CompressionError
 
@@ -78,7 +78,7 @@ def subject_of(contenders: Iterable[str], against: str | None = None) -> str | N
     Raises:
         CompressionError: `against` is not among them, or is the uncompressed model.
     """
-    names = [name for name in contenders if name != REFERENCE]
+    names = [name for name in contenders if name != UNCOMPRESSED]
     if against is not None:
         if against not in names:
             known = ", ".join(sorted(set(names))) or "none yet"
@@ -98,7 +98,7 @@ def standings(cells: Sequence[Cell], subject: str | None) -> list[Standing]:
         seen = set()
         for point in cell.points:
             key = (point.contender, point.ratio)
-            if point.contender == REFERENCE or key in seen:
+            if point.contender == UNCOMPRESSED or key in seen:
                 continue
             seen.add(key)
             standing = found.setdefault(key, Standing(*key))

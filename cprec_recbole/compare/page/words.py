@@ -7,10 +7,10 @@ from statistics import median
 
 from cprec_recbole.compare.findings.found import Findings
 from cprec_recbole.compare.findings.points import Cell, Point
-from cprec_recbole.compare.findings.runs import QUALITY
 from cprec_recbole.compare.findings.searches import Searches
 from cprec_recbole.compare.findings.standings import Standing, share_of
 from cprec_recbole.compare.page.drawing import short, with_spread
+from cprec_recbole.compare.results import QUALITY
 
 
 def scope(findings: Findings) -> str:

@@ -15,7 +15,8 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from cprec_recbole.compare.study.recipes import QUALITY, Planning, Work
+from cprec_recbole.compare.results import QUALITY
+from cprec_recbole.compare.study.recipes import Planning, Work
 from cprec_recbole.compare.study.schedule import Schedule, wanted
 from cprec_recbole.compare.study.spec import Spec
 from cprec_recbole.compare.study.store import TRIALS, Store

@@ -6,8 +6,9 @@ from typing import Any
 
 from cprec_recbole.compare.findings.intervals import load_users
 from cprec_recbole.compare.findings.runs import RUNS
-from cprec_recbole.compare.study.recipes import QUALITY, Source, Trial, recipe_without_ratio
-from cprec_recbole.compare.study.spec import UNCOMPRESSED, Goal, Spec, is_derived
+from cprec_recbole.compare.results import QUALITY, UNCOMPRESSED
+from cprec_recbole.compare.study.recipes import Source, Trial, recipe_without_ratio
+from cprec_recbole.compare.study.spec import Goal, Spec, is_derived
 from cprec_recbole.compare.study.store import TRIALS, WEIGHTS, Store
 
 

@@ -7,10 +7,10 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from cprec_recbole.compare.study.spec import UNCOMPRESSED, Cell, Spec, own_options
+from cprec_recbole.compare.results import UNCOMPRESSED
+from cprec_recbole.compare.study.spec import Cell, Spec, own_options
 from cprec_recbole.config import CompressionConfig
 
-QUALITY = "ndcg@20"
 MODEL = "model"  # what is built where no control builds it: a Cp model of its options
 
 

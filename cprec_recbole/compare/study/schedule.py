@@ -6,9 +6,9 @@ import fnmatch
 from typing import Any
 
 from cprec_recbole.compare.findings.runs import RUNS
+from cprec_recbole.compare.results import QUALITY
 from cprec_recbole.compare.study.ledger import Ledger, original_of
 from cprec_recbole.compare.study.recipes import (
-    QUALITY,
     Planning,
     Recipe,
     Trial,

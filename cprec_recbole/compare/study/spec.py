@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cprec_recbole.compare.controls import ALL, CONTROLS, DerivedControl, find_controls
+from cprec_recbole.compare.results import COMPRESSED, UNCOMPRESSED
 from cprec_recbole.compression.budget import checked_ratio
 from cprec_recbole.config import (
     SHARING_SCHEMES,
@@ -21,7 +22,6 @@ from cprec_recbole.config import (
 from cprec_recbole.host.library import read_options
 from cprec_recbole.records import BACKBONES
 
-UNCOMPRESSED, COMPRESSED = "uncompressed", "compressed"
 # what they are does not depend on a ratio
 WITHOUT_RATIO = (UNCOMPRESSED, "int8", "uncompressed-recovered")
 _KEYS = (

@@ -12,10 +12,11 @@ from typing import Any
 
 from cprec_recbole.compare.findings import Findings, findings_of
 from cprec_recbole.compare.findings.points import Cell, Point
-from cprec_recbole.compare.findings.runs import QUALITY, REFERENCE, StudyRun
+from cprec_recbole.compare.findings.runs import StudyRun
 from cprec_recbole.compare.findings.searches import Searches
 from cprec_recbole.compare.findings.standings import OURS, paired
 from cprec_recbole.compare.page import render_page
+from cprec_recbole.compare.results import QUALITY, UNCOMPRESSED
 from cprec_recbole.compare.statistics import LEVEL, RESAMPLES, Difference
 from cprec_recbole.compare.study.store import write_text
 from cprec_recbole.compare.users import PARTS
@@ -104,7 +105,7 @@ def as_markdown(findings: Findings) -> str:
 
 def _sorted(cell: Cell) -> list[Point]:
     """The uncompressed model, what has no ratio, then ratio by ratio ours before the controls."""
-    ours = [REFERENCE, *OURS]
+    ours = [UNCOMPRESSED, *OURS]
 
     def place(point: Point) -> tuple[Any, ...]:
         known = ours.index(point.contender) if point.contender in ours else len(ours)
@@ -130,7 +131,7 @@ def _overview(findings: Findings) -> list[str]:
     points = [point for cell in findings.cells for point in _sorted(cell)]
     for ratio in sorted({point.ratio for point in points}, key=lambda ratio: ratio or 0):
         names = dict.fromkeys(_name(point) for point in points if point.ratio == ratio)
-        names = {REFERENCE: None, **names} if ratio is None else names
+        names = {UNCOMPRESSED: None, **names} if ratio is None else names
         rows = [_overview_row(cell, ratio, list(names)) for cell in findings.cells]
         heading = "" if ratio is None else f"÷ {ratio:g}"
         found += [f"| {' | '.join([heading, 'users', 'seeds', *names])} |"]

@@ -26,11 +26,10 @@ from cprec_recbole.compare.controls.int8 import TrainedInt8
 from cprec_recbole.compare.controls.recovered import Recovered, RecoveredInt8
 from cprec_recbole.compare.experiment import SETTINGS, check_measurable
 from cprec_recbole.compare.fitting import Data, fit, score_times
-from cprec_recbole.compare.results import environment
+from cprec_recbole.compare.results import COMPRESSED, QUALITY, UNCOMPRESSED, environment
 from cprec_recbole.compare.sizes import served_bytes
 from cprec_recbole.compare.study.recipes import (
     MODEL,
-    QUALITY,
     Planning,
     Source,
     Trial,
@@ -38,9 +37,7 @@ from cprec_recbole.compare.study.recipes import (
     recipe_without_ratio,
 )
 from cprec_recbole.compare.study.spec import (
-    COMPRESSED,
     SHARED_OPTIONS,
-    UNCOMPRESSED,
     Cell,
     Spec,
     own_options,
