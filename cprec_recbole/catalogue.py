@@ -24,6 +24,9 @@ from cprec_recbole.report import Estimate, describe_sharing, estimate
 from cprec_recbole.sharing import sharing_plan, sharing_sets
 
 
+_SHOWN_ENDS = 3  # of blocks, in a cell of the table
+
+
 def size_rows(
     model: str,
     compression: CompressionConfig,
@@ -66,6 +69,9 @@ def size_rows(
     uncompressed = estimate(record, host, CompressionConfig.uncompressed(), n_items, dim)
     rows = [_row("uncompressed", uncompressed, uncompressed, "")]
     layers = record.layers(host)
+    ends = compression.plan(dim, n_items).cutoffs
+    if len(ends) > _SHOWN_ENDS:
+        title += f"; its {len(ends)} blocks end at {', '.join(f'{end:,}' for end in ends)}"
     for choice in _choices(compression, dim, n_items):
         found = estimate(record, host, choice, n_items, dim)
         plan = sharing_plan(choice.sharing, len(layers), record.group)
@@ -108,7 +114,9 @@ def _row(kind: str, found: Estimate, uncompressed: Estimate, sharing: str) -> di
     return {
         "softmax": kind,
         "ranks": "/".join(map(str, plan.ranks)),
-        "block ends": "/".join(f"{end:,}" for end in plan.cutoffs),
+        "block ends": "/".join(f"{end:,}" for end in plan.cutoffs)
+        if len(plan.cutoffs) <= _SHOWN_ENDS
+        else f"{len(plan.cutoffs)} blocks",
         "sharing": sharing,
         "table": f"{sizes.table:,}",
         "layers": f"{sizes.layers:,}",

@@ -258,6 +258,14 @@ def test_the_command_writes_its_files_and_prints_the_table(world, tmp_path, caps
     assert {path.name for path in tmp_path.iterdir()} == {"compare.json", "compare.md"}
 
 
+def test_the_report_names_all_blocks_of_a_large_catalogue(capsys):
+    assert main(["report", "SASRec", "--items", "1000000"]) == 0
+    printed = capsys.readouterr().out
+    assert "7 blocks end at 20,001, 80,951, 182,855, 325,712, 509,522, 734,285, 1,000," in printed
+    assert "64/16/4/4/4/4/4" in printed
+    assert "…" not in printed
+
+
 def test_the_report_command_prints_sizes(capsys):
     assert main(["report", "SASRec", "--items", "100000", "--ranks", "64,8"]) == 0
     printed = capsys.readouterr().out
