@@ -23,7 +23,6 @@ from cprec_recbole.records import record_named
 from cprec_recbole.report import Estimate, describe_sharing, estimate
 from cprec_recbole.sharing import sharing_plan, sharing_sets
 
-
 _SHOWN_ENDS = 3  # of blocks, in a cell of the table
 
 
