@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from plotly.offline import get_plotlyjs
 
 from cprec_recbole.compare.findings import findings_of
-from cprec_recbole.compare.findings.points import Point, gaps, make_cells, pareto_front
+from cprec_recbole.compare.findings.points import ORDER, Point, gaps, make_cells, pareto_front
 from cprec_recbole.compare.findings.runs import StudyRun, read_runs, with_comparable_times
 from cprec_recbole.compare.findings.searches import Searches
 from cprec_recbole.compare.findings.standings import standings, subject_of
@@ -270,6 +270,10 @@ def test_colours_are_okabe_itos_and_no_two_styles_are_equal(names):
     assert {style.colour for style in styles.values()} <= OKABE_ITO | {INK, GREY}
     assert len({(style.colour, style.symbol) for style in styles.values()}) == len(styles)
     assert all(outline(style) for style in styles.values())
+
+
+def test_every_known_style_has_its_place_in_the_order():
+    assert set(KNOWN) == set(ORDER)
 
 
 def test_a_names_style_does_not_hang_on_who_else_is_there():

@@ -16,11 +16,11 @@ from rich.progress import (
 )
 
 from cprec_recbole.compare.results import QUALITY
+from cprec_recbole.compare.study.checks import check
 from cprec_recbole.compare.study.recipes import Planning, Work
 from cprec_recbole.compare.study.schedule import Schedule, wanted
 from cprec_recbole.compare.study.spec import Spec
 from cprec_recbole.compare.study.store import TRIALS, Store
-from cprec_recbole.compare.study.work import check
 from cprec_recbole.compare.study.workers import Workers
 from cprec_recbole.config import CompressionError, is_whole
 from cprec_recbole.files import held, make_folder

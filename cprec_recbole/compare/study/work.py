@@ -24,9 +24,9 @@ from cprec_recbole.compare.controls import (
 )
 from cprec_recbole.compare.controls.int8 import TrainedInt8
 from cprec_recbole.compare.controls.recovered import Recovered, RecoveredInt8
-from cprec_recbole.compare.experiment import SETTINGS, check_measurable
+from cprec_recbole.compare.experiment import SETTINGS
 from cprec_recbole.compare.fitting import Data, fit, score_times
-from cprec_recbole.compare.results import COMPRESSED, QUALITY, UNCOMPRESSED, environment
+from cprec_recbole.compare.results import COMPRESSED, UNCOMPRESSED, environment
 from cprec_recbole.compare.sizes import served_bytes
 from cprec_recbole.compare.study.recipes import (
     MODEL,
@@ -46,12 +46,12 @@ from cprec_recbole.compare.study.spec import (
 from cprec_recbole.compare.study.store import PLANS, TRIALS, WEIGHTS, Store
 from cprec_recbole.compare.users import rank_targets
 from cprec_recbole.compress import compress
-from cprec_recbole.config import CompressionConfig, CompressionError, reject_unknown
+from cprec_recbole.config import CompressionConfig, CompressionError
 from cprec_recbole.data.sequences import item_counts
 from cprec_recbole.embedding import BlockEmbedding
-from cprec_recbole.evaluation import check_metrics, evaluate
+from cprec_recbole.evaluation import evaluate
 from cprec_recbole.files import write_whole
-from cprec_recbole.host.library import known_options, recbole_config
+from cprec_recbole.host.library import recbole_config
 from cprec_recbole.recommender import CompressedRecommender, compression_of
 from cprec_recbole.report import part_sizes
 from cprec_recbole.training.journal import digest
@@ -66,7 +66,7 @@ def do(work: Work, spec: Spec, store: Store, data_path: str | None, on_epoch: On
         Exception: whatever went wrong; nothing is kept then.
     """
     logging.getLogger("recbole").setLevel(logging.ERROR)
-    bench = _Bench(spec, store, data_path)
+    bench = Bench(spec, store, data_path)
     if isinstance(work, Planning):
         # what is planned stays: the seeds of a contender are one model
         store.write(PLANS, work.key, {**bench.plan(work), **(store.read(PLANS, work.key) or {})})
@@ -75,53 +75,20 @@ def do(work: Work, spec: Spec, store: Store, data_path: str | None, on_epoch: On
             bench.train(work, on_epoch, folder)
 
 
-def check(spec: Spec, data_path: str | None) -> None:
-    """Whether RecBole takes what the study asks for, before anything is trained.
+class Bench:
+    """Where the work of a study is done: under its options, on its data.
 
-    Raises:
-        CompressionError: a data set that is not there, an option that no model of the study has or
-            that RecBole refuses, or options that do not measure NDCG@20.
+    Args:
+        spec: the study.
+        store: its folder; None where nothing is kept.
+        data_path: where data sets are; None for RecBole's own place.
     """
-    bench = _Bench(spec, None, data_path)
-    plain = recipe_without_ratio(spec, UNCOMPRESSED)
-    known: set[str] = set()
-    for cell in dict.fromkeys(goal.cell for goal in spec.goals()):
-        config = bench.config(cell, plain.options, spec.seeds[0], None)
-        known.update(known_options(config))
-        check_measurable(config)
-        check_metrics(config, "metrics")
-        _check_split(config)
-        measured = [f"{m}@{k}".lower() for m in config["metrics"] for k in config["topk"]]
-        if QUALITY not in measured:
-            raise CompressionError(
-                f"Expected `metrics` and `topk` to measure NDCG@20, but got {', '.join(measured)}."
-            )
-    reject_unknown(spec.options, sorted(known))
 
-
-def _check_split(config: Any) -> None:
-    """Raise a CompressionError where test users are not ranked over all items, or no data are left
-    to choose the best epoch and learning rate by."""
-    given = config["eval_args"]
-    split, mode = given["split"], given["mode"]
-    modes = set(mode.values()) if isinstance(mode, dict) else {mode}
-    if modes != {"full"} or split.get("LS") != "valid_and_test":  # users are what is resampled
-        raise CompressionError(
-            "Expected `eval_args` to rank all items (mode: full) and to split off one item of each "
-            f"user for each of validation and test (LS: valid_and_test), but got mode {mode} and "
-            f"split {split}."
-        )
-    if given["order"] != "TO":
-        raise CompressionError(
-            f"Expected `eval_args` to go by time (order: TO), but got order {given['order']}."
-        )
-
-
-class _Bench:
     def __init__(self, spec: Spec, store: Any, data_path: str | None) -> None:
         self.spec, self.store, self.data_path = spec, store, data_path
 
     def config(self, cell: Cell, options: dict[str, Any], seed: int, rate: float | None) -> Any:
+        """RecBole's config of a training."""
         given: dict[str, Any] = {"metric_decimal_place": 6}  # RecBole's 4 make ties of rates
         given |= {**self.spec.options, "MAX_ITEM_LIST_LENGTH": cell.length, "seed": seed}
         if rate is not None:
@@ -163,6 +130,7 @@ class _Bench:
         return found
 
     def train(self, work: Trial, on_epoch: OnEpoch, folder: Path) -> None:
+        """Make, train and measure a model, and keep what is found."""
         start = perf_counter()
         options = {k: v for k, v in work.recipe.options.items() if k not in ("ratio", "dtype")}
         config = self.config(work.cell, options, work.seed, work.rate)
