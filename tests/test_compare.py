@@ -1,3 +1,6 @@
+import copy
+import dataclasses
+import io
 import json
 import math
 import re
@@ -84,6 +87,28 @@ def test_a_contender_that_fails_is_left_out_and_named(world):
     assert json.loads(as_json(found))["failed"] == {"too-fast": reason}
     with pytest.raises(CompressionError, match=r"too-fast, which all others .* loss is nan"):
         Experiment(columns[2:], world.name, options=cheap(world, "SASRec")).run("", lambda *e: None)
+
+
+def test_a_table_of_many_contenders_has_a_row_for_each(comparison):
+    many = copy.deepcopy(comparison)
+    for i in range(9):
+        many.contenders[f"control-{i}"] = many.contenders["compressed"]
+        runs = [run for run in comparison.runs if run.contender == "compressed"]
+        many.runs += [dataclasses.replace(run, contender=f"control-{i}") for run in runs]
+    screen = Console(width=140, record=True, file=io.StringIO())
+    screen.print(as_table(many))
+    lines = screen.export_text().splitlines()
+    (header,) = (line for line in lines if "NDCG@20" in line)
+    assert "NDCG@5 " not in header
+    assert header.index("NDCG@20") < header.index("bytes of weights") < header.index("ms to")
+    (first,) = (line for line in lines if "│ uncompressed " in line)
+    (last,) = (line for line in lines if "│ control-8 " in line)
+    ndcg = many.figure("control-8", lambda run: run.test["ndcg@20"])
+    assert f"{ndcg.mean:.4f} ± {ndcg.spread:.4f}" in last
+    base = many.figure("uncompressed", lambda run: run.test["ndcg@20"]).mean
+    assert (f"x {ndcg.mean / base:.2f}" if ndcg.mean / base >= 0.75 else "÷") in last
+    assert not re.search("[x÷] [0-9]", first)  # it is what the others are measured against
+    assert "…" not in "".join(lines)
 
 
 def test_json_holds_what_a_sceptic_would_ask_for(comparison):

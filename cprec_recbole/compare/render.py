@@ -9,9 +9,15 @@ from rich.table import Table
 
 from cprec_recbole.compare.results import Comparison, Figure, Row
 
+_FIT = 5  # contenders, each in columns of its own, in the width of a table
+_COSTS = ("bytes of weights", "ms to score a user")
+
 
 def as_table(comparison: Comparison) -> Table:
-    """The table for a terminal: mean and spread of each contender, and its ratio to the first."""
+    """The table for a terminal: mean and spread of each contender, and its ratio to the first.
+
+    Where the contenders are too many for columns there is a row for each, with what matters most.
+    """
     sharing = ", ".join(f"{name} {comparison.sharing(name)}" for name in comparison.contenders)
     table = Table(
         title=title(comparison),
@@ -19,11 +25,37 @@ def as_table(comparison: Comparison) -> Table:
         title_justify="left",
         caption_justify="left",
     )
-    for index, cell in enumerate(_header(comparison)):
-        table.add_column(cell, justify="left" if index == 0 else "right", no_wrap=index > 0)
-    for row, label in zip(*_rows(comparison)):
-        table.add_row(label, *row)
+    header = _header(comparison)
+    rows = [[label, *row] for row, label in zip(*_rows(comparison))]
+    are_many = len(comparison.contenders) > (_FIT if len(comparison.seeds) == 1 else _FIT - 1)
+    if are_many:
+        header, rows = _by_contender(comparison, rows)
+    for index, cell in enumerate(header):
+        table.add_column(
+            cell, justify="left" if index == 0 else "right", no_wrap=are_many or index > 0
+        )
+    for row in rows:
+        table.add_row(*row)
     return table
+
+
+def _by_contender(
+    comparison: Comparison, rows: list[list[str]]
+) -> tuple[list[str], list[list[str]]]:
+    """A row for each contender: HR and NDCG (or the first two metrics) at the highest cutoff, and
+    what it costs, each with its ratio to the first contender's."""
+    metrics = [row for row in rows if "@" in row[0]]
+    highest = max((row[0].rpartition("@")[2] for row in metrics), key=int, default="")
+    metrics = [row for row in metrics if row[0].endswith(f"@{highest}")]
+    shown = [row for row in metrics if row[0].startswith(("HR@", "NDCG@"))] or metrics[:2]
+    shown += [row for row in rows if row[0] in _COSTS]
+    header = ["", *(cell for row in shown for cell in (row[0], "ratio"))]
+    turned = []
+    for i, name in enumerate(comparison.contenders):
+        at = max(0, 2 * i - 1) + 1  # behind the label: the first has no ratio
+        cells = [(row[at], row[at + 1] if i else "") for row in shown]
+        turned.append([name, *(cell for pair in cells for cell in pair)])
+    return header, turned
 
 
 def as_markdown(comparison: Comparison) -> str:
