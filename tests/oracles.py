@@ -6,9 +6,21 @@ import copy
 import math
 
 import torch
+from recbole.data.dataset import SequentialDataset
 
 from cprec_recbole.embedding import BlockEmbedding
 from cprec_recbole.softmax import SoftmaxHead, TreeSoftmax
+
+
+class StockDataset(SequentialDataset):
+    """RecBole's own data set, without what this package puts in the place of its methods."""
+
+    _load_feat = SequentialDataset._load_feat._cprec_original
+    _filter_by_inter_num = SequentialDataset._filter_by_inter_num._cprec_original
+    _remap = SequentialDataset._remap._cprec_original
+    sort = SequentialDataset.sort._cprec_original
+    data_augmentation = SequentialDataset.data_augmentation._cprec_original
+    build = SequentialDataset.build._cprec_original
 
 
 def item_vector(table: BlockEmbedding, item: int) -> torch.Tensor:

@@ -6,22 +6,25 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from recbole.data import create_dataset
-from recbole.data.dataset import Dataset, SequentialDataset
+from recbole.data.dataset import SequentialDataset
 
 from cprec_recbole import CompressionError
 from cprec_recbole.compression.histories import histories_of
 from cprec_recbole.data import interactions
 from cprec_recbole.data.interactions import is_simple
-from cprec_recbole.data.sequences import NEXT_ITEMS, PositionsDataset
+from cprec_recbole.data.sequences import item_counts
+from cprec_recbole.data.windows import PositionsDataLoader
+from cprec_recbole.fields import NEXT_ITEMS
 from tests.builders import World
-from tests.oracles import windows
+from tests.oracles import StockDataset, windows
 from tests.test_memory import STATUS
-from tests.test_sequences import rows
+from tests.test_sequences import all_windows, assert_same_rows, rows
 
 HEADER = "user_id:token\titem_id:token\ttimestamp:float\n"
 SPLITS = [
@@ -76,12 +79,12 @@ def write(world, text, suffix="inter"):
 def both(config):
     """RecBole's data set and ours out of the same file; None and None where both refuse it."""
     try:
-        stock = SequentialDataset(config)
+        stock = StockDataset(config)
     except Exception as error:  # whatever RecBole or pandas makes of it
         with pytest.raises(type(error)):
-            PositionsDataset(config)
+            SequentialDataset(config)
         return None, None
-    return stock, PositionsDataset(config)
+    return stock, SequentialDataset(config)
 
 
 def assert_same_data(stock, ours):
@@ -124,9 +127,9 @@ def test_a_file_of_anything_is_read_as_recbole_reads_it(folder, text, end):
 def test_pieces_of_a_file_make_no_difference(folder, pieces):
     write(folder, HEADER + "".join(f"u{i % 7}\ti{i % 5}\t{i % 3}\n" for i in range(40)))
     config = folder.config("CpSASRec")
-    stock = SequentialDataset(config)
+    stock = StockDataset(config)
     with mock.patch.multiple(interactions, _ROWS=pieces[0], _BYTES=pieces[1]):
-        assert_same_data(stock, PositionsDataset(config))
+        assert_same_data(stock, SequentialDataset(config))
 
 
 @pytest.mark.parametrize(
@@ -154,8 +157,9 @@ def test_what_the_parsers_differ_over_is_left_to_recbole(folder, text, separator
 def test_a_plain_file_is_not_read_by_recbole(folder):
     write(folder, HEADER + "u\ti\t1\nu\tj\t2\n")
     config = folder.config("CpSASRec")
-    with mock.patch.object(Dataset, "_load_feat", side_effect=AssertionError):
-        dataset = PositionsDataset(config)
+    with mock.patch.object(pd, "read_csv", wraps=pd.read_csv) as read:
+        dataset = SequentialDataset(config)
+    assert [call.kwargs["engine"] for call in read.call_args_list] == ["c"]
     assert (dataset.user_num, dataset.item_num) == (2, 3)  # padding counted
 
 
@@ -253,27 +257,24 @@ def test_splits_are_recboles_own(folder, split, group_by, lines, length):
         "eval_args": {"split": split, "group_by": group_by, "order": "TO", "mode": "full"},
         "unused_col": {"inter": ["timestamp"]} if length == 3 else None,
     }
-    stock = SequentialDataset(folder.config("CpSASRec", **options))
+    stock = StockDataset(folder.config("CpSASRec", **options))
     assume(len({line.split("\t")[0] for line in lines}) < len(lines))  # else RecBole has no rows
     expected = stock.build()
-    prefixes = PositionsDataset(folder.config("CpSASRec", training="last_position", **options))
-    windowed = PositionsDataset(folder.config("CpSASRec", **options))
+    config = folder.config("CpSASRec", **options)
     if not len(expected[0]):
-        for ours in (prefixes, windowed):
-            with pytest.raises(CompressionError, match="training split"):
-                ours.build()
+        with pytest.raises(CompressionError, match="training split"):
+            SequentialDataset(config).build()
         return
-    prefixes, windowed = prefixes.build(), windowed.build()
-    assert len(prefixes) == len(windowed) == len(expected) == 3
-    for part, (a, b, c) in enumerate(zip(expected, prefixes, windowed)):
-        for field, values in rows(a).items():
-            assert torch.equal(rows(b)[field], values), field
-            if part > 0:
-                assert torch.equal(rows(c)[field], values), field
-    assert_windows_of(windowed[0], expected[0])
+    found = SequentialDataset(config).build()
+    assert len(found) == len(expected) == 3
+    for ours, theirs in zip(found, expected):
+        if len(theirs):
+            assert_same_rows(ours, theirs)
+        assert len(ours) == len(theirs)
+    assert_windows_of(PositionsDataLoader(config, found[0], None), expected[0])
 
 
-def assert_windows_of(train, prefixes):
+def assert_windows_of(loader, prefixes):
     """Every target of RecBole's training rows once, in the windows of its user's history."""
     histories: dict[int, list[int]] = {}
     for user, item, read in zip(
@@ -281,7 +282,7 @@ def assert_windows_of(train, prefixes):
     ):
         # a user's training rows are the oldest ones, in order of time
         histories.setdefault(int(user), [int(read[0])]).append(int(item))
-    batch = train[torch.arange(len(train))]
+    batch, train = all_windows(loader), loader._dataset
     found = []
     for user, read, targets, size in zip(
         *(batch[f] for f in ("user_id", "item_id_list", NEXT_ITEMS, "item_length"))
@@ -296,7 +297,7 @@ def assert_windows_of(train, prefixes):
         for window in windows(history, length)
     )
     counts = np.bincount(np.concatenate([*histories.values()]), minlength=train.item_num)
-    assert train.item_counts().tolist() == counts.tolist()
+    assert item_counts(train).tolist() == counts.tolist()
 
 
 @pytest.mark.parametrize("name", ["SASRec", "CpSASRec"])

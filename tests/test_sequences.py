@@ -1,18 +1,45 @@
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
+from recbole.data import create_dataset, data_preparation
+from recbole.data.dataset import SequentialDataset
 
 from cprec_recbole import CompressionError, evaluate
-from cprec_recbole.data.sequences import NEXT_ITEMS, PositionsDataLoader, item_counts
+from cprec_recbole.data.sequences import item_counts
+from cprec_recbole.data.windows import PositionsDataLoader
+from cprec_recbole.fields import NEXT_ITEMS
 from tests.builders import World
-from tests.oracles import windows
+from tests.oracles import StockDataset, windows
 
-FIELDS = ("user_id", "item_id", "item_id_list", "item_length")
+SPLITS = [{"LS": "valid_and_test"}, {"RS": [0.8, 0.1, 0.1]}, {"TS": [0.7, 0.1, 0.2]}]
 
 
 def rows(dataset):
     batch = dataset[torch.arange(len(dataset))]
-    return {field: batch[field] for field in FIELDS}
+    return {field: batch[field] for field in batch}
+
+
+def stock(world, **options):
+    """RecBole's own data sets of the training, validation and test rows."""
+    return StockDataset(world.config("SASRec", **options)).build()
+
+
+def all_windows(loader):
+    """Every window of a training loader in one batch."""
+    return loader.collate_fn(list(range(loader.sample_size)))
+
+
+def assert_same_rows(ours, expected):
+    """All columns, in the same order, are equal; one by one, as a batch and by name."""
+    assert ours.inter_feat.columns == expected.inter_feat.columns
+    found = rows(ours)
+    for field, column in rows(expected).items():
+        assert torch.equal(found[field], column), field
+        assert torch.equal(ours.inter_feat[field], column), field
+        assert found[field].dtype == column.dtype
 
 
 def training_histories(stock_train):
@@ -27,28 +54,153 @@ def training_histories(stock_train):
     return histories
 
 
-@pytest.mark.parametrize("split", [{"LS": "valid_and_test"}, {"RS": [0.8, 0.1, 0.1]}])
-@pytest.mark.parametrize("length", [3, 8, 50])
-def test_rows_are_recboles_own(world, split, length):
-    options = {
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("length", [1, 3, 8, 50])
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [("SASRec", {}), ("CpSASRec", {}), ("CpSASRec", {"training": "last_position"})],
+)
+def test_rows_are_recboles_own(world, model, options, split, length):
+    common = {
         "MAX_ITEM_LIST_LENGTH": length,
         "eval_args": {"split": split, "group_by": "user", "order": "TO", "mode": "full"},
     }
-    stock = world.loaders(world.config("SASRec", **options))
-    ours = world.loaders(world.config("CpSASRec", training="last_position", **options))
-    for a, b in zip(stock, ours):
-        for field, expected in rows(a._dataset).items():
-            assert torch.equal(rows(b._dataset)[field], expected), field
+    loaders = world.loaders(world.config(model, **common, **options))
+    for expected, loader in zip(stock(world, **common), loaders):
+        assert_same_rows(loader._dataset, expected)
+
+
+COLUMNS = (
+    "user_id:token\titem_id:token\ttimestamp:float\trating:float\tshop:token\ttags:token_seq\t"
+    "sizes:float_seq\n"
+)
+
+
+@pytest.mark.parametrize("numerical", [[], ["rating", "sizes"]])
+def test_rows_have_a_list_of_every_column(tmp_path, numerical):
+    rng = np.random.default_rng(0)
+    lines = [
+        f"u{rng.integers(5)}\ti{rng.integers(9)}\t{t}\t{rng.integers(5)}\ts{rng.integers(3)}\t"
+        f"{' '.join('abc'[: rng.integers(4)])}\t{' '.join('123'[: rng.integers(1, 4)])}"
+        for t in range(60)
+    ]
+    world = World(str(tmp_path))
+    (tmp_path / "made-up").mkdir()
+    (tmp_path / "made-up" / "made-up.inter").write_text(COLUMNS + "\n".join(lines) + "\n")
+    options = {"load_col": None, "MAX_ITEM_LIST_LENGTH": 4, "numerical_features": numerical}
+    for ours, expected in zip(
+        world.loaders(world.config("CpSASRec", **options)), stock(world, **options)
+    ):
+        assert len(ours._dataset.inter_feat.columns) == 14
+        assert_same_rows(ours._dataset, expected)
+
+
+@pytest.mark.parametrize("model", ["SASRec", "CpSASRec"])
+def test_what_a_data_set_says_of_its_interactions_is_what_recboles_says(world, model):
+    whole = create_dataset(world.config(model))
+    parts = [loader._dataset for loader in data_preparation(world.config(model), whole)]
+    theirs = StockDataset(world.config("SASRec"))
+    for ours, expected in zip([whole, *parts], [theirs, *theirs.build()]):
+        assert type(ours) is SequentialDataset
+        assert ours.inter_num == expected.inter_num
+        assert ours.item_counter == expected.item_counter
+        assert ours.user_counter == expected.user_counter
+        assert ours.fields() == expected.fields()
+        assert str(ours) == str(expected)
+        assert (ours.inter_matrix("csr") != expected.inter_matrix("csr")).nnz == 0
+        histories = []
+        for dataset in (ours, expected):
+            torch.manual_seed(0)  # RecBole shuffles them
+            histories.append(dataset.history_item_matrix())
+        assert all(torch.equal(a, b) for a, b in zip(*histories))
+        assert set(ours.fields()) <= {*ours.inter_feat.columns, "timestamp"}
+
+
+def test_what_is_done_to_rows_is_done_to_their_lists(world):
+    ours, expected = create_dataset(world.config("CpSASRec")), StockDataset(world.config("SASRec"))
+    for dataset in (ours, expected):
+        dataset._change_feat_format()
+        torch.manual_seed(0)
+        dataset.shuffle()
+        dataset.sort(by=["item_id", "user_id"])
+    assert_same_rows(ours, expected)
+    for index in (3, slice(2, 9), [4, 4, 1], np.array([5, 0]), torch.tensor([7]), []):
+        a, b = ours.inter_feat[index], expected.inter_feat[index]
+        assert all(torch.equal(a[name], b[name]) for name in b)
+    is_first = expected.inter_feat["item_length"] == 1
+    assert len(ours.inter_feat[is_first]) == int(is_first.sum()) > 0
+    for each in (ours.inter_feat.to("cpu"), copy.deepcopy(ours.inter_feat).repeat(2)):
+        assert torch.equal(each["item_id_list"][: len(ours)], expected.inter_feat["item_id_list"])
+    again = pickle.loads(pickle.dumps(ours.inter_feat))
+    assert torch.equal(again["item_id_list"], expected.inter_feat["item_id_list"])
+    ours.sort(by=["item_id", "user_id"], ascending=[False, True])  # RecBole's fails on torch 2
+    places = [*zip((-ours.inter_feat["item_id"]).tolist(), ours.inter_feat["user_id"].tolist())]
+    assert places == sorted(places)
+    ours.inter_feat.drop("timestamp_list")
+    ours.inter_feat["item_id_list"] = torch.ones(len(ours), 1)
+    assert "timestamp_list" not in ours.inter_feat
+    assert ours.inter_feat["item_id_list"].shape == (len(ours), 1)
+
+
+class MyDataset(SequentialDataset):
+    """As a script makes its own."""
+
+    def data_augmentation(self):
+        super().data_augmentation()
+        self.inter_feat = self.inter_feat[self.inter_feat["item_length"] > 1]
+
+
+@pytest.mark.parametrize("training", ["all_positions", "last_position"])
+def test_a_data_set_that_a_script_made_is_trained_on(world, training):
+    config = world.config("CpSASRec", training=training)
+    train = data_preparation(config, SequentialDataset(config))[0]
+    expected = world.loaders(config)[0]
+    for a, b in zip(train, expected):
+        assert torch.equal(a["item_id_list"], b["item_id_list"])
+
+
+def test_rows_that_do_not_tell_where_they_lie_are_trained_on_one_by_one(world):
+    config = world.config("CpSASRec")
+    with pytest.raises(CompressionError, match="`training` to be last_position"):
+        data_preparation(config, MyDataset(config))
+    config = world.config("CpSASRec", training="last_position")
+    train = data_preparation(config, MyDataset(config))[0]
+    assert min(int(batch["item_length"].min()) for batch in train) == 2
+
+
+@pytest.mark.parametrize("length", [1, 3, 8])
+def test_windows_of_what_is_left_of_a_split_ask_for_every_row_once(world, length):
+    config = world.config("CpSASRec", MAX_ITEM_LIST_LENGTH=length)
+    train = world.loaders(config)[0]._dataset
+    torch.manual_seed(0)
+    train.shuffle()
+    parts = train.split_by_ratio([0.6, 0.4])
+    assert sum(map(len, parts)) == len(train)
+    for part in parts:
+        batch = all_windows(PositionsDataLoader(config, part, None))
+        targets, items = batch[NEXT_ITEMS], batch["item_id_list"]
+        assert ((items != 0) | (targets == 0)).all()
+        found, expected = [], []
+        for user, read, following in zip(batch["user_id"], items, targets):
+            found += [
+                (int(user), int(read[i]), int(following[i])) for i in following.nonzero()[:, 0]
+            ]
+        for user, read, n, item in zip(*(rows(part)[f] for f in FIELDS)):
+            expected.append((int(user), int(read[n - 1]), int(item)))
+        assert sorted(found) == sorted(expected)
+        counts = np.bincount(part.inter_feat["item_id"], minlength=part.item_num)
+        assert (item_counts(part) >= counts).all()
+
+
+FIELDS = ("user_id", "item_id_list", "item_length", "item_id")
 
 
 @pytest.mark.parametrize("length", [1, 3, 8, 50])
 def test_windows_ask_for_every_training_interaction_once(world, length):
     # histories out of prefix rows need rows that reach back to the first item
-    histories = training_histories(
-        world.loaders(world.config("SASRec", MAX_ITEM_LIST_LENGTH=50))[0]._dataset
-    )
-    train = world.loaders(world.config("CpSASRec", MAX_ITEM_LIST_LENGTH=length))[0]._dataset
-    batch = train[torch.arange(len(train))]
+    histories = training_histories(stock(world, MAX_ITEM_LIST_LENGTH=50)[0])
+    train = world.loaders(world.config("CpSASRec", MAX_ITEM_LIST_LENGTH=length))[0]
+    batch = all_windows(train)
     found = sorted(
         (
             int(user),
@@ -68,21 +220,12 @@ def test_windows_ask_for_every_training_interaction_once(world, length):
     assert int(batch[NEXT_ITEMS].count_nonzero()) == sum(len(h) - 1 for h in histories.values())
 
 
-@pytest.mark.parametrize("training", ["all_positions", "last_position"])
-def test_evaluation_rows_do_not_depend_on_the_objective(world, training):
-    stock = world.loaders(world.config("GRU4Rec"))
-    ours = world.loaders(world.config("CpGRU4Rec", training=training))
-    for a, b in zip(stock[1:], ours[1:]):
-        for field, expected in rows(a._dataset).items():
-            assert torch.equal(rows(b._dataset)[field], expected), field
-
-
 @pytest.mark.parametrize("model", ["CpSASRec", "SASRec"])
 @pytest.mark.parametrize("training", ["all_positions", "last_position"])
 def test_counts_are_those_of_the_training_interactions(world, model, training):
-    stock = world.loaders(world.config("SASRec", MAX_ITEM_LIST_LENGTH=50))[0]._dataset
-    expected = np.zeros(stock.item_num, dtype=np.int64)
-    for history in training_histories(stock).values():
+    train = stock(world, MAX_ITEM_LIST_LENGTH=50)[0]
+    expected = np.zeros(train.item_num, dtype=np.int64)
+    for history in training_histories(train).values():
         np.add.at(expected, history, 1)
     options = {"training": training} if model.startswith("Cp") else {}
     dataset = world.loaders(world.config(model, **options))[0]._dataset
@@ -103,7 +246,7 @@ def test_a_batch_holds_about_as_many_predictions_as_train_batch_size(world):
     assert isinstance(train, PositionsDataLoader)
     sizes = [int(batch[NEXT_ITEMS].count_nonzero()) for batch in train]
     assert np.mean(sizes[:-1]) == pytest.approx(64, rel=0.2)
-    assert sum(sizes) == int(train._dataset.inter_feat["item_length"].sum())
+    assert sum(sizes) == len(train._dataset)
 
 
 def test_an_empty_training_split_is_named(tmp_path):
@@ -138,20 +281,14 @@ def test_files_that_hold_prefixes_are_read_and_trained_on(tmp_path, model):
     if model == "SASRec":
         del options["training"]
     config = world.config(model, **options)
+    if model == "CpSASRec":
+        with pytest.raises(CompressionError, match="`training` to be last_position"):
+            world.loaders(world.config(model, **{**options, "training": "all_positions"}))
     train, valid, _ = world.loaders(config)
+    assert [len(part) for part in train._dataset.split_by_ratio([0.9, 0.1])] == [54, 6]
     lengths = train._dataset.inter_feat["item_length"]
     assert lengths.tolist() == [len(row) for row in lists["train"]]
     fresh = world.model(model, **options)
     loss = fresh.calculate_loss(next(iter(train)))
     assert torch.isfinite(loss)
     assert evaluate(fresh, valid)["ndcg@10"] > 0
-
-
-def test_windows_of_files_that_hold_prefixes_are_refused(world):
-    config = world.config("CpSASRec", benchmark_filename=["a", "b", "c"])
-    from cprec_recbole.data.sequences import PositionsDataset
-
-    dataset = PositionsDataset.__new__(PositionsDataset)
-    dataset.config = config
-    with pytest.raises(CompressionError, match="`training` to be last_position"):
-        dataset._change_feat_format()

@@ -12,8 +12,8 @@ from recbole.data.dataloader import FullSortEvalDataLoader, NegSampleEvalDataLoa
 from torch import Tensor
 
 from cprec_recbole.config import CompressionError
-from cprec_recbole.data.sequences import window_rows
-from cprec_recbole.fields import NEXT_ITEMS
+from cprec_recbole.data.sequences import Pointers, SequenceRows
+from cprec_recbole.data.windows import Windows
 from cprec_recbole.partition import PADDING
 from cprec_recbole.serving.inputs import pad_histories
 
@@ -121,27 +121,18 @@ def _of_dataset(dataset: Any, n_items: int, max_length: int, name: str) -> Histo
             f"{len(dataset)} rows of a data set of {int(dataset.item_num)}."
         )
     fields = dataset.inter_feat
-    if NEXT_ITEMS in fields:
-        return _of_windows(dataset, lists, max_length)
+    if isinstance(fields, SequenceRows):
+        size = min(max_length, fields.pointers.longest)
+        windows, ids = Windows.of(fields.pointers, size), fields.pointers.lists[lists]
+        pieces = torch.arange(len(windows.ends)).split(_ROWS)
+        gathered = [windows.gather(ids, piece, size) for piece in pieces]
+        return Histories(*(torch.cat(parts) for parts in zip(*gathered)))
     if dataset.item_list_length_field not in fields:
         raise CompressionError(
             f"Expected `{name}` to be training data of a sequential model, but got a data set that "
             "has not been split; pass the first of data_preparation(config, dataset)."
         )
     return _of_prefixes(dataset, lists, max_length)
-
-
-def _of_windows(dataset: Any, lists: str, max_length: int) -> Histories:
-    """Our own windows, cut from the newest back where they are longer than the model's."""
-    found = []
-    for _, items, lengths, batch in _gathered(dataset, lists, torch.arange(len(dataset))):
-        for newer in range(0, items.shape[1], max_length):
-            ends = lengths - newer
-            here = ends > 0
-            size = min(max_length, items.shape[1])
-            both = (items, batch[NEXT_ITEMS])
-            found.append([_until(each[here], ends[here], size) for each in both])
-    return Histories(*(torch.cat(parts) for parts in zip(*found)))
 
 
 def _of_prefixes(dataset: Any, lists: str, max_length: int) -> Histories:
@@ -157,10 +148,11 @@ def _of_prefixes(dataset: Any, lists: str, max_length: int) -> Histories:
         if other.sum() > follows.sum():
             order, follows = turned, other
     size = min(max_length, dataset[torch.zeros(1, dtype=torch.int64)][lists].shape[1])
-    lasts = window_rows(np.cumsum(~follows), size)
-    n_targets = torch.from_numpy(np.diff(lasts, prepend=-1))
+    begins = torch.from_numpy(np.maximum.accumulate(np.where(follows, 0, np.arange(len(order)))))
+    windows = Windows.of(Pointers({lists: begins}, begins, torch.arange(len(order)), size), size)
+    lasts, n_targets = windows.rows, windows.lengths
     found = []
-    for piece, items, length, batch in _gathered(dataset, lists, torch.from_numpy(order[lasts])):
+    for piece, items, length, batch in _gathered(dataset, lists, torch.from_numpy(order)[lasts]):
         following = torch.cat([items[:, 1:], items.new_zeros(len(items), 1)], dim=1)
         following[torch.arange(len(items)), length - 1] = batch[dataset.iid_field]
         column = torch.arange(items.shape[1])

@@ -3,10 +3,15 @@
 RecBole reads with pandas' Python parser, keeps a string for every token of every row and counts in
 Python. Here the C parser reads, and token columns are pandas categories until they become ids. The
 result is RecBole's, item for item; where that is not certain, RecBole's own methods do the work.
+
+Each public function but `is_simple` and `read_columns` takes a method of RecBole's `Dataset` and
+gives what stands in its place.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -24,26 +29,18 @@ _BYTES = 2**24  # of a file that are checked together
 _ROWS = 2**20  # of a file that are parsed together
 
 
-class InteractionsDataset(SequentialDataset):
-    """RecBole's SequentialDataset, reading and filtering large files of interactions.
+def quickly_read(original: Callable) -> Callable:
+    """RecBole's `_load_feat`; of a `.inter` file of tokens and floats, by pandas' C parser."""
 
-    The quick ways are for a `.inter` file whose loaded columns are tokens and floats, and without
-    files of users or items. Everything else is RecBole's.
-    """
-
-    inter_feat: Any
-    user_feat: Any
-    item_feat: Any
-
-    def _load_feat(self, filepath: str, source: Any) -> Any:
-        kinds = self._simple_columns(filepath, source)
+    def _load_feat(self: Any, filepath: str, source: Any) -> Any:
+        kinds = _simple_columns(self, filepath, source)
         if not kinds or not is_simple(filepath, self.config["field_separator"]):
-            return super()._load_feat(filepath, source)
+            return original(self, filepath, source)
         types = {name: _DTYPES[kind] for name, kind in kinds.items()}
         try:
             frame = read_columns(filepath, self.config["field_separator"], types)
         except ValueError:  # RecBole's own reading knows a way, or says what is wrong
-            return super()._load_feat(filepath, source)
+            return original(self, filepath, source)
         frame.columns = [name.split(":")[0] for name in kinds]
         for field, kind in zip(frame.columns, kinds.values()):
             self.set_field_property(field, kind, source, 1)
@@ -51,36 +48,40 @@ class InteractionsDataset(SequentialDataset):
                 self.field2bucketnum[field] = 2
         return frame
 
-    def _simple_columns(self, filepath: str, source: Any) -> dict[str, FeatureType]:
-        """The columns to load and their types, as the header names them; empty where RecBole's own
-        reading has to do it."""
-        if (
-            source != FeatureSource.INTERACTION
-            or self.benchmark_filename_list is not None
-            or self.config["encoding"] not in (None, "utf-8")
-        ):
-            return {}
-        load, unload = self._get_load_and_unload_col(source)
-        with open(filepath, encoding=self.config["encoding"]) as file:
-            header = file.readline().rstrip("\n").split(self.config["field_separator"])
-        known = {kind.value: kind for kind in FeatureType}
-        if any(name.count(":") != 1 or name.split(":")[1] not in known for name in header):
-            return {}
-        if len({name.split(":")[0] for name in header}) < len(header):
-            return {}
-        kinds = {}
-        for name in header:
-            field, kind = name.split(":")
-            if (load is None or field in load) and field not in (unload or ()):
-                kinds[name] = known[kind]
-        return kinds if set(kinds.values()) <= set(_DTYPES) else {}
+    return _load_feat
 
-    def _filter_inter_by_user_or_item(self) -> None:
-        if self.user_feat is not None or self.item_feat is not None:
-            super()._filter_inter_by_user_or_item()
 
-    def _filter_by_inter_num(self) -> None:
-        """Drop users and items with too few or too many interactions, until there are none."""
+def _simple_columns(dataset: Any, filepath: str, source: Any) -> dict[str, FeatureType]:
+    """The columns to load and their types, as the header names them; empty where RecBole's own
+    reading has to do it."""
+    if (
+        source != FeatureSource.INTERACTION
+        or not isinstance(dataset, SequentialDataset)
+        or dataset.benchmark_filename_list is not None
+        or dataset.config["encoding"] not in (None, "utf-8")
+    ):
+        return {}
+    load, unload = dataset._get_load_and_unload_col(source)
+    with open(filepath, encoding=dataset.config["encoding"]) as file:
+        header = file.readline().rstrip("\n").split(dataset.config["field_separator"])
+    known = {kind.value: kind for kind in FeatureType}
+    if any(name.count(":") != 1 or name.split(":")[1] not in known for name in header):
+        return {}
+    if len({name.split(":")[0] for name in header}) < len(header):
+        return {}
+    kinds = {}
+    for name in header:
+        field, kind = name.split(":")
+        if (load is None or field in load) and field not in (unload or ()):
+            kinds[name] = known[kind]
+    return kinds if set(kinds.values()) <= set(_DTYPES) else {}
+
+
+def quickly_filtered(original: Callable) -> Callable:
+    """RecBole's `_filter_by_inter_num`: users and items with too few or too many interactions are
+    dropped, until there are none."""
+
+    def _filter_by_inter_num(self: Any) -> None:
         intervals = {
             self.uid_field: self._parse_intervals_str(self.config["user_inter_num_interval"]),
             self.iid_field: self._parse_intervals_str(self.config["item_inter_num_interval"]),
@@ -90,9 +91,9 @@ class InteractionsDataset(SequentialDataset):
             self.user_feat is not None
             or self.item_feat is not None
             or any(len(interval) > 1 for interval in intervals.values())
-            or not all(self._is_complete(field) for field in intervals)
+            or not all(_is_complete(self.inter_feat, field) for field in intervals)
         ):
-            super()._filter_by_inter_num()
+            original(self)
             return
         while True:
             keep = np.ones(len(self.inter_feat), dtype=bool)
@@ -104,19 +105,21 @@ class InteractionsDataset(SequentialDataset):
                 return
             self.inter_feat = self.inter_feat[keep]
 
-    def _is_complete(self, field: str | None) -> bool:
-        """Whether a field is a category in every row. (Where both users and items are missing
-        somewhere, RecBole drops other rows than those, and the missing ones stay.)"""
-        return (
-            field in self.inter_feat
-            and _is_category(self.inter_feat[field])
-            and not self.inter_feat[field].hasnans
-        )
+    return _filter_by_inter_num
 
-    def _remap(self, remap_list: list) -> None:
-        """Ids in order of first appearance, from 1; 0 is padding, and what is missing."""
+
+def _is_complete(feat: pd.DataFrame, field: str | None) -> bool:
+    """Whether a field is a category in every row. (Where both users and items are missing
+    somewhere, RecBole drops other rows than those, and the missing ones stay.)"""
+    return field in feat and _is_category(feat[field]) and not feat[field].hasnans
+
+
+def quickly_numbered(original: Callable) -> Callable:
+    """RecBole's `_remap`: ids in order of first appearance, from 1; 0 is what is missing."""
+
+    def _remap(self: Any, remap_list: list) -> None:
         if len(remap_list) != 1 or not _is_category(remap_list[0][0][remap_list[0][1]]):
-            super()._remap(remap_list)
+            original(self, remap_list)
             return
         feat, field, _ = remap_list[0]
         ids, tokens = pd.factorize(feat[field])
@@ -127,22 +130,65 @@ class InteractionsDataset(SequentialDataset):
             self.field2id_token[field] = names
             self.field2token_id[field] = dict(zip(names.tolist(), range(len(names))))
 
-    def sort(self, by: str | list[str], ascending: bool | list[bool] = True) -> None:
-        """Sort the interactions, equal ones in the order they had, as RecBole does."""
-        names = [by] if isinstance(by, str) else list(by)
-        feat = self.inter_feat
-        missing = [name for name in names if name not in feat]
-        if missing:
-            raise CompressionError(
-                f"Expected the interactions to have {', '.join(names)}, by which they are ordered, "
-                f"but {', '.join(missing)} was not loaded; name it in `load_col`, as in "
-                f"--load_col='{{inter: [{self.uid_field}, {self.iid_field}, {missing[0]}]}}'."
-            )
-        if ascending is not True or any(feat[name].dim() > 1 for name in names):
-            super().sort(by, ascending)
+    return _remap
+
+
+def in_full_precision(original: Callable) -> Callable:
+    """RecBole's `_change_feat_format`, which makes times float32: those of today lie two minutes
+    apart there. Rows that are to be ordered by time are put into that order before; RecBole's own
+    sort, which is stable, then leaves those that have become equal as they are."""
+
+    def _change_feat_format(self: Any) -> None:
+        feat, time = self.inter_feat, self.time_field
+        by_time = isinstance(self, SequentialDataset) or self.config["eval_args"]["order"] == "TO"
+        if by_time and self.benchmark_filename_list is None and time in feat:
+            times = feat[time].to_numpy()
+            rounded = times.astype(np.float32) if times.dtype == np.float64 else times
+            if times.dtype == np.float64 and len(np.unique(rounded)) < len(np.unique(times)):
+                self.inter_feat = feat.iloc[stable_order(times)].reset_index(drop=True)
+        original(self)
+
+    return _change_feat_format
+
+
+def quickly_sorted(original: Callable) -> Callable:
+    """RecBole's `sort`, equal rows in the order they had; a column that is not there is named."""
+
+    def sort(self: Any, by: str | list[str], ascending: bool | list[bool] = True) -> None:
+        names, feat = [by] if isinstance(by, str) else list(by), self.inter_feat
+        ways = [ascending] * len(names) if isinstance(ascending, bool) else list(ascending)
+        for name in names:
+            if name not in feat:
+                raise _missing(self, name)
+        if len(ways) != len(names):
+            original(self, by, ascending)
             return
-        for name in reversed(names):
-            feat._reindex(torch.from_numpy(stable_order(feat[name].numpy())))
+        for name, is_rising in zip(reversed(names), reversed(ways)):
+            key = feat[name] if feat[name].dim() == 1 else feat[name][..., 0]
+            order = torch.from_numpy(stable_order(key.numpy()))
+            feat._reindex(order if is_rising else order.flip(0))
+
+    return sort
+
+
+def _missing(dataset: Any, name: str | None) -> CompressionError:
+    """The error for interactions that are to be ordered by a column that they do not have."""
+    path = os.path.join(dataset.dataset_path, f"{dataset.dataset_name}.inter")
+    with open(path, encoding=dataset.config["encoding"]) as file:
+        header = file.readline().strip("\ufeff\n").split(dataset.config["field_separator"])
+    columns = [column.split(":")[0] for column in header]
+    if name in columns:
+        return CompressionError(
+            f"Expected the interactions to have {name}, by which they are ordered, but it was not "
+            f"loaded; name it in `load_col`, as in --load_col='{{inter: [{dataset.uid_field}, "
+            f"{dataset.iid_field}, {name}]}}'."
+        )
+    return CompressionError(
+        f"Expected `TIME_FIELD` to name the column of {path} by which interactions are ordered, "
+        f"but got {name}, and the file has {', '.join(columns)}; name that column, or write one, "
+        f"such as {name or 'timestamp'}:float with the number of each line, and name it in "
+        "`load_col`."
+    )
 
 
 def _is_category(column: pd.Series) -> bool:

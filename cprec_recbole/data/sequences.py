@@ -1,245 +1,253 @@
-"""Training and evaluation rows for sequence models, made on demand from one sorted sequence.
+"""The rows of RecBole's sequential data sets, their lists gathered when they are asked for.
 
-RecBole's own dataset writes every prefix of every history into a matrix before training. This one
-keeps the interactions once, sorted by user and time, and rows that point into them; item lists are
-gathered for a batch when it is asked for. The evaluation rows are the same as RecBole's.
+RecBole writes every prefix of every history into a matrix before training. Here the interactions
+are kept once, sorted by user and time, with rows that point into them. Whatever a data set is asked
+for, RecBole's own or one of the user's class, the answer is RecBole's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from recbole.data.dataloader import TrainDataLoader
-from recbole.data.dataset import SequentialDataset
 from recbole.data.interaction import Interaction
 from torch import Tensor
 
 from cprec_recbole.config import CompressionError
 from cprec_recbole.data import splits
-from cprec_recbole.data.interactions import InteractionsDataset
-from cprec_recbole.fields import NEXT_ITEMS
-
-_END = "_history_end"  # a row's history: sequence[end - length : end]
 
 
-class PositionsDataset(InteractionsDataset):
-    """RecBole's SequentialDataset, with the papers' objective as an option.
+class Pointers(NamedTuple):
+    """Where the history of each row lies in the interactions by user, then time.
 
-    `training: all_positions`: the training rows are windows of at most `MAX_ITEM_LIST_LENGTH`
-    items, each training interaction the target of exactly one position. `training: last_position`:
-    a row for every prefix, as RecBole makes them. Validation and test rows are RecBole's in both.
+    Attributes:
+        lists: columns of all interactions, by the names of their lists, `[n_interactions, ...]`.
+        begins: a row's user's first interaction, `[n]`.
+        ends: a row's target, which its history lies before, `[n]`.
+        longest: items that a history has at most; of a longer one the newest.
     """
 
-    inter_feat: Interaction
-    _sequence: Tensor  # item ids of all interactions by user, then time, [n_interactions]
-    _item_counts: np.ndarray
+    lists: dict[str, Tensor]
+    begins: Tensor
+    ends: Tensor
+    longest: int
 
-    def _change_feat_format(self) -> None:
-        if self.config["benchmark_filename"] is not None and self._windows:
-            raise CompressionError(
-                "Expected `training` to be last_position with `benchmark_filename`, whose files "
-                "hold prefixes and not sequences, but got all_positions."
-            )
-        super()._change_feat_format()
+    def take(self, rows: Any) -> Pointers:
+        """The pointers of some rows."""
+        return self._replace(begins=self.begins[rows], ends=self.ends[rows])
+
+    def gather(self, name: str) -> Tensor:
+        """The histories of all rows, padded with 0 on the right, `[n, longest, ...]`."""
+        starts = torch.maximum(self.begins, self.ends - self.longest)
+        return gather(self.lists[name], starts, self.ends, self.longest)
+
+
+def gather(values: Tensor, starts: Tensor, ends: Tensor, longest: int) -> Tensor:
+    """`values[start:end]` of each row, padded with 0 on the right, `[n, longest, ...]`."""
+    index = starts.unsqueeze(-1) + torch.arange(longest)
+    found = values[index.clamp(max=len(values) - 1)]
+    outside = index >= ends.unsqueeze(-1)
+    return found.masked_fill(outside.reshape(*outside.shape, *[1] * (values.dim() - 1)), 0)
+
+
+class _Columns(dict[str, Any]):
+    """An Interaction's columns by name; a list is gathered each time that it is asked for."""
+
+    def __init__(self, columns: dict[str, Tensor | None], pointers: Pointers) -> None:
+        super().__init__(columns)
+        self.pointers = pointers
+
+    def __getitem__(self, name: str) -> Tensor:
+        column = super().__getitem__(name)
+        return self.pointers.gather(name) if column is None else column
+
+    def values(self) -> Iterator[Tensor]:  # type: ignore[override]
+        return (self[name] for name in self)
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:  # type: ignore[override]
+        return ((name, self[name]) for name in self)
+
+    def kept(self) -> dict[str, Tensor | None]:
+        """The columns as they are kept; None for a list."""
+        return dict(super().items())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Columns, (self.kept(), self.pointers)
+
+
+class SequenceRows(Interaction):
+    """RecBole's Interaction of a sequential data set: a row for each target with a history.
+
+    Rows that are taken by an index, as for a batch, are an Interaction with everything in it.
+
+    Args:
+        columns: what is kept, `[n, ...]` each; None for the lists.
+        pointers: where the lists lie.
+    """
+
+    interaction: _Columns
+
+    def __init__(self, columns: dict[str, Tensor | None], pointers: Pointers) -> None:
+        super().__init__({})
+        self.interaction = _Columns(columns, pointers)
+        self.length = len(pointers.ends)
 
     @property
-    def _windows(self) -> bool:
-        return self.config["training"] != "last_position"
+    def pointers(self) -> Pointers:
+        """Where the history of each row lies."""
+        return self.interaction.pointers
 
-    def data_augmentation(self) -> None:
-        """Turn interactions into rows that point at a history; one for each that has any."""
+    def columns_kept(self) -> dict[str, Tensor]:
+        """All that the rows are made from, by name: `[n]`, or `[n_interactions]` for a list."""
+        _, begins, ends, _ = self.pointers
+        columns = {**self.interaction.kept(), **self.pointers.lists}
+        found = {name: column for name, column in columns.items() if column is not None}
+        return {**found, "begins": begins, "ends": ends}
+
+    def take(self, rows: Any) -> SequenceRows:
+        """Some rows, their lists still to be gathered."""
+        if isinstance(rows, np.ndarray):
+            rows = torch.from_numpy(rows) if rows.size else []
+        kept = self.interaction.kept()
+        columns = {k: None if column is None else column[rows] for k, column in kept.items()}
+        return SequenceRows(columns, self.pointers.take(rows))
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, str):
+            return self.interaction[index]
+        if isinstance(index, int | np.integer):
+            row = self[[int(index)]].interaction
+            return Interaction({name: column[0] for name, column in row.items()})
+        return Interaction(dict(self.take(index).interaction.items()))
+
+    def _reindex(self, index: Any) -> None:
+        self.interaction = self.take(index).interaction
+
+
+def of_prefixes(original: Callable) -> Callable:
+    """RecBole's `data_augmentation`: a row for each interaction that has any before it."""
+
+    def data_augmentation(self: Any) -> None:
         self._aug_presets()
         self._check_field("uid_field", "time_field")
         self.sort(by=[self.uid_field, self.time_field], ascending=True)
-        users = self.inter_feat[self.uid_field].numpy()
-        self._sequence = self.inter_feat[self.iid_field]
+        feat = self.inter_feat
+        users = feat[self.uid_field].numpy()
         is_first = np.ones(len(users), dtype=bool)
         is_first[1:] = users[1:] != users[:-1]
-        ends = np.flatnonzero(~is_first)
+        ends, firsts = np.flatnonzero(~is_first), np.flatnonzero(is_first)
         if not len(ends):
-            raise _no_targets()
-        firsts = np.flatnonzero(is_first)
-        n_targets = np.diff(firsts, append=len(users)) - 1
-        lengths = np.minimum(ends - np.repeat(firsts, n_targets), self.max_item_list_len)
-        rows = _take(self.inter_feat, ends)
-        rows.update(self._pointers(ends, lengths))
-        self.inter_feat = rows
+            raise no_targets()
+        begins = np.repeat(firsts, np.diff(firsts, append=len(users)) - 1)
+        rows, longest = torch.from_numpy(ends), self.config["MAX_ITEM_LIST_LENGTH"]
+        lists = {
+            getattr(self, f"{field}_list_field"): column
+            for field, column in feat.interaction.items()
+            if field != self.uid_field
+        }
+        columns = {field: column[rows] for field, column in feat.interaction.items()}
+        lengths = torch.from_numpy(np.minimum(ends - begins, longest))
+        columns |= {self.item_list_length_field: lengths, **dict.fromkeys(lists)}
+        pointers = Pointers(lists, torch.from_numpy(begins), rows, longest)
+        self.inter_feat = SequenceRows(columns, pointers)
 
-    def build(self) -> list[SequentialDataset]:
-        """Split as RecBole does; where every position is trained, training rows become windows."""
-        train, *others = super().build()
-        if not len(train):
-            raise _no_targets()
-        return [train, *others]
-
-    def leave_one_out(self, group_by: str | None, leave_one_mode: str) -> list[SequentialDataset]:
-        """Split off each group's last rows, as RecBole does."""
-        if group_by is None:
-            return super().leave_one_out(group_by, leave_one_mode)
-        groups = splits.Groups.of(self.inter_feat[group_by].numpy())
-        lengths = splits.leave_one_out(groups.sizes, leave_one_mode)
-        if lengths is None:
-            return super().leave_one_out(group_by, leave_one_mode)
-        parts = groups.cut(lengths)
-        del groups  # as large as all parts together
-        return self._divide(parts)
-
-    def split_by_ratio(
-        self, ratios: list[float], group_by: str | None = None
-    ) -> list[SequentialDataset]:
-        """Split each group by ratios, or all rows where there are no groups, as RecBole does."""
-        if group_by is None:
-            groups = splits.Groups.of(np.zeros(len(self)))
-        else:
-            groups = splits.Groups.of(self.inter_feat[group_by].numpy())
-        total = sum(ratios)
-        shares = [ratio / total for ratio in ratios]
-        cuts_of = partial(self._calcu_split_ids, ratios=shares)
-        return self._divide(groups.cut(splits.by_ratio(groups.sizes, cuts_of)))
-
-    def time_based_split(
-        self, ratios: list[float], group_by: str | None
-    ) -> list[SequentialDataset]:
-        """Split at a point in time, and each group's rows before it by ratios, as RecBole does."""
-        times = (
-            self.inter_feat[self.time_field].numpy() if self.time_field in self.inter_feat else None
-        )
-        if group_by is None or times is None or len(ratios) != 3 or (np.diff(times) < 0).any():
-            return super().time_based_split(ratios, group_by)
-        total = sum(ratios)
-        train, _, test = (ratio / total for ratio in ratios)
-        is_early = times <= np.percentile(times, 100 * (1 - test))
-        groups = splits.Groups.of(self.inter_feat[group_by].numpy())
-        return self._divide(groups.cut(splits.by_time(groups, is_early, train / (1 - test))))
-
-    def _divide(self, parts: list[np.ndarray]) -> list[SequentialDataset]:
-        """A data set for the rows of each part, the first of them for training."""
-        self._drop_unused_col()
-        others = [self.copy(_take(self.inter_feat, rows)) for rows in parts[1:]]
-        rows = parts[0]
-        by_time = rows[splits.stable_order(self.inter_feat[_END].numpy()[rows])]  # and by user
-        train = self.copy(
-            self._windows_of(by_time) if self._windows else _take(self.inter_feat, rows)
-        )
-        train._item_counts = self._count_items(by_time)
-        return [train, *others]
-
-    def item_counts(self) -> np.ndarray:
-        """Interactions of each item id in this split, `[n_items]`; first items of a history count
-        where the split holds its first target."""
-        if hasattr(self, "_item_counts"):
-            return self._item_counts
-        return self._count_items(np.arange(len(self)))
-
-    def targets_per_row(self) -> float:
-        """Mean number of predictions that a training row asks for."""
-        return float(self.inter_feat[self.item_list_length_field].float().mean())
-
-    def __getitem__(self, index: Any, join: bool = True) -> Interaction:
-        rows = super().__getitem__(index, join)
-        if _END not in rows:
-            return rows
-        ends = rows[_END]
-        starts = ends - rows[self.item_list_length_field]
-        rows[self.iid_field + self.config["LIST_SUFFIX"]] = self._gather(starts, ends)
-        if NEXT_ITEMS in rows:
-            rows[NEXT_ITEMS] = self._gather(starts + 1, ends + 1)
-        return rows
-
-    def _gather(self, starts: Tensor, ends: Tensor) -> Tensor:
-        """Item ids of `sequence[start:end]`, padded on the right, `[B] -> [B, max length]`."""
-        index = starts.unsqueeze(-1) + torch.arange(self.max_item_list_len)
-        items = self._sequence[index.clamp(max=len(self._sequence) - 1)]
-        return items.masked_fill(index >= ends.unsqueeze(-1), 0)
-
-    def _pointers(self, ends: np.ndarray, lengths: np.ndarray) -> Interaction:
-        return Interaction(
-            {self.item_list_length_field: torch.from_numpy(lengths), _END: torch.from_numpy(ends)}
-        )
-
-    def _count_items(self, rows: np.ndarray) -> np.ndarray:
-        """Targets of rows, and the first item of each history that has one, `[n] -> [n_items]`."""
-        sequence, ends = self._sequence.numpy(), self.inter_feat[_END].numpy()
-        columns = (self.uid_field, self.item_list_length_field)
-        first = _first_targets(*(self.inter_feat[column].numpy()[rows] for column in columns))
-        counts = np.bincount(sequence[ends[rows]], minlength=self.item_num)
-        return counts + np.bincount(sequence[ends[rows[first]] - 1], minlength=self.item_num)
-
-    def _windows_of(self, rows: np.ndarray) -> Interaction:
-        """Cut each user's training targets into windows, from the newest back: only the oldest
-        window of a user is short.
-
-        Args:
-            rows: by user, then time, `[n]`.
-        """
-        users = self.inter_feat[self.uid_field].numpy()[rows]
-        newest = window_rows(users, self.max_item_list_len)
-        windows = _take(self.inter_feat, rows[newest])
-        lengths = np.diff(newest, prepend=-1)
-        windows.update(self._pointers(windows[_END].numpy(), lengths))
-        windows[NEXT_ITEMS] = torch.zeros(len(newest), 0, dtype=torch.int64)
-        return windows
+    return data_augmentation
 
 
-def _no_targets() -> CompressionError:
+def with_targets(original: Callable) -> Callable:
+    """RecBole's `build` of a sequential data set; a training part without a row is refused."""
+
+    def build(self: Any) -> list[Any]:
+        parts = original(self)
+        if not len(parts[0]):
+            raise no_targets()
+        return parts
+
+    return build
+
+
+def no_targets() -> CompressionError:
+    """The error for data in which there is nothing to learn."""
     return CompressionError(
         "Expected the training split to hold a target with a history before it, but it is "
         "empty; users need at least two interactions, and four to be in every split."
     )
 
 
-def _take(feat: Interaction, rows: np.ndarray) -> Interaction:
-    """Rows of an Interaction, which would turn their numbers into Python ints first."""
-    index = torch.from_numpy(rows)
-    return Interaction({name: column[index] for name, column in feat.interaction.items()})
+def by_leaving_out(original: Callable) -> Callable:
+    """RecBole's `leave_one_out`, on arrays."""
+
+    def leave_one_out(self: Any, group_by: str | None, leave_one_mode: str) -> list[Any]:
+        if group_by is None or not isinstance(self.inter_feat, SequenceRows):
+            return original(self, group_by, leave_one_mode)
+        groups = splits.Groups.of(self.inter_feat[group_by].numpy())
+        lengths = splits.leave_one_out(groups.sizes, leave_one_mode)
+        if lengths is None:
+            return original(self, group_by, leave_one_mode)
+        parts = groups.cut(lengths)
+        del groups  # as large as all parts together
+        return _divided(self, parts)
+
+    return leave_one_out
 
 
-def window_rows(users: np.ndarray, length: int) -> np.ndarray:
-    """The last row of each window, `[n_windows]`, of rows with one target each by user, then time.
+def by_ratios(original: Callable) -> Callable:
+    """RecBole's `split_by_ratio`, on arrays."""
 
-    From a user's newest row back, so that only the oldest window of a user is short.
-    """
-    is_last = np.ones(len(users), dtype=bool)
-    is_last[:-1] = users[1:] != users[:-1]
-    lasts = np.flatnonzero(is_last)
-    n_windows = -(-np.diff(lasts, prepend=-1) // length)
-    ends = np.cumsum(n_windows)
-    n_newer = np.repeat(ends, n_windows) - np.arange(1, n_windows.sum() + 1)  # of the same user
-    return np.repeat(lasts, n_windows) - n_newer * length
+    def split_by_ratio(self: Any, ratios: list[float], group_by: str | None = None) -> list[Any]:
+        if not isinstance(self.inter_feat, SequenceRows):
+            return original(self, ratios, group_by)
+        values = np.zeros(len(self)) if group_by is None else self.inter_feat[group_by].numpy()
+        groups = splits.Groups.of(values)
+        shares = [ratio / sum(ratios) for ratio in ratios]
+        cuts_of = partial(self._calcu_split_ids, ratios=shares)
+        return _divided(self, groups.cut(splits.by_ratio(groups.sizes, cuts_of)))
+
+    return split_by_ratio
 
 
-class PositionsDataLoader(TrainDataLoader):
-    """RecBole's TrainDataLoader where `train_batch_size` counts predictions, as everywhere else.
+def by_time(original: Callable) -> Callable:
+    """RecBole's `time_based_split`, on arrays where the rows are in order of time."""
 
-    A window asks for many predictions; 2,048 windows a step would make one step an epoch.
-    """
+    def time_based_split(self: Any, ratios: list[float], group_by: str | None) -> list[Any]:
+        feat = self.inter_feat
+        known = isinstance(feat, SequenceRows) and self.time_field in feat
+        times = feat[self.time_field].numpy() if known else None
+        if group_by is None or times is None or len(ratios) != 3 or (np.diff(times) < 0).any():
+            return original(self, ratios, group_by)
+        train, _, test = (ratio / sum(ratios) for ratio in ratios)
+        is_early = times <= np.percentile(times, 100 * (1 - test))
+        groups = splits.Groups.of(feat[group_by].numpy())
+        return _divided(self, groups.cut(splits.by_time(groups, is_early, train / (1 - test))))
 
-    step: int
+    return time_based_split
 
-    def _init_batch_size_and_step(self) -> None:
-        super()._init_batch_size_and_step()
-        self.step = max(1, round(self.step / self._dataset.targets_per_row()))
-        self.set_batch_size(self.step * self.times)
+
+def _divided(dataset: Any, parts: list[np.ndarray]) -> list[Any]:
+    """A data set for the rows of each part."""
+    dataset._drop_unused_col()
+    return [dataset.copy(dataset.inter_feat.take(rows)) for rows in parts]
 
 
 def item_counts(dataset: Any) -> np.ndarray:
-    """Training interactions of each item id, `[n_items]`.
+    """Training interactions of each item id, `[n_items]`; the first item of a history, which is no
+    target, counts where its user's first target is there.
 
     Args:
         dataset: a RecBole dataset, best the training split that a model is built with.
     """
-    if isinstance(dataset, PositionsDataset) and hasattr(dataset, "_sequence"):
-        return dataset.item_counts()
     feat, n_items = dataset.inter_feat, dataset.item_num
     counts = np.bincount(np.asarray(feat[dataset.iid_field]), minlength=n_items)
-    length = getattr(dataset, "item_list_length_field", "")
     item_list = dataset.iid_field + dataset.config["LIST_SUFFIX"]
-    if (
-        length in feat and item_list in feat
-    ):  # prefix rows: the first item of a history is no target
+    if isinstance(feat, SequenceRows):
+        pointers = feat.pointers
+        firsts = pointers.begins[pointers.ends - pointers.begins == 1]
+        return counts + np.bincount(pointers.lists[item_list][firsts], minlength=n_items)
+    length = getattr(dataset, "item_list_length_field", "")
+    if length in feat and item_list in feat:
         first = _first_targets(np.asarray(feat[dataset.uid_field]), np.asarray(feat[length]))
         counts += np.bincount(np.asarray(feat[item_list])[first, 0], minlength=n_items)
     return counts

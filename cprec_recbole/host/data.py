@@ -1,26 +1,52 @@
-"""What RecBole's own reading of data needs to run on current pandas, and to be kept."""
+"""What RecBole's data sets need: current pandas, any size, full precision of times."""
 
 from __future__ import annotations
 
+import builtins
 import warnings
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
-from cprec_recbole.host.patching import replace
+from cprec_recbole.host.patching import View, replace
 
 
 def adapt() -> None:
     """Mend RecBole's data sets; a second call is harmless."""
     import recbole.data.utils
-    from recbole.data.dataset import Dataset, SequentialDataset
+    from recbole.data.dataset import Dataset, SequentialDataset, dataset, kg_dataset
+    from recbole.data.dataset import sequential_dataset as sequential
 
+    from cprec_recbole.data import interactions, sequences
+
+    for module in (dataset, kg_dataset, sequential):
+        module.len = _len
+    dataset.pd = View(pd, read_csv=_read_csv)
+    replace(Dataset, "_load_feat", interactions.quickly_read)
+    replace(Dataset, "_filter_by_inter_num", interactions.quickly_filtered)
     replace(Dataset, "_fill_nan", _with_working_fillna)
-    replace(Dataset, "_remap", _with_working_remap)
-    replace(SequentialDataset, "_benchmark_presets", _with_working_presets)
+    replace(Dataset, "_remap", interactions.quickly_numbered)
+    replace(Dataset, "_change_feat_format", interactions.in_full_precision)
+    replace(Dataset, "sort", interactions.quickly_sorted)
+    replace(Dataset, "leave_one_out", sequences.by_leaving_out)
+    replace(Dataset, "split_by_ratio", sequences.by_ratios)
+    replace(Dataset, "time_based_split", sequences.by_time)
+    replace(SequentialDataset, "data_augmentation", sequences.of_prefixes)
+    replace(SequentialDataset, "build", sequences.with_targets)
     replace(recbole.data.utils, "save_split_dataloaders", _with_generators_kept)
+
+
+def _len(found: Any) -> Any:
+    """RecBole asks a column of lists for `agg(len)`; pandas 3 hands `len` the whole column."""
+    return found.map(builtins.len) if isinstance(found, pd.Series) else builtins.len(found)
+
+
+def _read_csv(*args: Any, **options: Any) -> pd.DataFrame:
+    """RecBole fills a list that is missing in place, which changes nothing since pandas 3."""
+    frame = pd.read_csv(*args, **options)
+    lists = [name for name in frame if name.endswith("_seq")]
+    return frame.fillna(dict.fromkeys(lists, ""))
 
 
 def _with_working_fillna(original: Callable) -> Callable:
@@ -37,37 +63,6 @@ def _with_working_fillna(original: Callable) -> Callable:
             original(self)
 
     return _fill_nan
-
-
-def _with_working_remap(original: Callable) -> Callable:
-    def _remap(self: Any, remap_list: list) -> None:
-        # RecBole asks a column of lists for `agg(len)`, which is one number since pandas 3
-        if all(kind.name != "TOKEN_SEQ" for _, _, kind in remap_list):
-            original(self, remap_list)
-            return
-        tokens, ends = self._concat_remaped_tokens(remap_list)
-        numbers, known = pd.factorize(tokens)
-        names = np.array(["[PAD]", *known])
-        by_token = {token: number for number, token in enumerate(names)}
-        for (feat, field, kind), own in zip(remap_list, np.split(numbers + 1, ends)):
-            ids: Any = own
-            if field not in self.field2id_token:
-                self.field2id_token[field] = names
-                self.field2token_id[field] = by_token
-            if kind.name == "TOKEN_SEQ":
-                ids = np.split(ids, np.cumsum(feat[field].map(len))[:-1])
-            feat[field] = ids
-
-    return _remap
-
-
-def _with_working_presets(original: Callable) -> Callable:
-    def _benchmark_presets(self: Any) -> None:
-        original(self)  # which asks for `agg(len)` too
-        lists = self.inter_feat[self.item_id_list_field]
-        self.inter_feat[self.item_list_length_field] = lists.map(len)
-
-    return _benchmark_presets
 
 
 def _with_generators_kept(original: Callable) -> Callable:

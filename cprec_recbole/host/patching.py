@@ -1,10 +1,22 @@
-"""Replacing functions of RecBole's: the one way in which this package changes its host."""
+"""Replacing names of RecBole's: the one way in which this package changes its host."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
+
+
+class View(ModuleType):
+    """A module as one importer sees it: some names replaced, all others passed on."""
+
+    def __init__(self, module: ModuleType, **names: Any) -> None:
+        super().__init__(module.__name__)
+        self.__dict__.update(names, _viewed=module)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_viewed"], name)
 
 
 def replace(owner: Any, name: str, make: Callable[[Callable], Callable]) -> None:
@@ -20,3 +32,8 @@ def replace(owner: Any, name: str, make: Callable[[Callable], Callable]) -> None
         replacement = functools.wraps(original)(make(original))
         replacement._cprec_original = original  # type: ignore[attr-defined]
         setattr(owner, name, replacement)
+
+
+def is_ours(config: Any) -> bool:
+    """Whether a RecBole config is of a compressed model, or of the user's own class of one."""
+    return hasattr(config.model_class, "record")

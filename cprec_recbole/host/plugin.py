@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from cprec_recbole.config import CompressionConfig, is_near, reject_unknown
-from cprec_recbole.host.patching import replace
+from cprec_recbole.config import CompressionConfig, CompressionError, is_near, reject_unknown
+from cprec_recbole.host.patching import View, is_ours, replace
 from cprec_recbole.host.registration import importing_models
 
 _REMOVED_FROM_NUMPY = {
@@ -35,19 +35,12 @@ _REMOVED_FROM_NUMPY = {
 }
 
 
-class _View(ModuleType):
-    """A module as one importer sees it: some names replaced, all others passed on."""
-
-    def __init__(self, module: ModuleType, **names: Any) -> None:
-        super().__init__(module.__name__)
-        self.__dict__.update(names, _viewed=module)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_viewed"], name)
-
-
 class _NoRay(ModuleType):
     """Stands where `ray.tune` will not import; RecBole needs it for hyper-parameter search only."""
+
+    @staticmethod
+    def report(**metrics: Any) -> None:
+        """What RecBole's `objective_function` ends with, also under hyperopt: nothing is told."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -64,8 +57,8 @@ def _trusting_load(file: Any, *args: Any, **kwargs: Any) -> Any:
     return torch.load(file, *args, **kwargs)
 
 
-_NUMPY_FOR_RECBOLE = _View(np, **_REMOVED_FROM_NUMPY)
-_TORCH_FOR_RECBOLE = _View(torch, load=_trusting_load)
+_NUMPY_FOR_RECBOLE = View(np, **_REMOVED_FROM_NUMPY)
+_TORCH_FOR_RECBOLE = View(torch, load=_trusting_load)
 
 
 def adapt_recbole_modules() -> None:
@@ -113,6 +106,7 @@ def _with_parent_defaults(original: Callable) -> Callable:
         original(self, record.host.__name__ if record else model, model_class, dataset)
         given, defaults = self.external_config_dict, self.internal_config_dict
         if record:
+            _register_subclass(model_class)
             defaults.update(_compression_defaults(given, defaults, record))
         loss_type = given.get("loss_type", defaults.get("loss_type"))
         if model_class.type.name == "SEQUENTIAL" and loss_type == "CE":
@@ -120,6 +114,23 @@ def _with_parent_defaults(original: Callable) -> Callable:
             defaults["train_neg_sample_args"] = None
 
     return _load_internal_config_dict
+
+
+def _register_subclass(model_class: type) -> None:
+    """Let RecBole find what a class that was made from one of ours is trained by."""
+    from recbole.utils import get_model
+
+    try:
+        known = get_model(model_class.__name__)
+    except (ValueError, ImportError):  # of lightgbm, among whose models it looks last
+        known = None
+    if known is not None and not hasattr(known, "record"):
+        raise CompressionError(
+            f"Expected `model` to have a name of its own, but {model_class.__name__} is one of "
+            "RecBole's models, whose trainer it would get; rename it."
+        )
+    if known is None or known.__module__ != "cprec_recbole.models":
+        register_model(model_class)
 
 
 def _compression_defaults(
@@ -160,11 +171,9 @@ def _with_remembered_counts(original: Callable) -> Callable:
 
 def _with_positions_loader(original: Callable) -> Callable:
     def get_dataloader(config: Any, phase: str) -> type:
-        from cprec_recbole.data.sequences import PositionsDataLoader
-        from cprec_recbole.models import MODELS
+        from cprec_recbole.data.windows import PositionsDataLoader
 
-        is_ours = config["model"] in {model.__name__ for model in MODELS}
-        if phase == "train" and is_ours and config["training"] == "all_positions":
+        if phase == "train" and is_ours(config) and config["training"] == "all_positions":
             return PositionsDataLoader
         return original(config, phase)
 
@@ -195,10 +204,8 @@ def _load_data_and_model(model_file: str) -> tuple:
 
 def register_model(model_class: type) -> None:
     """Let RecBole's get_model, create_dataset and get_trainer find a class by its name."""
-    import recbole.data.dataset
     import recbole.trainer
 
-    from cprec_recbole.data.sequences import PositionsDataset
     from cprec_recbole.training.trainer import CompressedTrainer
 
     name = f"recbole.model.sequential_recommender.{model_class.__name__.lower()}"
@@ -206,7 +213,6 @@ def register_model(model_class: type) -> None:
     module.__spec__ = ModuleSpec(name, loader=None, origin="cprec_recbole")
     setattr(module, model_class.__name__, model_class)
     sys.modules[name] = module
-    setattr(recbole.data.dataset, model_class.__name__ + "Dataset", PositionsDataset)
     setattr(recbole.trainer, model_class.__name__ + "Trainer", CompressedTrainer)
 
 
@@ -229,7 +235,10 @@ def adapt() -> None:
     from cprec_recbole.models import MODELS
 
     adapt_recbole_modules()
-    for message in ("The given NumPy array is not writable", r".*GradScaler\(args"):
+    for message in (
+        *("The given NumPy array is not writable", r".*GradScaler\(args"),
+        *("The inplace keyword in DataFrame", "A value is being set on a copy of a DataFrame"),
+    ):
         warnings.filterwarnings("ignore", message=message, module=r"recbole\.")
     replace(Config, "compatibility_settings", _without_numpy_patching)
     replace(Config, "_load_internal_config_dict", _with_parent_defaults)

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import BatchSampler
 
 from cprec_recbole.config import CompressionError
-from cprec_recbole.host.patching import replace
+from cprec_recbole.host.patching import is_ours, replace
 from cprec_recbole.parallel import group
 from cprec_recbole.parallel.group import Place
 from cprec_recbole.parallel.shares import GlobalBatches, PartOf
@@ -124,7 +124,7 @@ def _reading_a_share(original: Callable) -> Callable:
             if config["shard_tails"]:  # all take every step together; see TopKCollector.n_rows
                 rows += [0] * (-(-self.sample_size // parts) - len(rows))
             batches: Any = BatchSampler(rows, self.step, drop_last=False)
-        elif _is_ours(config["model"]):
+        elif is_ours(config):
             self._init_batch_size_and_step()  # RecBole has divided the batch by the processes
             batches = GlobalBatches(
                 self.sample_size,
@@ -153,19 +153,13 @@ def _is_evaluation(loader: Any) -> bool:
     return isinstance(loader, FullSortEvalDataLoader | NegSampleEvalDataLoader)
 
 
-def _is_ours(name: str) -> bool:
-    from cprec_recbole.models import MODELS
-
-    return name in {model.__name__ for model in MODELS}
-
-
 def _without_needing_gpus(original: Callable) -> Callable:
     def __init__(self: Any, config: Any, model: torch.nn.Module) -> None:
         if config["single_spec"]:
             original(self, config, model)
             return
         self.config, self.model = config, model
-        if _is_ours(config["model"]):
+        if is_ours(config):
             return  # CompressedTrainer adds the gradients up itself
         if config["device"].type == "cuda":
             self.model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from recbole.data.interaction import Interaction
 from torch.utils.data import BatchSampler, RandomSampler, Sampler, SequentialSampler
 
 from cprec_recbole.parallel.group import share
+
+if TYPE_CHECKING:
+    from recbole.data.interaction import Interaction
+
+STAND_IN = "is_stand_in"  # an attribute of a batch of which this process has no row
 
 
 class GlobalBatches(Sampler[list[int]]):
@@ -53,22 +58,21 @@ class GlobalBatches(Sampler[list[int]]):
         return len(self.batches)
 
 
-class StandIn(Interaction):
-    """A row of a batch of which this process has none: it goes along, and counts for nothing.
-
-    So every process takes part in whatever a model has them do together, and as the row is another
-    process's too, no parameter is touched that the batch does not touch.
-    """
-
-
 class PartOf:
-    """A DataLoader's `collate_fn` for the indices that GlobalBatches gives."""
+    """A DataLoader's `collate_fn` for the indices that GlobalBatches gives.
+
+    Where a process has no row of a batch, one of another process's goes along and counts for
+    nothing: every process takes part in whatever a model has them do together, and no parameter is
+    touched that the batch does not touch.
+    """
 
     def __init__(self, collate: Callable[[Sequence[int]], Interaction]) -> None:
         self.collate = collate
 
     def __call__(self, index: Sequence[int]) -> Interaction:
-        """The rows of an index `[B]`, or a StandIn."""
+        """The rows of an index `[B]`, or one that is marked as STAND_IN."""
         if len(index) != 2 or index[0] != index[1]:  # no row is in a batch twice
             return self.collate(index)
-        return StandIn(self.collate(index[:1]).interaction)
+        batch = self.collate(index[:1])
+        setattr(batch, STAND_IN, True)
+        return batch

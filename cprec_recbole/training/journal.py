@@ -12,11 +12,12 @@ import numpy as np
 import torch
 
 from cprec_recbole.config import CompressionError
+from cprec_recbole.data.sequences import SequenceRows
 from cprec_recbole.files import write_whole
 from cprec_recbole.parallel import group
 
 LAST, BEST, RESULT = "last.pth", "best.pth", "result.json"
-_FORMAT = 1
+_FORMAT = 2
 # options that change what is shown, or where things are, and nothing of the training
 _WITHOUT_EFFECT = frozenset(
     {
@@ -127,9 +128,8 @@ def digest(loaders: tuple[Any, ...]) -> str:
     """A checksum of all rows that loaders read."""
     found = hashlib.sha256()
     for loader in loaders:
-        columns = dict(loader._dataset.inter_feat.interaction)
-        if (sequence := getattr(loader._dataset, "_sequence", None)) is not None:
-            columns["_sequence"] = sequence  # into which the rows of our data sets point
+        feat = loader._dataset.inter_feat
+        columns = feat.columns_kept() if isinstance(feat, SequenceRows) else feat.interaction
         for name in sorted(columns):
             found.update(name.encode())
             found.update(np.ascontiguousarray(columns[name].numpy()).tobytes())

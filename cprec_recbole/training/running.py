@@ -220,7 +220,7 @@ def _loaders(config: Config) -> tuple[Any, Any, Any]:
     dataset = recbole_dataset(config)
     logging.getLogger().info(dataset)
     loaders = recbole_loaders(config, dataset)
-    if is_ours(config["model"]):
+    if is_ours(config.model):
         check_cutoffs(config, dataset)
     if one_first and group.is_first():
         group.wait()

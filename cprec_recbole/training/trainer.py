@@ -22,7 +22,7 @@ from cprec_recbole.optimizers import build_optimizer
 from cprec_recbole.parallel import group
 from cprec_recbole.parallel.reducer import GradientReducer, begin_alike, clip_gradients
 from cprec_recbole.parallel.shards import gathered_state
-from cprec_recbole.parallel.shares import StandIn
+from cprec_recbole.parallel.shares import STAND_IN
 from cprec_recbole.recommender import CompressedRecommender
 from cprec_recbole.records import HIDDEN_AT
 from cprec_recbole.training.collector import TopKCollector, look_up
@@ -186,7 +186,7 @@ class CompressedTrainer(Trainer):
         """This process's part of the targets of a batch: its mean loss counts for so much."""
         if self._reducer is None:
             return 1.0
-        mine = 0 if isinstance(batch, StandIn) else n_targets(batch)
+        mine = 0 if getattr(batch, STAND_IN, False) else n_targets(batch)
         return mine / max(1, int(group.total(torch.tensor(mine, dtype=torch.int64))))
 
     def _shown(

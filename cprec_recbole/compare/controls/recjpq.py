@@ -16,7 +16,6 @@ from cprec_recbole.compare.controls.control import TrainedControl
 from cprec_recbole.compare.controls.hashing import table_std
 from cprec_recbole.compare.controls.setting import Setting
 from cprec_recbole.compare.controls.table import ItemTable, TableRecommender, on_table
-from cprec_recbole.data.sequences import NEXT_ITEMS
 from cprec_recbole.report import BYTES_PER_FLOAT
 
 CENTROIDS = 256  # of each split: a code is a byte
@@ -159,15 +158,6 @@ def binned(values: np.ndarray) -> np.ndarray:
 
 def user_item_matrix(dataset: Dataset) -> csr_matrix:
     """Which user has which item in training, ones in `[users, n_items]`; users in no order."""
-    lists = dataset.iid_field + dataset.config["LIST_SUFFIX"]
-    users, items = [], []
-    for rows in torch.arange(len(dataset)).split(_ROWS):
-        batch = dataset[rows]
-        next_items = batch[NEXT_ITEMS if NEXT_ITEMS in batch else dataset.iid_field]
-        seen = torch.cat([batch[lists], next_items.view(len(rows), -1)], dim=1)
-        row, column = (seen != 0).nonzero(as_tuple=True)
-        users.append(batch[dataset.uid_field][row])
-        items.append(seen[row, column])
-    shape = (int(dataset.user_num), int(dataset.item_num))
-    pairs = torch.unique(torch.cat(users) * shape[1] + torch.cat(items)).numpy()
-    return csr_matrix((np.ones(len(pairs)), (pairs // shape[1], pairs % shape[1])), shape=shape)
+    matrix = dataset.inter_matrix("csr")
+    matrix.data[:] = 1.0
+    return matrix
