@@ -60,6 +60,7 @@ class Backbone:
         training_states: `(model, batch) -> hidden [N, d], target [N], negative [N]`, where the host
             is not trained on the next item of RecBole's rows.
         penalty: `(model) -> []`, what the host adds to its loss; None for nothing.
+        losses: what `loss_type` may be; every one but BPR is the softmax's, plus the penalty.
         reads_last_column: the host predicts from the last column of a padded batch, even where a
             short history has padding there.
     """
@@ -74,7 +75,8 @@ class Backbone:
     last_state: Callable[[Host, Tensor, Tensor], Tensor] = by_forward
     table: PlainTable = PLAIN
     training_states: Callable[[Host, Interaction], tuple[Tensor, Tensor, Tensor]] | None = None
-    penalty: Callable[[Host], Tensor] | None = None
+    penalty: Callable[[Host], Tensor | float] | None = None
+    losses: tuple[str, ...] = ("CE", "BPR")
     reads_last_column: bool = False
 
     @property

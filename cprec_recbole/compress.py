@@ -28,6 +28,7 @@ from cprec_recbole.int8.quantize import check_dtype, quantize
 from cprec_recbole.int8.rows import BYTES_PER_SCALE
 from cprec_recbole.modes import can_be_trained
 from cprec_recbole.recommender import CompressedRecommender, check_objective
+from cprec_recbole.saving.vocabulary import check_numbering
 
 _QUICK_LOOK = 64  # histories on which ways of sharing are compared
 _LADDER = 24  # ratios between which max_loss is searched: five evaluations find one of them
@@ -100,8 +101,11 @@ def compress(
     _check_budget(base, ratio=ratio, size=size, max_loss=max_loss, valid_data=valid_data)
     original = Original.of(model).in_float()
     check_dtype(dtype, original.dtype)
-    check_objective(base, str(original.host.loss_type))
+    check_objective(base, str(original.host.loss_type), original.record)
     base.plan(original.dim, original.n_items)
+    given = {"data": data, "item_counts": item_counts, "valid_data": valid_data}
+    for name, each in given.items():
+        check_numbering(original.model, each, name)
     counts = original.counts(item_counts if item_counts is not None else _dataset_of(data))
     histories = _histories(data, item_counts, original, counts)
     work = _Compression(original, counts, histories, dtype)

@@ -15,6 +15,7 @@ from torch import nn
 from cprec_recbole.config import CompressionError
 from cprec_recbole.modes import in_eval_mode
 from cprec_recbole.recommender import CompressedRecommender
+from cprec_recbole.saving.vocabulary import check_numbering
 from cprec_recbole.training.collector import TopKCollector, look_up
 
 ROWS = 512  # users that are scored together
@@ -35,6 +36,7 @@ def evaluate(model: nn.Module, data: Any) -> dict[str, float]:
         CompressionError: data of another kind.
     """
     check_evaluation_data(data, "data")
+    check_numbering(model, data, "data")
     config = data.config
     collector = TopKCollector(config)
     device = next(model.parameters()).device
@@ -105,6 +107,11 @@ def check_evaluation_data(data: Any, argument: str = "valid_data") -> None:
         raise CompressionError(
             f"Expected `{argument}` to be RecBole's evaluation data with full ranking, the second "
             f"or third of data_preparation(config, dataset), but got {type(data).__name__}."
+        )
+    if not len(data):
+        raise CompressionError(
+            f"Expected `{argument}` to hold rows to evaluate, but it has none: the split of "
+            "`eval_args` leaves none out for it; choose one that does."
         )
     check_metrics(data.config, argument)
 

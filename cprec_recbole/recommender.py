@@ -64,7 +64,7 @@ class CompressedRecommender(Servable, SequentialRecommender):
         self.compression = compression_of(config)
         self.record.check_objective(self.compression.training)
         plan = self.compression.plan(self.record.dim(config[self.record.size_option]), self.n_items)
-        check_objective(self.compression, config["loss_type"])
+        check_objective(self.compression, config["loss_type"], self.record)
         if config["loss_type"] == "BPR" and self.n_items < 3:
             raise CompressionError(
                 "Expected `loss_type` to be CE for a catalogue of one item, which has no negative, "
@@ -308,10 +308,12 @@ def _check_negatives(compression: CompressionConfig, config: Any) -> None:
         )
 
 
-def check_objective(compression: CompressionConfig, loss_type: str) -> None:
-    """Raise a CompressionError where softmax and loss contradict each other."""
-    if loss_type not in ("CE", "BPR"):
-        raise CompressionError(f"Expected `loss_type` to be CE or BPR, but got {loss_type!r}.")
+def check_objective(compression: CompressionConfig, loss_type: str, record: Backbone) -> None:
+    """Raise a CompressionError where model, softmax and loss contradict each other."""
+    if loss_type not in record.losses:
+        raise CompressionError(
+            f"Expected `loss_type` to be {' or '.join(record.losses)}, but got {loss_type!r}."
+        )
     if loss_type == "BPR" and compression.softmax == "tree":
         raise CompressionError(
             "Expected `loss_type` to be CE with `softmax: tree`, which is a probability and has no "

@@ -128,6 +128,11 @@ def _gcsan_penalty(model: Host) -> Tensor:
     return model.reg_weight * model.item_embedding.norm() / model.n_items
 
 
+def _sine_penalty(model: Host) -> Tensor | float:
+    """With `loss_type: NLL`, the paper's: how alike the concepts are (SINE, equation 12)."""
+    return model.reg_loss_ratio * model.calculate_reg_loss() if model.loss_type == "NLL" else 0.0
+
+
 _TRANSFORMER = (
     *("n_layers", "n_heads", "hidden_size", "inner_size", "hidden_act", "layer_norm_eps"),
     *("hidden_dropout_prob", "attn_dropout_prob", "initializer_range", "loss_type"),
@@ -212,6 +217,8 @@ SINE = Backbone(
         *("embedding_size", "layer_norm_eps", "reg_loss_ratio", "loss_type"),
         *(("prototype_size", "L"), ("interest_size", "k"), ("tau_ratio", "tau")),
     ),
+    penalty=_sine_penalty,
+    losses=("CE", "BPR", "NLL"),
 )
 BACKBONES = [
     *(NEXTITNET, SASREC, GRU4REC, BERT4REC, LIGHTSANS),

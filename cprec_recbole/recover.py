@@ -24,6 +24,7 @@ from cprec_recbole.optimizers import build_optimizer
 from cprec_recbole.outcome import Recovery
 from cprec_recbole.partition import PADDING
 from cprec_recbole.recommender import CompressedRecommender
+from cprec_recbole.saving.vocabulary import check_numbering
 
 # SASRec at ratio 3.5 on MovieLens-100K (seed 2020), loss on the validation data after 5 epochs, the
 # original's 5.818: 6.009 with 2048 and 3e-3, 5.994 with 512 and 1e-3, 5.972 with 512 and 3e-3.
@@ -101,6 +102,9 @@ def recover(
     _check_numbers(epochs, batch_size, learning_rate, distillation, seed)
     if valid_data is not None:
         check_validation_data(valid_data)
+    for given, name in ((data, "data"), (valid_data, "valid_data")):
+        for model in (small, teacher):
+            check_numbering(model, given, name)
     histories = histories_of(data, small.n_items, small.max_seq_length)
     # What the original says of every item keeps the model from learning its few labels by heart,
     # and dropout would hide from a small model what it is to repeat (SASRec as above: loss 5.868

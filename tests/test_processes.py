@@ -66,7 +66,7 @@ def test_processes_end_with_the_one_that_started_them():
 
 
 def test_a_run_that_loses_a_process_ends(world, tmp_path):
-    job = Job("CpGRU4Rec", world.name, (), world.options("CpGRU4Rec"), out=str(tmp_path / "out"))
+    job = Job("CpGRU4Rec", world.name, world.options("CpGRU4Rec"), out=str(tmp_path / "out"))
     with pytest.raises(CompressionError, match="process 1 was ended by SIGKILL"):
         launch(2, children.carry_out_and_die, job, "_step 4", False)
     assert not (tmp_path / "out" / "result.json").exists()

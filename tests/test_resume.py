@@ -50,7 +50,7 @@ DEATHS = [
 def a_job(world, case: str, out: Path, **options) -> Job:
     model, more = CASES[case]
     options = world.options(model, **{**COMMON, **more, **options})
-    return Job(model, world.name, (), options, out=str(out), logs=False)
+    return Job(model, world.name, options, out=str(out), logs=False)
 
 
 def nproc_of(case: str) -> int:

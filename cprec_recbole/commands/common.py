@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
@@ -17,13 +17,15 @@ from cprec_recbole.config import (
     CompressionConfig,
     CompressionError,
 )
-from cprec_recbole.host.library import read_options
+from cprec_recbole.host.library import read_options, read_yaml
 from cprec_recbole.records import BACKBONES, record_named
 
 MODELS = tuple(backbone.host.__name__ for backbone in BACKBONES)
 TABLE_WIDTH = 140
 # RecBole's options that are texts, whatever they look like in YAML: intervals such as [5,inf) too
 TEXTS = (
+    *("USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD", "RATING_FIELD", "LABEL_FIELD", "NEG_PREFIX"),
+    *("ITEM_LIST_LENGTH_FIELD", "LIST_SUFFIX", "POSITION_FIELD", "encoding", "wandb_project"),
     *("data_path", "checkpoint_dir", "dataset_save_path", "dataloaders_save_path"),
     *("user_inter_num_interval", "item_inter_num_interval", "field_separator", "seq_separator"),
 )
@@ -47,16 +49,54 @@ def add_compression(parser: argparse.ArgumentParser, *, training: bool = True) -
         parser.add_argument(
             "--config", action="append", default=[], metavar="FILE", help="a RecBole YAML file"
         )
+        for name in ("config_files", "config-files", "config_file", "config-file"):  # RecBole's
+            parser.add_argument(
+                f"--{name}", dest="config", action="extend", type=str.split, help=argparse.SUPPRESS
+            )
+
+
+def from_files(options: argparse.Namespace) -> dict[str, Any]:
+    """The options in the files of `--config`; a later file wins."""
+    found: dict[str, Any] = {}
+    for file in getattr(options, "config", []):
+        found |= read_options(file)
+    return found
 
 
 def given_options(options: argparse.Namespace) -> dict[str, Any]:
     """The compression options that were given: the files', then the command line's."""
     names = CompressionConfig.option_names()
-    found: dict[str, Any] = {}
-    for file in getattr(options, "config", []):
-        found |= {name: value for name, value in read_options(file).items() if name in names}
+    found = {name: value for name, value in from_files(options).items() if name in names}
     given = {name: getattr(options, name, None) for name in names}
     return found | {name: value for name, value in given.items() if value is not None}
+
+
+def dataset_of(options: argparse.Namespace) -> str:
+    """The data set that was named: on the command line, else in a file, else the bundled one."""
+    return options.dataset or text_of(from_files(options), "dataset") or "ml-100k"
+
+
+def model_of(options: argparse.Namespace, names: Sequence[str] | None = None) -> str:
+    """The model that was named, on the command line or in a file.
+
+    Args:
+        options: the command's.
+        names: what it has to be one of; any name is taken if left out.
+    """
+    model = options.model or text_of(from_files(options), "model")
+    if model is None or (names is not None and model not in names):
+        wanted = f"one of {', '.join(names)}" if names else "the name of a model"
+        got = "none; use --model, or name it in the file of --config" if model is None else model
+        raise CompressionError(f"Expected `model` to be {wanted}, but got {got}.")
+    return model
+
+
+def text_of(options: dict[str, Any], name: str) -> str | None:
+    """An option that is a name; None where it was not given."""
+    value = options.get(name)
+    if value is not None and not isinstance(value, str):
+        raise CompressionError(f"Expected `{name}` to be a name, but got {value!r}.")
+    return value
 
 
 def compression_for(model: str, options: argparse.Namespace) -> CompressionConfig:
@@ -72,19 +112,18 @@ def plain_text(text: str) -> str | None:
     if text in ("null", "~"):
         return None
     is_quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
-    return str(yaml.safe_load(text)) if is_quoted else text  # "\t" is a tab
+    return str(read_yaml(text)) if is_quoted else text  # "\t" is a tab
 
 
 def value(text: str) -> Any:
     """A value as YAML writes it; `64,16,4` is a list and `1e-3` a number too."""
     try:
-        found = yaml.safe_load(text)
+        found = read_yaml(text)
         if isinstance(found, str) and "," in found and not found.startswith(("[", "{")):
-            found = yaml.safe_load(f"[{found}]")
-    except yaml.YAMLError as error:
+            found = read_yaml(f"[{found}]")
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise CompressionError(f"Expected a value as in YAML, but got {text!r}.") from error
-    is_number = isinstance(found, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", found)
-    return float(found) if is_number else found
+    return found
 
 
 def numbers(text: str) -> Any:

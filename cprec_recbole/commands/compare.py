@@ -22,6 +22,8 @@ from cprec_recbole.commands.common import (
     add_compression,
     compression_for,
     console,
+    dataset_of,
+    model_of,
 )
 from cprec_recbole.compare import Experiment, as_markdown, as_table, contenders, save
 from cprec_recbole.compare.controls import ALL, CONTROLS, find_controls
@@ -31,8 +33,6 @@ from cprec_recbole.compare.results import COMPRESSED, as_json
 from cprec_recbole.compare.study import Spec, run_study, write_summary
 from cprec_recbole.config import CompressionError
 from cprec_recbole.files import make_folder
-
-_DATASET = "ml-100k"  # which comes with RecBole
 
 
 def add_parser(commands: Any) -> None:
@@ -45,8 +45,8 @@ def add_parser(commands: Any) -> None:
         allow_abbrev=False,
     )
     compare.set_defaults(run=run)
-    compare.add_argument("--model", choices=MODELS, help="needed but for a study")
-    compare.add_argument("--dataset", help=f"RecBole's name (default: {_DATASET})")
+    compare.add_argument("--model", choices=MODELS, help="or in --config; none for a study")
+    compare.add_argument("--dataset", help="RecBole's name, or in --config (default: ml-100k)")
     compare.add_argument(
         "--data-path",
         "--data_path",
@@ -88,11 +88,7 @@ def run(options: argparse.Namespace, passed_on: dict[str, Any], command: str) ->
     failed."""
     if options.study is not None or options.summary:
         return _study(options, passed_on)
-    if options.model is None:
-        raise CompressionError(
-            f"Expected `model` to be one of {', '.join(MODELS)}, but got none; use --model, or "
-            "--study for many."
-        )
+    options.model = model_of(options, MODELS)
     for name in ("only", "retry", "latex", "against", "jobs"):
         if getattr(options, name):
             raise CompressionError(
@@ -113,7 +109,7 @@ def run(options: argparse.Namespace, passed_on: dict[str, Any], command: str) ->
     )
     screen = console()
     logging.getLogger("recbole").setLevel(logging.ERROR)
-    dataset, seeds = options.dataset or _DATASET, 1 if options.seeds is None else options.seeds
+    dataset, seeds = dataset_of(options), 1 if options.seeds is None else options.seeds
     experiment = Experiment(columns, dataset, seeds, passed_on, options.config)
     out = Path(options.out)
     make_folder(out)

@@ -82,7 +82,8 @@ def run(options: argparse.Namespace, passed_on: dict[str, Any], command: str) ->
     rows.append((made, small, _quality(small, found)))
     if options.recover:
         given = {ours: passed_on[name] for name, ours in recovery.items() if name in passed_on}
-        recover(small, found.model, found.train, options.recover, valid_data=found.valid, **given)
+        valid = found.valid if len(found.valid) else None
+        recover(small, found.model, found.train, options.recover, valid_data=valid, **given)
         rows.append(("recovered", small, _quality(small, found)))
     small.save_pretrained(options.out)
     screen.print(_table(rows))
@@ -102,11 +103,12 @@ def _check_out(out: Path) -> None:
 
 
 def _quality(model: nn.Module, found: Any) -> dict[str, float]:
-    """Every metric on validation and test data."""
+    """Every metric on validation and test data, or on that of the two which there is."""
     data = {"valid": found.valid, "test": found.test}
     return {
         f"{part} {name}": score
         for part, each in data.items()
+        if len(each)
         for name, score in evaluate(model, each).items()
     }
 

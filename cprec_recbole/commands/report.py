@@ -8,7 +8,13 @@ from typing import Any
 from rich.table import Table
 
 from cprec_recbole.catalogue import size_rows
-from cprec_recbole.commands.common import MODELS, add_compression, compression_for, console
+from cprec_recbole.commands.common import (
+    MODELS,
+    add_compression,
+    compression_for,
+    console,
+    dataset_of,
+)
 
 REPORT_CAPTION = (
     "Parameters by part; sharing: sets of parameters kept/layers; softmax +: what the softmax has "
@@ -27,7 +33,7 @@ def add_parser(commands: Any) -> None:
     report.set_defaults(run=run)
     report.add_argument("model", choices=MODELS)
     catalogue = report.add_mutually_exclusive_group()
-    catalogue.add_argument("--dataset", help="RecBole's name (default: ml-100k)")
+    catalogue.add_argument("--dataset", help="RecBole's name, or in --config (default: ml-100k)")
     catalogue.add_argument("--items", type=int, metavar="N", help="a catalogue of N items")
     add_compression(report)
 
@@ -37,7 +43,7 @@ def run(options: argparse.Namespace, passed_on: dict[str, Any], command: str) ->
     title, rows = size_rows(
         options.model,
         compression_for(options.model, options),
-        options.dataset,
+        dataset_of(options) if options.items is None else None,
         options.items,
         passed_on,
         options.config,

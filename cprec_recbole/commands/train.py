@@ -7,7 +7,14 @@ from typing import Any
 
 from rich.table import Table
 
-from cprec_recbole.commands.common import add_compression, console, given_options
+from cprec_recbole.commands.common import (
+    add_compression,
+    console,
+    dataset_of,
+    from_files,
+    given_options,
+    model_of,
+)
 from cprec_recbole.parallel.group import Place
 from cprec_recbole.training.job import Job
 from cprec_recbole.training.running import train
@@ -25,10 +32,8 @@ def add_parser(commands: Any) -> None:
         allow_abbrev=False,
     )
     parser.set_defaults(run=run)
-    parser.add_argument("--model", required=True, metavar="{CpSASRec,...,SASRec,...}")
-    parser.add_argument(
-        "--dataset", default="ml-100k", help="RecBole's name (default: %(default)s)"
-    )
+    parser.add_argument("--model", metavar="{CpSASRec,...,SASRec,...}", help="or in --config")
+    parser.add_argument("--dataset", help="RecBole's name, or in --config (default: ml-100k)")
     parser.add_argument(
         "--nproc", type=int, metavar="N", help="processes to start on this machine (default: 1)"
     )
@@ -41,23 +46,28 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace, passed_on: dict[str, Any], command: str) -> int:
     """Train, and print a line an epoch and the table of metrics."""
+    model, dataset = model_of(options), dataset_of(options)
     job = Job(
-        options.model,
-        options.dataset,
-        tuple(options.config),
-        {"show_progress": False, **given_options(options), **passed_on},
+        model,
+        dataset,
+        {
+            "show_progress": False,
+            **from_files(options),
+            **given_options(options),
+            **passed_on,
+        },
         out=options.out,
         resume=options.resume,
         on_epoch=print_epoch,
         say=print_line,
         logs=False,
-        known_only=True,
+        named=tuple(passed_on),
     )
     result = train(job, options.nproc)
     place = Place.from_environment()
     if place is None or place.rank == 0:  # torchrun starts this command several times
         screen = console()
-        screen.print(_table(options.model, options.dataset, result))
+        screen.print(_table(model, dataset, result))
         if options.out is not None:
             screen.print(f"Written: {options.out}", highlight=False, soft_wrap=True)
     return 0

@@ -54,6 +54,13 @@ class Data:
         dataset = recbole_dataset(config)
         loaders = recbole_loaders(config, dataset)
         check_cutoffs(config, dataset)
+        for name, loader in zip(("validation", "test"), loaders[1:]):
+            if not len(loader):
+                raise CompressionError(
+                    f"Expected `eval_args` to leave rows out for {name}, but got "
+                    f"{config['eval_args']['split']}; choose another split, such as "
+                    "{LS: valid_and_test}."
+                )
         return cls(dataset, *loaders)
 
 

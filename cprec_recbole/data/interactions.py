@@ -159,7 +159,7 @@ def quickly_sorted(original: Callable) -> Callable:
         ways = [ascending] * len(names) if isinstance(ascending, bool) else list(ascending)
         for name in names:
             if name not in feat:
-                raise _missing(self, name)
+                raise _missing(self, "TIME_FIELD", name)
         if len(ways) != len(names):
             original(self, by, ascending)
             return
@@ -171,23 +171,54 @@ def quickly_sorted(original: Callable) -> Callable:
     return sort
 
 
-def _missing(dataset: Any, name: str | None) -> CompressionError:
-    """The error for interactions that are to be ordered by a column that they do not have."""
-    path = os.path.join(dataset.dataset_path, f"{dataset.dataset_name}.inter")
-    with open(path, encoding=dataset.config["encoding"]) as file:
-        header = file.readline().strip("\ufeff\n").split(dataset.config["field_separator"])
+def with_ids(original: Callable) -> Callable:
+    """RecBole's `_load_inter_feat`; interactions without users or items are refused."""
+
+    def _load_inter_feat(self: Any, token: str, dataset_path: str) -> None:
+        original(self, token, dataset_path)
+        for option, name in (("USER_ID_FIELD", self.uid_field), ("ITEM_ID_FIELD", self.iid_field)):
+            if name is not None and (self.inter_feat is None or name not in self.inter_feat):
+                raise _missing(self, option, name)
+
+    return _load_inter_feat
+
+
+def with_lists(original: Callable) -> Callable:
+    """RecBole's `_benchmark_presets`; files without histories are refused."""
+
+    def _benchmark_presets(self: Any) -> None:
+        lists = self.iid_field + self.config["LIST_SUFFIX"]
+        if lists not in self.inter_feat:
+            raise CompressionError(
+                f"Expected the files of `benchmark_filename` to hold {lists}:token_seq, the "
+                f"history of each row, but they have {', '.join(self.inter_feat)}; write it, name "
+                "it in `load_col`, or leave `benchmark_filename` out."
+            )
+        original(self)
+
+    return _benchmark_presets
+
+
+def _missing(dataset: Any, option: str, name: str | None) -> CompressionError:
+    """The error for interactions without the column that an option names."""
+    parts = dataset.benchmark_filename_list or []
+    file = ".".join([dataset.dataset_name, *parts[:1], "inter"])
+    with open(
+        os.path.join(dataset.dataset_path, file), encoding=dataset.config["encoding"]
+    ) as rows:
+        header = rows.readline().strip("\ufeff\n").split(dataset.config["field_separator"])
     columns = [column.split(":")[0] for column in header]
     if name in columns:
         return CompressionError(
-            f"Expected the interactions to have {name}, by which they are ordered, but it was not "
-            f"loaded; name it in `load_col`, as in --load_col='{{inter: [{dataset.uid_field}, "
-            f"{dataset.iid_field}, {name}]}}'."
+            f"Expected `load_col` to name {name}, the `{option}`, but it does not; as in "
+            f"--load_col='{{inter: [{', '.join(columns)}]}}'."
         )
+    line = ""
+    if option == "TIME_FIELD":
+        line = f", or write one, such as {name or 'timestamp'}:float with the number of each line"
     return CompressionError(
-        f"Expected `TIME_FIELD` to name the column of {path} by which interactions are ordered, "
-        f"but got {name}, and the file has {', '.join(columns)}; name that column, or write one, "
-        f"such as {name or 'timestamp'}:float with the number of each line, and name it in "
-        "`load_col`."
+        f"Expected `{option}` to be a column of {file}, but got {name}, and it has "
+        f"{', '.join(columns)}; name that column, as in --{option}=NAME{line}."
     )
 
 

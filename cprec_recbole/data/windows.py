@@ -58,7 +58,8 @@ class Windows(NamedTuple):
         is_target = torch.zeros(n_interactions, dtype=torch.bool)
         is_target[pointers.ends] = True
         found = (order[nearest], ends, ends - firsts + 1)
-        return cls(*(torch.from_numpy(each[here]) for each in found), is_target)
+        rows, ends, lengths = (torch.from_numpy(each[here]) for each in found)
+        return cls(rows, ends, lengths, is_target)
 
     @property
     def n_targets(self) -> int:

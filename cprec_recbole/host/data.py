@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import builtins
+import glob
+import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from cprec_recbole.host.patching import View, replace
 
+_SAVED = ("dataset_save_path", "dataloaders_save_path")
+
 
 def adapt() -> None:
     """Mend RecBole's data sets; a second call is harmless."""
     import recbole.data.utils
+    import recbole.quick_start.quick_start
     from recbole.data.dataset import Dataset, SequentialDataset, dataset, kg_dataset
     from recbole.data.dataset import sequential_dataset as sequential
 
@@ -24,6 +31,7 @@ def adapt() -> None:
         module.len = _len
     dataset.pd = View(pd, read_csv=_read_csv)
     replace(Dataset, "_load_feat", interactions.quickly_read)
+    replace(Dataset, "_load_inter_feat", interactions.with_ids)
     replace(Dataset, "_filter_by_inter_num", interactions.quickly_filtered)
     replace(Dataset, "_fill_nan", _with_working_fillna)
     replace(Dataset, "_remap", interactions.quickly_numbered)
@@ -34,7 +42,40 @@ def adapt() -> None:
     replace(Dataset, "time_based_split", sequences.by_time)
     replace(SequentialDataset, "data_augmentation", sequences.of_prefixes)
     replace(SequentialDataset, "build", sequences.with_targets)
+    replace(SequentialDataset, "_benchmark_presets", interactions.with_lists)
     replace(recbole.data.utils, "save_split_dataloaders", _with_generators_kept)
+    replace(recbole.data.utils, "load_split_dataloaders", _unless_stale)
+    for module in (recbole.data.utils, recbole.data, recbole.quick_start.quick_start):
+        replace(module, "create_dataset", _unless_stale)
+
+
+@contextmanager
+def without_saved_data(config: Any) -> Iterator[None]:
+    """Within: RecBole finds no saved data set or loaders. They are pickles, which run what is in
+    them, and need not be of the files that are there now."""
+    before = {name: config[name] for name in _SAVED}
+    config.final_config_dict.update(dict.fromkeys(_SAVED, os.path.join(os.devnull, "none")))
+    try:
+        yield
+    finally:
+        config.final_config_dict.update(before)
+
+
+def _unless_stale(original: Callable) -> Callable:
+    """RecBole's functions that read saved data sets and loaders; none that is older than a file of
+    the data set, whose changes RecBole does not see."""
+
+    def read(config: Any) -> Any:
+        saved = Path(config["checkpoint_dir"]).glob(f"{glob.escape(config['dataset'])}-*.pth")
+        paths = [*saved, *(Path(config[name]) for name in _SAVED if config[name])]
+        written = [path.stat().st_mtime_ns for path in paths if path.is_file()]
+        files = Path(config["data_path"]).glob("*")
+        changed = max((file.stat().st_ctime_ns for file in files), default=0)
+        is_stale = bool(written) and changed >= min(written)
+        with without_saved_data(config) if is_stale else nullcontext():
+            return original(config)
+
+    return read
 
 
 def _len(found: Any) -> Any:

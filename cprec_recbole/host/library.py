@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,63 +15,91 @@ import recbole
 import yaml
 from recbole.config import Config
 from recbole.data import create_dataset, data_preparation
-from recbole.utils import get_model
 
 from cprec_recbole.config import CompressionError, is_number
+from cprec_recbole.host.data import without_saved_data
+from cprec_recbole.host.patching import Values
+
+_LEFT_OUT = ("valid_and_test", "valid_only", "test_only")
+
+
+# what RecBole evaluates or unpickles; RecBole's own functions do, for a file that the user trusts
+_RUNNING_CODE = (
+    *("dataset_save_path", "dataloaders_save_path", "pre_model_path", "pretrain_path"),
+    *("mf_pretrain_path", "mlp_pretrain_path", "embedding_path", "warm_up", "teacher"),
+)
+_READ_BY_NOTHING = ("config_file", "config_files", "config_file_list")  # of RecBole's own lists
 
 
 def recbole_config(
-    model: str, dataset: str, options: dict[str, Any], config_files: list[str] | None = None
+    model: str | type,
+    dataset: str,
+    options: dict[str, Any],
+    config_files: Sequence[str] | None = None,
 ) -> Config:
     """A RecBole config from its arguments alone.
 
-    RecBole's Config also parses `sys.argv`, which belongs to whoever called us.
+    RecBole's Config also parses `sys.argv`, which belongs to whoever called us, and evaluates the
+    texts among the options; here they are values, whatever they look like.
 
     Args:
-        model: RecBole's name of the model.
+        model: RecBole's name of the model, or its class.
         dataset: RecBole's name of the data set.
         options: RecBole options; they win over the files.
         config_files: YAML files.
 
     Raises:
-        CompressionError: no such data set, no such file, or options that RecBole refuses.
+        CompressionError: no such data set, no such file, options that RecBole refuses, or that
+            name code for it to run.
     """
-    for file in config_files or []:
-        read_options(file)
+    given: dict[str, Any] = {}
+    for file in config_files or ():
+        given |= read_options(file)
+    given |= options
+    for name in _RUNNING_CODE:
+        if given.get(name):
+            raise CompressionError(
+                f"Expected no `{name}`, which RecBole unpickles or evaluates and so could run any "
+                f"code, but got {given[name]!r}; leave it out, or call RecBole's own run_recbole() "
+                "with what you trust."
+            )
+    if Path(dataset).name != dataset:  # RecBole looks for files of its own by it
+        raise CompressionError(
+            f"Expected `dataset` to be the name of a folder in `data_path`, but got {dataset!r}."
+        )
     argv = sys.argv
     sys.argv = argv[:1] or [""]
     try:
-        config = Config(
-            model, dataset, config_file_list=config_files or None, config_dict=dict(options)
-        )
-    except CompressionError:
+        config = Config(model, dataset, config_dict=Values(given))
+    except (CompressionError, OSError):
         raise
-    except (ValueError, TypeError, KeyError, NotImplementedError, RuntimeError) as error:
-        raise CompressionError(f"RecBole refuses these options: {error}") from error
+    except Exception as error:  # its own checks raise any kind, and some are asserts
+        raise CompressionError(f"RecBole refuses these options: {in_a_line(error)}") from error
     finally:
         sys.argv = argv
     _check_numbers(config)
+    _check_choices(config)
     _check_dataset(config)
     return config
 
 
 def recbole_dataset(config: Config) -> Any:
-    """RecBole's data set of a config, read and filtered.
+    """RecBole's data set of a config, read from its files and filtered; never one that was saved.
 
     Raises:
         CompressionError: files that RecBole cannot read with these options.
     """
-    with _reading(config):
+    with _reading(config), without_saved_data(config):
         return create_dataset(config)
 
 
 def recbole_loaders(config: Config, dataset: Any) -> tuple[Any, Any, Any]:
-    """RecBole's loaders of the training, validation and test rows of a data set.
+    """RecBole's loaders of the training, validation and test rows of a data set; never saved ones.
 
     Raises:
         CompressionError: a data set that cannot be split with these options.
     """
-    with _reading(config):
+    with _reading(config), without_saved_data(config):
         return data_preparation(config, dataset)
 
 
@@ -80,22 +110,22 @@ def recbole_model(config: Config, dataset: Any) -> Any:
         CompressionError: options that no such model can have.
     """
     with fitting_options(config["model"]):
-        return get_model(config["model"])(config, dataset)
+        return config.model_class(config, dataset)
 
 
 @contextmanager
 def fitting_options(model: str) -> Iterator[None]:
-    """Where RecBole's own layers are built: what they say of options is of the user's.
+    """Where RecBole's own layers work: what they say of options is of the user's.
 
     Raises:
         CompressionError: options that no such model can have.
     """
     try:
         yield
-    except CompressionError:
+    except (CompressionError, OSError):
         raise
-    except (ValueError, TypeError, ZeroDivisionError, KeyError) as error:
-        said = " ".join(str(error).split())
+    except Exception as error:  # RecBole has no errors of its own
+        said = in_a_line(error)
         if isinstance(error, KeyError):  # of an activation's name, say
             said = f"nothing is called {said}"
         raise CompressionError(
@@ -108,14 +138,35 @@ def _reading(config: Config) -> Iterator[None]:
     """Within: what RecBole says of data that it cannot read is an error of one line."""
     try:
         yield
-    except CompressionError:
+    except (CompressionError, OSError):
         raise
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except Exception as error:  # RecBole has no errors of its own
         raise CompressionError(
             f"Expected `dataset` to be one that RecBole reads and splits with these options, but "
             f"of {config['dataset']} in {config['data_path']} it says: {type(error).__name__}: "
-            f"{' '.join(str(error).split())}"
+            f"{in_a_line(error)}"
         ) from error
+
+
+def in_a_line(error: BaseException) -> str:
+    """What an error says, on one line; its kind where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as RecBole reads it: `1e-3` is a number too. No tag makes anything of Python's."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.[\d_]+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def read_yaml(text: str) -> Any:
+    """The value of a text in YAML; raises yaml.YAMLError."""
+    return yaml.load(text, Loader=_Loader)
 
 
 def read_options(file: str, name: str = "config") -> dict[str, Any]:
@@ -129,13 +180,12 @@ def read_options(file: str, name: str = "config") -> dict[str, Any]:
         CompressionError: no file, or none that holds names and values.
     """
     try:
-        options = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
+        options = read_yaml(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise CompressionError(
-            f"Expected `{name}` to be a YAML file, but {file} is none: {reason}"
+            f"Expected `{name}` to be a YAML file, but {file} is none: {in_a_line(error)}"
         ) from error
-    if not isinstance(options, dict):
+    if not isinstance(options, dict) or not all(isinstance(key, str) for key in options):
         raise CompressionError(f"Expected `{name}` to hold names and values, but {file} does not.")
     return options
 
@@ -153,7 +203,13 @@ def whole_number(config: Config, name: str, lowest: int = 1) -> int:
 def known_options(config: Config) -> list[str]:
     """The names of all options that RecBole or this package knows for a model."""
     arguments = [name for names in config.parameters.values() for name in names]
-    return sorted({*config.internal_config_dict, *arguments})
+    return sorted({*config.internal_config_dict, *arguments} - {*_READ_BY_NOTHING})
+
+
+def model_options(model: str | None = None) -> set[str]:
+    """The names of the options of one of RecBole's models, or of all; empty for another's."""
+    files = (Path(recbole.__file__).parent / "properties" / "model").glob(f"{model or '*'}.yaml")
+    return {name for file in files for name in read_yaml(file.read_text(encoding="utf-8")) or ()}
 
 
 def _check_numbers(config: Config) -> None:
@@ -168,6 +224,21 @@ def _check_numbers(config: Config) -> None:
         value = config[name]
         if value is not None and not (is_number(value) and fits(value)):
             raise CompressionError(f"Expected `{name}` to be {words}, but got {value!r}.")
+
+
+def _check_choices(config: Config) -> None:
+    """What RecBole knows to be wrong only once it gets there, perhaps after an epoch."""
+    split = config["eval_args"]["split"]
+    if isinstance(split, dict) and split.get("LS", "test_only") not in _LEFT_OUT:
+        raise CompressionError(
+            f"Expected `eval_args` to leave one out by {', '.join(_LEFT_OUT)}, but got "
+            f"{split['LS']!r}."
+        )
+    if config["log_wandb"] and importlib.util.find_spec("wandb") is None:
+        raise CompressionError(
+            "Expected `log_wandb` with the package wandb, but it is not installed; install it, or "
+            "leave the option out."
+        )
 
 
 def _check_dataset(config: Config) -> None:

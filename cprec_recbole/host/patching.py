@@ -34,6 +34,10 @@ def replace(owner: Any, name: str, make: Callable[[Callable], Callable]) -> None
         setattr(owner, name, replacement)
 
 
+class Values(dict[str, Any]):
+    """Options that are values already; RecBole's Config evaluates the texts among others."""
+
+
 def is_ours(config: Any) -> bool:
     """Whether a RecBole config is of a compressed model, or of the user's own class of one."""
     return hasattr(config.model_class, "record")

@@ -7,6 +7,7 @@ of the process.
 
 from __future__ import annotations
 
+import ast
 import importlib
 import sys
 import warnings
@@ -20,9 +21,10 @@ import numpy as np
 import torch
 
 from cprec_recbole.config import CompressionConfig, CompressionError, is_near, reject_unknown
-from cprec_recbole.host.patching import View, is_ours, replace
+from cprec_recbole.host.patching import Values, View, is_ours, replace
 from cprec_recbole.host.registration import importing_models
 
+_PLAIN = (str, int, float, list, tuple, dict, bool, type(None))
 _REMOVED_FROM_NUMPY = {
     "bool": np.bool_,
     "int": np.int_,
@@ -99,6 +101,27 @@ def _without_numpy_patching(original: Callable) -> Callable:
     return compatibility_settings
 
 
+def _without_eval(original: Callable) -> Callable:
+    def _convert_config_dict(self: Any, config_dict: dict[str, Any]) -> dict[str, Any]:
+        # RecBole calls eval for each text, in a function where `key` and `param` are names too
+        if isinstance(config_dict, Values):
+            return dict(config_dict)
+        return {name: _literal(value) for name, value in config_dict.items()}
+
+    return _convert_config_dict
+
+
+def _literal(value: Any) -> Any:
+    """What a text is as Python writes values, as RecBole takes it; any other as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        found = ast.literal_eval(value)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return {"true": True, "false": False}.get(value.lower(), value)
+    return found if isinstance(found, _PLAIN) else value
+
+
 def _with_parent_defaults(original: Callable) -> Callable:
     def _load_internal_config_dict(self: Any, model: str, model_class: Any, dataset: str) -> None:
         adapt_recbole_modules()  # the model's module has just been imported
@@ -109,7 +132,7 @@ def _with_parent_defaults(original: Callable) -> Callable:
             _register_subclass(model_class)
             defaults.update(_compression_defaults(given, defaults, record))
         loss_type = given.get("loss_type", defaults.get("loss_type"))
-        if model_class.type.name == "SEQUENTIAL" and loss_type == "CE":
+        if model_class.type.name == "SEQUENTIAL" and loss_type in ("CE", "NLL"):
             # overall.yaml samples negatives, which Config then refuses for a CE model
             defaults["train_neg_sample_args"] = None
 
@@ -145,26 +168,33 @@ def _compression_defaults(
         if name not in defaults and name not in known:
             _reject_misspelling(name, known)
     compression = CompressionConfig(**{name: given[name] for name in names if name in given})
-    check_objective(compression, given.get("loss_type", defaults.get("loss_type", "CE")))
+    loss_type = given.get("loss_type", defaults.get("loss_type", "CE"))
+    check_objective(compression, loss_type, record)
     record.check_objective(given.get("training", record.objectives[0]))
     own = {name: getattr(CompressionConfig(), name) for name in names}
     return own | {"training": record.objectives[0]}
 
 
 def _reject_misspelling(name: str, names: tuple[str, ...]) -> None:
-    """RecBole takes any key; one that is nearly an option of ours is taken for a misspelling."""
-    if is_near(name, names):
+    """RecBole takes any key; one that is nearly an option of ours is taken for a misspelling, but
+    for options of RecBole's other models, which a file for several may hold."""
+    from cprec_recbole.host.library import model_options
+
+    if is_near(name, names) and name not in model_options():
         reject_unknown([name], names)
 
 
 def _with_remembered_counts(original: Callable) -> Callable:
     def __init__(self: Any, config: Any, dataset: Any) -> None:
         from cprec_recbole.data.sequences import item_counts
+        from cprec_recbole.saving.vocabulary import NUMBERING, numbering
 
         original(self, config, dataset)
         if hasattr(dataset, "inter_feat"):
             self.train_item_counts = item_counts(dataset)
             self.item_tokens = dataset.field2id_token[dataset.iid_field]
+            if hasattr(config, "final_config_dict"):  # which is what a checkpoint keeps
+                config.final_config_dict[NUMBERING] = numbering(dataset)
 
     return __init__
 
@@ -181,11 +211,18 @@ def _with_positions_loader(original: Callable) -> Callable:
 
 
 def _load_data_and_model(model_file: str) -> tuple:
-    """RecBole's function, but for its torch.load, which the function imports for itself."""
+    """RecBole's function, but for its torch.load, which the function imports for itself.
+
+    It trusts what it reads: the checkpoint is unpickled, which runs whatever code is in it, and so
+    is the data set that the checkpoint's options name as a saved one. For files of your own;
+    `cprec compress` reads others without running anything.
+    """
     from logging import getLogger
 
     from recbole.data import create_dataset, data_preparation
     from recbole.utils import get_model, init_logger, init_seed
+
+    from cprec_recbole.saving.vocabulary import NUMBERING, check_checkpoint_numbering
 
     checkpoint = _trusting_load(model_file)
     config = checkpoint["config"]
@@ -194,6 +231,7 @@ def _load_data_and_model(model_file: str) -> tuple:
     getLogger().info(config)
     dataset = create_dataset(config)
     getLogger().info(dataset)
+    check_checkpoint_numbering(model_file, config[NUMBERING], dataset)
     train_data, valid_data, test_data = data_preparation(config, dataset)
     init_seed(config["seed"], config["reproducibility"])
     model = get_model(config["model"])(config, train_data._dataset).to(config["device"])
@@ -241,6 +279,7 @@ def adapt() -> None:
     ):
         warnings.filterwarnings("ignore", message=message, module=r"recbole\.")
     replace(Config, "compatibility_settings", _without_numpy_patching)
+    replace(Config, "_convert_config_dict", _without_eval)
     replace(Config, "_load_internal_config_dict", _with_parent_defaults)
     replace(SequentialRecommender, "__init__", _with_remembered_counts)
     replace(recbole.data.utils, "get_dataloader", _with_positions_loader)
@@ -250,7 +289,7 @@ def adapt() -> None:
     recbole_data.adapt()
     recbole_processes.adapt()
     if "training" not in dataset_arguments:  # a saved dataset is reused only where these agree
-        dataset_arguments += ["training", "eval_args"]
+        dataset_arguments += ["training", "eval_args", "data_path"]
         training_arguments.append("checkpoint_steps")
     for model_class in MODELS:
         register_model(model_class)

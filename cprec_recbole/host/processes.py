@@ -199,7 +199,14 @@ def _written_by_one(original: Callable) -> Callable:
 
 def _of_all_rows(original: Callable) -> Callable:
     def get_data_struct(self: Any) -> Any:
-        struct = original(self)
+        # RecBole calls `cpu` of everything, also of the numbers and counts of the training data
+        from recbole.evaluator.collector import DataStruct
+
+        kept, struct = self.data_struct, DataStruct()
+        for name, value in list(kept._data_dict.items()):
+            struct.set(name, value.cpu() if isinstance(value, torch.Tensor) else value)
+            if name in COLLECTED:
+                del kept[name]
         if self.config["single_spec"]:
             return struct
         mine = {name: struct.get(name) for name in COLLECTED if name in struct}

@@ -33,8 +33,8 @@ def starting_the_plugin_too(original: Callable) -> Callable:
                 *(model, dataset, config_file_list, config_dict, saved),
                 *(nproc, world_size, ip, port, group_offset),
             )
-        command_line = Config._load_cmd_line(Config.__new__(Config))  # which its `run` reads
-        options = {**(config_dict or {}), **command_line}
+        reader = Config.__new__(Config)  # its `run` reads the command line, and texts as values
+        options = reader._convert_config_dict(config_dict or {}) | reader._load_cmd_line()
         return run(
             model or options.get("model", ""),
             dataset or options.get("dataset", ""),

@@ -7,23 +7,28 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from recbole.utils import get_model, init_seed
+from recbole.utils import init_seed
+from recbole.utils.argument_list import dataset_arguments, evaluation_arguments
 from torch import nn
 
-from cprec_recbole.config import CompressionError, reject_unknown
+from cprec_recbole.backbones import Backbone
+from cprec_recbole.config import CompressionConfig, CompressionError, reject_unknown
 from cprec_recbole.host.checkpoint import Checkpoint, read_checkpoint
 from cprec_recbole.host.library import (
     known_options,
+    model_options,
     recbole_config,
     recbole_dataset,
     recbole_loaders,
+    recbole_model,
 )
+from cprec_recbole.host.unpickle import shown
+from cprec_recbole.models import MODELS
+from cprec_recbole.records import BACKBONES, record_named
+from cprec_recbole.saving.vocabulary import NUMBERING, check_checkpoint_numbering
 
-# what RecBole works out for itself, or what belongs to the machine that trained
-_DERIVED = (
-    *("model", "dataset", "data_path", "checkpoint_dir", "train_neg_sample_args", "use_gpu"),
-    *("valid_neg_sample_args", "test_neg_sample_args", "single_spec", "local_rank", "gpu_id"),
-)
+# beside those of the model, the data set and the evaluation: what batches and random draws need
+_ALSO = ("seed", "reproducibility", "train_batch_size", "encoding", "shuffle", "transform")
 
 
 class Trained(NamedTuple):
@@ -47,8 +52,10 @@ def load_trained(file: str | os.PathLike[str], options: dict[str, Any] | None = 
             that is not found or is not the one that the model was trained on.
     """
     checkpoint = read_checkpoint(file)
+    model_class = _model_class(checkpoint, file)
+    record = getattr(model_class, "record", None) or record_named(checkpoint.model)
     config = recbole_config(
-        checkpoint.model, checkpoint.dataset, _options(checkpoint) | (options or {})
+        model_class, checkpoint.dataset, _options(checkpoint, record) | (options or {})
     )
     reject_unknown(options or {}, known_options(config))
     if not os.path.isdir(config["data_path"]):  # RecBole would look for it on the internet
@@ -57,8 +64,10 @@ def load_trained(file: str | os.PathLike[str], options: dict[str, Any] | None = 
             f"was trained on, but {config['data_path']} does not exist."
         )
     init_seed(config["seed"], config["reproducibility"])
-    train, valid, test = recbole_loaders(config, recbole_dataset(config))
-    model = get_model(checkpoint.model)(config, train._dataset)
+    dataset = recbole_dataset(config)
+    check_checkpoint_numbering(os.fspath(file), checkpoint.options.get(NUMBERING), dataset)
+    train, valid, test = recbole_loaders(config, dataset)
+    model = recbole_model(config, train._dataset)
     try:
         model.load_state_dict(checkpoint.state)
     except (RuntimeError, CompressionError) as error:
@@ -70,13 +79,36 @@ def load_trained(file: str | os.PathLike[str], options: dict[str, Any] | None = 
     return Trained(model.to(config["device"]).eval(), train, valid, test)
 
 
-def _options(checkpoint: Checkpoint) -> dict[str, Any]:
-    options = {k: v for k, v in checkpoint.options.items() if k not in _DERIVED}
-    options["use_gpu"] = torch.cuda.is_available()
-    negatives = checkpoint.options.get("train_neg_sample_args")
-    if isinstance(negatives, dict) and negatives.get("distribution") != "none":
+def _model_class(checkpoint: Checkpoint, file: str | os.PathLike[str]) -> Any:
+    """The class of a checkpoint's model, out of those that can be compressed."""
+    known = {each.__name__: each for each in (*(record.host for record in BACKBONES), *MODELS)}
+    if checkpoint.model not in known:
+        raise CompressionError(
+            f"Expected `checkpoint` to be of one of {', '.join(known)}, but {os.fspath(file)} is "
+            f"of {shown(checkpoint.model)}."
+        )
+    return known[checkpoint.model]
+
+
+def _options(checkpoint: Checkpoint, record: Backbone) -> dict[str, Any]:
+    """What the model and its data set are made by, and nothing else that the file names."""
+    names = {name if isinstance(name, str) else name[0] for name in record.architecture}
+    names |= {*_ALSO, *CompressionConfig.option_names(), *model_options(record.host.__name__)}
+    names |= {*dataset_arguments, *evaluation_arguments}
+    options = {name: value for name, value in checkpoint.options.items() if name in names}
+    negatives = _negatives(checkpoint.options.get("train_neg_sample_args"))
+    if negatives is not None:
         options["train_neg_sample_args"] = negatives
     folder = checkpoint.options.get("data_path")
-    if folder and checkpoint.dataset != "ml-100k":
+    if isinstance(folder, str) and folder and checkpoint.dataset != "ml-100k":
         options["data_path"] = str(Path(folder).parent)  # RecBole has added the data set's name
-    return options
+    return options | {"use_gpu": torch.cuda.is_available()}
+
+
+def _negatives(given: object) -> dict[str, Any] | None:
+    """RecBole's `train_neg_sample_args`, also as RecBole up to 1.1.0 wrote it; None for none."""
+    if not isinstance(given, dict) or given.get("strategy", given.get("distribution")) == "none":
+        return None
+    if "strategy" not in given:
+        return given
+    return {"distribution": given.get("distribution", "uniform"), "sample_num": given.get("by", 1)}

@@ -113,6 +113,13 @@ def _number(form: object, data: Any) -> object:
     return struct.unpack(form.name, data)[0]
 
 
+def _bytes(text: Any, encoding: object) -> bytes:
+    """In the place of `_codecs.encode`, by which protocol 2 spells bytes."""
+    if not isinstance(text, str) or encoding != "latin1":
+        raise UnpicklingError("bytes of it are none")
+    return text.encode("latin1")
+
+
 def _member(owner: object, name: object) -> object:
     """In the place of `getattr`, by which Python 3.11.2, Debian 12's, pickles an enum."""
     if owner is not _NAMED:
@@ -135,6 +142,8 @@ def _path(*parts: object) -> str:
 _PATHS = ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")
 _NAMED = _Function(_named)
 _ALLOWED: Mapping[tuple[str, str], object] = {
+    ("_codecs", "encode"): _Function(_bytes),
+    ("__builtin__", "getattr"): _Function(_member),  # protocol 2
     ("builtins", "getattr"): _Function(_member),
     ("collections", "OrderedDict"): _Function(lambda: {}),
     ("numpy", "dtype"): _Function(_dtype),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import warnings
 from array import array
@@ -12,6 +13,7 @@ import numpy as np
 
 from cprec_recbole.config import CompressionError
 
+NUMBERING = "item_numbering"  # the option in which a checkpoint keeps it
 UNKNOWN = ("warn", "error", "skip")
 _PIECE = 2**12  # tokens that are texts of their own at a time
 
@@ -136,6 +138,12 @@ class Vocabulary:
             )
         return [item for item in found if item]
 
+    def same_as(self, tokens: Sequence[str]) -> bool:
+        """Whether these are the tokens of the ids from 1 on, in their order."""
+        encoded = [token.encode() for token in tokens]
+        lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
+        return np.array_equal(np.diff(self._ends), lengths) and b"".join(encoded) == self._text
+
     def extended(self, tokens: Sequence[str]) -> Vocabulary:
         """With more tokens behind, for the ids that follow."""
         return Vocabulary(itertools.chain(self.tokens, tokens))
@@ -160,6 +168,59 @@ def as_vocabulary(tokens: Any, n_items: int) -> Vocabulary:
             f"id from 1 on, but got {got}."
         )
     return tokens
+
+
+def check_numbering(model: Any, data: Any, argument: str) -> None:
+    """Raise a CompressionError where a model and data call an item by different ids.
+
+    RecBole numbers items by their first appearance, so the same interactions in another order of
+    rows have other ids. Nothing is compared where either does not know its tokens.
+
+    Args:
+        model: one of ours, or one of RecBole's that was built after `import cprec_recbole`.
+        data: RecBole's data set or data loader; whatever else is left alone.
+        argument: the name that the data was given by.
+    """
+    dataset = getattr(data, "_dataset", data)
+    known = getattr(model, "vocabulary", None)
+    names: Any = getattr(model, "item_tokens", None)
+    if not hasattr(dataset, "field2id_token") or (known is None and names is None):
+        return
+    tokens = [str(token) for token in dataset.field2id_token[dataset.iid_field][1:]]
+    if known is not None and known.same_as(tokens):
+        return
+    own = [str(token) for token in (names[1:] if known is None else known.tokens)]
+    if own == tokens:
+        return
+    if len(own) != len(tokens):
+        found = f"the model has {len(own)} items and the data {len(tokens)}"
+    else:
+        item = next(i for i, (a, b) in enumerate(zip(own, tokens)) if a != b)
+        found = f"item {item + 1} is {own[item]!r} in the model and {tokens[item]!r} in the data"
+    raise CompressionError(
+        f"Expected `{argument}` to number its items as the model does, but {found}. RecBole counts "
+        "them in the order of their first appearance: keep the rows that the model was trained on "
+        "first, in their order and with the same filters, new ones behind them, and give items "
+        "that the model does not know to `add_items` in the order of their ids."
+    )
+
+
+def numbering(dataset: Any) -> str:
+    """A checksum of the item tokens of a RecBole data set, in the order of their ids."""
+    tokens = dataset.field2id_token[dataset.iid_field]
+    return hashlib.sha256("\0".join(map(str, tokens)).encode()).hexdigest()[:16]
+
+
+def check_checkpoint_numbering(file: Any, expected: object, dataset: Any) -> None:
+    """Raise a CompressionError where a data set numbers its items otherwise than the one that a
+    checkpoint's model was trained on; `expected` is None where the checkpoint does not say."""
+    if expected is not None and expected != numbering(dataset):
+        raise CompressionError(
+            f"Expected `data_path` to hold the data that {file} was trained on, but the items of "
+            f"{dataset.dataset_name} in {dataset.dataset_path} have other numbers: RecBole numbers "
+            "them in the order of their first appearance, and the rows, their order or the filters "
+            "have changed."
+        )
 
 
 def _hash(text: str) -> int:

@@ -32,7 +32,6 @@ class Job:
     Attributes:
         model: RecBole's name of the model.
         dataset: RecBole's name of the data set.
-        config_files: RecBole's YAML files.
         options: RecBole's options.
         saved: whether the best weights are written.
         out: where everything is written; None for RecBole's `checkpoint_dir`.
@@ -40,12 +39,11 @@ class Job:
         on_epoch: called after every validation, by the first process.
         say: takes a line about where the run begins; the first process's.
         logs: whether RecBole's own log is written and shown.
-        known_only: whether options that neither RecBole nor we know are refused.
+        named: which options RecBole or we have to know; a file may hold those of other models.
     """
 
     model: str
     dataset: str
-    config_files: tuple[str, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
     saved: bool = True
     out: str | None = None
@@ -53,7 +51,7 @@ class Job:
     on_epoch: OnEpoch | None = None
     say: Callable[[str], None] | None = None
     logs: bool = True
-    known_only: bool = False
+    named: tuple[str, ...] = ()
 
 
 _OWN = ("shard_tails", "checkpoint_steps")  # options of ours beside those of a CompressionConfig
@@ -71,7 +69,7 @@ def is_ours(name: str) -> bool:
 
 def config_of(job: Job) -> Config:
     """RecBole's config of a job; in a process that is one of several, joins the others."""
-    config = recbole_config(job.model, job.dataset, job.options, list(job.config_files))
+    config = recbole_config(job.model, job.dataset, job.options)
     is_ranked = config["eval_type"] == EvaluatorType.RANKING
     if is_ours(job.model) and is_ranked and config["eval_step"] > 0:
         check_valid_metric(config)
@@ -81,12 +79,11 @@ def config_of(job: Job) -> Config:
                 f"Expected `{name}` with one of {', '.join(_ours())}, but got it for {job.model}, "
                 "which is not compressed."
             )
-    if job.known_only:
-        known = (*known_options(config), *_OWN, *_READ)
-        for name in job.options:
-            # RecBole's own models may read what is named nowhere
-            if name not in known and (is_ours(job.model) or is_near(name, known)):
-                reject_unknown([name], known)
+    known = (*known_options(config), *_OWN, *_READ)
+    for name in job.named:
+        # RecBole's own models may read what is named nowhere
+        if name not in known and (is_ours(job.model) or is_near(name, known)):
+            reject_unknown([name], known)
     if checkpoint_steps(config) and (not is_ours(job.model) or job.out is None or not job.saved):
         raise CompressionError(
             f"Expected `checkpoint_steps` with an `out` folder and one of {', '.join(_ours())}, "

@@ -15,6 +15,7 @@ from cprec_recbole.config import CompressionError
 from cprec_recbole.data.sequences import SequenceRows
 from cprec_recbole.files import write_whole
 from cprec_recbole.parallel import group
+from cprec_recbole.saving.vocabulary import numbering
 
 LAST, BEST, RESULT = "last.pth", "best.pth", "result.json"
 _FORMAT = 2
@@ -126,7 +127,7 @@ def terms_of(config: Any, loaders: tuple[Any, ...]) -> dict[str, str]:
 
 def digest(loaders: tuple[Any, ...]) -> str:
     """A checksum of all rows that loaders read."""
-    found = hashlib.sha256()
+    found = hashlib.sha256(numbering(loaders[0]._dataset).encode())
     for loader in loaders:
         feat = loader._dataset.inter_feat
         columns = feat.columns_kept() if isinstance(feat, SequenceRows) else feat.interaction

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,13 @@ from recbole.utils import (
 from cprec_recbole.config import CompressionError
 from cprec_recbole.evaluation import check_cutoffs
 from cprec_recbole.files import held, make_folder, remove_leftovers, write_whole
-from cprec_recbole.host.library import recbole_dataset, recbole_loaders, recbole_model
+from cprec_recbole.host.library import (
+    fitting_options,
+    read_options,
+    recbole_dataset,
+    recbole_loaders,
+    recbole_model,
+)
 from cprec_recbole.parallel import group
 from cprec_recbole.parallel.group import Place
 from cprec_recbole.parallel.processes import launch
@@ -69,11 +75,13 @@ def run(
         raise CompressionError(
             f"Expected `config_file_list` to be a list of files, but got {config_file_list!r}."
         )
+    options: dict[str, Any] = {}
+    for file in config_file_list or ():
+        options |= read_options(file, "config_file_list")
     job = Job(
         model,
         dataset,
-        tuple(config_file_list or ()),
-        dict(config_dict or {}),
+        {**options, **(config_dict or {})},
         saved,
         None if out is None else os.fspath(out),
         resume,
@@ -127,10 +135,11 @@ def _train_and_test(config: Config, job: Job) -> dict[str, Any]:
     if not group.is_first():  # the same weights everywhere; what is drawn while training differs
         init_seed(config["seed"] + group.rank(), config["reproducibility"])
     logging.getLogger().info(model)
-    trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
-    if job.out is None:
-        return _fit(trainer, config, loaders, job)
-    return _into_folder(trainer, config, loaders, job, Path(job.out))
+    with fitting_options(config["model"]):
+        trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
+        if job.out is None:
+            return _fit(trainer, config, loaders, job)
+        return _into_folder(trainer, config, loaders, job, Path(job.out))
 
 
 def _into_folder(
@@ -179,11 +188,16 @@ def _fit(
     logger.info(set_color("best valid ", "yellow") + f": {trainer.best_valid_result}")
     logger.info(set_color("test result", "yellow") + f": {test_result}")
     return {
-        "best_valid_score": trainer.best_valid_score,
+        "best_valid_score": float(trainer.best_valid_score),
         "valid_score_bigger": config["valid_metric_bigger"],
-        "best_valid_result": trainer.best_valid_result,
-        "test_result": test_result,
+        "best_valid_result": _plain(trainer.best_valid_result),
+        "test_result": _plain(test_result),
     }
+
+
+def _plain(result: Mapping[str, Any] | None) -> dict[str, float] | None:
+    """Metrics as Python's numbers: some of RecBole's are NumPy's, which JSON does not know."""
+    return None if result is None else {name: float(value) for name, value in result.items()}
 
 
 def _callback(trainer: Any, job: Job) -> Callable[[int, float], None] | None:
