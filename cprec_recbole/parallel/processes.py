@@ -77,6 +77,8 @@ def _process(
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // nproc))
     if sys.platform == "linux":  # they are on one machine, whatever its name resolves to
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    # a spawned process spawns: its loaders' workers are to start as they do in any other process
+    multiprocessing.set_start_method(None, force=True)
     end_with_parent()
     group.expect(Place(number, nproc, number, nproc, f"file://{folder}/meeting"))
     try:
