@@ -153,7 +153,7 @@ def test_every_kind_of_number_and_of_view(contents, folder, protocol):
     )
     state._metadata = OrderedDict({"": {"version": 1}})
     file = folder / "kinds.pth"
-    changed = {**contents, "state_dict": state, "best_valid_score": -np.inf}
+    changed = {**contents, "state_dict": state, "best_valid_score": np.float64(-np.inf)}
     torch.save(changed, file, pickle_protocol=protocol)
     found = read_checkpoint(file).state
     assert_same_tensors(found, trusted(file)["state_dict"])
@@ -360,7 +360,7 @@ def test_code_is_refused_by_name_and_not_run(contents, folder, tmp_path, place, 
             "builtins.open",
             "__builtin__.eval",
         ),
-        *("pickle.loads", "importlib.import_module", "_codecs.encode", "numpy.load"),
+        *("pickle.loads", "importlib.import_module", "_codecs.decode", "numpy.load"),
         *("collections.OrderedDict.fromkeys", "torch._utils._rebuild_tensor_v3", "torch.Storage"),
         *("torch.storage._load_from_bytes", "recbole.quick_start.run_recbole", "numpy.ndarray"),
         *("recbole.config.configurator.os", "recbole.modelling.Evil", "cprec_recbole.modelsx.Cp"),

@@ -7,7 +7,14 @@ import re
 import pytest
 import torch
 
-from cprec_recbole import CompressionError, compress, load_pretrained, recover, run_recbole
+from cprec_recbole import (
+    CompressionConfig,
+    CompressionError,
+    compress,
+    load_pretrained,
+    recover,
+    run_recbole,
+)
 from cprec_recbole.cli import main
 from cprec_recbole.compression.original import Original
 from cprec_recbole.models import MODELS
@@ -186,6 +193,24 @@ def test_bpr_trains_too(world, name):
     batch = world.batch(f"Cp{name}", training=model.compression.training, **options)
     losses = losses_of(model, batch)
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("softmax", ["full", "tree"])
+def test_sine_has_a_third_loss(world, softmax):
+    """The softmax's and how alike the concepts are; RecBole's own is the reference."""
+    host = world.model("SINE", loss_type="NLL")
+    batch = world.batch("SINE", loss_type="NLL")
+    same = compress(host, CompressionConfig.uncompressed("last_position"))
+    alike = host.reg_loss_ratio * host.calculate_reg_loss()
+    torch.manual_seed(0)
+    scores = host.full_sort_predict(batch)[:, 1:]  # ours leaves the padding item out
+    expected = torch.nn.functional.cross_entropy(scores, batch["item_id"] - 1) + alike
+    torch.testing.assert_close(same.calculate_loss(batch), expected)
+    small = world.model("CpSINE", loss_type="NLL", softmax=softmax, **BLOCKS)
+    losses = losses_of(small, batch)
+    assert losses[-1] < losses[0]
+    with pytest.raises(CompressionError, match="`loss_type` to be CE or BPR, but got 'NLL'"):
+        world.config("CpNARM", loss_type="NLL")
 
 
 def test_items_that_are_added_are_recommended_and_read(originals, name):

@@ -31,6 +31,7 @@ from cprec_recbole.compare.controls.recjpq import (
 )
 from cprec_recbole.compare.controls.table import FlatSoftmax
 from cprec_recbole.compare.sizes import served_bytes
+from cprec_recbole.data.sequences import item_counts
 from cprec_recbole.evaluation import evaluate
 from cprec_recbole.report import part_sizes, saved_bytes
 from cprec_recbole.training.trainer import CompressedTrainer
@@ -478,7 +479,7 @@ def test_the_user_item_matrix_holds_the_training_items(world):
         matrix = user_item_matrix(dataset).toarray()
         assert set(np.unique(matrix)) == {0.0, 1.0}
         assert matrix[0].sum() == matrix[:, 0].sum() == 0
-        counts = dataset.item_counts()
+        counts = item_counts(dataset)
         assert ((matrix.sum(0) > 0) == (counts > 0)).all()
         assert (matrix.sum(0) <= counts).all()
 

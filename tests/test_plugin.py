@@ -63,7 +63,7 @@ def test_options_come_from_the_command_line_too(alone, monkeypatch, world):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"rank": [64, 16]}, "got `rank`; did you mean `ranks`"),
+        ({"rankss": [64, 16]}, "got `rankss`; did you mean `ranks`"),
         ({"sharng": "none"}, "did you mean `sharing`"),
         ({"sharing": "all"}, "`sharing` to be one of"),
         ({"ranks": [16, 64]}, "`ranks` not to rise"),
@@ -77,6 +77,8 @@ def test_a_bad_option_stops_before_any_data_is_read(world, options, match):
 
 def test_unrelated_options_of_recboles_are_left_alone(world):
     assert world.config("CpSASRec", my_own_option=3)["my_own_option"] == 3
+    with pytest.warns(UserWarning, match="`rank` is an option of another of RecBole's models"):
+        assert world.config("CpSASRec", rank=3)["rank"] == 3
 
 
 def test_negative_samples_asked_for_by_hand_are_still_recboles_error(world):

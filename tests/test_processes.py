@@ -236,6 +236,18 @@ def test_only_the_first_process_writes_what_one_process_can_read(
     assert trainer.evaluate(test, load_best_model=False) == result["test_result"]
 
 
+@pytest.mark.parametrize("name", ["CpSASRec", "SASRec"])
+def test_loaders_may_have_processes_of_their_own(world, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    dropout = {"hidden_dropout_prob": 0.0, "attn_dropout_prob": 0.0}
+    options = world.options(name, worker=2, **dropout)
+    found = cprec_recbole.run(name, world.name, nproc=2, config_dict=options)
+    if name == "CpSASRec":  # RecBole's own has DistributedSampler's batches on two processes
+        options["worker"] = 0
+        assert found == cprec_recbole.run(name, world.name, config_dict=options)
+    assert found["test_result"]["ndcg@10"] > 0
+
+
 @pytest.mark.parametrize("name", ["CpSASRec", "GRU4Rec"])
 def test_one_process_does_what_run_recbole_does(world, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -276,7 +288,7 @@ def test_recboles_own_run_starts_processes_that_know_the_models(world, tmp_path,
         ({"config_dict": {"checkpoint_steps": 5}}, "`checkpoint_steps` with an `out` folder"),
         ({"resume": True}, "`resume` with the `out` folder"),
         ({"resume": True, "out": "x", "model": "BPR"}, "`resume` with one of CpNextItNet"),
-        ({"config_file_list": ["none.yaml"]}, "`config` to be a YAML file"),
+        ({"config_file_list": ["none.yaml"]}, "`config_file_list` to be a YAML file"),
     ],
 )
 def test_bad_arguments_start_nothing(arguments, match, tmp_path, monkeypatch):

@@ -35,7 +35,7 @@ import recbole.data.dataset, recbole.trainer
 from recbole.utils import get_model
 from cprec_recbole import CpSASRec
 assert get_model("CpSASRec") is CpSASRec
-assert recbole.trainer.CpSASRecTrainer and recbole.data.dataset.CpSASRecDataset
+assert recbole.trainer.CpSASRecTrainer
 """
 TELL = """
 import cprec_recbole, sys

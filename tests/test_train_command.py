@@ -161,7 +161,7 @@ def test_the_command_line_wins_over_files(world, tmp_path, monkeypatch):
         (["--checkpoint_step=2"], "did you mean `checkpoint_steps`"),
         (
             ["--load_col={inter: [user_id, item_id]}"],
-            "timestamp was not loaded; name it in `load_col`, as in "
+            "`load_col` to name timestamp, the `TIME_FIELD`, but it was not loaded; write "
             "--load_col='{inter: [user_id, item_id, timestamp]}'",
         ),
         (["--out", "/dev/null/x"], "`out` to be a folder that can be written"),

@@ -210,7 +210,7 @@ def _missing(dataset: Any, option: str, name: str | None) -> CompressionError:
     columns = [column.split(":")[0] for column in header]
     if name in columns:
         return CompressionError(
-            f"Expected `load_col` to name {name}, the `{option}`, but it does not; as in "
+            f"Expected `load_col` to name {name}, the `{option}`, but it was not loaded; write "
             f"--load_col='{{inter: [{', '.join(columns)}]}}'."
         )
     line = ""

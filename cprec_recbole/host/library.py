@@ -63,7 +63,9 @@ def recbole_config(
                 f"code, but got {given[name]!r}; leave it out, or call RecBole's own run_recbole() "
                 "with what you trust."
             )
-    if Path(dataset).name != dataset:  # RecBole looks for files of its own by it
+    if (
+        not dataset or dataset == ".." or Path(dataset).name != dataset
+    ):  # RecBole looks for files of its own by it
         raise CompressionError(
             f"Expected `dataset` to be the name of a folder in `data_path`, but got {dataset!r}."
         )

@@ -176,12 +176,19 @@ def _compression_defaults(
 
 
 def _reject_misspelling(name: str, names: tuple[str, ...]) -> None:
-    """RecBole takes any key; one that is nearly an option of ours is taken for a misspelling, but
-    for options of RecBole's other models, which a file for several may hold."""
+    """RecBole takes any key; one that is nearly an option of ours is taken for a misspelling. Of an
+    option of another of RecBole's models, which a file for several may hold, there is a warning."""
     from cprec_recbole.host.library import model_options
 
-    if is_near(name, names) and name not in model_options():
+    if not is_near(name, names):
+        return
+    if name not in model_options():
         reject_unknown([name], names)
+    warnings.warn(
+        f"`{name}` is an option of another of RecBole's models and is not read here; compression "
+        f"has {', '.join(names)}.",
+        stacklevel=2,
+    )
 
 
 def _with_remembered_counts(original: Callable) -> Callable:

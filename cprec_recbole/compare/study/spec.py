@@ -277,8 +277,7 @@ def _rates(rates: list[Any]) -> tuple[float, ...]:
     for rate in rates:
         if not is_number(rate) or not 0 < rate < 1:
             raise CompressionError(
-                f"Expected `learning_rates` to be numbers between 0 and 1, but got {rate!r} "
-                "(YAML reads 1e-3 as text; write 0.001 or 1.0e-3)."
+                f"Expected `learning_rates` to be numbers between 0 and 1, but got {rate!r}."
             )
     return tuple(float(rate) for rate in rates)
 

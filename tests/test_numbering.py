@@ -1,0 +1,189 @@
+"""Items have the numbers that a model knows them by, or nothing is computed."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from recbole.utils import get_model, get_trainer
+
+from cprec_recbole import CompressionError, compress, evaluate, load_pretrained, recover
+from cprec_recbole.cli import main
+from cprec_recbole.host.trained import load_trained
+from tests.builders import World
+
+HEADER = "user_id:token\titem_id:token\ttimestamp:float\n"
+ROWS = [
+    f"u{u}\ti{i}\t{t}\n"
+    for u in range(30)
+    for t, i in enumerate(np.random.default_rng(u).permutation(12)[: 5 + u % 5])
+]
+
+
+def written(folder: Path, rows) -> World:
+    world = World(str(folder))
+    (folder / world.name).mkdir(parents=True, exist_ok=True)
+    (folder / world.name / f"{world.name}.inter").write_text(HEADER + "".join(rows))
+    return world
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    return written(tmp_path_factory.mktemp("here"), ROWS)
+
+
+@pytest.fixture(scope="module")
+def reversed_rows(tmp_path_factory):
+    return written(tmp_path_factory.mktemp("there"), ROWS[::-1])
+
+
+@pytest.fixture(scope="module")
+def folder(here, tmp_path_factory):
+    out = tmp_path_factory.mktemp("small")
+    here.model("CpSASRec", ranks=[8, 4], cutoffs=[0.5]).save_pretrained(out)
+    return out
+
+
+def loaders(world, name="CpSASRec"):
+    return world.loaders(world.config(name))
+
+
+OTHER = "item 1 is 'i\\d+' in the model and 'i\\d+' in the data"
+
+
+@pytest.mark.parametrize("name", ["SASRec", "CpSASRec"])
+def test_the_same_interactions_in_another_order_are_refused(here, reversed_rows, folder, name):
+    train, valid, test = loaders(reversed_rows)
+    small, fresh = load_pretrained(folder), here.model(name)
+    calls = {
+        "data": [
+            lambda: evaluate(small, test),
+            lambda: evaluate(fresh, test),
+            lambda: recover(small, None, train, epochs=1),
+            lambda: recover(small, here.model("SASRec"), train._dataset, epochs=1),
+            lambda: compress(here.model("SASRec"), data=train, ranks=[8, 4]),
+        ],
+        "item_counts": [
+            lambda: compress(here.model("SASRec"), item_counts=train._dataset, ranks=[8, 4])
+        ],
+        "valid_data": [
+            lambda: recover(small, None, loaders(here)[0], epochs=1, valid_data=valid),
+            lambda: compress(here.model("SASRec"), max_loss=0.9, valid_data=valid),
+        ],
+    }
+    before = {name: tensor.clone() for name, tensor in small.state_dict().items()}
+    for argument, several in calls.items():
+        for call in several:
+            with pytest.raises(
+                CompressionError, match=f"Expected `{argument}` to number .*{OTHER}"
+            ):
+                call()
+    assert all(torch.equal(before[name], tensor) for name, tensor in small.state_dict().items())
+
+
+def test_the_data_of_a_model_is_taken(here, folder):
+    train, valid, test = loaders(here)
+    small = load_pretrained(folder)
+    assert evaluate(small, test)
+    assert recover(small, here.model("SASRec"), train, epochs=1, valid_data=valid, progress=False)
+    assert compress(here.model("SASRec"), data=train, ranks=[8, 4])
+    lists = compress(here.model("SASRec"), data=[[1, 2, 3], [2, 5]], ranks=[8, 4])
+    assert evaluate(lists, test)
+
+
+def test_new_items_are_trained_on_where_they_were_added_in_the_order_of_their_ids(
+    here, folder, tmp_path
+):
+    more = [f"u{u}\tnew{u % 2}\t{90 + u}\n" for u in range(20)]
+    more += [f"u{u}\ti{u % 7}\t{190 + u}\n" for u in range(20)]
+    train, _, test = loaders(written(tmp_path, [*ROWS, *more]))
+    small = load_pretrained(folder)
+    with pytest.raises(CompressionError, match="the model has 12 items and the data 14"):
+        evaluate(small, test)
+    small.add_items(["new1", "new0"])
+    with pytest.raises(CompressionError, match="item 13 is 'new1' in the model and 'new0'"):
+        recover(small, None, train, epochs=1)
+    small = load_pretrained(folder)
+    small.add_items(["new0", "new1"])
+    recover(small, None, train, epochs=1, progress=False)
+    assert evaluate(small, test)
+
+
+@pytest.mark.parametrize("name", ["SASRec", "CpSASRec"])
+def test_a_checkpoint_is_of_the_data_that_it_was_trained_on(
+    here, reversed_rows, tmp_path, name, capsys
+):
+    from recbole.quick_start import load_data_and_model
+
+    world = written(tmp_path / "mine", ROWS)
+    options = {"ranks": [16], "cutoffs": [], "sharing": "none"} if name == "CpSASRec" else {}
+    config = world.config(name, checkpoint_dir=str(tmp_path), state="ERROR", **options)
+    train, valid, _ = world.loaders(config)
+    model = get_model(name)(config, train._dataset)
+    trainer = get_trainer(config["MODEL_TYPE"], name)(config, model)
+    trainer.fit(train, valid, verbose=False)
+    file = trainer.saved_model_file
+
+    assert load_trained(file, {"data_path": here.data_path})
+    assert load_data_and_model(file)
+    command = ["compress", file, "--ranks", "8,4", "--out", str(tmp_path / "out")]
+    assert main([*command, f"--data_path={reversed_rows.data_path}"]) == 2
+    assert f"the items of {world.name} in" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    written(tmp_path / "mine", ROWS[::-1])
+    with pytest.raises(CompressionError, match="have other numbers"):
+        load_data_and_model(file)
+    with pytest.raises(CompressionError, match="have other numbers"):
+        load_trained(file)
+
+
+def test_a_saved_data_set_is_not_read_once_its_files_have_changed(tmp_path):
+    from recbole.data import create_dataset, data_preparation
+
+    world = written(tmp_path, ROWS)
+    options = {"save_dataset": True, "save_dataloaders": True, "checkpoint_dir": str(tmp_path)}
+
+    def read():
+        config = world.config("CpSASRec", **options)
+        dataset = create_dataset(config)
+        train = data_preparation(config, dataset)[0]._dataset
+        return [data.field2id_token["item_id"].tolist() for data in (dataset, train)]
+
+    first = read()
+    assert read() == first
+    assert sorted(path.suffix for path in tmp_path.glob("*.pth")) == [".pth", ".pth"]
+    written(tmp_path, ROWS[::-1])
+    assert read() == [tokens[::-1] if not tokens else read()[0] for tokens in first]
+    assert read()[0] != first[0]
+    other = written(tmp_path / "other", ROWS)  # not newer than what is saved, but elsewhere
+    config = world.config("CpSASRec", **{**options, "data_path": other.data_path})
+    assert create_dataset(config).field2id_token["item_id"].tolist() == first[0]
+
+
+# the order of time
+
+
+@pytest.mark.parametrize("name", ["SASRec", "CpSASRec", "BPR"])
+@pytest.mark.parametrize("step", [1e-3, 1, 60, 1e6])
+def test_times_are_ordered_in_full_precision(tmp_path, name, step):
+    """Unix times of today; a float32 tells two apart that differ by 128 seconds."""
+    rng = np.random.default_rng(0)
+    times = np.round(1.7e9 + step * rng.permutation(400), 3)
+    rows = [f"u{i % 7}\ti{rng.integers(500)}\t{time!r}\n" for i, time in enumerate(times.tolist())]
+    evaluation = {"order": "TO", "group_by": "user", "mode": "full", "split": {"RS": [8, 1, 1]}}
+    world = written(tmp_path, rows)
+    config = world.config(name, eval_args=evaluation, MAX_ITEM_LIST_LENGTH=100)
+    dataset = world.loaders(config)[0]._dataset
+    tokens = dataset.field2id_token
+    expected = {}
+    for row in sorted(rows, key=lambda row: float(row.split("\t")[2])):
+        user, item, _ = row.split("\t")
+        expected.setdefault(user, []).append(item)
+    for user in range(1, 8):
+        mine = dataset.inter_feat[dataset.inter_feat["user_id"] == user]
+        found = [tokens["item_id"][item] for item in mine["item_id"]]
+        if name != "BPR":  # whose first item is a row too
+            found = [tokens["item_id"][mine["item_id_list"][0, 0]], *found]
+        whole = expected[tokens["user_id"][user]]
+        assert len(found) >= 0.7 * len(whole)
+        assert found == whole[: len(found)]
