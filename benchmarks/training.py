@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from cprec_recbole import CompressionConfig, CpSASRec
 from cprec_recbole.backbones import build_host
 from cprec_recbole.compare.results import environment, save
+from cprec_recbole.data.sequences import item_counts
 from cprec_recbole.embedding import BlockEmbedding
 from cprec_recbole.host.library import recbole_config
 from cprec_recbole.item_tables import Host
@@ -131,8 +132,8 @@ class Real:
         self.config = recbole_config("CpSASRec", name, options)
         self.loader, _, _ = data_preparation(self.config, create_dataset(self.config))
         dataset = self.loader._dataset
-        self.counts = dataset.item_counts().astype(float)
-        self.n_targets = len(dataset) * dataset.targets_per_row()
+        self.counts = item_counts(dataset).astype(float)
+        self.n_targets = len(dataset)
 
     def batches(self) -> Iterator[Batch]:
         """Windows and targets, epoch after epoch."""

@@ -1,1 +1,1 @@
-"""RecBole's interactions as arrays, and training rows made on demand."""
+"""RecBole's interactions as arrays, and the rows and windows that are made of them on demand."""
