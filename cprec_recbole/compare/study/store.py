@@ -91,13 +91,13 @@ class Store:
         """
         make_folder(self.folder / DATA)
         known = self.read(DATA, cell)
-        if known is None or "interactions" not in known:  # version 0.1 counted other rows
-            self.write(DATA, cell, {"interactions": digest})
-        elif known["interactions"] != digest:
+        if known is None:
+            self.write(DATA, cell, {"rows": digest})
+        elif known["rows"] != digest:
             raise CompressionError(
                 f"Expected `data_path` to hold the interactions of which the runs of {cell} in "
-                f"{self.folder} are, but they have changed; use another --out, or restore them and "
-                "add --retry."
+                f"{self.folder} are, but they have changed, or version 0.1 ordered them by rounded "
+                "times; use another --out, or restore them and add --retry."
             )
 
     @contextmanager
