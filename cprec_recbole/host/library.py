@@ -26,7 +26,7 @@ _LEFT_OUT = ("valid_and_test", "valid_only", "test_only")
 # what RecBole evaluates or unpickles; RecBole's own functions do, for a file that the user trusts
 _RUNNING_CODE = (
     *("dataset_save_path", "dataloaders_save_path", "pre_model_path", "pretrain_path"),
-    *("mf_pretrain_path", "mlp_pretrain_path", "embedding_path", "warm_up", "teacher"),
+    *("mf_pretrain_path", "mlp_pretrain_path", "warm_up", "teacher"),
 )
 _READ_BY_NOTHING = ("config_file", "config_files", "config_file_list")  # of RecBole's own lists
 

@@ -59,7 +59,12 @@ def _trusting_load(file: Any, *args: Any, **kwargs: Any) -> Any:
     return torch.load(file, *args, **kwargs)
 
 
-_NUMPY_FOR_RECBOLE = View(np, **_REMOVED_FROM_NUMPY)
+def _load_numbers(file: Any, **options: Any) -> Any:
+    """np.load without pickle: LDiffRec lets a file of the data set run code."""
+    return np.load(file, **{**options, "allow_pickle": False})
+
+
+_NUMPY_FOR_RECBOLE = View(np, load=_load_numbers, **_REMOVED_FROM_NUMPY)
 _TORCH_FOR_RECBOLE = View(torch, load=_trusting_load)
 
 
