@@ -80,6 +80,9 @@ def test_columns_that_are_not_there(other, capsys, more, message):
         (["--n_heads=x"], "options that a CpSASRec can have"),
         (["--hidden_dropout_prob=2"], "options that a CpSASRec can have"),
         (["--clip_grad_norm=x"], "options that a CpSASRec can have"),
+        (["--eval_step=x"], "`eval_step` to be a whole number"),
+        (["--MAX_ITEM_LIST_LENGTH=0"], "`MAX_ITEM_LIST_LENGTH` to be a whole number, 1 or more"),
+        (["--worker=x"], "`worker` to be a whole number"),
         (["--eval_batch_size=x"], "`eval_batch_size` to be a whole number"),
         (["--user_inter_num_interval=[99,inf)"], "Some feat is empty"),
         (["--rm_dup_inter=x"], "it says: ValueError"),
@@ -111,6 +114,15 @@ def test_every_metric_ends_in_a_result(world, tmp_path, model):
     }
     kept = json.loads((tmp_path / "out" / "result.json").read_text())
     assert kept == found
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "NaN", '{"best_valid_result": 3}', "{"])
+def test_a_damaged_result_is_named(world, tmp_path, capsys, text):
+    command = [*arguments(world, "CpSASRec", epochs=0), "--out", str(tmp_path / "out")]
+    assert main(command) == 0
+    (tmp_path / "out" / "result.json").write_text(text)
+    assert main([*command, "--resume"]) == 2
+    assert "to hold the result of a run, but it is damaged" in capsys.readouterr().err
 
 
 def test_metrics_of_popularity_count_the_same_interactions_as_recboles(world):

@@ -91,6 +91,37 @@ def test_the_data_of_a_model_is_taken(here, folder):
     assert evaluate(lists, test)
 
 
+def test_names_of_a_folder_are_those_of_the_model(here, reversed_rows, folder, tmp_path):
+    with pytest.raises(CompressionError, match=f"Expected `tokens` to number .*{OTHER}"):
+        load_pretrained(folder).save_pretrained(tmp_path, tokens=loaders(reversed_rows)[0]._dataset)
+
+
+def test_a_trainer_compares_too(here, reversed_rows):
+    config = here.config("CpSASRec")
+    train, valid, test = here.loaders(config)
+    trainer = get_trainer(config["MODEL_TYPE"], "CpSASRec")(config, here.model("CpSASRec"))
+    other = loaders(reversed_rows)
+    with pytest.raises(CompressionError, match="Expected `train_data`"):
+        trainer.fit(other[0], valid, saved=False)
+    with pytest.raises(CompressionError, match="Expected `valid_data`"):
+        trainer.fit(train, other[1], saved=False)
+    with pytest.raises(CompressionError, match="Expected `eval_data`"):
+        trainer.evaluate(other[2], load_best_model=False)
+    assert trainer.evaluate(test, load_best_model=False)
+
+
+def test_users_are_compared_where_a_model_knows_them(here, tmp_path):
+    first = "".join(f"u0\ti{i}\t{i}\n" for i in range(12))  # which numbers all items
+    rows = [row for row in ROWS if not row.startswith("u0\t")]
+    one, other = (written(tmp_path / n, [first, *r]) for n, r in (("a", rows), ("b", rows[::-1])))
+    caser = one.model("Caser", train_neg_sample_args=None)
+    test = [world.loaders(world.config("Caser"))[2] for world in (one, other)]
+    assert evaluate(caser, test[0])
+    with pytest.raises(CompressionError, match="user 2 is 'u1' in the model and 'u29' in the data"):
+        evaluate(caser, test[1])
+    assert evaluate(one.model("SASRec"), test[1])  # which knows no users
+
+
 def test_new_items_are_trained_on_where_they_were_added_in_the_order_of_their_ids(
     here, folder, tmp_path
 ):
@@ -107,6 +138,21 @@ def test_new_items_are_trained_on_where_they_were_added_in_the_order_of_their_id
     small.add_items(["new0", "new1"])
     recover(small, None, train, epochs=1, progress=False)
     assert evaluate(small, test)
+
+
+def test_a_checkpoint_of_a_general_model_is_of_its_data(tmp_path):
+    from recbole.quick_start import load_data_and_model
+
+    world = written(tmp_path, ROWS)
+    config = world.config("BPR", checkpoint_dir=str(tmp_path), state="ERROR")
+    train, valid, _ = world.loaders(config)
+    model = get_model("BPR")(config, train._dataset)
+    trainer = get_trainer(config["MODEL_TYPE"], "BPR")(config, model)
+    trainer.fit(train, valid, verbose=False)
+    assert load_data_and_model(trainer.saved_model_file)
+    written(tmp_path, ROWS[::-1])
+    with pytest.raises(CompressionError, match="have other numbers"):
+        load_data_and_model(trainer.saved_model_file)
 
 
 @pytest.mark.parametrize("name", ["SASRec", "CpSASRec"])
@@ -155,6 +201,15 @@ def test_a_saved_data_set_is_not_read_once_its_files_have_changed(tmp_path):
     written(tmp_path, ROWS[::-1])
     assert read() == [tokens[::-1] if not tokens else read()[0] for tokens in first]
     assert read()[0] != first[0]
+    link, options["checkpoint_dir"] = tmp_path / "link", str(tmp_path / "saved")
+    for target in ("one", "two"):
+        written(tmp_path / target, ROWS if target == "one" else ROWS[::-1])
+    for target in ("one", "two"):
+        link.unlink(missing_ok=True)
+        link.symlink_to(tmp_path / target)
+        config = world.config("CpSASRec", **{**options, "data_path": str(link)})
+        found = create_dataset(config).field2id_token["item_id"].tolist()
+        assert (found == first[0]) == (target == "one")
     other = written(tmp_path / "other", ROWS)  # not newer than what is saved, but elsewhere
     config = world.config("CpSASRec", **{**options, "data_path": other.data_path})
     assert create_dataset(config).field2id_token["item_id"].tolist() == first[0]

@@ -111,6 +111,43 @@ def test_a_saved_data_set_is_not_read(world, tmp_path, monkeypatch):
     assert not marker.exists()
 
 
+def test_a_comparison_reads_no_saved_data_set_either(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("saved").mkdir()
+    evil = pickle.dumps(RunsCode(tmp_path / "ran"))
+    Path(f"saved/{world.name}-SequentialDataset.pth").write_bytes(evil)
+    command = ["compare", *arguments(world, "SASRec")[1:], "--ranks", "8,4", "--out", "out"]
+    assert main(command) == 0
+    assert not Path("ran").exists()
+
+
+def test_the_best_weights_of_an_interrupted_run_are_read_without_running_them(
+    world, tmp_path, capsys
+):
+    out, marker = tmp_path / "out", tmp_path / "ran"
+    command = [*arguments(world, "CpSASRec"), "--out", str(out)]
+    assert main(command) == 0
+    expected = json.loads((out / "result.json").read_text())
+    (out / "result.json").unlink()
+    assert main([*command, "--resume"]) == 0
+    assert json.loads((out / "result.json").read_text()) == expected
+    (out / "result.json").unlink()
+    torch.save({"state_dict": RunsCode(marker)}, out / "best.pth")
+    assert main([*command, "--resume"]) == 2
+    assert "it was not run" in capsys.readouterr().err
+    assert not marker.exists()
+
+
+def test_a_data_set_brings_no_pickle(tmp_path, world):
+    import recbole.model.general_recommender.ldiffrec as ldiffrec
+
+    marker = tmp_path / "ran"
+    (tmp_path / "item_emb.npy").write_bytes(pickle.dumps(RunsCode(marker)))
+    with pytest.raises(ValueError, match="pickle"):
+        ldiffrec.np.load(tmp_path / "item_emb.npy", allow_pickle=True)
+    assert not marker.exists()
+
+
 @pytest.mark.parametrize("name", ["../made-up", "a/b", "", ".."])
 def test_a_data_set_is_the_name_of_a_folder(world, name):
     with pytest.raises(CompressionError, match="`dataset` to be the name of a folder"):

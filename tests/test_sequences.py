@@ -124,13 +124,36 @@ def test_what_is_done_to_rows_is_done_to_their_lists(world):
         dataset.shuffle()
         dataset.sort(by=["item_id", "user_id"])
     assert_same_rows(ours, expected)
-    for index in (3, slice(2, 9), [4, 4, 1], np.array([5, 0]), torch.tensor([7]), []):
+    indices = [3, -1, slice(2, 9), [4, 4, 1], np.array([5, 0]), torch.tensor([7]), [], np.array([])]
+    indices += [torch.tensor(3), torch.tensor([]), torch.tensor([1, 0, 1], dtype=torch.uint8)]
+    for index in indices:
         a, b = ours.inter_feat[index], expected.inter_feat[index]
         assert all(torch.equal(a[name], b[name]) for name in b)
     is_first = expected.inter_feat["item_length"] == 1
     assert len(ours.inter_feat[is_first]) == int(is_first.sum()) > 0
     for each in (ours.inter_feat.to("cpu"), copy.deepcopy(ours.inter_feat).repeat(2)):
         assert torch.equal(each["item_id_list"][: len(ours)], expected.inter_feat["item_id_list"])
+    for found in (
+        dict(ours.inter_feat.interaction),
+        {**ours.inter_feat.interaction},
+        ours.inter_feat.interaction | {},
+        {} | ours.inter_feat.interaction,
+        ours.inter_feat.interaction.copy(),
+        {name: ours.inter_feat.interaction.get(name) for name in ours.inter_feat},
+        {name: ours.inter_feat.interaction.setdefault(name) for name in ours.inter_feat},
+        {name: copy.deepcopy(ours.inter_feat.interaction).pop(name) for name in ours.inter_feat},
+        dict([copy.deepcopy(ours.inter_feat.interaction).popitem()]),
+    ):
+        assert found
+        assert all(torch.equal(found[name], expected.inter_feat[name]) for name in found)
+    assert len(ours.inter_feat.interaction.values()) == len(ours.inter_feat.columns)
+    prefixed, theirs = copy.deepcopy(ours.inter_feat), copy.deepcopy(expected.inter_feat)
+    for feat in (prefixed, theirs):
+        feat.add_prefix("p_")
+        torch.manual_seed(0)
+        feat.shuffle()
+    assert prefixed.columns == theirs.columns
+    assert torch.equal(prefixed["p_item_id_list"], theirs["p_item_id_list"])
     again = pickle.loads(pickle.dumps(ours.inter_feat))
     assert torch.equal(again["item_id_list"], expected.inter_feat["item_id_list"])
     ours.sort(by="item_id", ascending=False)  # RecBole's own fails on NumPy's negative strides
@@ -166,6 +189,32 @@ def test_rows_that_do_not_tell_where_they_lie_are_trained_on_one_by_one(world):
     config = world.config("CpSASRec", training="last_position")
     train = data_preparation(config, MyDataset(config))[0]
     assert min(int(batch["item_length"].min()) for batch in train) == 2
+
+
+def test_windows_are_of_rows_that_nobody_changed(world):
+    config = world.config("CpSASRec")
+    for change in (
+        lambda feat: feat.__setitem__("item_id_list", torch.ones(len(feat), 8, dtype=torch.int64)),
+        lambda feat: feat.__setitem__("item_id", torch.ones_like(feat["item_id"])),
+        lambda feat: feat.drop("item_id_list"),
+        lambda feat: feat._reindex([0, 0, 1]),
+    ):
+        train = world.loaders(config)[0]._dataset
+        change(train.inter_feat)
+        with pytest.raises(CompressionError, match="`training` to be last_position"):
+            PositionsDataLoader(config, train, None)
+    loader = world.loaders(config)[0]
+    before = all_windows(loader)
+    loader._dataset.inter_feat.shuffle()
+    after = all_windows(loader)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_an_empty_part_is_split_into_empty_parts(world):
+    train = world.loaders(world.config("CpSASRec"))[0]._dataset
+    empty = train.split_by_ratio([1, 0])[1]
+    for group_by in (None, "user_id"):
+        assert [len(part) for part in empty.split_by_ratio([0.5, 0.5], group_by)] == [0, 0]
 
 
 @pytest.mark.parametrize("length", [1, 3, 8])

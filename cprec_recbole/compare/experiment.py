@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import torch
 from recbole.config import Config
-from recbole.data import create_dataset
 from recbole.data.interaction import Interaction
 from recbole.utils import init_seed
 
@@ -26,7 +25,12 @@ from cprec_recbole.compare.results import (
 from cprec_recbole.compare.sizes import served_bytes
 from cprec_recbole.config import CompressionConfig, CompressionError, reject_unknown
 from cprec_recbole.evaluation import check_valid_metric, evaluate
-from cprec_recbole.host.library import known_options, recbole_config, whole_number
+from cprec_recbole.host.library import (
+    known_options,
+    recbole_config,
+    recbole_dataset,
+    whole_number,
+)
 from cprec_recbole.recommender import CompressedRecommender, compression_of
 from cprec_recbole.report import part_sizes, shared_layers
 
@@ -194,7 +198,7 @@ class Experiment:
                 column = replace(column, options=column.control.options(setting))
             config = self._config(column, None)
             if column is self.columns[0]:
-                dataset = create_dataset(config)
+                dataset = recbole_dataset(config)
             record = getattr(config.model_class, "record", None)
             if record is not None:
                 options, n_items = compression_of(config), int(dataset.item_num)

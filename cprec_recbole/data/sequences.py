@@ -64,11 +64,39 @@ class _Columns(dict[str, Any]):
         column = super().__getitem__(name)
         return self.pointers.gather(name) if column is None else column
 
-    def values(self) -> Iterator[Tensor]:  # type: ignore[override]
-        return (self[name] for name in self)
+    def __iter__(self) -> Iterator[str]:
+        return super().__iter__()  # so that dict(self) and update(self) ask for each column
 
-    def items(self) -> Iterator[tuple[str, Tensor]]:  # type: ignore[override]
-        return ((name, self[name]) for name in self)
+    def get(self, name: str, default: Any = None) -> Any:
+        found = super().get(name, default)
+        return self[name] if name in self and found is None else found
+
+    def setdefault(self, name: str, default: Any = None) -> Any:
+        return self[name] if name in self else super().setdefault(name, default)
+
+    def pop(self, name: str, *default: Any) -> Any:
+        found = self.get(name)
+        super().pop(name, *default)
+        return found if found is not None else default[0]
+
+    def popitem(self) -> tuple[str, Tensor]:
+        name = next(reversed(self))
+        return name, self.pop(name)
+
+    def values(self) -> list[Tensor]:  # type: ignore[override]
+        return [self[name] for name in self]
+
+    def items(self) -> list[tuple[str, Tensor]]:  # type: ignore[override]
+        return [(name, self[name]) for name in self]
+
+    def copy(self) -> dict[str, Tensor]:
+        return dict(self)
+
+    def __or__(self, other: Any) -> Any:
+        return dict(self) | other
+
+    def __ror__(self, other: Any) -> Any:
+        return other | dict(self)
 
     def kept(self) -> dict[str, Tensor | None]:
         """The columns as they are kept; None for a list."""
@@ -118,13 +146,24 @@ class SequenceRows(Interaction):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, str):
             return self.interaction[index]
-        if isinstance(index, int | np.integer):
+        if isinstance(index, np.ndarray | Tensor) and (
+            index.ndim != 1 or str(index.dtype).removeprefix("torch.") not in ("int64", "bool")
+        ):
+            index = index.tolist()  # as RecBole does with all of them
+        if isinstance(index, int | np.integer) and not isinstance(index, bool):
             row = self[[int(index)]].interaction
             return Interaction({name: column[0] for name, column in row.items()})
         return Interaction(dict(self.take(index).interaction.items()))
 
     def _reindex(self, index: Any) -> None:
         self.interaction = self.take(index).interaction
+
+    def add_prefix(self, prefix: str) -> None:
+        """Put a prefix before the name of each column."""
+        pointers, kept = self.pointers, self.interaction.kept()
+        lists = {prefix + name: column for name, column in pointers.lists.items()}
+        columns = {prefix + name: column for name, column in kept.items()}
+        self.interaction = _Columns(columns, pointers._replace(lists=lists))
 
 
 def of_prefixes(original: Callable) -> Callable:

@@ -73,6 +73,8 @@ def by_ratio(sizes: np.ndarray, cuts_of: Callable[[int], Sequence[int]]) -> np.n
         sizes: rows of each group, `[n_groups]`.
         cuts_of: where a group of a size is cut, one number less than there are parts.
     """
+    if not len(sizes):
+        return np.zeros((0, len(cuts_of(0)) + 1), dtype=np.int64)
     different, which = np.unique(sizes, return_inverse=True)
     lengths = [np.diff([0, *cuts_of(size), size]) for size in different.tolist()]
     return np.stack(lengths)[which]

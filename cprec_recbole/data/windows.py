@@ -94,18 +94,27 @@ class PositionsDataLoader(TrainDataLoader):
     step: int
 
     def __init__(self, config: Any, dataset: Any, sampler: Any, shuffle: bool = False) -> None:
+        self._items = dataset.iid_field + config["LIST_SUFFIX"]
+        if not self._are_sequences(dataset):
+            raise _no_sequences()
         feat = dataset.inter_feat
-        if not isinstance(feat, SequenceRows):
-            raise CompressionError(
-                "Expected `training` to be last_position with rows that hold prefixes and not "
-                "sequences, as `benchmark_filename` and data sets with a `data_augmentation` of "
-                "their own have, but got all_positions."
-            )
         if not len(feat):
             raise no_targets()
-        self._items = dataset.iid_field + config["LIST_SUFFIX"]
+        self._feat = feat.take(slice(None))  # in the order of now
         self._windows = Windows.of(feat.pointers, dataset.max_item_list_len)
+        if self._windows.n_targets != len(feat):  # some are there twice
+            raise _no_sequences()
         super().__init__(config, dataset, sampler, shuffle=shuffle)
+
+    def _are_sequences(self, dataset: Any) -> bool:
+        """Whether rows are still what the interactions have at their places."""
+        feat, item = dataset.inter_feat, dataset.iid_field
+        if not isinstance(feat, SequenceRows):
+            return False
+        kept = feat.interaction.kept()
+        if self._items not in kept or kept[self._items] is not None or item not in kept:
+            return False
+        return torch.equal(feat.pointers.lists[self._items][feat.pointers.ends], feat[item])
 
     def _init_batch_size_and_step(self) -> None:
         super()._init_batch_size_and_step()
@@ -115,8 +124,7 @@ class PositionsDataLoader(TrainDataLoader):
 
     def collate_fn(self, index: list[int]) -> Interaction:
         """A batch of windows: RecBole's columns of their newest targets, and the next items."""
-        dataset, rows = self._dataset, self._windows.rows[index]
-        feat = dataset.inter_feat
+        dataset, feat, rows = self._dataset, self._feat, self._windows.rows[index]
         kept = feat.interaction.kept()
         columns = {name: column[rows] for name, column in kept.items() if column is not None}
         columns[dataset.item_list_length_field] = self._windows.lengths[index]
@@ -125,3 +133,11 @@ class PositionsDataLoader(TrainDataLoader):
         columns[self._items], columns[NEXT_ITEMS] = self._windows.gather(items, index, length)
         batch = dataset.join(Interaction(columns))
         return self._neg_sampling(self.transform(dataset, batch))
+
+
+def _no_sequences() -> CompressionError:
+    return CompressionError(
+        "Expected `training` to be last_position with rows that hold prefixes and not sequences, "
+        "as `benchmark_filename` has, and data sets with a `data_augmentation` of their own or "
+        "whose items, lists or rows were changed, but got all_positions."
+    )

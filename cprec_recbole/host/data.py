@@ -69,8 +69,11 @@ def _unless_stale(original: Callable) -> Callable:
         saved = Path(config["checkpoint_dir"]).glob(f"{glob.escape(config['dataset'])}-*.pth")
         paths = [*saved, *(Path(config[name]) for name in _SAVED if config[name])]
         written = [path.stat().st_mtime_ns for path in paths if path.is_file()]
-        files = Path(config["data_path"]).glob("*")
-        changed = max((file.stat().st_ctime_ns for file in files), default=0)
+        folder = Path(config["data_path"])
+        links = [each for each in (folder, *folder.parents) if each.is_symlink()]
+        seen = [each.stat() for each in (folder, *folder.glob("*")) if each.exists()]
+        seen += [each.lstat() for each in (*links, *folder.glob("*"))]
+        changed = max((each.st_ctime_ns for each in seen), default=0)
         is_stale = bool(written) and changed >= min(written)
         with without_saved_data(config) if is_stale else nullcontext():
             return original(config)

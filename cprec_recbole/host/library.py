@@ -217,6 +217,7 @@ def model_options(model: str | None = None) -> set[str]:
 def _check_numbers(config: Config) -> None:
     """RecBole takes anything, and fails once it computes with it."""
     lowest = {"train_batch_size": 1, "eval_batch_size": 1, "epochs": 0, "stopping_step": 0}
+    lowest |= {"eval_step": -1, "MAX_ITEM_LIST_LENGTH": 1, "worker": 0}
     for name, least in {**lowest, "seed": 0}.items():
         whole_number(config, name, least)
     for name, words, fits in (

@@ -199,14 +199,21 @@ def _reject_misspelling(name: str, names: tuple[str, ...]) -> None:
 def _with_remembered_counts(original: Callable) -> Callable:
     def __init__(self: Any, config: Any, dataset: Any) -> None:
         from cprec_recbole.data.sequences import item_counts
-        from cprec_recbole.saving.vocabulary import NUMBERING, numbering
 
         original(self, config, dataset)
         if hasattr(dataset, "inter_feat"):
             self.train_item_counts = item_counts(dataset)
-            self.item_tokens = dataset.field2id_token[dataset.iid_field]
-            if hasattr(config, "final_config_dict"):  # which is what a checkpoint keeps
-                config.final_config_dict[NUMBERING] = numbering(dataset)
+
+    return _with_remembered_tokens(__init__)
+
+
+def _with_remembered_tokens(original: Callable) -> Callable:
+    def __init__(self: Any, config: Any, dataset: Any) -> None:
+        from cprec_recbole.saving.vocabulary import remember
+
+        original(self, config, dataset)
+        if hasattr(dataset, "inter_feat"):
+            remember(self, config, dataset)
 
     return __init__
 
@@ -234,19 +241,22 @@ def _load_data_and_model(model_file: str) -> tuple:
     from recbole.data import create_dataset, data_preparation
     from recbole.utils import get_model, init_logger, init_seed
 
-    from cprec_recbole.saving.vocabulary import NUMBERING, check_checkpoint_numbering
+    from cprec_recbole.saving.vocabulary import check_checkpoint_numbering
 
     checkpoint = _trusting_load(model_file)
     config = checkpoint["config"]
+    trained_with = dict(config.final_config_dict)  # a model that is built writes its own into it
     init_seed(config["seed"], config["reproducibility"])
     init_logger(config)
     getLogger().info(config)
     dataset = create_dataset(config)
     getLogger().info(dataset)
-    check_checkpoint_numbering(model_file, config[NUMBERING], dataset)
+    check_checkpoint_numbering(model_file, trained_with, dataset)
     train_data, valid_data, test_data = data_preparation(config, dataset)
     init_seed(config["seed"], config["reproducibility"])
     model = get_model(config["model"])(config, train_data._dataset).to(config["device"])
+    if hasattr(model, "user_embedding"):
+        check_checkpoint_numbering(model_file, trained_with, dataset, "user")
     model.load_state_dict(checkpoint["state_dict"])
     model.load_other_parameter(checkpoint.get("other_parameter"))
     return config, model, dataset, train_data, valid_data, test_data
@@ -276,7 +286,7 @@ def adapt() -> None:
     import recbole.quick_start.quick_start
     import recbole.trainer
     from recbole.config import Config
-    from recbole.model.abstract_recommender import SequentialRecommender
+    from recbole.model import abstract_recommender as kinds
     from recbole.utils.argument_list import dataset_arguments, training_arguments
 
     from cprec_recbole.host import data as recbole_data
@@ -293,7 +303,9 @@ def adapt() -> None:
     replace(Config, "compatibility_settings", _without_numpy_patching)
     replace(Config, "_convert_config_dict", _without_eval)
     replace(Config, "_load_internal_config_dict", _with_parent_defaults)
-    replace(SequentialRecommender, "__init__", _with_remembered_counts)
+    replace(kinds.SequentialRecommender, "__init__", _with_remembered_counts)
+    for kind in (kinds.GeneralRecommender, kinds.KnowledgeRecommender):
+        replace(kind, "__init__", _with_remembered_tokens)
     replace(recbole.data.utils, "get_dataloader", _with_positions_loader)
     for module in (recbole.quick_start, recbole.quick_start.quick_start):
         replace(module, "load_data_and_model", lambda original: _load_data_and_model)

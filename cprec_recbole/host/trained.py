@@ -25,7 +25,7 @@ from cprec_recbole.host.library import (
 from cprec_recbole.host.unpickle import shown
 from cprec_recbole.models import MODELS
 from cprec_recbole.records import BACKBONES, record_named
-from cprec_recbole.saving.vocabulary import NUMBERING, check_checkpoint_numbering
+from cprec_recbole.saving.vocabulary import check_checkpoint_numbering
 
 # beside those of the model, the data set and the evaluation: what batches and random draws need
 _ALSO = ("seed", "reproducibility", "train_batch_size", "encoding", "shuffle", "transform")
@@ -65,7 +65,7 @@ def load_trained(file: str | os.PathLike[str], options: dict[str, Any] | None = 
         )
     init_seed(config["seed"], config["reproducibility"])
     dataset = recbole_dataset(config)
-    check_checkpoint_numbering(os.fspath(file), checkpoint.options.get(NUMBERING), dataset)
+    check_checkpoint_numbering(os.fspath(file), checkpoint.options, dataset)
     train, valid, test = recbole_loaders(config, dataset)
     model = recbole_model(config, train._dataset)
     try:

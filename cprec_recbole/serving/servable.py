@@ -23,7 +23,7 @@ from cprec_recbole.parallel.spread import check_whole
 from cprec_recbole.partition import Partition
 from cprec_recbole.saving.folder import write_folder
 from cprec_recbole.saving.membership import packed_blocks
-from cprec_recbole.saving.vocabulary import Vocabulary, as_vocabulary
+from cprec_recbole.saving.vocabulary import Vocabulary, as_vocabulary, check_numbering
 from cprec_recbole.search.topk import TopK, check_k
 from cprec_recbole.serving.growth import new_rows, similar_items
 from cprec_recbole.serving.inputs import barred_ids, pad_histories
@@ -185,6 +185,7 @@ class Servable(nn.Module):
                 that another process writes to, or tail blocks that are spread over processes.
         """
         check_whole("model", self.table, self.head.table)
+        check_numbering(self, tokens, "tokens")
         vocabulary = self._vocabulary(tokens)
         for name, parameter in self.named_parameters():
             if not torch.isfinite(parameter).all():

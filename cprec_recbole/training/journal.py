@@ -127,7 +127,8 @@ def terms_of(config: Any, loaders: tuple[Any, ...]) -> dict[str, str]:
 
 def digest(loaders: tuple[Any, ...]) -> str:
     """A checksum of all rows that loaders read."""
-    found = hashlib.sha256(numbering(loaders[0]._dataset).encode())
+    dataset = loaders[0]._dataset
+    found = hashlib.sha256(numbering(dataset, dataset.iid_field).encode())
     for loader in loaders:
         feat = loader._dataset.inter_feat
         columns = feat.columns_kept() if isinstance(feat, SequenceRows) else feat.interaction

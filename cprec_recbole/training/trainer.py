@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from cprec_recbole.fields import NEXT_ITEMS
 from cprec_recbole.files import write_whole
+from cprec_recbole.host.checkpoint import read_checkpoint
 from cprec_recbole.host.processes import alone
 from cprec_recbole.optimizers import build_optimizer
 from cprec_recbole.parallel import group
@@ -25,6 +26,7 @@ from cprec_recbole.parallel.shards import gathered_state
 from cprec_recbole.parallel.shares import STAND_IN
 from cprec_recbole.recommender import CompressedRecommender
 from cprec_recbole.records import HIDDEN_AT
+from cprec_recbole.saving.vocabulary import check_numbering
 from cprec_recbole.training.collector import TopKCollector, look_up
 from cprec_recbole.training.journal import Journal
 from cprec_recbole.training.snapshot import Moment, restore, set_random_state, take
@@ -56,6 +58,7 @@ class CompressedTrainer(Trainer):
         self.measured: dict[str, list[float]] = {}
         self.valid_data: Any = None
         self._resumed: Moment | None = None
+        self._is_resumed = False
         parted = getattr(model, "sharded_parameters", list)  # whole on the process that holds them
         self._parted = list(parted())
         self._reducer: GradientReducer | None = None
@@ -87,6 +90,8 @@ class CompressedTrainer(Trainer):
     ) -> tuple[float, Any]:
         """Train, as RecBole's; with a journal, from where it was interrupted."""
         self.valid_data = valid_data
+        for name, data in (("train_data", train_data), ("valid_data", valid_data)):
+            check_numbering(self.model, data, name)
         result = super().fit(train_data, valid_data, verbose, saved, show_progress, callback_fn)
         if self.journal is not None:
             moment = Moment(self.epochs, 0, 0.0, train_data.generator.get_state(), {}, ended=True)
@@ -102,7 +107,7 @@ class CompressedTrainer(Trainer):
             valid_data: the other one.
         """
         self.valid_data = valid_data
-        self._resumed = restore(self, state, train_data)
+        self._resumed, self._is_resumed = restore(self, state, train_data), True
         self.start_epoch = self._resumed.epoch
         return not self._resumed.ended
 
@@ -217,12 +222,29 @@ class CompressedTrainer(Trainer):
                 self.logger.info(set_color("Saving current", "blue") + f": {path}")
         group.wait()  # the others may be about to read the file
 
-    def evaluate(self, eval_data: Any, *arguments: Any, **options: Any) -> Any:
-        """RecBole's metrics, of the rows of all processes."""
+    def evaluate(
+        self,
+        eval_data: Any,
+        load_best_model: bool = True,
+        model_file: str | None = None,
+        show_progress: bool = False,
+    ) -> Any:
+        """RecBole's metrics, of the rows of all processes.
+
+        Raises:
+            CompressionError: data that numbers its items otherwise than the model does.
+        """
+        if eval_data is not self.valid_data:  # which `fit` has compared
+            check_numbering(self.model, eval_data, "eval_data")
+        if load_best_model and self._is_resumed and eval_data:
+            # what lies in the folder of an earlier run is read without running it
+            found = read_checkpoint(model_file or self.saved_model_file)
+            self.model.load_state_dict(found.state)
+            load_best_model = False
         if self.config["shard_tails"] and self._reducer is not None:
             rows = group.share(eval_data.sample_size, group.rank(), group.size())
             self.eval_collector.n_rows = len(rows)
-        return super().evaluate(eval_data, *arguments, **options)
+        return super().evaluate(eval_data, load_best_model, model_file, show_progress)
 
     def _full_sort_batch_eval(self, batched_data: tuple) -> tuple:
         interaction, history, positive_u, positive_i = batched_data
