@@ -212,9 +212,9 @@ def _refuse(kind: str, own: Sequence[str], tokens: Sequence[str], argument: str)
         found = f"{kind} {i + 1} is {own[i]!r} in the model and {tokens[i]!r} in the data"
     raise CompressionError(
         f"Expected `{argument}` to number its {kind}s as the model does, but {found}. RecBole "
-        "counts them in the order of their first appearance: keep the rows that the model was trained on "
-        "first, in their order and with the same filters, new ones behind them, and give items "
-        "that the model does not know to `add_items` in the order of their ids."
+        "counts them by first appearance: keep the rows that the model was trained on first, in "
+        "their order and with the same filters, new ones behind them, and give items that the "
+        "model does not know to `add_items` in the order of their ids."
     )
 
 
