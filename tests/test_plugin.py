@@ -81,6 +81,13 @@ def test_unrelated_options_of_recboles_are_left_alone(world):
         assert world.config("CpSASRec", rank=3)["rank"] == 3
 
 
+@pytest.mark.parametrize("name", ["LightGCN", "NGCF", "SpectralCF"])
+def test_graph_models_are_built_on_current_scipy(world, name):
+    model, batch = world.model(name), world.batch(name)
+    loss = model.calculate_loss(batch)
+    assert torch.isfinite(loss[0] if isinstance(loss, tuple) else loss)
+
+
 def test_negative_samples_asked_for_by_hand_are_still_recboles_error(world):
     with pytest.raises(ValueError, match="train_neg_sample_args"):
         world.config("SASRec", train_neg_sample_args={"distribution": "uniform"})

@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import scipy.sparse
 import torch
 
 from cprec_recbole.config import CompressionConfig, CompressionError, is_near, reject_unknown
@@ -68,14 +69,26 @@ _NUMPY_FOR_RECBOLE = View(np, load=_load_numbers, **_REMOVED_FROM_NUMPY)
 _TORCH_FOR_RECBOLE = View(torch, load=_trusting_load)
 
 
+class _DokMatrix(scipy.sparse.dok_matrix):
+    """SciPy's, with the method by which RecBole's graph models fill it."""
+
+    def _update(self, data: dict[tuple[int, int], float]) -> None:
+        self._dict.update(data)
+
+
+_SCIPY_FOR_RECBOLE = View(scipy.sparse, dok_matrix=_DokMatrix)
+
+
 def adapt_recbole_modules() -> None:
-    """Give every RecBole module imported so far its own view of NumPy and torch."""
+    """Give every RecBole module imported so far its own view of NumPy, SciPy and torch."""
     for name, module in list(sys.modules.items()):
         if name.startswith("recbole.") and module is not None:
             if module.__dict__.get("np") is np:
                 module.__dict__["np"] = _NUMPY_FOR_RECBOLE
             if module.__dict__.get("torch") is torch:
                 module.__dict__["torch"] = _TORCH_FOR_RECBOLE
+            if module.__dict__.get("sp") is scipy.sparse:
+                module.__dict__["sp"] = _SCIPY_FOR_RECBOLE
 
 
 @contextmanager
