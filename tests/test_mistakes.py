@@ -7,6 +7,7 @@ from pathlib import Path
 from pkgutil import walk_packages
 
 import pytest
+import recbole.trainer.hyper_tuning
 import torch
 from recbole.evaluator import Collector
 
@@ -148,6 +149,7 @@ def test_a_search_for_parameters_needs_no_ray(world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["script"])
     options = {"dataset": world.name, "ranks": "[8,4]", "cutoffs": "[0.3]", "state": "ERROR"}
+    assert recbole.trainer.hyper_tuning.np.random.RandomState(0).integers(5) < 5  # for hyperopt
     found = objective_function({"model": "CpSASRec", **world.options("CpSASRec", **options)})
     assert found["test_result"]["ndcg@10"] >= 0
 

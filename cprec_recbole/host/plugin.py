@@ -297,7 +297,7 @@ def adapt() -> None:
         import recbole.model.sequential_recommender
     import recbole.data.utils
     import recbole.quick_start.quick_start
-    import recbole.trainer
+    import recbole.trainer.hyper_tuning
     from recbole.config import Config
     from recbole.model import abstract_recommender as kinds
     from recbole.utils.argument_list import dataset_arguments, training_arguments
@@ -307,6 +307,9 @@ def adapt() -> None:
     from cprec_recbole.host.run import starting_the_plugin_too
     from cprec_recbole.models import MODELS
 
+    # hyperopt asks for a Generator since 0.2.7
+    generators = View(np.random, RandomState=np.random.default_rng)
+    recbole.trainer.hyper_tuning.np = View(_NUMPY_FOR_RECBOLE, random=generators)
     adapt_recbole_modules()
     for message in (
         *("The given NumPy array is not writable", r".*GradScaler\(args"),
