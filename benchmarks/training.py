@@ -41,7 +41,7 @@ from cprec_recbole.data.sequences import item_counts
 from cprec_recbole.embedding import BlockEmbedding
 from cprec_recbole.host.library import recbole_config
 from cprec_recbole.item_tables import Host
-from cprec_recbole.optimizers import build_optimizer
+from cprec_recbole.training.optimizers import build_optimizer
 from cprec_recbole.partition import Partition
 from cprec_recbole.records import SASREC
 

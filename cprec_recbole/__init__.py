@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from cprec_recbole.backbones import Backbone
     from cprec_recbole.compress import compress
     from cprec_recbole.embedding import BlockEmbedding
-    from cprec_recbole.evaluation import evaluate
+    from cprec_recbole.training.evaluation import evaluate
     from cprec_recbole.int8.quantize import quantize
     from cprec_recbole.models import (
         CpBERT4Rec,
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from cprec_recbole.search.topk import TopK
     from cprec_recbole.serving.export import export
     from cprec_recbole.softmax import FullSoftmax, TreeSoftmax
-    from cprec_recbole.training.running import run
+    from cprec_recbole.training.run import run
 
 __version__ = "0.1.0"
 __all__ = [
@@ -99,14 +99,14 @@ _PLACES = {
     "TreeSoftmax": "cprec_recbole.softmax",
     "Vocabulary": "cprec_recbole.saving.vocabulary",
     "compress": "cprec_recbole.compress",
-    "evaluate": "cprec_recbole.evaluation",
+    "evaluate": "cprec_recbole.training.evaluation",
     "export": "cprec_recbole.serving.export",
     "load_data_and_model": "recbole.quick_start",
     "load_pretrained": "cprec_recbole.saving.pretrained",
     "quantize": "cprec_recbole.int8.quantize",
     "recover": "cprec_recbole.recover",
     "register": "cprec_recbole.registry",
-    "run": "cprec_recbole.training.running",
+    "run": "cprec_recbole.training.run",
     "run_recbole": "recbole.quick_start",
 }
 

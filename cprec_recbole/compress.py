@@ -23,7 +23,7 @@ from cprec_recbole.compression.original import Original
 from cprec_recbole.compression.spectra import PARAMETERS, Unit, looks_trained
 from cprec_recbole.compression.warmstart import FIT_HISTORIES, warm_start
 from cprec_recbole.config import CompressionConfig, CompressionError, is_number, reject_unknown
-from cprec_recbole.evaluation import check_validation_data, evaluate, valid_metric
+from cprec_recbole.training.evaluation import check_validation_data, evaluate, valid_metric
 from cprec_recbole.int8.quantize import check_dtype, quantize
 from cprec_recbole.int8.rows import BYTES_PER_SCALE
 from cprec_recbole.modes import can_be_trained

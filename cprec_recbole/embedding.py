@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from cprec_recbole.config import CompressionError
 from cprec_recbole.losses.cross_entropy import Strip, cross_entropy
-from cprec_recbole.parallel.exchange import Group
 from cprec_recbole.partition import PADDING, Partition
 
 if TYPE_CHECKING:
@@ -33,10 +32,7 @@ class Block(nn.Module):
     Attributes:
         sparse: whether a look-up's gradient holds the rows that were looked up and no others. Where
             something else reads all rows it is dense all the same.
-        group: the processes over which the rows are spread; None for a whole block.
     """
-
-    group: Group | None = None
 
     def __init__(self, size: int, rank: int, dim: int) -> None:
         super().__init__()
@@ -196,11 +192,6 @@ class BlockEmbedding(nn.Module):
     def is_int8(self) -> bool:
         """Whether the rows are in int8."""
         return not self.blocks[0].weight.is_floating_point()
-
-    @property
-    def group(self) -> Group | None:
-        """The processes over which the tail's rows are spread; None where this one has all."""
-        return next((block.group for block in self.blocks if block.group is not None), None)
 
     @property
     def ranks(self) -> tuple[int, ...]:

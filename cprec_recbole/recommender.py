@@ -17,7 +17,7 @@ from cprec_recbole.embedding import Block, BlockEmbedding
 from cprec_recbole.fields import NEXT_ITEMS
 from cprec_recbole.int8.rows import not_trained
 from cprec_recbole.item_tables import Host, MaskedLookUp
-from cprec_recbole.optimizers import steps_sparsely
+from cprec_recbole.training.optimizers import steps_sparsely
 from cprec_recbole.outcome import Choice, WarmStart
 from cprec_recbole.parallel.exchange import Group
 from cprec_recbole.parallel.shards import ShardedBlock, own_state, spread_parameters

@@ -17,10 +17,10 @@ from cprec_recbole.compression.histories import Histories, histories_of
 from cprec_recbole.compression.original import Original
 from cprec_recbole.compression.progress import Show, shown
 from cprec_recbole.config import CompressionError, is_number, is_whole
-from cprec_recbole.evaluation import check_validation_data, evaluate, valid_metric
+from cprec_recbole.training.evaluation import check_validation_data, evaluate, valid_metric
 from cprec_recbole.int8.quantize import in_float
 from cprec_recbole.modes import in_eval_mode, with_dense_gradients, without_dropout
-from cprec_recbole.optimizers import build_optimizer
+from cprec_recbole.training.optimizers import build_optimizer
 from cprec_recbole.outcome import Recovery
 from cprec_recbole.partition import PADDING
 from cprec_recbole.recommender import CompressedRecommender

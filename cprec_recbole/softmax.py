@@ -12,11 +12,9 @@ from torch import Tensor, nn
 from cprec_recbole.config import LOSS_MEMORY, CompressionError
 from cprec_recbole.embedding import Block, BlockEmbedding
 from cprec_recbole.losses.cross_entropy import Strip, cross_entropy
-from cprec_recbole.parallel.shards import full_loss
 from cprec_recbole.partition import PADDING
 from cprec_recbole.search.index import Snapshot
 from cprec_recbole.search.pruned import Found, search
-from cprec_recbole.search.sharded import topk_of_shards
 from cprec_recbole.search.sorting import sort_one
 from cprec_recbole.search.topk import Barred, Ids, TopK, allowed_positions, check_k
 
@@ -109,14 +107,7 @@ class SoftmaxHead(nn.Module, ABC):
                 f"Expected `hidden` to be real numbers of shape [B, {self.table.dim}], but got "
                 f"{hidden.dtype} of {list(hidden.shape)}."
             )
-        partition, group = self.table.partition, self.table.group
-        if group is not None:
-            barred = Barred.from_ids(exclude, len(hidden), partition)
-            places = None if allowed is None else allowed_positions(allowed, partition)
-            k = check_k(k, barred.least_left(len(hidden), partition.n_items, places))
-            clusters = None if self._tree is None else self._tree.clusters
-            found = topk_of_shards(self.table, clusters, hidden, k, barred, places, group)
-            return Found(found, 1.0)
+        partition = self.table.partition
         weights = self._current().weights
         if exclude is None and allowed is None:
             quick = sort_one(weights, hidden, check_k(k, partition.n_items - 1))
@@ -134,13 +125,8 @@ class SoftmaxHead(nn.Module, ABC):
         the model's state, and dropped when weights change; then `topk` reads all rows again.
 
         Raises:
-            CompressionError: weights that are not finite numbers, or spread over processes.
+            CompressionError: weights that are not finite numbers.
         """
-        if self.table.group is not None:
-            raise CompressionError(
-                "Expected a whole table to build an index, but its tail blocks are spread over "
-                f"{self.table.group.world} processes; gather the model first."
-            )
         self._snapshot = Snapshot(self.table, self._tree, indexed=True)
 
     @property
@@ -177,8 +163,6 @@ class FullSoftmax(SoftmaxHead):
     def loss(self, hidden: Tensor, target: Tensor) -> Tensor:
         """See SoftmaxHead.loss."""
         positions = self.table.partition.positions(target)
-        if self.table.group is not None:
-            return full_loss(self.table, hidden, positions, self.loss_memory)
         strips = [Strip(block.into_rank(hidden), block.learnt()) for block in self.table.blocks]
         total = cross_entropy(strips, positions, self.loss_memory, padded=True)
         return total / max(1, len(target))
@@ -253,7 +237,7 @@ class TreeSoftmax(SoftmaxHead):
         total = cross_entropy(self._branches(hidden), branch, self.loss_memory, padded=True)
         rows = zip(hidden.split(counts), positions.split(counts), partition.starts)
         for block, (own, position, start) in zip(self.table.blocks, rows):
-            if start and (len(own) or self.table.group is not None):  # others may have some
+            if start and len(own):
                 total = total + block.cross_entropy(own, position - start, self.loss_memory)
         return total / max(1, len(target))
 

@@ -20,10 +20,10 @@ from cprec_recbole import CompressionError
 from cprec_recbole.parallel import group, processes
 from cprec_recbole.parallel.reducer import GradientReducer, clip_gradients
 from cprec_recbole.parallel.shards import gathered_state
-from cprec_recbole.training.job import Job
-from cprec_recbole.training.journal import Journal
-from cprec_recbole.training.running import work
-from cprec_recbole.training.snapshot import Moment, restore, set_random_state, take
+from cprec_recbole.training.run import Job
+from cprec_recbole.training.state import Journal
+from cprec_recbole.training.run import work
+from cprec_recbole.training.state import Moment, restore, set_random_state, take
 from cprec_recbole.training.trainer import CompressedTrainer
 from tests.builders import World
 

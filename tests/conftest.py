@@ -14,7 +14,7 @@ import torch
 from hypothesis import settings
 
 import cprec_recbole  # noqa: F401  (registers the models)
-from cprec_recbole.parallel import processes
+from cprec_recbole.parallel import launch as processes
 from tests.builders import HOSTS, World, train
 
 # the same examples in every run: a test that fails once fails again. To look for new ones:

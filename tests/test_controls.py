@@ -32,7 +32,7 @@ from cprec_recbole.compare.controls.recjpq import (
 from cprec_recbole.compare.controls.table import FlatSoftmax
 from cprec_recbole.compare.sizes import served_bytes
 from cprec_recbole.data.sequences import item_counts
-from cprec_recbole.evaluation import evaluate
+from cprec_recbole.training.evaluation import evaluate
 from cprec_recbole.report import part_sizes, saved_bytes
 from cprec_recbole.training.trainer import CompressedTrainer
 from tests.builders import HOSTS, train_a_step

@@ -7,7 +7,7 @@ import torch
 
 from cprec_recbole import CompressionError, FullSoftmax
 from cprec_recbole.embedding import BlockEmbedding
-from cprec_recbole.optimizers import Both, build_optimizer
+from cprec_recbole.training.optimizers import Both, build_optimizer
 from tests.builders import block_embedding, train_a_step
 
 PLAIN = {

@@ -9,11 +9,11 @@ import torch
 import cprec_recbole
 from cprec_recbole import CompressionError
 from cprec_recbole.host.checkpoint import read_checkpoint
-from cprec_recbole.parallel import processes
+from cprec_recbole.parallel import launch as processes
 from cprec_recbole.parallel.group import Place, share
-from cprec_recbole.parallel.processes import launch
+from cprec_recbole.parallel.launch import launch
 from cprec_recbole.parallel.reducer import clip_gradients
-from cprec_recbole.training.job import Job
+from cprec_recbole.training.run import Job
 from tests import children
 from tests.builders import World
 

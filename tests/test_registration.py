@@ -51,10 +51,10 @@ ONCE = """
 import sys
 import cprec_recbole
 from cprec_recbole.training import running
-from cprec_recbole.parallel import processes
+from cprec_recbole.parallel import launch as processes
 from cprec_recbole.data import sequences
 assert running.launch is processes.launch
-assert sys.modules["cprec_recbole.parallel.processes"] is processes
+assert sys.modules["cprec_recbole.parallel.launch"] is processes
 from cprec_recbole import models
 assert models.CpSASRec is cprec_recbole.CpSASRec
 import cprec_recbole.compress, cprec_recbole.recover, cprec_recbole.serving.export

@@ -12,9 +12,9 @@ import cprec_recbole
 from cprec_recbole import CompressionError
 from cprec_recbole.files import held
 from cprec_recbole.host.checkpoint import read_checkpoint
-from cprec_recbole.parallel.processes import launch
-from cprec_recbole.training.job import Job
-from cprec_recbole.training.running import train
+from cprec_recbole.parallel.launch import launch
+from cprec_recbole.training.run import Job
+from cprec_recbole.training.run import train
 from tests import children
 
 pytestmark = pytest.mark.usefixtures("ready_processes")

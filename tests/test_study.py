@@ -27,7 +27,7 @@ from cprec_recbole.compare.study.spec import Cell, own_options
 from cprec_recbole.compare.study.store import Store, read_json
 from cprec_recbole.compare.study.work import save_weights
 from cprec_recbole.compare.study.workers import News, Workers, _Worker, attempt
-from cprec_recbole.training.journal import Journal
+from cprec_recbole.training.state import Journal
 from tests import studies
 
 STUDY = """

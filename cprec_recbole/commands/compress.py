@@ -15,7 +15,7 @@ from cprec_recbole.commands.common import add_compression, console, given_option
 from cprec_recbole.commands.common import value as parsed
 from cprec_recbole.compress import compress
 from cprec_recbole.config import CompressionError
-from cprec_recbole.evaluation import evaluate
+from cprec_recbole.training.evaluation import evaluate
 from cprec_recbole.host.trained import load_trained
 from cprec_recbole.recover import recover
 from cprec_recbole.report import part_sizes, saved_bytes

@@ -16,8 +16,8 @@ from cprec_recbole.commands.common import (
     model_of,
 )
 from cprec_recbole.parallel.group import Place
-from cprec_recbole.training.job import Job
-from cprec_recbole.training.running import train
+from cprec_recbole.training.run import Job
+from cprec_recbole.training.run import train
 
 
 def add_parser(commands: Any) -> None:

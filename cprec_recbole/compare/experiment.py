@@ -24,7 +24,7 @@ from cprec_recbole.compare.results import (
 )
 from cprec_recbole.compare.sizes import served_bytes
 from cprec_recbole.config import CompressionConfig, CompressionError, reject_unknown
-from cprec_recbole.evaluation import check_valid_metric, evaluate
+from cprec_recbole.training.evaluation import check_valid_metric, evaluate
 from cprec_recbole.host.library import (
     known_options,
     recbole_config,

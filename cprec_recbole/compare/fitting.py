@@ -23,7 +23,7 @@ from recbole.utils import init_seed
 from cprec_recbole.compare.controls import TrainedControl
 from cprec_recbole.compare.results import environment
 from cprec_recbole.config import CompressionError
-from cprec_recbole.evaluation import check_cutoffs, evaluate
+from cprec_recbole.training.evaluation import check_topk, evaluate
 from cprec_recbole.files import make_folder, remove_leftovers
 from cprec_recbole.host.library import (
     recbole_dataset,
@@ -31,7 +31,7 @@ from cprec_recbole.host.library import (
     recbole_model,
     working_directory,
 )
-from cprec_recbole.training.journal import BEST, LAST, Journal, terms_of
+from cprec_recbole.training.state import BEST, LAST, Journal, terms_of
 from cprec_recbole.training.trainer import CompressedTrainer
 
 SCORE_REPEATS = 50
@@ -53,7 +53,7 @@ class Data:
         init_seed(config["seed"], config["reproducibility"])
         dataset = recbole_dataset(config)
         loaders = recbole_loaders(config, dataset)
-        check_cutoffs(config, dataset)
+        check_topk(config, dataset)
         for name, loader in zip(("validation", "test"), loaders[1:]):
             if not len(loader):
                 raise CompressionError(

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from cprec_recbole.config import CompressionError
-from cprec_recbole.evaluation import ROWS, check_evaluation_data
+from cprec_recbole.training.evaluation import ROWS, check_evaluation_data
 from cprec_recbole.modes import in_eval_mode
 from cprec_recbole.recommender import CompressedRecommender
 

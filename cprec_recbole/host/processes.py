@@ -22,7 +22,7 @@ from cprec_recbole.config import CompressionError
 from cprec_recbole.host.patching import is_ours, replace
 from cprec_recbole.parallel import group
 from cprec_recbole.parallel.group import Place
-from cprec_recbole.parallel.shares import GlobalBatches, PartOf
+from cprec_recbole.parallel.batches import GlobalBatches, PartOf
 
 # what the collector keeps of evaluation batches, a row for each user or interaction
 COLLECTED = ("rec.topk", "rec.meanrank", "rec.score", "rec.items", "data.label")
@@ -120,9 +120,7 @@ def _reading_a_share(original: Callable) -> Callable:
             return
         number, parts = group.rank(), group.size()
         if _is_evaluation(self):
-            rows = list(group.share(self.sample_size, number, parts))
-            if config["shard_tails"]:  # all take every step together; see TopKCollector.n_rows
-                rows += [0] * (-(-self.sample_size // parts) - len(rows))
+            rows = list(group.part_of(self.sample_size, number, parts))
             batches: Any = BatchSampler(rows, self.step, drop_last=False)
         elif is_ours(config):
             self._init_batch_size_and_step()  # RecBole has divided the batch by the processes

@@ -7,7 +7,7 @@ from typing import Any
 
 from recbole.config import Config
 
-from cprec_recbole.training.running import run
+from cprec_recbole.training.run import run
 
 
 def starting_the_plugin_too(original: Callable) -> Callable:

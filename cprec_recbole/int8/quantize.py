@@ -15,7 +15,6 @@ from cprec_recbole.embedding import BlockEmbedding
 from cprec_recbole.int8.matrices import float_matrices, round_to_int8
 from cprec_recbole.int8.rows import Int8Block
 from cprec_recbole.modes import can_be_trained
-from cprec_recbole.parallel.spread import check_whole
 from cprec_recbole.recommender import CompressedRecommender
 
 DTYPES = ("int8",)
@@ -135,7 +134,6 @@ def _checked(small: nn.Module) -> CompressedRecommender:
             "Expected `small` to have float rows, but its rows are in int8 already; quantize the "
             "model that it was made from."
         )
-    check_whole("small", small.table, small.head.table)
     _check_precision("small", small.table.dtype)
     for name, parameter in small.named_parameters():
         if not torch.isfinite(parameter).all():

@@ -1,4 +1,4 @@
-"""The group of processes that train one model: where this process stands in it, and their talk.
+"""The processes that train one model: where this one stands, and what they tell each other.
 
 Tensors on the CPU go through Gloo, those on a GPU through NCCL. A process that is alone needs no
 group: every function here then answers for one process.
@@ -149,7 +149,10 @@ def from_first(value: T) -> T:
     return box[0]
 
 
-def share(n: int, number: int, parts: int) -> range:
-    """Which of `n` rows the `number`-th of `parts` processes takes: each row once, in their order,
-    and none where there are fewer rows than processes."""
+def part_of(n: int, number: int, parts: int) -> range:
+    """Which of `n` rows the `number`-th of `parts` processes takes.
+
+    Each row goes to one process, in their order; where there are fewer rows than processes, some
+    processes get none.
+    """
     return range(number * n // parts, (number + 1) * n // parts)

@@ -16,7 +16,6 @@ import torch
 
 from cprec_recbole.config import CompressionError
 from cprec_recbole.files import write_whole
-from cprec_recbole.parallel.spread import check_whole
 from cprec_recbole.recommender import CompressedRecommender
 from cprec_recbole.report import part_sizes, saved_bytes
 from cprec_recbole.search.topk import check_k
@@ -104,7 +103,6 @@ def _checked(small: Any, path: Any, to: str, k: int) -> Path:
             "it first, with CompressionConfig.uncompressed() to lose nothing."
         )
     check_k(k, small.n_items - 1)
-    check_whole("small", small.table, small.head.table)
     if small.table.dtype != torch.float32:
         raise CompressionError(
             f"Expected `small` to be in float32, but got {small.table.dtype}; use small.float()."

@@ -19,7 +19,6 @@ from cprec_recbole.int8.matrices import float_matrices, kept_scales, whole_numbe
 from cprec_recbole.int8.rows import SCALE_DTYPE, Int8Block
 from cprec_recbole.item_tables import Host
 from cprec_recbole.modes import can_be_trained, in_eval_mode
-from cprec_recbole.parallel.spread import check_whole
 from cprec_recbole.partition import Partition
 from cprec_recbole.saving.folder import write_folder
 from cprec_recbole.saving.membership import packed_blocks
@@ -181,10 +180,9 @@ class Servable(nn.Module):
             The folder.
 
         Raises:
-            CompressionError: no tokens, tokens that do not fit, a folder that cannot be written or
-                that another process writes to, or tail blocks that are spread over processes.
+            CompressionError: no tokens, tokens that do not fit, or a folder that cannot be written or
+                that another process writes to.
         """
-        check_whole("model", self.table, self.head.table)
         check_numbering(self, tokens, "tokens")
         vocabulary = self._vocabulary(tokens)
         for name, parameter in self.named_parameters():
@@ -271,10 +269,8 @@ class Servable(nn.Module):
             The ids of the new items.
 
         Raises:
-            CompressionError: a token that is there already or comes twice, or like an unknown one,
-                or tail blocks that are spread over processes.
+            CompressionError: a token that is there already or comes twice, or like an unknown one.
         """
-        check_whole("model", self.table, self.head.table)
         vocabulary = self._vocabulary()
         if isinstance(tokens, str) or not isinstance(tokens, Sequence) or not tokens:
             raise CompressionError(

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from recbole.data.interaction import Interaction
 from recbole.trainer import Trainer
 from recbole.utils import get_gpu_usage, set_color
-from torch import Tensor
+from torch import Tensor, nn
 from torch.amp import GradScaler
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from tqdm import tqdm
 
@@ -19,17 +22,14 @@ from cprec_recbole.fields import NEXT_ITEMS
 from cprec_recbole.files import write_whole
 from cprec_recbole.host.checkpoint import read_checkpoint
 from cprec_recbole.host.processes import alone
-from cprec_recbole.optimizers import build_optimizer
 from cprec_recbole.parallel import group
-from cprec_recbole.parallel.reducer import GradientReducer, begin_alike, clip_gradients
-from cprec_recbole.parallel.shards import gathered_state
-from cprec_recbole.parallel.shares import STAND_IN
+from cprec_recbole.parallel.batches import STAND_IN
 from cprec_recbole.recommender import CompressedRecommender
 from cprec_recbole.records import HIDDEN_AT
 from cprec_recbole.saving.vocabulary import check_numbering
-from cprec_recbole.training.collector import TopKCollector, look_up
-from cprec_recbole.training.journal import Journal
-from cprec_recbole.training.snapshot import Moment, restore, set_random_state, take
+from cprec_recbole.training.evaluation import HiddenStates, TopKCollector
+from cprec_recbole.training.optimizers import build_optimizer, clip_gradients, sparse_parameters
+from cprec_recbole.training.state import Journal, Progress, restore, set_random_state, state_of
 
 
 class CompressedTrainer(Trainer):
@@ -51,21 +51,18 @@ class CompressedTrainer(Trainer):
     optimizer: Any
     saved_model_file: str
 
-    def __init__(self, config: Any, model: torch.nn.Module) -> None:
+    def __init__(self, config: Any, model: nn.Module) -> None:
         super().__init__(config, model)
         self.eval_collector = TopKCollector(config)
         self.journal: Journal | None = None
         self.measured: dict[str, list[float]] = {}
         self.valid_data: Any = None
-        self._resumed: Moment | None = None
+        self._resumed: Progress | None = None
         self._is_resumed = False
-        parted = getattr(model, "sharded_parameters", list)  # whole on the process that holds them
-        self._parted = list(parted())
-        self._reducer: GradientReducer | None = None
-        if not config["single_spec"]:
-            self._reducer = GradientReducer(model.parameters(), self._parted)
-            own = {id(parameter) for parameter in self._parted}
-            begin_alike(t for t in (*model.parameters(), *model.buffers()) if id(t) not in own)
+        self._is_alone = bool(config["single_spec"])
+        self._loss: Callable[[Interaction], Tensor] = model.calculate_loss  # type: ignore[assignment]
+        if not self._is_alone:
+            self._loss = _distributed(model)
 
     def _build_optimizer(self, **options: Any) -> Optimizer:
         """The optimizer of RecBole's options, in its quickest form."""
@@ -73,11 +70,6 @@ class CompressedTrainer(Trainer):
             return super()._build_optimizer(**options)
         decay = self.weight_decay or 0.0
         return build_optimizer(self.model, self.learner, self.learning_rate, decay)
-
-    @property
-    def is_parted(self) -> bool:
-        """Whether every process holds other rows of the model."""
-        return bool(self._parted)
 
     def fit(
         self,
@@ -94,25 +86,24 @@ class CompressedTrainer(Trainer):
             check_numbering(self.model, data, name)
         result = super().fit(train_data, valid_data, verbose, saved, show_progress, callback_fn)
         if self.journal is not None:
-            moment = Moment(self.epochs, 0, 0.0, train_data.generator.get_state(), {}, ended=True)
-            self.journal.write(take(self, moment))
+            end = Progress(self.epochs, 0, 0.0, train_data.generator.get_state(), {}, ended=True)
+            self.journal.write(state_of(self, end))
         return result
 
-    def resume(self, state: dict[str, Any], train_data: Any, valid_data: Any) -> bool:
+    def resume(self, state: dict[str, Any], valid_data: Any) -> bool:
         """Go back to where a journal was written; returns whether there is anything left to do.
 
         Args:
             state: what `Journal.read` gives.
-            train_data: the loader that `fit` will be given.
-            valid_data: the other one.
+            valid_data: the validation data that `fit` will be given.
         """
         self.valid_data = valid_data
-        self._resumed, self._is_resumed = restore(self, state, train_data), True
+        self._resumed, self._is_resumed = restore(self, state), True
         self.start_epoch = self._resumed.epoch
         return not self._resumed.ended
 
     def put_back_random_state(self) -> None:
-        """As it was when the last of the training was written down; for a test that follows."""
+        """As it was when the end of the training was written down; for a test that follows."""
         if self._resumed is not None and self._resumed.random is not None:
             set_random_state(self._resumed.random, self.device)
 
@@ -141,28 +132,28 @@ class CompressedTrainer(Trainer):
             set_random_state(begin.random, self.device)
         bar = self._shown(batches, epoch_idx, begin.step, len(train_data), show_progress)
         for step, batch in enumerate(bar, begin.step + 1):
-            total += self._step(batch, loss_func or self.model.calculate_loss, scaler)
+            total += self._step(batch, loss_func or self._loss, scaler)
             if self.gpu_available and show_progress:
                 usage = get_gpu_usage(self.device)
                 bar.set_postfix_str(set_color("GPU RAM: " + usage, "yellow"))
             if self.journal is not None and self.journal.is_due(step) and step < len(train_data):
                 self._check_nan(total)
-                moment = begin.later(step, float(total), scaler.state_dict())
-                self.journal.write(take(self, moment))
+                now = replace(begin, step=step, loss=float(total), scaler=scaler.state_dict())
+                self.journal.write(state_of(self, now))
         group.total(total)
         self._check_nan(total)
         return float(total)
 
-    def _begin(self, train_data: Any, epoch: int, scaler: GradScaler) -> Moment:
+    def _begin(self, train_data: Any, epoch: int, scaler: GradScaler) -> Progress:
         """Where in an epoch to begin: at its first step, which is written down, or further on."""
         if self._resumed is not None:
             begin, self._resumed = self._resumed, None
             train_data.generator.set_state(begin.generator)
             scaler.load_state_dict(begin.scaler)
             return begin
-        begin = Moment(epoch, 0, 0.0, train_data.generator.get_state(), scaler.state_dict())
+        begin = Progress(epoch, 0, 0.0, train_data.generator.get_state(), scaler.state_dict())
         if self.journal is not None:
-            self.journal.write(take(self, begin))
+            self.journal.write(state_of(self, begin))
         return begin
 
     def _step(
@@ -172,24 +163,22 @@ class CompressedTrainer(Trainer):
         self.optimizer.zero_grad()
         weight = self._weight(batch)
         with torch.autocast(device_type=self.device.type, enabled=self.enable_amp):
-            loss = loss_func(batch.to(self.device))
-        if self._reducer is not None:
-            loss = loss * weight
-        scaler.scale(loss).backward()
-        if self._reducer is not None:
-            self._reducer.reduce()
+            loss = loss_func(batch.to(self.device)) * weight
+        # DistributedDataParallel takes the mean over processes where we need the sum
+        scaler.scale(loss * group.size()).backward()
+        if not self._is_alone:
+            for parameter in sparse_parameters(self.model):
+                _add_up_rows(parameter)
         if self.clip_grad_norm:
             scaler.unscale_(self.optimizer)  # RecBole clips what is scaled
-            clip_gradients(
-                list(self.model.parameters()), **self.clip_grad_norm, parted=self._parted
-            )
+            clip_gradients(list(self.model.parameters()), **self.clip_grad_norm)
         scaler.step(self.optimizer)
         scaler.update()
         return loss.detach()
 
     def _weight(self, batch: Interaction) -> float:
         """This process's part of the targets of a batch: its mean loss counts for so much."""
-        if self._reducer is None:
+        if self._is_alone:
             return 1.0
         mine = 0 if getattr(batch, STAND_IN, False) else n_targets(batch)
         return mine / max(1, int(group.total(torch.tensor(mine, dtype=torch.int64))))
@@ -206,17 +195,16 @@ class CompressedTrainer(Trainer):
     def _save_checkpoint(self, epoch: int, verbose: bool = True, **kwargs: Any) -> None:
         """Write RecBole's checkpoint, so that a crash leaves the one before or the new one."""
         path = kwargs.get("saved_model_file", self.saved_model_file)
-        state = {
-            "config": alone(self.config),
-            "epoch": epoch,
-            "cur_step": self.cur_step,
-            "best_valid_score": self.best_valid_score,
-            "state_dict": gathered_state(self.model),
-            "other_parameter": self.model.other_parameter(),
-            # no process has all of what it keeps of rows that are spread
-            "optimizer": {} if self.is_parted else self.optimizer.state_dict(),
-        }
         if group.is_first():
+            state = {
+                "config": alone(self.config),
+                "epoch": epoch,
+                "cur_step": self.cur_step,
+                "best_valid_score": self.best_valid_score,
+                "state_dict": self.model.state_dict(),
+                "other_parameter": self.model.other_parameter(),
+                "optimizer": self.optimizer.state_dict(),
+            }
             write_whole(Path(path), lambda file: torch.save(state, file, pickle_protocol=4))
             if verbose:
                 self.logger.info(set_color("Saving current", "blue") + f": {path}")
@@ -241,17 +229,44 @@ class CompressedTrainer(Trainer):
             found = read_checkpoint(model_file or self.saved_model_file)
             self.model.load_state_dict(found.state)
             load_best_model = False
-        if self.config["shard_tails"] and self._reducer is not None:
-            rows = group.share(eval_data.sample_size, group.rank(), group.size())
-            self.eval_collector.n_rows = len(rows)
         return super().evaluate(eval_data, load_best_model, model_file, show_progress)
 
     def _full_sort_batch_eval(self, batched_data: tuple) -> tuple:
         interaction, history, positive_u, positive_i = batched_data
         if not isinstance(self.model, CompressedRecommender) or history is not None:
             return super()._full_sort_batch_eval(batched_data)
-        found = look_up(self.model, interaction.to(self.device))
-        return interaction, found, positive_u, positive_i
+        states = HiddenStates.of(self.model, interaction.to(self.device))
+        return interaction, states, positive_u, positive_i
+
+
+class _Loss(nn.Module):
+    """A model whose `forward` is its training loss, as DistributedDataParallel needs it."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Interaction) -> Tensor:
+        return self.model.calculate_loss(batch)
+
+
+def _distributed(model: nn.Module) -> nn.Module:
+    """The loss of a model whose gradients become the mean over all processes."""
+    loss = _Loss(model)
+    sparse = {id(parameter) for parameter in sparse_parameters(model)}
+    every = loss.named_parameters(remove_duplicate=False)  # a tied table has two names
+    names = [name for name, parameter in every if id(parameter) in sparse]
+    # it takes sparse gradients of nn.Embedding alone; ours are added up beside it
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(loss, names)
+    return DistributedDataParallel(loss, broadcast_buffers=False, find_unused_parameters=True)
+
+
+def _add_up_rows(parameter: nn.Parameter) -> None:
+    """Replace a sparse gradient by the mean over processes, which is sparse too."""
+    if parameter.grad is not None:
+        total = parameter.grad.coalesce()
+        dist.all_reduce(total)
+        parameter.grad = total.coalesce() / group.size()
 
 
 def n_targets(batch: Interaction) -> int:

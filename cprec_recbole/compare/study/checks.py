@@ -10,7 +10,7 @@ from cprec_recbole.compare.study.recipes import recipe_without_ratio
 from cprec_recbole.compare.study.spec import Spec
 from cprec_recbole.compare.study.work import Bench
 from cprec_recbole.config import CompressionError, reject_unknown
-from cprec_recbole.evaluation import check_metrics
+from cprec_recbole.training.evaluation import check_metrics
 from cprec_recbole.host.library import known_options
 
 

@@ -18,7 +18,7 @@ from cprec_recbole.compare.study.recipes import Work
 from cprec_recbole.compare.study.spec import Spec
 from cprec_recbole.compare.study.store import Store
 from cprec_recbole.compare.study.work import do
-from cprec_recbole.parallel import processes
+from cprec_recbole.parallel import launch as processes
 
 _SECONDS_TO_END = 5
 

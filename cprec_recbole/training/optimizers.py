@@ -1,9 +1,12 @@
-"""RecBole's `learner` for the compressed models: the same optimizers, their quickest forms, and
-sparse steps for rows that are only looked up."""
+"""RecBole's `learner` for the compressed models.
+
+The optimizers are PyTorch's in their quickest forms, with sparse steps for rows that are only
+looked up.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,7 +27,6 @@ _DENSE: dict[str, type[Optimizer]] = {
 }
 _SPARSE: dict[str, type[Optimizer]] = {"sgd": SGD, "adagrad": Adagrad, "sparse_adam": SparseAdam}
 _FUSED = ("adam", "adamw", "sgd", "adagrad", "sparse_adam")
-_FUSED_SPREAD = ("adam", "adamw", "sparse_adam")
 
 
 def steps_sparsely(learner: str, weight_decay: float) -> bool:
@@ -34,6 +36,12 @@ def steps_sparsely(learner: str, weight_decay: float) -> bool:
     averages then move only when the row is looked up. Weight decay moves every row.
     """
     return learner.lower() in _SPARSE and not weight_decay
+
+
+def sparse_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a model whose gradients hold the rows that were looked up alone."""
+    blocks = (module for module in model.modules() if isinstance(module, Block))
+    return list({id(block.weight): block.weight for block in blocks if block.sparse}.values())
 
 
 def build_optimizer(
@@ -60,16 +68,20 @@ def build_optimizer(
             f"Expected `weight_decay` to be 0 with `learner: sparse_adam`, but got {weight_decay}; "
             "it moves every row."
         )
-    looked_up = {
-        id(m.weight): m.weight for m in model.modules() if isinstance(m, Block) and m.sparse
-    }
-    dense = [p for p in model.parameters() if p.requires_grad and id(p) not in looked_up]
+    looked_up = sparse_parameters(model)
+    sparse_ids = {id(parameter) for parameter in looked_up}
+    dense = [p for p in model.parameters() if p.requires_grad and id(p) not in sparse_ids]
+    # fused: one pass over parameters, moments and gradients instead of a dozen
+    devices = ("cpu",) if name == "adagrad" else ("cpu", "cuda")
+    known = all(p.is_floating_point() and p.device.type in devices for p in dense)
     options: dict[str, Any] = {"lr": learning_rate, "weight_decay": weight_decay}
-    main = _DENSE[name](_groups(dense, name), **options)
-    main.register_step_post_hook(_count)
+    if name in _FUSED and known:
+        options["fused"] = True
+    main = _DENSE[name](dense, **options)
+    main.register_step_post_hook(_count_step)
     if not looked_up:
         return main
-    return Both(main, _SPARSE[name](list(looked_up.values()), lr=learning_rate))  # type: ignore[call-arg]
+    return Both(main, _SPARSE[name](looked_up, lr=learning_rate))  # type: ignore[call-arg]
 
 
 class Both(Optimizer):
@@ -78,10 +90,7 @@ class Both(Optimizer):
     def __init__(self, dense: Optimizer, sparse: Optimizer) -> None:
         self.parts = {"dense": dense, "sparse": sparse}
         super().__init__([*dense.param_groups, *sparse.param_groups], {})
-        # the very groups of both, so that what a schedule sets is what is used
-        self.param_groups = [group for part in self.parts.values() for group in part.param_groups]
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step both."""
         result = None
@@ -112,30 +121,53 @@ class Both(Optimizer):
         self.param_groups = [group for part in self.parts.values() for group in part.param_groups]
 
 
-def _count(optimizer: Optimizer, *_: Any) -> None:
-    """Count a fused step among the changes of its parameters, which PyTorch does not: what was made
-    from them (a head's index) has to be made again."""
+def clip_gradients(
+    parameters: list[nn.Parameter], max_norm: float, norm_type: float = 2.0, **options: Any
+) -> Tensor:
+    """Scale gradients down to a norm of at most `max_norm`; returns the norm before, `[]`.
+
+    It does what `torch.nn.utils.clip_grad_norm_` does, which takes no sparse gradients.
+
+    Args:
+        parameters: all of the model's.
+        max_norm: the norm that is left at most.
+        norm_type: which norm.
+        options: more of torch's options, for dense gradients.
+
+    Raises:
+        CompressionError: such an option with sparse gradients, or a norm that is none.
+    """
+    for parameter in parameters:
+        if parameter.grad is not None and parameter.grad.is_sparse:
+            parameter.grad = parameter.grad.coalesce()  # each row once
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not any(grad.is_sparse for grad in grads):
+        return nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, **options)
+    if options:
+        raise CompressionError(
+            "Expected `clip_grad_norm` to hold max_norm and norm_type alone with sparse gradients, "
+            f"but got {', '.join(options)}."
+        )
+    if not float(norm_type) > 0:
+        raise CompressionError(
+            "Expected the norm_type of `clip_grad_norm` to be above 0, but got "
+            f"{float(norm_type):g}."
+        )
+    values = [grad._values() if grad.is_sparse else grad for grad in grads]
+    norms = [torch.linalg.vector_norm(value, float(norm_type)) for value in values]
+    total = torch.linalg.vector_norm(torch.stack(norms), float(norm_type))
+    scale = (max_norm / (total + 1e-6)).clamp(max=1.0)  # torch's own rule
+    for value in values:
+        value.mul_(scale)
+    return total
+
+
+def _count_step(optimizer: Optimizer, *_: Any) -> None:
+    """Count a fused step among the changes of its parameters, which PyTorch does not do.
+
+    What was made from them, such as a softmax's index, has to be made again.
+    """
     for group in optimizer.param_groups:
         if group.get("fused"):
             for parameter in group["params"]:
                 increment_version(parameter)
-
-
-def _groups(parameters: Iterable[Tensor], learner: str) -> list[dict[str, Any]]:
-    """Parameters that may be stepped in one call: those spread over processes on their own.
-
-    Fused: one pass over parameters, moments and gradients instead of a dozen, equal but for
-    rounding. Of parameters that are spread, torch can so step Adam's only.
-    """
-    kinds: dict[bool, list[Tensor]] = {}
-    for parameter in parameters:
-        kinds.setdefault(type(parameter.data) is Tensor, []).append(parameter)
-    groups: list[dict[str, Any]] = []
-    for whole, some in kinds.items():
-        fusing = _FUSED if whole else _FUSED_SPREAD
-        # on a GPU not every torch has Adagrad's
-        devices = ("cpu",) if learner == "adagrad" else ("cpu", "cuda")
-        known = all(p.is_floating_point() and p.device.type in devices for p in some)
-        fused = {"fused": True} if learner in fusing and known else {}
-        groups.append({"params": some, **fused})
-    return groups

@@ -1,4 +1,4 @@
-"""Which rows each of several processes reads, so that together they read what one would."""
+"""Each process's part of the batches that one process would read."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils.data import BatchSampler, RandomSampler, Sampler, SequentialSampler
 
-from cprec_recbole.parallel.group import share
+from cprec_recbole.parallel.group import part_of
 
 if TYPE_CHECKING:
     from recbole.data.interaction import Interaction
@@ -19,9 +19,8 @@ STAND_IN = "is_stand_in"  # an attribute of a batch of which this process has no
 class GlobalBatches(Sampler[list[int]]):
     """This process's part of each batch that one process alone would read.
 
-    Every process draws the same permutation from a generator in the same state, by the sampler that
-    a DataLoader would make, and takes its share of each batch: the parts of a batch, put together
-    in the processes' order, are the batch. None is padded or read twice; a part may be empty.
+    Every process draws the same permutation from a generator in the same state and takes its part
+    of each batch. The parts in the order of the processes are the batch; a part may be empty.
 
     Args:
         n_rows: rows of the data set.
@@ -51,7 +50,8 @@ class GlobalBatches(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         for batch in self.batches:
-            mine = share(len(batch), self.number, self.parts)
+            mine = part_of(len(batch), self.number, self.parts)
+            # A process without a row reads another's twice, as a mark for PartOf.
             yield batch[mine.start : mine.stop] or batch[:1] * 2
 
     def __len__(self) -> int:
@@ -61,9 +61,8 @@ class GlobalBatches(Sampler[list[int]]):
 class PartOf:
     """A DataLoader's `collate_fn` for the indices that GlobalBatches gives.
 
-    Where a process has no row of a batch, one of another process's goes along and counts for
-    nothing: every process takes part in whatever a model has them do together, and no parameter is
-    touched that the batch does not touch.
+    A process without a row gets one of another process, marked as STAND_IN, that counts for
+    nothing: every process has to take part in every step.
     """
 
     def __init__(self, collate: Callable[[Sequence[int]], Interaction]) -> None:

@@ -1,24 +1,89 @@
-"""Quality of a model on RecBole's evaluation data, without a trainer."""
+"""RecBole's metrics of a model, without a score for every user and item at once."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from recbole.config import Config
 from recbole.data.dataloader import FullSortEvalDataLoader
-from recbole.evaluator import Evaluator
+from recbole.data.interaction import Interaction
+from recbole.evaluator import Collector, Evaluator
 from recbole.evaluator.register import metrics_dict
 from recbole.utils import EvaluatorType
-from torch import nn
+from torch import Tensor, nn
 
 from cprec_recbole.config import CompressionError
 from cprec_recbole.modes import in_eval_mode
 from cprec_recbole.recommender import CompressedRecommender
 from cprec_recbole.saving.vocabulary import check_numbering
-from cprec_recbole.training.collector import TopKCollector, look_up
 
-ROWS = 512  # users that are scored together
+_ROWS = 512  # users that are scored together
+_SCORES = 2**24  # dense scores at a time, where a metric needs them: 64 MiB
+_NEED_SCORES = ("rec.meanrank", "rec.score", "data.label")
+
+
+class HiddenStates(NamedTuple):
+    """What the collector gets in place of `[B, n_items]` scores.
+
+    Attributes:
+        model: whose they are.
+        hidden: a hidden state for each user, `[B, d]`.
+    """
+
+    model: CompressedRecommender
+    hidden: Tensor
+
+    @classmethod
+    def of(cls, model: CompressedRecommender, users: Interaction) -> HiddenStates:
+        """The hidden states of some users, which go through the layers in pieces."""
+        pieces = range(0, len(users), _ROWS)
+        hidden = [model.last_hidden(users[start : start + _ROWS]) for start in pieces]
+        return cls(model, torch.cat(hidden))
+
+
+class TopKCollector(Collector):
+    """RecBole's collector, which looks the best items up by `topk`.
+
+    What it hands to the metrics is what RecBole's own does. Metrics that need more than the best
+    items (GAUC) get dense scores, a few rows at a time.
+    """
+
+    register: Any
+    data_struct: Any
+    topk: list[int]
+
+    def eval_batch_collect(
+        self,
+        scores_tensor: Tensor | HiddenStates,
+        interaction: Interaction,
+        positive_u: Tensor,
+        positive_i: Tensor,
+    ) -> None:
+        """Keep what the metrics need of a batch."""
+        if not isinstance(scores_tensor, HiddenStates):
+            super().eval_batch_collect(scores_tensor, interaction, positive_u, positive_i)
+            return
+        model, hidden = scores_tensor
+        positive_u, positive_i = positive_u.to(hidden.device), positive_i.to(hidden.device)
+        if any(self.register.need(what) for what in _NEED_SCORES):
+            size = max(1, _SCORES // model.n_items)
+            for start in range(0, len(hidden), size):
+                scores = model.head.scores(hidden[start : start + size])
+                scores[:, 0] = -torch.inf
+                users, items = _of_rows(positive_u, positive_i, start, size)
+                rows = interaction[start : start + size]
+                super().eval_batch_collect(scores, rows, users, items)
+            return
+        best = model.head.topk(hidden, max(self.topk)).items
+        if self.register.need("rec.items"):
+            self.data_struct.update_tensor("rec.items", best)
+        if self.register.need("rec.topk"):
+            rows = torch.arange(len(best), device=best.device).unsqueeze(1)
+            keys = positive_u * model.n_items + positive_i
+            hits = torch.isin(rows * model.n_items + best, keys)
+            n_positive = torch.bincount(positive_u, minlength=len(best)).unsqueeze(1)
+            self.data_struct.update_tensor("rec.topk", torch.cat([hits, n_positive], 1).int())
 
 
 @torch.no_grad()
@@ -37,29 +102,31 @@ def evaluate(model: nn.Module, data: Any) -> dict[str, float]:
     """
     check_evaluation_data(data, "data")
     check_numbering(model, data, "data")
-    config = data.config
-    collector = TopKCollector(config)
+    collector = TopKCollector(data.config)
     device = next(model.parameters()).device
     with in_eval_mode(model):
         for interaction, history, positive_u, positive_i in data:
             if isinstance(model, CompressedRecommender) and history is None:
-                scores = look_up(model, interaction.to(device))
-                collector.eval_batch_collect(scores, interaction, positive_u, positive_i)
+                states = HiddenStates.of(model, interaction.to(device))
+                collector.eval_batch_collect(states, interaction, positive_u, positive_i)
                 continue
-            for start in range(0, len(interaction), ROWS):
-                rows = interaction[start : start + ROWS]
+            for start in range(0, len(interaction), _ROWS):
+                rows = interaction[start : start + _ROWS]
                 predict: Any = model.full_sort_predict
                 scores = predict(rows.to(device)).view(len(rows), -1)
                 scores[:, 0] = -torch.inf
-                here = (positive_u >= start) & (positive_u < start + ROWS)
                 if history is not None:
-                    seen = (history[0] >= start) & (history[0] < start + ROWS)
-                    scores[history[0][seen] - start, history[1][seen]] = -torch.inf
-                collector.eval_batch_collect(
-                    scores, rows, positive_u[here] - start, positive_i[here]
-                )
-    result = Evaluator(config).evaluate(collector.get_data_struct())
+                    scores[_of_rows(*history, start, _ROWS)] = -torch.inf
+                users, items = _of_rows(positive_u, positive_i, start, _ROWS)
+                collector.eval_batch_collect(scores, rows, users, items)
+    result = Evaluator(data.config).evaluate(collector.get_data_struct())
     return {name: float(value) for name, value in result.items()}
+
+
+def _of_rows(users: Tensor, items: Tensor, start: int, size: int) -> tuple[Tensor, Tensor]:
+    """The pairs of a user and an item that belong to some rows, users counted from the first."""
+    here = (users >= start) & (users < start + size)
+    return users[here] - start, items[here]
 
 
 def valid_metric(data: Any) -> str:
@@ -79,7 +146,7 @@ def check_valid_metric(config: Config) -> None:
         )
 
 
-def check_cutoffs(config: Config, dataset: Any) -> None:
+def check_topk(config: Config, dataset: Any) -> None:
     """Raise a CompressionError where `topk` asks for more items than a RecBole data set has."""
     if config["eval_type"] != EvaluatorType.RANKING:
         return

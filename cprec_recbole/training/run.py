@@ -1,0 +1,395 @@
+"""`run`: a training with RecBole, from its options to its metrics, on one process or several."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from recbole.config import Config
+from recbole.utils import (
+    EvaluatorType,
+    get_model,
+    get_trainer,
+    init_logger,
+    init_seed,
+    set_color,
+)
+
+from cprec_recbole.config import CompressionConfig, CompressionError, is_near, reject_unknown
+from cprec_recbole.files import held, make_folder, remove_leftovers, write_whole
+from cprec_recbole.host.library import (
+    fitting_options,
+    known_options,
+    read_options,
+    recbole_config,
+    recbole_dataset,
+    recbole_loaders,
+    recbole_model,
+    whole_number,
+)
+from cprec_recbole.models import MODELS
+from cprec_recbole.parallel import group
+from cprec_recbole.parallel.group import Place
+from cprec_recbole.parallel.launch import launch
+from cprec_recbole.training.evaluation import check_topk, check_valid_metric
+from cprec_recbole.training.state import BEST, LAST, RESULT, Journal, digest, terms_of
+from cprec_recbole.training.trainer import CompressedTrainer
+
+OnEpoch = Callable[[int, float, float], None]  # epoch from 0, its training loss, its valid score
+
+# options of ours beside those of a CompressionConfig; the last one is an error that says why
+_OWN = ("checkpoint_steps", "shard_tails")
+_UNNAMED = ("encoding", "tail_ratio")  # options that RecBole reads and names nowhere
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run is asked for; goes to every process.
+
+    Attributes:
+        model: RecBole's name of the model.
+        dataset: RecBole's name of the data set.
+        options: RecBole's options.
+        saved: whether the best weights are written.
+        out: where everything is written; None for RecBole's `checkpoint_dir`.
+        resume: whether to go on with what `out` holds.
+        on_epoch: called after every validation, by the first process.
+        say: takes a line about where the run begins; the first process's.
+        logs: whether RecBole's own log is written and shown.
+        named: which options RecBole or we have to know; a file may hold those of other models.
+    """
+
+    model: str
+    dataset: str
+    options: dict[str, Any] = field(default_factory=dict)
+    saved: bool = True
+    out: str | None = None
+    resume: bool = False
+    on_epoch: OnEpoch | None = None
+    say: Callable[[str], None] | None = None
+    logs: bool = True
+    named: tuple[str, ...] = ()
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether the model is a compressed one."""
+        return self.model in _our_names()
+
+    def report(self, line: str) -> None:
+        """Say a line about where the run begins, once for all processes."""
+        if group.is_first():
+            (self.say or logging.getLogger().info)(line)
+
+
+def run(
+    model: str,
+    dataset: str,
+    *,
+    nproc: int | None = None,
+    config_file_list: Sequence[str] | None = None,
+    config_dict: dict[str, Any] | None = None,
+    saved: bool = True,
+    out: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+) -> dict[str, Any]:
+    """Train and test a model with RecBole, one of ours or one of RecBole's own.
+
+    What `run_recbole` does and returns, but for `sys.argv`, which is not read; and on several
+    processes. A script that calls it with `nproc` needs `if __name__ == "__main__":` around it.
+    Under torchrun, every process calls it, without `nproc`.
+
+    Args:
+        model: RecBole's name of the model.
+        dataset: RecBole's name of the data set.
+        nproc: processes to start on this machine; 1 works in this one.
+        config_file_list: RecBole's YAML files.
+        config_dict: RecBole's options; they win over the files. `checkpoint_steps: N` also writes
+            `last.pth` after every N-th step of an epoch.
+        saved: whether to keep the best weights, with which the test is made.
+        out: a folder for `best.pth`, RecBole's checkpoint; `last.pth`, from which an interrupted
+            run goes on (our models only); and `result.json`. None: RecBole's `checkpoint_dir`.
+        resume: go on with the run in `out`; it ends where it would have ended.
+
+    Returns:
+        `best_valid_score`, `valid_score_bigger`, `best_valid_result` and `test_result`.
+
+    Raises:
+        CompressionError: an option that does not fit, or a process that was killed.
+    """
+    if isinstance(config_file_list, str):
+        raise CompressionError(
+            f"Expected `config_file_list` to be a list of files, but got {config_file_list!r}."
+        )
+    options: dict[str, Any] = {}
+    for file in config_file_list or ():
+        options |= read_options(file, "config_file_list")
+    options |= config_dict or {}
+    folder = None if out is None else os.fspath(out)
+    return train(Job(model, dataset, options, saved, folder, resume), nproc)
+
+
+def train(job: Job, nproc: int | None = None) -> dict[str, Any]:
+    """Carry out a job, here or on several processes; see `run`."""
+    place = Place.from_environment()
+    _check(job, nproc, place)
+    if place is not None:
+        group.expect(place)
+        result = train_here(job)
+        group.leave()
+        return result
+    if nproc in (None, 1):
+        return train_here(job)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    _config_of(job)  # a bad option is known before anything is started
+    if visible is None:  # RecBole's Config sets it
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    else:
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible
+    return launch(int(nproc or 1), train_here, job)
+
+
+def train_here(job: Job) -> dict[str, Any]:
+    """One process's part of a job, or all of it."""
+    config = _config_of(job)
+    if job.out is None:
+        return _train_and_test(config, job)
+    config["checkpoint_dir"] = job.out
+    if not group.is_first():
+        return _train_and_test(config, job)
+    folder = Path(job.out)
+    make_folder(folder)
+    with held(folder):
+        for name in (LAST, BEST, RESULT):
+            remove_leftovers(folder / name)
+        return _train_and_test(config, job)
+
+
+def _our_names() -> list[str]:
+    return [model.__name__ for model in MODELS]
+
+
+def _check(job: Job, nproc: int | None, place: Place | None) -> None:
+    """Raise a CompressionError for everything that is known to be wrong before the start."""
+    ours = ", ".join(_our_names())
+    if nproc is not None and (not isinstance(nproc, int) or isinstance(nproc, bool) or nproc < 1):
+        raise CompressionError(
+            f"Expected `nproc` to be a whole number, 1 or more, but got {nproc!r}."
+        )
+    if place is not None and nproc not in (None, place.size):
+        raise CompressionError(
+            f"Expected no `nproc` under torchrun, which has started {place.size} processes, but "
+            f"got {nproc}."
+        )
+    try:
+        get_model(job.model)
+    except (ValueError, AttributeError, TypeError, ImportError):
+        raise CompressionError(
+            f"Expected `model` to be one of {ours}, or the name of one of RecBole's own models, "
+            f"spelt as there, but got {job.model!r}."
+        ) from None
+    if job.out == "":
+        raise CompressionError("Expected `out` to be a folder, but got ''.")
+    if job.resume and (job.out is None or not job.saved):
+        raise CompressionError(
+            "Expected `resume` with the `out` folder of the run to go on with, but got "
+            f"out={job.out!r}, saved={job.saved}."
+        )
+    if job.resume and not job.is_ours:
+        raise CompressionError(
+            f"Expected `resume` with one of {ours}, whose trainer writes its whole state, but got "
+            f"{job.model}."
+        )
+    if job.out is not None and not job.resume:
+        there = [name for name in (LAST, RESULT, BEST) if (Path(job.out) / name).exists()]
+        if there:
+            raise CompressionError(
+                f"Expected `out` to be a folder without a run, but got {job.out} with {there[0]}; "
+                f"{'resume that run, or ' if job.is_ours else ''}choose another folder."
+            )
+
+
+def _config_of(job: Job) -> Config:
+    """RecBole's config of a job; in a process that is one of several, joins the others."""
+    config = recbole_config(job.model, job.dataset, job.options)
+    ours = ", ".join(_our_names())
+    if job.is_ours:
+        if config["eval_type"] == EvaluatorType.RANKING and config["eval_step"] > 0:
+            check_valid_metric(config)
+    else:
+        for name in (*_OWN, *CompressionConfig.option_names()):
+            if name != "training" and config[name] is not None:
+                raise CompressionError(
+                    f"Expected `{name}` with one of {ours}, but got it for {job.model}, which is "
+                    "not compressed."
+                )
+    known = (*known_options(config), *_OWN, *_UNNAMED)
+    for name in job.named:
+        # RecBole's own models may read what is named nowhere
+        if name not in known and (job.is_ours or is_near(name, known)):
+            reject_unknown([name], known)
+    if _checkpoint_steps(config) and (not job.is_ours or job.out is None or not job.saved):
+        raise CompressionError(
+            f"Expected `checkpoint_steps` with an `out` folder and one of {ours}, but got it for "
+            f"{job.model} with out={job.out}, saved={job.saved}."
+        )
+    return config
+
+
+def _checkpoint_steps(config: Config) -> int:
+    """The option of that name; 0 where it was not given."""
+    if config["checkpoint_steps"] is None:
+        return 0
+    return whole_number(config, "checkpoint_steps", 0)
+
+
+def _train_and_test(config: Config, job: Job) -> dict[str, Any]:
+    """RecBole's steps in RecBole's order, up to the trainer; then the rest."""
+    init_seed(config["seed"], config["reproducibility"])
+    if not group.is_first():
+        logging.getLogger().setLevel(logging.ERROR)
+    elif job.logs:
+        init_logger(config)
+        logging.getLogger().info(config)
+    loaders = _loaders(config, job)
+    init_seed(config["seed"], config["reproducibility"])
+    model = recbole_model(config, loaders[0]._dataset).to(config["device"])
+    if not group.is_first():  # the same weights everywhere; what is drawn while training differs
+        init_seed(config["seed"] + group.rank(), config["reproducibility"])
+    logging.getLogger().info(model)
+    with fitting_options(config["model"]):
+        trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
+        if job.out is None:
+            return _fit_and_test(trainer, config, loaders, job)
+        return _into_folder(trainer, config, loaders, job, Path(job.out))
+
+
+def _loaders(config: Config, job: Job) -> tuple[Any, Any, Any]:
+    """RecBole's loaders, which every process makes for itself.
+
+    Raises:
+        CompressionError: the processes do not read the same, or would have to download it.
+    """
+    if group.size() > 1 and not os.path.isdir(config["data_path"]):
+        raise CompressionError(
+            f"Expected `dataset` to be in {config['data_path']} before several processes read it, "
+            "but there is no such folder; let one process download it first (`nproc` 1)."
+        )
+    writes = config["save_dataset"] or config["save_dataloaders"]  # False but on the first
+    one_first = any(group.gather(bool(writes)))  # what it writes is read by the others
+    if one_first and not group.is_first():
+        group.wait()
+    dataset = recbole_dataset(config)
+    logging.getLogger().info(dataset)
+    loaders = recbole_loaders(config, dataset)
+    if job.is_ours:
+        check_topk(config, dataset)
+    if one_first and group.is_first():
+        group.wait()
+    if group.size() > 1:
+        found = group.gather(digest(loaders))
+        for number, rows in enumerate(found):
+            if rows != found[0]:
+                raise CompressionError(
+                    "Expected `dataset` to hold the same interactions for every process, but "
+                    f"those of process {number} are not those of process 0."
+                )
+    return loaders
+
+
+def _into_folder(
+    trainer: Any, config: Config, loaders: Any, job: Job, folder: Path
+) -> dict[str, Any]:
+    """Train with everything in a folder, from where the run there stopped."""
+    trainer.saved_model_file = str(folder / BEST)
+    unfinished = True
+    if isinstance(trainer, CompressedTrainer) and job.saved:
+        trainer.journal = Journal(folder, terms_of(config, loaders), _checkpoint_steps(config))
+        state = _state_to_resume(trainer.journal, job) if job.resume else None
+        if state is not None and (folder / RESULT).is_file():
+            job.report(f"The run in {folder} is finished; this is its result.")
+            return _read_result(folder / RESULT)
+        if state is not None:
+            unfinished = trainer.resume(state, loaders[1])
+            del state  # as large as the model and its optimizer
+    result = _fit_and_test(trainer, config, loaders, job, unfinished)
+    if group.is_first():
+        score = result["best_valid_score"]  # infinite where nothing was validated: no JSON
+        found = {**result, "best_valid_score": score if math.isfinite(score) else None}
+        text = json.dumps(found, indent=1)
+        write_whole(folder / RESULT, lambda path: path.write_text(text + "\n", encoding="utf-8"))
+    return result
+
+
+def _fit_and_test(
+    trainer: Any, config: Any, loaders: Any, job: Job, unfinished: bool = True
+) -> dict[str, Any]:
+    """Train from where it is, test, and put RecBole's result together."""
+    train_data, valid_data, test_data = loaders
+    show, on_epoch = config["show_progress"], job.on_epoch
+
+    def tell(epoch: int, score: float) -> None:
+        if on_epoch is not None and group.is_first():
+            on_epoch(epoch, float(trainer.train_loss_dict[epoch]), score)
+
+    if unfinished:
+        trainer.fit(
+            train_data, valid_data, saved=job.saved, show_progress=show, callback_fn=tell
+        )
+    else:
+        trainer.eval_collector.data_collect(train_data)  # as `fit` begins
+        trainer.put_back_random_state()  # RecBole draws negatives for sampled evaluation
+    test_result = trainer.evaluate(test_data, load_best_model=job.saved, show_progress=show)
+    logger = logging.getLogger()
+    logger.info(set_color("best valid ", "yellow") + f": {trainer.best_valid_result}")
+    logger.info(set_color("test result", "yellow") + f": {test_result}")
+    return {
+        "best_valid_score": float(trainer.best_valid_score),
+        "valid_score_bigger": config["valid_metric_bigger"],
+        "best_valid_result": _plain(trainer.best_valid_result),
+        "test_result": _plain(test_result),
+    }
+
+
+def _plain(result: Mapping[str, Any] | None) -> dict[str, float] | None:
+    """Metrics as Python's numbers: some of RecBole's are NumPy's, which JSON does not know."""
+    return None if result is None else {name: float(value) for name, value in result.items()}
+
+
+def _state_to_resume(journal: Journal, job: Job) -> dict[str, Any] | None:
+    """What to go on with; None to start afresh."""
+    state = journal.read()
+    best = journal.path.with_name(BEST)
+    if state is None:
+        for path in (best, journal.path.with_name(RESULT)):
+            if path.is_file():
+                raise CompressionError(
+                    f"Expected {LAST} beside {path}, but it is missing; start afresh in another "
+                    "folder."
+                )
+        job.report(f"There is nothing to resume in {job.out} yet: starting afresh.")
+        return None
+    if state["best_valid_result"] is not None and not best.is_file():
+        raise CompressionError(
+            f"Expected {best} beside {LAST}, but it is missing; start afresh in another folder."
+        )
+    if not state["ended"]:
+        done = f", after {state['step']} of its steps" if state["step"] else ""
+        job.report(f"Resuming in epoch {state['epoch'] + 1}{done}.")
+    return state
+
+
+def _read_result(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return found | {name: _plain(found[name]) for name in ("best_valid_result", "test_result")}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CompressionError(
+            f"Expected {path} to hold the result of a run, but it is damaged: {error}. Remove it "
+            "to test the model again."
+        ) from error

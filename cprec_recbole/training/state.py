@@ -1,0 +1,240 @@
+"""`last.pth`: the latest state of a training, from which an interrupted run goes on.
+
+It holds plain values and tensors only, so that reading it runs no code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cprec_recbole.config import CompressionError
+from cprec_recbole.data.sequences import SequenceRows
+from cprec_recbole.files import write_whole
+from cprec_recbole.parallel import group
+from cprec_recbole.saving.vocabulary import numbering
+
+LAST, BEST, RESULT = "last.pth", "best.pth", "result.json"
+_FORMAT = 2
+# options that change what is shown, or where things are, and nothing of the training
+_WITHOUT_EFFECT = """
+    show_progress state verbose log_wandb wandb_project checkpoint_steps gpu_id use_gpu local_rank
+    world_size single_spec config_files data_path checkpoint_dir save_dataset dataset_save_path
+    save_dataloaders dataloaders_save_path
+""".split()
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a training is.
+
+    Attributes:
+        epoch: from 0.
+        step: steps of that epoch that are done.
+        loss: the sum of their losses; this process's part.
+        generator: the state of the training loader's generator when the epoch began, from which
+            its order of the rows follows.
+        scaler: the state of the gradient scaler.
+        ended: the training is over, early or not.
+        random: the random states to put back; None when nothing is to be put back.
+    """
+
+    epoch: int
+    step: int
+    loss: float
+    generator: Tensor
+    scaler: dict[str, Any]
+    ended: bool = False
+    random: dict[str, Any] | None = None
+
+
+def state_of(trainer: Any, progress: Progress) -> dict[str, Any]:
+    """The whole state of a trainer; every process has to call it, and the first has all of it."""
+    mine = {"loss": progress.loss, "random": random_state(trainer.device)}
+    result = trainer.best_valid_result
+    valid = getattr(trainer.valid_data, "generator", None)
+    return {
+        "epoch": progress.epoch,
+        "step": progress.step,
+        "generator": progress.generator,
+        "valid_generator": None if valid is None else valid.get_state(),
+        "scaler": progress.scaler,
+        "ended": progress.ended,
+        "cur_step": trainer.cur_step,
+        "best_valid_score": float(trainer.best_valid_score),
+        "best_valid_result": result and {name: float(value) for name, value in result.items()},
+        "train_loss": {epoch: float(loss) for epoch, loss in trainer.train_loss_dict.items()},
+        "measured": {name: list(values) for name, values in trainer.measured.items()},
+        "other_parameter": trainer.model.other_parameter(),
+        "processes": group.gather(mine),
+        "model": trainer.model.state_dict(),
+        "optimizer": trainer.optimizer.state_dict(),
+    }
+
+
+def restore(trainer: Any, state: dict[str, Any]) -> Progress:
+    """Put a state back; returns how far the training was.
+
+    The generator of the training data and the random states are put back when the epoch begins.
+    """
+    mine = state["processes"][group.rank()]
+    trainer.model.load_state_dict(state["model"])
+    trainer.model.load_other_parameter(state["other_parameter"])
+    trainer.optimizer.load_state_dict(state["optimizer"])
+    trainer.cur_step = state["cur_step"]
+    trainer.best_valid_score = state["best_valid_score"]
+    trainer.best_valid_result = state["best_valid_result"]
+    trainer.train_loss_dict = dict(state["train_loss"])
+    for name, values in state.get("measured", {}).items():  # earlier versions wrote none
+        trainer.measured[name][:] = values
+    if state["valid_generator"] is not None and trainer.valid_data is not None:
+        trainer.valid_data.generator.set_state(state["valid_generator"])
+    return Progress(
+        state["epoch"],
+        state["step"],
+        mine["loss"],
+        state["generator"],
+        state["scaler"],
+        state["ended"],
+        mine["random"],
+    )
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The states of all generators that a training draws from."""
+    version, words, gauss = random.getstate()
+    numpy_state: Any = np.random.get_state()
+    name, keys, *others = numpy_state
+    return {
+        "python": (version, torch.tensor(words), gauss),
+        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *others),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
+
+
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Put the states back that `random_state` gave."""
+    version, words, gauss = state["python"]
+    name, keys, *others = state["numpy"]
+    random.setstate((version, tuple(words.tolist()), gauss))
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *others))
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+class Journal:
+    """Where a training writes its state; only the first process writes.
+
+    Args:
+        folder: for `last.pth`.
+        terms: what has to be the same when a run is resumed, by name, as text.
+        every: steps of an epoch between two writings; 0 for none within an epoch.
+    """
+
+    def __init__(self, folder: Path, terms: Mapping[str, str], every: int = 0) -> None:
+        self.path = folder / LAST
+        self.terms = dict(terms)
+        self.every = every
+
+    def is_due(self, step: int) -> bool:
+        """Whether to write after the `step`-th step of an epoch, from 1."""
+        return self.every > 0 and step % self.every == 0
+
+    def write(self, state: Mapping[str, Any]) -> None:
+        """Replace what was written before, in one step.
+
+        Raises:
+            CompressionError: a file that cannot be written.
+        """
+        if not group.is_first():
+            return
+        whole = {"format": _FORMAT, "terms": self.terms, **state}
+        try:
+            write_whole(self.path, lambda file: torch.save(whole, file))
+        except (OSError, RuntimeError) as error:
+            raise CompressionError(
+                f"Expected `out` to be a folder that can be written, but {self.path} cannot be: "
+                f"{error}."
+            ) from error
+
+    def read(self) -> dict[str, Any] | None:
+        """The state that was written last; None where none was.
+
+        Raises:
+            CompressionError: a file that is cut short or damaged, or of a run with other terms.
+        """
+        if not self.path.is_file():
+            return None
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            terms, written = state["terms"], state["format"]
+        except Exception as error:  # damage to a zip or a pickle may raise any
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise CompressionError(
+                f"Expected {self.path} to be whole, but it is cut short or damaged: {reason} "
+                "Start afresh in another folder."
+            ) from error
+        if written != _FORMAT:
+            raise CompressionError(
+                f"Expected {self.path} to be of format {_FORMAT}, but got {written}: "
+                "another version of cprec_recbole wrote it."
+            )
+        _check_terms(terms, self.terms)
+        return state
+
+
+def _check_terms(then: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Raise a CompressionError that names the first option that is not what it was."""
+    for name in sorted({*then, *now}):
+        before, after = then.get(name, "none"), now.get(name, "none")
+        if before == after:
+            continue
+        if name == "rows":
+            raise CompressionError(
+                "Expected `dataset` to hold the interactions with which the run began, but they "
+                "have changed; start afresh in another folder."
+            )
+        raise CompressionError(
+            f"Expected `{name}` to be {before}, with which the run began, but got {after}; resume "
+            "with the same options, or start afresh in another folder."
+        )
+
+
+def terms_of(config: Any, loaders: tuple[Any, ...]) -> dict[str, str]:
+    """What decides how a training ends: options, the number of processes, the data.
+
+    Args:
+        config: a RecBole config.
+        loaders: RecBole's loaders of the training, validation and test rows.
+    """
+    terms = {
+        name: json.dumps(value, sort_keys=True, default=str)
+        for name, value in config.final_config_dict.items()
+        if name not in _WITHOUT_EFFECT
+    }
+    terms |= {"nproc": str(group.size()), "device": config["device"].type}
+    return terms | {"rows": digest(loaders)}
+
+
+def digest(loaders: tuple[Any, ...]) -> str:
+    """A checksum of all rows that loaders read."""
+    dataset = loaders[0]._dataset
+    found = hashlib.sha256(numbering(dataset, dataset.iid_field).encode())
+    for loader in loaders:
+        feat = loader._dataset.inter_feat
+        columns = feat.columns_kept() if isinstance(feat, SequenceRows) else feat.interaction
+        for name in sorted(columns):
+            found.update(name.encode())
+            found.update(np.ascontiguousarray(columns[name].numpy()).tobytes())
+    return found.hexdigest()
