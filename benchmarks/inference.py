@@ -31,7 +31,7 @@ from made_up import BATCH, DIM, LENGTH, RANKS, STEPS, Trained, cutoffs_of, hit_r
 from torch import Tensor
 
 from cprec_recbole.compare.results import environment, save
-from cprec_recbole.softmax import SoftmaxHead
+from cprec_recbole.softmax import Softmax
 
 K = 20
 SIZES = (10_000, 100_000, 1_000_000, 10_000_000)
@@ -96,7 +96,7 @@ def faiss_flat(table: Tensor) -> Search:
     return lambda hidden: torch.from_numpy(index.search(hidden.numpy(), K)[1]) + 1
 
 
-def adaptive(head: SoftmaxHead, n_items: int) -> Search:
+def adaptive(head: Softmax, n_items: int) -> Search:
     """PyTorch's adaptive softmax with the tree's weights: log_prob, then topk."""
     cutoffs = [cutoff - 1 for cutoff in cutoffs_of(n_items)]  # no padding
     oracle = torch.nn.AdaptiveLogSoftmaxWithLoss(DIM, cutoffs[-1], cutoffs[:-1], div_value=4.0)
@@ -109,18 +109,18 @@ def adaptive(head: SoftmaxHead, n_items: int) -> Search:
     return lambda hidden: oracle.log_prob(hidden).topk(K).indices + 1
 
 
-def contenders(n_items: int) -> tuple[dict[str, Search], dict[str, SoftmaxHead]]:
+def contenders(n_items: int) -> tuple[dict[str, Search], dict[str, Softmax]]:
     """All contenders by name, and our heads among them."""
     flat, tree = trained("full", n_items), trained("tree", n_items)
-    table = flat.head.table.dense().detach()
+    table = flat.softmax.table.dense().detach()
     searches = {
         "dense": dense(table),
         "dense, in pieces": dense_in_pieces(table),
         "FAISS flat": faiss_flat(table),
-        "adaptive softmax": adaptive(tree.head, n_items),
+        "adaptive softmax": adaptive(tree.softmax, n_items),
     }
     heads = {}
-    for name, head in (("flat", flat.head), ("tree", tree.head)):
+    for name, head in (("flat", flat.softmax), ("tree", tree.softmax)):
         heads[f"ours, {name}"] = head
         heads[f"ours, {name}, index"] = copy.copy(head)  # the same weights
         heads[f"ours, {name}, index"].build_index()
@@ -172,7 +172,7 @@ def measure(n_items: int) -> list[dict[str, Any]]:
                     "extra_mib": extra[name],
                     **read_share(heads.get(name), parts[name][:repeats], n_items),
                     "same_lists": None
-                    if states(name, n_items).head is not states("dense", n_items).head
+                    if states(name, n_items).softmax is not states("dense", n_items).softmax
                     else float((searches[name](parts[name][0]) == exact).all(1).float().mean()),
                 }
             )
@@ -180,7 +180,7 @@ def measure(n_items: int) -> list[dict[str, Any]]:
     return rows
 
 
-def read_share(head: SoftmaxHead | None, parts: list[Tensor], n_items: int) -> dict[str, float]:
+def read_share(head: Softmax | None, parts: list[Tensor], n_items: int) -> dict[str, float]:
     """Share of the catalogue, and of its tail, that was read for a row of the batch."""
     if head is None:
         return {"read": 1.0, "tail_read": 1.0}
@@ -193,10 +193,10 @@ def alone(n_items: int) -> dict[str, float]:
     """In a process of its own: MiB of the whole process that searches, and seconds to index."""
     found = trained("full", n_items)
     start = perf_counter()
-    found.head.build_index()
+    found.softmax.build_index()
     seconds = perf_counter() - start
     for batch in BATCHES:
-        found.head.topk(found.hidden[:batch], K)
+        found.softmax.topk(found.hidden[:batch], K)
     return {"items": n_items, "index_seconds": seconds, "process_mib": status_mib("VmHWM")}
 
 

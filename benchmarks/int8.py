@@ -24,9 +24,9 @@ from recbole.utils import get_model, get_trainer, init_seed
 
 from cprec_recbole import CompressedRecommender, quantize
 from cprec_recbole.compare.results import environment, save
+from cprec_recbole.costs import saved_bytes
 from cprec_recbole.host.library import recbole_config
 from cprec_recbole.int8.rows import Int8Rows, quantized_rows
-from cprec_recbole.report import saved_bytes
 
 MODELS = ("NextItNet", "SASRec", "GRU4Rec")
 N_ROWS, RANKS, BATCHES, LOOK_UPS = 200_000, (4, 16, 64), (1, 32), (50, 3200)
@@ -81,7 +81,7 @@ def gains(model: CompressedRecommender, data: Any) -> torch.Tensor:
     """What each user adds to NDCG@20, `[n_users]`: of leave-one-out data one item is wanted."""
     found = []
     for interaction, _, _, wanted in data:
-        best = model.head.topk(model.last_hidden(interaction), 20).items
+        best = model.softmax.topk(model.last_hidden(interaction), 20).items
         places = torch.arange(20) + 2
         found.append(((best == wanted.unsqueeze(1)) / places.log2()).sum(1))
     return torch.cat(found)

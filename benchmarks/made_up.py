@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from cprec_recbole.embedding import BlockEmbedding
 from cprec_recbole.partition import Partition
-from cprec_recbole.softmax import SoftmaxHead, TreeSoftmax, build_softmax
+from cprec_recbole.softmax import Softmax, TreeSoftmax, build_softmax
 
 DIM, RANKS = 64, (64, 16, 4)
 STEPS, BATCH, N_NEGATIVES = 2000, 256, 1024
@@ -115,8 +115,8 @@ class RowAdagrad:
 class Trainer:
     """Trains a head and an encoder on sessions of a catalogue with sampled negatives."""
 
-    def __init__(self, catalogue: Catalogue, head: SoftmaxHead) -> None:
-        self.catalogue, self.head, self.table = catalogue, head, head.table
+    def __init__(self, catalogue: Catalogue, head: Softmax) -> None:
+        self.catalogue, self.softmax, self.table = catalogue, head, head.table
         self.encoder = Encoder(head.table.dim)
         self.rows = [RowAdagrad(block.weight, lr=0.05) for block in self.table.blocks]
         small = [b.projection for b in self.table.blocks if b.projection is not None]
@@ -166,7 +166,7 @@ class Trainer:
         blocks: Tensor,
     ) -> Tensor:
         positive = (hidden * vectors[target]).sum(1)
-        if not isinstance(self.head, TreeSoftmax):
+        if not isinstance(self.softmax, TreeSoftmax):
             logits = [
                 self._corrected(hidden, vectors, used, target, some, j)
                 for j, some in enumerate(drawn)
@@ -175,7 +175,7 @@ class Trainer:
                 torch.logsumexp(torch.cat([positive[:, None], *logits], 1), 1) - positive
             ).mean()
         inside = blocks[target]
-        clusters = hidden @ self.head.clusters.T
+        clusters = hidden @ self.softmax.clusters.T
         top = self._corrected(hidden, vectors, used, target, drawn[0], 0)
         is_tail = (inside > 0).unsqueeze(1)
         own = torch.where(is_tail, -torch.inf, positive.unsqueeze(1))
@@ -219,13 +219,13 @@ class Trained:
         last: that item, `[N]`.
     """
 
-    head: SoftmaxHead
+    head: Softmax
     hidden: Tensor
     last: Tensor
 
     def hit_rate(self, k: int = 20, n: int = 512) -> float:
         """HR@k of the head on `n` of the sessions."""
-        return hit_rate(self.head.topk(self.hidden[:n], k).items, self.last[:n])
+        return hit_rate(self.softmax.topk(self.hidden[:n], k).items, self.last[:n])
 
 
 def hit_rate(items: Tensor, last: Tensor) -> float:
@@ -249,7 +249,7 @@ def trained(kind: str, n_items: int, steps: int | None = None, seed: int = 2020)
     return Trained(head.eval(), saved["hidden"], saved["last"])
 
 
-def _train(head: SoftmaxHead, kind: str, n_items: int, steps: int, seed: int) -> dict[str, Any]:
+def _train(head: Softmax, kind: str, n_items: int, steps: int, seed: int) -> dict[str, Any]:
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     catalogue = Catalogue.of_size(n_items, generator)

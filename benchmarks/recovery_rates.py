@@ -22,8 +22,8 @@ from cprec_recbole import CompressedRecommender, CompressionConfig, compress, re
 from cprec_recbole.compare.experiment import SETTINGS
 from cprec_recbole.compare.fitting import Data, fit
 from cprec_recbole.compare.results import environment, save
-from cprec_recbole.training.evaluation import evaluate
 from cprec_recbole.host.library import recbole_config
+from cprec_recbole.training.evaluation import evaluate
 
 LENGTHS = {"amazon-beauty": 20}  # items of a history that are read; 50 elsewhere
 EPOCHS, PATIENCE, MEASURED = 60, 5, "ndcg@20"

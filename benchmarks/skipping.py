@@ -78,13 +78,13 @@ def measure(arguments: argparse.Namespace, softmax: str) -> str:
     users = next(iter(test))[0][slice(0, N_USERS)]
     with torch.no_grad():
         hidden = model.last_hidden(users)
-    exact = model.head.topk(hidden, K)
+    exact = model.softmax.topk(hidden, K)
     with (
         mock.patch.multiple(sorting, MOST_ITEMS=0, MOST_SCORES=0),
         mock.patch.object(index, "_MIN_ROWS", 1),
     ):
         model.build_index()
-        found = [model.head.search(row.unsqueeze(0), K) for row in hidden]
+        found = [model.softmax.search(row.unsqueeze(0), K) for row in hidden]
     assert torch.equal(torch.cat([one.topk.items for one in found]), exact.items)
     shares = torch.tensor([one.tail_share for one in found])
     partition = model.table.partition

@@ -35,15 +35,14 @@ from inference import status_mib
 from torch import Tensor, nn
 
 from cprec_recbole import CompressionConfig, CpSASRec
-from cprec_recbole.backbones import build_host
 from cprec_recbole.compare.results import environment, save
 from cprec_recbole.data.sequences import item_counts
 from cprec_recbole.embedding import BlockEmbedding
 from cprec_recbole.host.library import recbole_config
-from cprec_recbole.item_tables import Host
-from cprec_recbole.training.optimizers import build_optimizer
+from cprec_recbole.models.item_tables import Host
+from cprec_recbole.models.spec import Parts
 from cprec_recbole.partition import Partition
-from cprec_recbole.records import SASREC
+from cprec_recbole.training.optimizers import build_optimizer
 
 SIZES = (10_000, 100_000, 1_000_000, 10_000_000)
 TARGETS, LENGTH, DIM = 2048, 50, 64
@@ -153,7 +152,7 @@ def host() -> Host:
         def num(self, field: str) -> int:
             return 1
 
-    return build_host(SASREC, config, NoItems())
+    return CpSASRec.spec.build_inner(config, NoItems())
 
 
 Objective = Callable[[Batch], Tensor]
@@ -167,8 +166,8 @@ def contender(name: str, counts: np.ndarray, table: BlockEmbedding) -> tuple[nn.
         options = CompressionConfig(
             ranks=table.ranks, cutoffs=table.partition.cutoffs, sharing="none", softmax=kind
         )
-        model = CpSASRec.from_host(layers, table, options)
-        return model, lambda batch: model.head.loss(*states(layers, batch))
+        model = CpSASRec(parts=Parts(layers, table, table, options, reads_last_column=False))
+        return model, lambda batch: model.softmax.loss(*states(layers, batch))
     if name == PLAIN:
         layers.item_embedding = nn.Embedding(n_items, DIM, padding_idx=0)
         nn.init.normal_(layers.item_embedding.weight, std=0.02)
@@ -194,7 +193,7 @@ def states(layers: Host, batch: Batch) -> Batch:
     """Hidden states where a target follows, and those targets, `[N, d]` and `[N]`."""
     items, targets = batch
     real = targets != 0
-    return SASREC.hidden_states(layers, items)[real], targets[real]
+    return CpSASRec.spec.hidden_states(layers, items)[real], targets[real]
 
 
 def pieces_of(batch: Batch, n: int) -> list[Batch]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from numbers import Integral, Real
 from typing import Any, TypeGuard
-
-from cprec_recbole.units import n_bytes
 
 SHARING_SCHEMES = ("none", "cross_layer", "cross_block", "adjacent_layer", "adjacent_block")
 SOFTMAXES = ("full", "tree")
@@ -122,7 +121,7 @@ class CompressionConfig:
         _check_choice("training", self.training, OBJECTIVES)
         if not isinstance(self.tied, bool):
             raise CompressionError(f"Expected `tied` to be True or False, but got {self.tied!r}.")
-        memory = n_bytes(self.loss_memory)
+        memory = size_in_bytes(self.loss_memory)
         if memory is None or memory < LEAST_LOSS_MEMORY:
             raise CompressionError(
                 "Expected `loss_memory` to be a size of 1 MiB or more, in bytes or such as "
@@ -221,6 +220,22 @@ def _default_shares(n_blocks: int, n_items: int) -> list[float]:
         return [(root + part * (1 - root)) ** 2 for part in parts]
     head = min(LARGEST_HEAD_SHARE, max(HEAD_SHARE, HEAD_ITEMS / (n_items - 1)))
     return [head ** (1 - part) for part in parts]
+
+
+_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def size_in_bytes(size: object) -> int | None:
+    """A size such as `"2MB"`, `"512 KiB"` or a whole number of bytes, `2e6` too; None where it is
+    none of them, or less than a byte."""
+    if isinstance(size, float) and size.is_integer():
+        size = int(size)
+    if is_whole(size):
+        return int(size) if size >= 1 else None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]+)", size) if isinstance(size, str) else None
+    if not found or found[2].lower() not in _UNITS:
+        return None
+    return int(float(found[1]) * _UNITS[found[2].lower()]) or None
 
 
 def is_number(value: object) -> TypeGuard[float]:

@@ -56,6 +56,12 @@ class Partition(nn.Module):
         by_popularity = np.argsort(-often, kind="stable") + 1
         return cls(torch.from_numpy(np.concatenate([[PADDING], by_popularity])), cutoffs)
 
+    def extended(self, n_new: int) -> Partition:
+        """With new items at the end of the last block; their ids follow."""
+        ids = torch.arange(self.n_items, self.n_items + n_new, device=self.item_at.device)
+        item_at = torch.cat([self.item_at.long(), ids])
+        return Partition(item_at, (*self.cutoffs[:-1], len(item_at))).to(item_at.device)
+
     @property
     def n_items(self) -> int:
         """Items of the catalogue, padding included."""

@@ -14,23 +14,24 @@ Slot = tuple[nn.Module, str]
 Layer = Sequence[Slot]
 
 
-def sharing_plan(scheme: str, n_layers: int, group: int) -> tuple[int, ...]:
+def sharing_plan(scheme: str, n_layers: int, layers_per_block: int) -> tuple[int, ...]:
     """The parameter set s(i) that each layer uses, `[n_layers]`.
 
     Args:
         scheme: `none`, `cross_layer`, `cross_block`, `adjacent_layer` or `adjacent_block`.
         n_layers: layers in the stack.
-        group: layers `g` of one residual block.
+        layers_per_block: layers `g` of one residual block.
 
-    >>> sharing_plan("cross_block", n_layers=8, group=2)
+    >>> sharing_plan("cross_block", n_layers=8, layers_per_block=2)
     (0, 1, 0, 1, 0, 1, 0, 1)
     """
+    g = layers_per_block
     rules = {
         "none": lambda i: i,
         "cross_layer": lambda i: 0,
-        "cross_block": lambda i: i % group,
+        "cross_block": lambda i: i % g,
         "adjacent_layer": lambda i: i // 2,
-        "adjacent_block": lambda i: (i // (2 * group)) * group + i % group,
+        "adjacent_block": lambda i: (i // (2 * g)) * g + i % g,
     }
     if scheme not in rules:
         raise CompressionError(

@@ -19,7 +19,7 @@ from cprec_recbole.search.sorting import sort_one
 from cprec_recbole.search.topk import Barred, Ids, TopK, allowed_positions, check_k
 
 
-class SoftmaxHead(nn.Module, ABC):
+class Softmax(nn.Module, ABC):
     """Scores, probabilities and loss over a block embedding.
 
     The padding item is never a target and has no probability.
@@ -36,7 +36,7 @@ class SoftmaxHead(nn.Module, ABC):
         self._snapshot: Snapshot | None = None
 
     @property
-    def head(self) -> Block:
+    def head_block(self) -> Block:
         """The block of the most popular items."""
         return self.table.blocks[0]
 
@@ -153,7 +153,7 @@ class SoftmaxHead(nn.Module, ABC):
         return {**self.__dict__, "_snapshot": None}  # copies and pickles start without an index
 
 
-class FullSoftmax(SoftmaxHead):
+class FullSoftmax(Softmax):
     """One flat softmax over all items: `softmax(h . W_j[g] P_j)`.
 
     Computed as `(h P_j^T) W_j^T`, never through a materialised table. Its scores are the logits,
@@ -161,7 +161,7 @@ class FullSoftmax(SoftmaxHead):
     """
 
     def loss(self, hidden: Tensor, target: Tensor) -> Tensor:
-        """See SoftmaxHead.loss."""
+        """See Softmax.loss."""
         positions = self.table.partition.positions(target)
         strips = [Strip(block.into_rank(hidden), block.learnt()) for block in self.table.blocks]
         total = cross_entropy(strips, positions, self.loss_memory, padded=True)
@@ -173,7 +173,7 @@ class FullSoftmax(SoftmaxHead):
         return -F.logsigmoid(pair[:, 0] - pair[:, 1]).mean()
 
     def log_prob(self, hidden: Tensor) -> Tensor:
-        """See SoftmaxHead.log_prob."""
+        """See Softmax.log_prob."""
         real = F.log_softmax(self._logits(hidden)[:, 1:], dim=1)
         return self.table.partition.by_item(F.pad(real, (1, 0), value=-torch.inf))
 
@@ -182,16 +182,16 @@ class FullSoftmax(SoftmaxHead):
         return self.table.partition.by_item(self._logits(hidden))
 
     def score(self, hidden: Tensor, items: Tensor) -> Tensor:
-        """See SoftmaxHead.score."""
+        """See Softmax.score."""
         return torch.einsum("bd,bmd->bm", hidden, self.table(items))
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """Logits in popularity order, `[B, d] -> [B, n_items]`."""
-        blocks = [self.head, *self.tails]
+        blocks = [self.head_block, *self.tails]
         return torch.cat([block.logits(hidden) for block in blocks], dim=1)
 
 
-class TreeSoftmax(SoftmaxHead):
+class TreeSoftmax(Softmax):
     """The paper's two-level softmax: the head's items and one cluster for each other block.
 
     With p the softmax over head items and clusters, a head item has `log p(x)` and an item of
@@ -225,7 +225,7 @@ class TreeSoftmax(SoftmaxHead):
             self.clusters[j - 1] = block.out_of_rank(mean.to(block.weight.dtype))
 
     def loss(self, hidden: Tensor, target: Tensor) -> Tensor:
-        """See SoftmaxHead.loss. Reads the head, and of the other blocks those with a target."""
+        """See Softmax.loss. Reads the head, and of the other blocks those with a target."""
         partition = self.table.partition
         positions = partition.positions(target)
         blocks = partition.blocks(positions)
@@ -233,7 +233,7 @@ class TreeSoftmax(SoftmaxHead):
         numbers = torch.arange(len(partition.sizes), device=blocks.device).unsqueeze(1)
         counts = (blocks == numbers).sum(1).tolist()  # the only wait for the device
         hidden, positions, blocks = hidden[order], positions[order], blocks[order]
-        branch = torch.where(blocks == 0, positions, len(self.head.weight) - 1 + blocks)
+        branch = torch.where(blocks == 0, positions, len(self.head_block.weight) - 1 + blocks)
         total = cross_entropy(self._branches(hidden), branch, self.loss_memory, padded=True)
         rows = zip(hidden.split(counts), positions.split(counts), partition.starts)
         for block, (own, position, start) in zip(self.table.blocks, rows):
@@ -242,9 +242,9 @@ class TreeSoftmax(SoftmaxHead):
         return total / max(1, len(target))
 
     def log_prob(self, hidden: Tensor) -> Tensor:
-        """See SoftmaxHead.log_prob."""
+        """See Softmax.log_prob."""
         branches = F.log_softmax(self._branch_logits(hidden), dim=1)
-        first_cluster = self.head.weight.shape[0] - 1
+        first_cluster = self.head_block.weight.shape[0] - 1
         parts = [F.pad(branches[:, :first_cluster], (1, 0), value=-torch.inf)]
         for j, block in enumerate(self.tails):
             cluster = branches[:, first_cluster + j, None]
@@ -256,12 +256,12 @@ class TreeSoftmax(SoftmaxHead):
         return self.log_prob(hidden)
 
     def score(self, hidden: Tensor, items: Tensor) -> Tensor:
-        """See SoftmaxHead.score. Reads the head and those blocks that hold one of the items."""
+        """See Softmax.score. Reads the head and those blocks that hold one of the items."""
         partition = self.table.partition
         positions = partition.positions(items)
         blocks = partition.blocks(positions)
         branches = F.log_softmax(self._branch_logits(hidden), dim=1)
-        first_cluster = self.head.weight.shape[0] - 1
+        first_cluster = self.head_block.weight.shape[0] - 1
         branch = torch.where(blocks == 0, positions - 1, first_cluster + blocks - 1)
         scores = branches.gather(1, branch.clamp(min=0))
         for j, block in enumerate(self.tails, start=1):
@@ -276,15 +276,15 @@ class TreeSoftmax(SoftmaxHead):
 
     def _branches(self, hidden: Tensor) -> list[Strip]:
         """Columns of the head's items, padding included, then of the clusters."""
-        items = Strip(self.head.into_rank(hidden), self.head.learnt())
+        items = Strip(self.head_block.into_rank(hidden), self.head_block.learnt())
         return [items, Strip(hidden, self.clusters)] if self.tails else [items]
 
     def _branch_logits(self, hidden: Tensor) -> Tensor:
         """Logits of the head's items, then of the clusters, `[B, d] -> [B, k_1 - 1 + n - 1]`."""
-        items = self.head.logits(hidden)[:, 1:]
+        items = self.head_block.logits(hidden)[:, 1:]
         return torch.cat([items, hidden @ self.clusters.T], dim=1)
 
 
-def build_softmax(kind: str, table: BlockEmbedding, loss_memory: int = LOSS_MEMORY) -> SoftmaxHead:
+def build_softmax(kind: str, table: BlockEmbedding, loss_memory: int = LOSS_MEMORY) -> Softmax:
     """The softmax of that name (`full` or `tree`) over a table."""
     return {"full": FullSoftmax, "tree": TreeSoftmax}[kind](table, loss_memory)

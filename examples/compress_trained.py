@@ -11,7 +11,7 @@ from recbole.trainer import Trainer
 from recbole.utils import get_model, init_seed
 
 from cprec_recbole import compress
-from cprec_recbole.report import part_sizes
+from cprec_recbole.costs import part_sizes
 
 
 def main() -> None:

@@ -28,9 +28,9 @@ from recbole.utils import get_model, get_trainer, init_seed
 
 from cprec_recbole import CompressionConfig, CompressionError, compress, evaluate, recover
 from cprec_recbole.compression.original import Original
+from cprec_recbole.costs import estimate, part_sizes, saved_bytes, shared_layers
 from cprec_recbole.host.library import recbole_config
-from cprec_recbole.recommender import CompressedRecommender
-from cprec_recbole.report import estimate, part_sizes, saved_bytes, shared_layers
+from cprec_recbole.models.recommender import CompressedRecommender
 
 MODELS = ("NextItNet", "SASRec", "GRU4Rec")
 SIZES = {"NextItNet": "embedding_size", "SASRec": "hidden_size", "GRU4Rec": "embedding_size"}
@@ -156,7 +156,7 @@ def uniform_svd(cell: Cell, ratio: float) -> dict[str, Any]:
     original = Original.of(cell.original)
     for rank in range(original.dim, 0, -1):
         options = CompressionConfig(ranks=(rank,), cutoffs=(), sharing=sharing)
-        planned = estimate(original.record, original.host, options, original.n_items, original.dim)
+        planned = estimate(original.spec, original.inner, options, original.n_items, original.dim)
         if planned.sizes.total <= cell.size / ratio:
             small = compress(cell.original, options, data=cell.train)
             return {**_described(small), **cell.recovered(small)}

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from cprec_recbole.compare.fitting import Data, fit
 from cprec_recbole.host.library import recbole_config
-from cprec_recbole.modes import in_eval_mode
-from cprec_recbole.recommender import CompressedRecommender
+from cprec_recbole.models.eval_mode import in_eval_mode
+from cprec_recbole.models.recommender import CompressedRecommender
 
 MODELS = ("NextItNet", "SASRec", "GRU4Rec")
 SOFTMAXES = ("full", "tree")
@@ -87,7 +87,7 @@ def taken_apart(models: dict[str, CompressedRecommender], data: Data) -> dict[st
             own = block[target]
             where.append(own)
             logs = {
-                name: model.head.log_prob(model.last_hidden(interaction))
+                name: model.softmax.log_prob(model.last_hidden(interaction))
                 for name, model in models.items()
             }
             masses = {

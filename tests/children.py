@@ -14,16 +14,14 @@ from typing import Any
 import torch
 import torch._dynamo  # which the first optimizer imports: better before a process is forked
 import torch.distributed as dist
+from cprec_recbole.parallel.reducer import GradientReducer, clip_gradients
+from cprec_recbole.parallel.shards import gathered_state
 from recbole.utils import get_model, get_trainer, init_seed
 
 from cprec_recbole import CompressionError
 from cprec_recbole.parallel import group, processes
-from cprec_recbole.parallel.reducer import GradientReducer, clip_gradients
-from cprec_recbole.parallel.shards import gathered_state
-from cprec_recbole.training.run import Job
-from cprec_recbole.training.state import Journal
-from cprec_recbole.training.run import work
-from cprec_recbole.training.state import Moment, restore, set_random_state, take
+from cprec_recbole.training.run import Job, work
+from cprec_recbole.training.state import Journal, Moment, restore, set_random_state, take
 from cprec_recbole.training.trainer import CompressedTrainer
 from tests.builders import World
 

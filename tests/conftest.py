@@ -23,7 +23,7 @@ settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
 
 # few tests, and slow ones: begun last they would keep one process busy while the other waits
-LONGEST = ("processes", "resume", "study", "examples", "documents", "shards", "train_command")
+LONGEST = ("processes", "resume", "study", "examples", "documents", "train_command")
 LONGEST += ("large_data", "memory", "serve_in_browser", "page_in_browser")
 
 
@@ -45,8 +45,7 @@ def scratch_folder(tmp_path_factory: pytest.TempPathFactory):
 def few_drawn_histories():
     """The tests' models are tiny: a few histories are enough to fit their layers on."""
     with pytest.MonkeyPatch.context() as patch:
-        # the module, which the function of the same name hides
-        patch.setattr(import_module("cprec_recbole.compress"), "FIT_HISTORIES", 128)
+        patch.setattr(import_module("cprec_recbole.compression.compress"), "FIT_HISTORIES", 128)
         yield
 
 

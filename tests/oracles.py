@@ -9,7 +9,7 @@ import torch
 from recbole.data.dataset import SequentialDataset
 
 from cprec_recbole.embedding import BlockEmbedding
-from cprec_recbole.softmax import SoftmaxHead, TreeSoftmax
+from cprec_recbole.softmax import Softmax, TreeSoftmax
 
 
 class StockDataset(SequentialDataset):
@@ -38,7 +38,7 @@ def block_of(table: BlockEmbedding, item: int) -> int:
     return sum(position >= cutoff for cutoff in table.partition.cutoffs)
 
 
-def log_prob_row(head: SoftmaxHead, hidden: torch.Tensor) -> list[float]:
+def log_prob_row(head: Softmax, hidden: torch.Tensor) -> list[float]:
     """Log-probability of every item for one hidden state, item by item."""
     n_items = head.table.partition.n_items
     logit = {i: float(hidden @ item_vector(head.table, i)) for i in range(1, n_items)}
@@ -81,7 +81,7 @@ def _log_sum_exp(values: list[float]) -> float:
 
 
 def best_by_sort(
-    head: SoftmaxHead,
+    head: Softmax,
     hidden: torch.Tensor,
     k: int,
     exclude: torch.Tensor | None = None,

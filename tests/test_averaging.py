@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from cprec_recbole.compression.averaging import WeightAverage
 
 

@@ -14,7 +14,7 @@ from cprec_recbole.compression.budget import checked_bytes, choose, smallest_pos
 from cprec_recbole.compression.original import Original
 from cprec_recbole.compression.spectra import Cost, Spectra, block_ends
 from cprec_recbole.config import BlockPlan
-from cprec_recbole.report import part_sizes
+from cprec_recbole.costs import part_sizes
 from tests.builders import HOSTS, SCHEMES
 
 

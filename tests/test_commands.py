@@ -10,8 +10,8 @@ from recbole.utils import get_model, get_trainer, init_seed
 from cprec_recbole import CompressionError, load_pretrained
 from cprec_recbole.cli import main
 from cprec_recbole.commands.common import value
-from cprec_recbole.host.trained import load_trained
-from cprec_recbole.report import part_sizes
+from cprec_recbole.costs import part_sizes
+from cprec_recbole.training.checkpoint import load_trained
 from tests.builders import HOSTS, World
 
 METRICS = {"metrics": ["NDCG"], "topk": [10], "valid_metric": "NDCG@10"}

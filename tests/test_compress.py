@@ -8,8 +8,8 @@ from recbole.data import create_dataset
 
 import cprec_recbole
 from cprec_recbole import CompressionConfig, CompressionError, compress
+from cprec_recbole.costs import part_sizes
 from cprec_recbole.data.sequences import item_counts
-from cprec_recbole.report import part_sizes
 from tests.builders import SCHEMES, train_a_step
 
 LOSSLESS = {"ranks": [16], "sharing": "none", "softmax": "full"}
@@ -81,8 +81,8 @@ def test_every_choice_compresses_trains_and_recommends(world, host_name, softmax
 
 def test_an_untied_softmax_starts_from_the_same_table(host_name, model):
     small = compress(model, ranks=[16, 16, 16], tied=False)
-    torch.testing.assert_close(small.head.table.dense(), small.table.dense())
-    assert small.head.table.blocks[0].weight is not small.table.blocks[0].weight
+    torch.testing.assert_close(small.softmax.table.dense(), small.table.dense())
+    assert small.softmax.table.blocks[0].weight is not small.table.blocks[0].weight
 
 
 def test_mode_and_dtype_are_kept(world, host_name):
@@ -164,7 +164,7 @@ def test_it_can_be_trained_also_if_it_was_made_where_nothing_is(trained):
     with torch.inference_mode():
         small = compress(trained["SASRec"], ranks=[16, 4], cutoffs=[9])
     hidden = small.hidden_states(torch.tensor([[1, 2, 3]]))
-    small.head.loss(hidden.flatten(0, 1), torch.tensor([2, 3, 4])).backward()
+    small.softmax.loss(hidden.flatten(0, 1), torch.tensor([2, 3, 4])).backward()
     assert small.table.blocks[1].weight.grad.abs().sum() > 0
 
 
@@ -195,14 +195,14 @@ def test_missing_counts_are_named(world, host_name):
 def test_compressing_twice_is_refused(world, host_name):
     small = compress(world.model(host_name), ranks=[16, 4])
     refused(small, f"`model` to be uncompressed, but got Cp{host_name}", ranks=[16])
-    refused(small.backbone, "part of a compressed model", ranks=[16], item_counts=[1])
+    refused(small.inner, "part of a compressed model", ranks=[16], item_counts=[1])
 
 
 def test_clusters_of_a_half_precision_model_are_finite(world, host_name):
     model = world.model(host_name).half()
     small = compress(model, ranks=[16, 4], softmax="tree", item_counts=[10**6] * model.n_items)
-    assert torch.isfinite(small.head.clusters).all()
-    assert small.head.clusters.abs().sum() > 0
+    assert torch.isfinite(small.softmax.clusters).all()
+    assert small.softmax.clusters.abs().sum() > 0
 
 
 @pytest.mark.parametrize("budget", [{"ratio": 1.7}, {"size": 11_000}])

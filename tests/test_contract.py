@@ -17,10 +17,10 @@ from cprec_recbole import (
 )
 from cprec_recbole.cli import main
 from cprec_recbole.compression.original import Original
+from cprec_recbole.costs import estimate, part_sizes, shared_layers
 from cprec_recbole.models import MODELS
-from cprec_recbole.recommender import CompressedRecommender
-from cprec_recbole.records import record_named
-from cprec_recbole.report import estimate, part_sizes, shared_layers
+from cprec_recbole.models.recommender import CompressedRecommender
+from cprec_recbole.models.registry import spec_named
 from cprec_recbole.training.trainer import n_targets
 from tests.builders import HOSTS, MORE_HOSTS, train
 from tests.oracles import best_items
@@ -105,7 +105,7 @@ def test_what_is_compressed_is_recovered_saved_and_recommends(world, originals, 
     assert small.warm_start.fitted <= small.warm_start.copied
     original = Original.of(model)
     options = small.compression
-    sizes = estimate(original.record, model, options, original.n_items, original.dim).sizes
+    sizes = estimate(original.spec, model, options, original.n_items, original.dim).sizes
     assert part_sizes(small) == sizes
     result = recover(small, model, data, epochs=1, progress=False)
     assert result.kept == 1
@@ -116,7 +116,7 @@ def test_what_is_compressed_is_recovered_saved_and_recommends(world, originals, 
         histories = torch.zeros(2, 8, dtype=torch.int64)
         histories[0, :3], histories[1, 0] = torch.tensor([1, 2, 3]), 4
         hidden = each(histories, torch.tensor([3, 1]))
-        dense = each.head.scores(hidden)
+        dense = each.softmax.scores(hidden)
         for row in range(2):
             assert best.items[row].tolist() == best_items(dense[row].tolist(), 6)
     again, once = (each.recommend([1, 2, 3], 7).scores for each in (loaded, small))
@@ -250,7 +250,7 @@ def test_sharing_says_where_it_shares_nothing(world, name):
     model = world.model(f"Cp{name}", sharing="cross_layer")
     words = shared_layers(model)
     assert words.endswith("nothing to share") == (name not in STACKED)
-    layers = record_named(name).layers(model.backbone)
+    layers = spec_named(name).layers(model.inner)
     parameters = [[getattr(m, n) for m, n in layer] for layer in layers]
     assert all(a is b for a, b in zip(*parameters[-2:]))
 

@@ -31,9 +31,9 @@ from cprec_recbole.compare.controls.recjpq import (
 )
 from cprec_recbole.compare.controls.table import FlatSoftmax
 from cprec_recbole.compare.sizes import served_bytes
+from cprec_recbole.costs import part_sizes, saved_bytes
 from cprec_recbole.data.sequences import item_counts
 from cprec_recbole.training.evaluation import evaluate
-from cprec_recbole.report import part_sizes, saved_bytes
 from cprec_recbole.training.trainer import CompressedTrainer
 from tests.builders import HOSTS, train_a_step
 from tests.oracles import best_items
@@ -106,7 +106,7 @@ def test_the_contract_of_recboles_models(world, model_and_config):
         assert dense.shape == (len(batch), model.n_items)
         wanted = dense.gather(1, batch["item_id"].unsqueeze(1)).squeeze(1)
         torch.testing.assert_close(model.predict(batch), wanted)
-        chances = model.head.log_prob(model.last_hidden(batch)).exp()
+        chances = model.softmax.log_prob(model.last_hidden(batch)).exp()
     torch.testing.assert_close(chances.sum(1), torch.ones(len(batch)))
     assert (chances[:, 0] == 0).all()  # padding has no probability
     best = model.recommend(batch["item_id_list"], k=5)
@@ -165,7 +165,7 @@ def vector(table, item):
 
 
 def test_vectors_scores_and_losses_are_those_of_the_definition(on_a_table):
-    table, head = on_a_table.table, on_a_table.head
+    table, head = on_a_table.table, on_a_table.softmax
     assert isinstance(head, FlatSoftmax)
     rows = torch.stack([vector(table, item) for item in range(table.n_items)])
     torch.testing.assert_close(table.dense(), rows)
@@ -189,7 +189,7 @@ def test_gradients_are_those_of_the_definition(world, stage):
         model, _ = made(world, stage, "NextItNet", CONTROLS[name])
         table = model.table
         hidden, target = torch.randn(9, table.dim), torch.randint(1, table.n_items, (9,))
-        model.head.loss(hidden, target).backward()
+        model.softmax.loss(hidden, target).backward()
         found = [p.grad.clone() for p in table.parameters()]
         model.zero_grad()
         rows = torch.stack([vector(table, item) for item in range(1, table.n_items)])
@@ -199,7 +199,7 @@ def test_gradients_are_those_of_the_definition(world, stage):
 
 
 def test_equal_scores_come_by_lower_id_and_what_is_barred_stays_out(on_a_table):
-    head, n_items = on_a_table.head, on_a_table.n_items
+    head, n_items = on_a_table.softmax, on_a_table.n_items
     hidden = torch.zeros(3, head.table.dim)  # every score is zero
     assert head.topk(hidden, 4).items.tolist() == [[1, 2, 3, 4]] * 3
     exclude = torch.tensor([[1, 2, 0], [3, 3, 3], [0, 0, 0]])
@@ -213,11 +213,11 @@ def test_equal_scores_come_by_lower_id_and_what_is_barred_stays_out(on_a_table):
 def test_a_search_in_pieces_finds_the_same(on_a_table, monkeypatch):
     hidden = torch.randn(7, on_a_table.table.dim)
     exclude = torch.randint(0, on_a_table.n_items, (7, 3))
-    whole = on_a_table.head.topk(hidden, 5, exclude)
+    whole = on_a_table.softmax.topk(hidden, 5, exclude)
     monkeypatch.setattr("cprec_recbole.compare.controls.table._SCORES", 2 * on_a_table.n_items)
-    pieces = on_a_table.head.topk(hidden, 5, exclude)
+    pieces = on_a_table.softmax.topk(hidden, 5, exclude)
     assert torch.equal(pieces.items, whole.items)
-    assert on_a_table.head.topk(hidden[:0], 5).items.shape == (0, 5)
+    assert on_a_table.softmax.topk(hidden[:0], 5).items.shape == (0, 5)
 
 
 def test_what_a_control_is_not_made_for_is_refused(on_a_table, tmp_path):
@@ -247,7 +247,7 @@ def test_sizes_are_what_was_planned(world, stage, host_name, control):
     elif control.name == "narrower":
         assert part_sizes(model).total <= limit
         step = 2 if host_name == "SASRec" else 1  # attention heads
-        size = options[setting.record.size_option] + step
+        size = options[setting.spec.size_option] + step
         wider = {
             name: round(setting.config[name] * size / setting.dim)
             for name in ("embedding_size", "hidden_size", "inner_size")
@@ -313,7 +313,7 @@ def test_a_narrower_model_in_int8_is_as_wide_as_fits(world, stage, host_name):
         small = replace(setting, refused_size=whole // ratio)
         options = control.options(small)
         assert setting.sizes(options, control.unit).total <= 4 * (whole // ratio)
-        widths.append(options[setting.record.size_option])
+        widths.append(options[setting.spec.size_option])
         if ratio > 2:
             wider = control._of_width(setting, widths[-1] + step)
             assert setting.sizes(wider, control.unit).total > 4 * (whole // ratio)

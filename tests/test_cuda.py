@@ -82,7 +82,7 @@ def test_a_model_there_is_compressed_recovered_kept_and_recommends(
         row[: len(history)] = torch.tensor(history)
     with torch.no_grad():
         hidden = loaded["cuda"](padded.to("cuda"), lengths.to("cuda"))
-        dense = loaded["cuda"].head.scores(hidden).cpu()
+        dense = loaded["cuda"].softmax.scores(hidden).cpu()
     for row in range(3):
         assert best.items[row].tolist() == best_items(dense[row].tolist(), 6)
     (new,) = loaded["cuda"].add_items(["new"], like=[["i1"]])

@@ -15,7 +15,6 @@ from cprec_recbole import compress, load_pretrained, recover
 from cprec_recbole.cli import _parser, recbole_options
 from cprec_recbole.host.library import recbole_config
 from cprec_recbole.models import MODELS
-from cprec_recbole.records import BACKBONES
 from tests.studies import grid, write_study
 
 ROOT = Path(__file__).parent.parent
@@ -76,11 +75,11 @@ def test_the_pages_python_runs(path, at_hand, monkeypatch, capsys):
     names = {**names, "__name__": "page", "compress": compress, "recover": recover}
     if path.name == "search.md":  # its model is one that has been compressed
         names["model"] = load_pretrained(folder / "small")
-    known, records = list(MODELS), list(BACKBONES)
+    known = list(MODELS)
     try:
         exec(compile("\n".join(blocks(path, "python")), str(path), "exec"), names)
     finally:
-        MODELS[:], BACKBONES[:] = known, records
+        MODELS[:] = known
     capsys.readouterr()
 
 

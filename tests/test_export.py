@@ -10,7 +10,7 @@ import torch
 
 from cprec_recbole import CompressionError, compress, export, load_pretrained, quantize
 from cprec_recbole.cli import main
-from cprec_recbole.serving.inputs import pad_histories
+from cprec_recbole.models.inputs import pad_histories
 from tests.builders import SMALL, train
 
 onnx = pytest.importorskip("onnx", reason="onnx is not there: pip install cprec_recbole[export]")

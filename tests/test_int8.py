@@ -20,6 +20,8 @@ from cprec_recbole import (
     recover,
 )
 from cprec_recbole.cli import main
+from cprec_recbole.compression.quantize import in_float
+from cprec_recbole.costs import saved_bytes
 from cprec_recbole.embedding import Block
 from cprec_recbole.int8.matrices import (
     fill_from_int8,
@@ -27,10 +29,8 @@ from cprec_recbole.int8.matrices import (
     round_to_int8,
     whole_numbers,
 )
-from cprec_recbole.int8.quantize import in_float
 from cprec_recbole.int8.rows import Int8Block, quantized_rows
-from cprec_recbole.report import saved_bytes
-from cprec_recbole.saving.folder import read_folder, write_folder
+from cprec_recbole.models.saving import read_folder, write_folder
 from cprec_recbole.softmax import build_softmax
 from tests.builders import block_embedding, train_a_step
 from tests.oracles import best_by_sort
@@ -217,17 +217,17 @@ def small(trained, host_name):
 @pytest.mark.parametrize("tied", [True, False])
 def test_loaded_is_saved(trained, host_name, softmax, tied, tmp_path):
     small = quantize(compress(trained[host_name], **OPTIONS, softmax=softmax, tied=tied))
-    assert (small.head.table is small.table) == tied
+    assert (small.softmax.table is small.table) == tied
     loaded = load_pretrained(small.save_pretrained(tmp_path))
     assert not loaded.training
-    for one, other in ((small.table, loaded.table), (small.head.table, loaded.head.table)):
+    for one, other in ((small.table, loaded.table), (small.softmax.table, loaded.softmax.table)):
         assert one.is_int8
         assert other.is_int8
         assert torch.equal(one.dense(), other.dense())
     found, again = small.recommend(HISTORIES, 9), loaded.recommend(HISTORIES, 9)
     assert torch.equal(found.items, again.items)
     torch.testing.assert_close(found.scores, again.scores, rtol=1e-6, atol=1e-6)
-    dense = small.head.scores(small(*histories(small)))
+    dense = small.softmax.scores(small(*histories(small)))
     torch.testing.assert_close(dense.gather(1, found.items), found.scores)
     _, weights, _ = read_folder(tmp_path)
     kinds = [w.dtype for n, w in weights.items() if n.endswith("weight") and "factors" in n]
@@ -244,7 +244,7 @@ def test_loaded_is_saved(trained, host_name, softmax, tied, tmp_path):
 
 
 def histories(model):
-    from cprec_recbole.serving.inputs import pad_histories
+    from cprec_recbole.models.inputs import pad_histories
 
     item_seq, _ = pad_histories(HISTORIES, model.n_items, model.max_seq_length)
     return item_seq, (item_seq != 0).sum(1)
@@ -316,13 +316,13 @@ def test_only_a_recovery_trains_it(world, small, host_name):
     result = quantize(small)
     for call in (
         lambda: train_a_step(result, world.batch(f"Cp{host_name}")),
-        lambda: result.head.loss(torch.randn(2, 16), torch.tensor([1, 30])),
+        lambda: result.softmax.loss(torch.randn(2, 16), torch.tensor([1, 30])),
     ):
         with pytest.raises(CompressionError, match=r"rows are in int8.*recover\(\) trains"):
             call()
     tree = quantize(compress(world.model("SASRec"), **OPTIONS, softmax="tree"))
     with pytest.raises(CompressionError, match="rows are in int8"):
-        tree.head.loss(torch.randn(2, 16), torch.tensor([1, 30]))
+        tree.softmax.loss(torch.randn(2, 16), torch.tensor([1, 30]))
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -341,7 +341,7 @@ def test_a_recovery_trains_its_rows_in_float_and_brings_them_back(world, trained
     )
     assert found.start == evaluate(quantize(small_in_float), valid)
     assert result.table.is_int8
-    assert result.head.table.is_int8
+    assert result.softmax.table.is_int8
     assert found.losses[-1] < found.losses[0]
     best = found.start if found.kept == 0 else found.epochs[found.kept - 1]
     assert evaluate(result, valid) == best  # as it is in int8

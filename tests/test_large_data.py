@@ -16,11 +16,10 @@ from recbole.data.dataset import SequentialDataset
 
 from cprec_recbole import CompressionError
 from cprec_recbole.compression.histories import histories_of
-from cprec_recbole.data import interactions
+from cprec_recbole.data import NEXT_ITEMS, interactions
 from cprec_recbole.data.interactions import is_simple
 from cprec_recbole.data.sequences import item_counts
 from cprec_recbole.data.windows import PositionsDataLoader
-from cprec_recbole.fields import NEXT_ITEMS
 from tests.builders import World
 from tests.oracles import StockDataset, windows
 from tests.test_memory import STATUS

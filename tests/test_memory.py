@@ -47,7 +47,7 @@ config["checkpoint_dir"] = sys.argv[1]
 train, _, _ = world.loaders(config)
 from recbole.utils import get_model
 model = get_model("CpSASRec")(config, train._dataset).eval()
-model.backbone.item_embedding, model.n_items = million(), 10**6
+model.inner.item_embedding, model.n_items = million(), 10**6
 rows = config["eval_batch_size"]
 assert rows == 4096
 users = Interaction({
@@ -55,7 +55,7 @@ users = Interaction({
     model.ITEM_SEQ_LEN: torch.full((rows,), 50),
 })
 for kind in ("full", "tree"):
-    model.head = build_softmax(kind, model.table)
+    model.softmax = build_softmax(kind, model.table)
     trainer = CompressedTrainer(config, model)
 
     @torch.no_grad()

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from cprec_recbole import CompressionError, CpNextItNet, compress
+from cprec_recbole.costs import part_sizes
 from cprec_recbole.models import MODELS
-from cprec_recbole.report import part_sizes
 from tests.builders import SCHEMES, train_a_step
 from tests.oracles import best_items
 
@@ -29,12 +29,12 @@ def options(request):
 def layer_parameters(model):
     return [
         [getattr(module, name) for module, name in layer]
-        for layer in model.record.layers(model.backbone)
+        for layer in model.spec.layers(model.inner)
     ]
 
 
 def norms(model):
-    return [m for m in model.backbone.modules() if isinstance(m, torch.nn.LayerNorm)]
+    return [m for m in model.inner.modules() if isinstance(m, torch.nn.LayerNorm)]
 
 
 @pytest.mark.parametrize("training", ["all_positions", "last_position"])
@@ -228,7 +228,7 @@ def test_kernels_left_of_four_nextitnet_blocks(world, scheme, kernels):
 )
 def test_a_first_gru_layer_of_another_shape_keeps_its_own(world, scheme, kept):
     model = world.model("CpGRU4Rec", sharing=scheme, **BLOCKS)
-    gru = model.backbone.gru_layers
+    gru = model.inner.gru_layers
     inputs = [getattr(gru, f"weight_ih_l{i}") for i in range(4)]
     assert inputs[0].shape != inputs[1].shape
     assert len({id(p) for p in inputs}) == kept
@@ -255,11 +255,11 @@ def test_saved_and_reloaded_it_still_shares_and_scores_the_same(world, host_name
 def test_tied_shares_the_factors_and_untied_has_its_own(world, host_name):
     tied = world.model(f"Cp{host_name}", **BLOCKS)
     untied = world.model(f"Cp{host_name}", tied=False, **BLOCKS)
-    assert tied.head.table is tied.table
+    assert tied.softmax.table is tied.table
     assert part_sizes(tied).softmax == 0
-    assert untied.head.table is not untied.table
+    assert untied.softmax.table is not untied.table
     assert part_sizes(untied).softmax == part_sizes(untied).table
-    assert untied.head.table.partition is untied.table.partition
+    assert untied.softmax.table.partition is untied.table.partition
 
 
 def test_every_compressed_model_starts_from_its_parents_defaults(world):
@@ -348,4 +348,4 @@ def test_the_penalty_of_nextitnet_is_its_parents(world):
     expected = parent.reg_weight * parent.reg_loss(
         [parent.item_embedding.weight, parent.final_layer.weight]
     )
-    torch.testing.assert_close(same.record.penalty(same.backbone), expected + parent.reg_loss_rb())
+    torch.testing.assert_close(same.spec.penalty(same.inner), expected + parent.reg_loss_rb())

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from cprec_recbole import compress, quantize
-from cprec_recbole.modes import in_eval_mode
+from cprec_recbole.models.eval_mode import in_eval_mode
 
 
 def model_in_parts() -> nn.Module:

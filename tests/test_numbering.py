@@ -9,7 +9,7 @@ from recbole.utils import get_model, get_trainer
 
 from cprec_recbole import CompressionError, compress, evaluate, load_pretrained, recover
 from cprec_recbole.cli import main
-from cprec_recbole.host.trained import load_trained
+from cprec_recbole.training.checkpoint import load_trained
 from tests.builders import World
 
 HEADER = "user_id:token\titem_id:token\ttimestamp:float\n"

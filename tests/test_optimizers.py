@@ -160,7 +160,9 @@ def test_recboles_options_decide(world, monkeypatch, name, options, sparse):
     model = world.model(name, ranks=[16, 4, 2], cutoffs=[6, 20], **options)
     penalty = name == "CpNextItNet"  # on all weights
     assert [b.sparse for b in model.table.blocks[1:]] == [sparse and not penalty] * 2
-    assert not any(b.sparse for b in model.head.table.blocks) or model.head.table is model.table
+    assert (
+        not any(b.sparse for b in model.softmax.table.blocks) or model.softmax.table is model.table
+    )
     train_a_step(model, world.batch(name, ranks=[16, 4, 2], cutoffs=[6, 20], **options))
 
 

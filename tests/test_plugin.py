@@ -14,7 +14,7 @@ from recbole.trainer import Trainer
 
 import cprec_recbole
 from cprec_recbole import CompressionError
-from cprec_recbole.report import part_sizes
+from cprec_recbole.costs import part_sizes
 from tests.builders import SMALL
 
 # all that these change is the cost of the test

@@ -5,6 +5,7 @@ import multiprocessing
 import pytest
 import recbole.quick_start
 import torch
+from cprec_recbole.parallel.reducer import clip_gradients
 
 import cprec_recbole
 from cprec_recbole import CompressionError
@@ -12,7 +13,6 @@ from cprec_recbole.host.checkpoint import read_checkpoint
 from cprec_recbole.parallel import launch as processes
 from cprec_recbole.parallel.group import Place, share
 from cprec_recbole.parallel.launch import launch
-from cprec_recbole.parallel.reducer import clip_gradients
 from cprec_recbole.training.run import Job
 from tests import children
 from tests.builders import World

@@ -6,15 +6,15 @@ from importlib import import_module
 
 import pytest
 import torch
+from cprec_recbole.compression.averaging import WeightAverage
 from torch import nn
 
 from cprec_recbole import CompressionConfig, CompressionError, compress, evaluate, recover
 from cprec_recbole.compression import distillation
-from cprec_recbole.compression.averaging import WeightAverage
 from cprec_recbole.compression.distillation import Teacher
 from cprec_recbole.compression.original import Original
-from cprec_recbole.modes import without_dropout
-from cprec_recbole.recover import _rate_at, _Recovery
+from cprec_recbole.compression.recover import _rate_at, _Recovery
+from cprec_recbole.models.eval_mode import without_dropout
 from tests.builders import HOSTS
 
 METRICS = {"metrics": ["NDCG"], "topk": [10], "valid_metric": "NDCG@10"}
@@ -63,7 +63,7 @@ def test_the_divergence_is_that_of_two_softmaxes_within_blocks(trained, host_nam
     teacher = Teacher(small, original, 0.5)
     hidden, wanted = torch.randn(30, 16), torch.randn(30, 16)
     target = torch.randint(1, small.n_items, (30,))
-    table, dense = original.table, small.head.table.dense().detach()
+    table, dense = original.table, small.softmax.table.dense().detach()
     partition = small.table.partition
     expected = 0.0
     for h, w, item in zip(hidden, wanted, target):
@@ -94,7 +94,7 @@ def test_a_flat_softmax_learns_from_all_items(trained, host_name, share):
     hidden, wanted = torch.randn(30, 16, requires_grad=True), torch.randn(30, 16)
     target = torch.randint(1, small.n_items, (30,))
     told = (wanted @ original.table.T)[:, 1:].softmax(1)
-    given = (hidden @ small.head.table.dense().T)[:, 1:].log_softmax(1)
+    given = (hidden @ small.softmax.table.dense().T)[:, 1:].log_softmax(1)
     own = -given[torch.arange(30), target - 1].mean()
     divergence = (told * (told.log() - given)).sum(1).mean()
     expected = (1 - share) * own + share * divergence
@@ -208,7 +208,7 @@ def test_rows_that_do_not_fit_the_memory_are_taught_in_parts(trained, monkeypatc
         teacher = Teacher(small, Original.of(trained["SASRec"]), 0.5)
         heights.clear()
         values.append(teacher.loss(hidden, wanted, target))
-        slopes.append(torch.autograd.grad(values[-1], [hidden, *small.head.parameters()]))
+        slopes.append(torch.autograd.grad(values[-1], [hidden, *small.softmax.parameters()]))
     assert heights[:5] == [7, 7, 7, 7, 2]  # of all items, or of the head
     assert softmax == "tree" or len(heights) == 5
     torch.testing.assert_close(*values)
@@ -296,7 +296,7 @@ def test_without_a_teacher_it_is_plain_fine_tuning(trained):
 
     def chance():
         states = small.eval().hidden_states(torch.tensor([[1, 2], [3, 0]]))[[0, 1], [1, 0]]
-        return small.head.log_prob(states)[:, new].detach()
+        return small.softmax.log_prob(states)[:, new].detach()
 
     before = chance()
     recover(small, None, [[1, 2, new], [3, new]] * 8, 5, learning_rate=0.01, progress=False)

@@ -7,9 +7,8 @@ import torch
 from recbole.model.abstract_recommender import SequentialRecommender
 from torch import nn
 
-from cprec_recbole import Backbone, CompressionError, compress, load_pretrained, register
+from cprec_recbole import CompressionError, ModelSpec, compress, load_pretrained, register
 from cprec_recbole.models import MODELS, CpSASRec
-from cprec_recbole.records import BACKBONES, SASREC
 from tests.builders import train
 from tests.oracles import best_items
 
@@ -38,8 +37,8 @@ class MeanRec(SequentialRecommender):
         return hidden @ self.item_embedding.weight.T
 
 
-RECORD = Backbone(
-    host=MeanRec,
+SPEC = ModelSpec(
+    model_class=MeanRec,
     size_option="embedding_size",
     table_std=lambda model, n_items: 1.0,
     architecture=(("embedding_size", "width"), "loss_type"),
@@ -49,10 +48,9 @@ OPTIONS = {"embedding_size": 12, "loss_type": "CE"}
 
 @pytest.fixture
 def registered():
-    model_class = register(RECORD)
+    model_class = register(SPEC)
     yield model_class
     MODELS.remove(model_class)
-    BACKBONES.remove(RECORD)
 
 
 def original(world):
@@ -109,8 +107,8 @@ class Normed(MeanRec):
 
 @pytest.mark.parametrize("host", [Twice, Named, Normed])
 def test_layers_of_any_kind_are_fitted_and_kept(world, host, tmp_path):
-    record = replace(RECORD, host=host)
-    model_class = register(record)
+    spec = replace(SPEC, model_class=host)
+    model_class = register(spec)
     try:
         config = world.config("SASRec", **OPTIONS)
         model = host(config, world.loaders(config)[0]._dataset)
@@ -129,7 +127,6 @@ def test_layers_of_any_kind_are_fitted_and_kept(world, host, tmp_path):
         torch.testing.assert_close(loaded.full_sort_predict(batch), wanted, atol=1e-5, rtol=0)
     finally:
         MODELS.remove(model_class)
-        BACKBONES.remove(record)
 
 
 def test_recbole_builds_and_trains_it_by_name(world, registered):
@@ -146,17 +143,20 @@ def test_an_unknown_model_of_ones_own_is_refused_with_the_way_out(world):
 
 
 @pytest.mark.parametrize(
-    ("record", "words"),
+    ("spec", "words"),
     [
-        (MeanRec, "`record` to be a Backbone, but got type"),
-        (replace(RECORD, host=nn.Linear), "`host` to be a class made from .*'Linear'"),
-        (replace(RECORD, host=7), "`host`.*but got 7"),
-        (replace(RECORD, host=CpSASRec), "`host` to be an uncompressed model, but got CpSASRec"),
-        (SASREC, "CpSASRec is known already"),
+        (MeanRec, "`spec` to be a ModelSpec, but got type"),
+        (replace(SPEC, model_class=nn.Linear), "`model_class` to be a class made from .*'Linear'"),
+        (replace(SPEC, model_class=7), "`model_class`.*but got 7"),
+        (
+            replace(SPEC, model_class=CpSASRec),
+            "`model_class` to be an uncompressed model, but got CpSASRec",
+        ),
+        (CpSASRec.spec, "CpSASRec is known already"),
     ],
 )
-def test_bad_records_are_named_and_change_nothing(record, words):
-    before = list(MODELS), list(BACKBONES)
+def test_bad_records_are_named_and_change_nothing(spec, words):
+    before = list(MODELS)
     with pytest.raises(CompressionError, match=words):
-        register(record)
-    assert (list(MODELS), list(BACKBONES)) == before
+        register(spec)
+    assert list(MODELS) == before

@@ -2,12 +2,10 @@ import copy
 
 import pytest
 import torch
+from cprec_recbole.catalogue import size_rows
 
 from cprec_recbole import CompressionConfig, CompressionError
-from cprec_recbole.backbones import build_host
-from cprec_recbole.catalogue import size_rows
-from cprec_recbole.records import find_backbone
-from cprec_recbole.report import (
+from cprec_recbole.costs import (
     describe_sharing,
     estimate,
     layer_flops,
@@ -15,6 +13,7 @@ from cprec_recbole.report import (
     part_sizes,
     shared_layers,
 )
+from cprec_recbole.models.registry import spec_of
 from cprec_recbole.sharing import share, sharing_plan
 from tests.builders import SCHEMES
 
@@ -31,8 +30,8 @@ def test_an_estimate_is_what_a_built_model_has(world, host_name, softmax, tied, 
     model = world.model(f"Cp{host_name}", **options)
     config = world.config(f"Cp{host_name}")
     dataset = world.loaders(config)[0]._dataset
-    host = build_host(model.record, config, dataset)
-    found = estimate(model.record, host, CompressionConfig(**options), model.n_items, 16)
+    host = model.spec.build_inner(config, dataset)
+    found = estimate(model.spec, host, CompressionConfig(**options), model.n_items, 16)
     assert found.sizes == part_sizes(model)
     assert found.sizes.total == count(model)
 
@@ -40,7 +39,7 @@ def test_an_estimate_is_what_a_built_model_has(world, host_name, softmax, tied, 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_layers_that_share_already_are_counted_once(world, scheme):
     host = world.model("SASRec", n_layers=3)
-    record = find_backbone(host)
+    record = spec_of(host)
     layers = record.layers(host)
     for (module, name), (other, other_name) in zip(layers[1], layers[0]):
         setattr(module, name, getattr(other, other_name))

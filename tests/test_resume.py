@@ -13,8 +13,7 @@ from cprec_recbole import CompressionError
 from cprec_recbole.files import held
 from cprec_recbole.host.checkpoint import read_checkpoint
 from cprec_recbole.parallel.launch import launch
-from cprec_recbole.training.run import Job
-from cprec_recbole.training.run import train
+from cprec_recbole.training.run import Job, train
 from tests import children
 
 pytestmark = pytest.mark.usefixtures("ready_processes")

@@ -8,8 +8,9 @@ import torch
 
 from cprec_recbole import CompressionConfig, CompressionError, Vocabulary, compress, load_pretrained
 from cprec_recbole.embedding import BlockEmbedding
+from cprec_recbole.models.saving import packed_blocks, unpacked_blocks
+from cprec_recbole.models.spec import Parts
 from cprec_recbole.partition import Partition
-from cprec_recbole.saving.membership import packed_blocks, unpacked_blocks
 from tests.builders import SMALL
 
 OPTIONS = {"ranks": [16, 4, 2], "cutoffs": [6, 20]}
@@ -17,8 +18,7 @@ OPTIONS = {"ranks": [16, 4, 2], "cutoffs": [6, 20]}
 
 def catalogue_model(model_class, n_items):
     """A model for a large made-up catalogue, without a data set."""
-    from cprec_recbole.backbones import build_host
-    from cprec_recbole.saving.pretrained import _Catalogue, _Options
+    from cprec_recbole.models.saving import _Catalogue, _Options
 
     name = model_class.__name__.removeprefix("Cp")
     options = _Options(
@@ -28,13 +28,13 @@ def catalogue_model(model_class, n_items):
         | {"attn_dropout_prob": 0.5, "hidden_act": "gelu", "layer_norm_eps": 1e-12}
         | {"initializer_range": 0.02, **SMALL[name]}
     )
-    host = build_host(model_class.record, options, _Catalogue("item_id"))
-    host.n_items = n_items
+    inner = model_class.spec.build_inner(options, _Catalogue("item_id"))
+    inner.n_items = n_items
     compression = CompressionConfig(ranks=(16, 8, 4))
     plan = compression.plan(16, n_items)
     partition = Partition.from_counts(np.arange(n_items)[::-1].astype(float), plan.cutoffs)
-    model = model_class.from_host(host, BlockEmbedding(partition, plan.ranks, 16), compression)
-    model.reads_last_column = False
+    table = BlockEmbedding(partition, plan.ranks, 16)
+    model = model_class(parts=Parts(inner, table, table, compression, reads_last_column=False))
     model.vocabulary = Vocabulary([f"item-{i}" for i in range(1, n_items)])
     return model.eval()
 
@@ -136,12 +136,12 @@ def test_new_items_leave_every_other_row_as_it_is(trained, host_name, softmax, t
     before = copy.deepcopy(small)
     assert small.add_items(["a", "b", "c"], like=[["i0", "i9"], None, "i30"]) == [41, 42, 43]
     assert small.n_items == 44
-    for now, then in ((small.table, before.table), (small.head.table, before.head.table)):
+    for now, then in ((small.table, before.table), (small.softmax.table, before.softmax.table)):
         assert torch.equal(now.dense()[:41], then.dense())
         assert now.dense().shape == (44, 16)
         for block, old in zip(now.blocks[:-1], then.blocks[:-1]):
             assert torch.equal(block.weight, old.weight)
-    assert (small.head.table is small.table) == tied
+    assert (small.softmax.table is small.table) == tied
     loaded = load_pretrained(small.save_pretrained(tmp_path))
     history = [["i1", "a"], ["c", "b"]]
     assert loaded.recommend_tokens(history, 43).tokens == small.recommend_tokens(history, 43).tokens
@@ -174,7 +174,7 @@ def test_a_new_item_like_a_popular_one_is_as_near_as_the_rank_allows(small):
 def test_an_index_forgets_nothing_of_new_items(small):
     small.build_index()
     small.add_items(["new"], like=["i0"])
-    assert not small.head.is_indexed
+    assert not small.softmax.is_indexed
     plain = small.recommend([1, 2], 41)
     small.build_index()
     indexed = small.recommend([1, 2], 41)
@@ -237,8 +237,17 @@ def loaded_copy(loaded):
 
     model = catalogue_model(CpSASRec, loaded.n_items)
     whole = BlockEmbedding(Partition(torch.arange(loaded.n_items), [loaded.n_items]), [16], 16)
-    plain = CpSASRec.from_host(model.backbone, whole, CompressionConfig.uncompressed())
-    plain.vocabulary, plain.train_item_counts = loaded.vocabulary, np.ones(loaded.n_items)
+    plain = CpSASRec(
+        parts=Parts(
+            model.inner,
+            whole,
+            whole,
+            CompressionConfig.uncompressed(),
+            reads_last_column=False,
+            item_counts=np.ones(loaded.n_items),
+        )
+    )
+    plain.vocabulary = loaded.vocabulary
     return plain
 
 

@@ -217,7 +217,7 @@ def test_weights_of_the_uncompressed_models_alone_are_kept_at_every_rate(finishe
 def test_weights_that_share_a_storage_are_kept_and_read(world, tmp_path):
     """As a GPU has those of a recurrent layer."""
     model = world.model("CpGRU4Rec", ranks=[16])
-    parameters = list(model.backbone.gru_layers.parameters())
+    parameters = list(model.inner.gru_layers.parameters())
     storage = torch.cat([parameter.detach().flatten() for parameter in parameters])
     for parameter, part in zip(parameters, storage.split([p.numel() for p in parameters])):
         parameter.data = part.view_as(parameter)

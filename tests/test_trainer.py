@@ -68,7 +68,7 @@ def test_lists_are_looked_up_and_never_sorted_from_dense_scores(movielens):
     config, model, (_, valid, _) = movielens
     with (
         mock.patch.object(type(model), "full_sort_predict", side_effect=AssertionError),
-        mock.patch.object(type(model.head), "scores", side_effect=AssertionError),
+        mock.patch.object(type(model.softmax), "scores", side_effect=AssertionError),
     ):
         assert CompressedTrainer(config(metrics=BY_LISTS), model).evaluate(
             valid, load_best_model=False
@@ -78,7 +78,7 @@ def test_lists_are_looked_up_and_never_sorted_from_dense_scores(movielens):
 def test_dense_scores_of_a_few_rows_at_a_time_where_a_metric_needs_them(movielens):
     config, model, (_, valid, _) = movielens
     rows = []
-    dense = type(model.head).scores
+    dense = type(model.softmax).scores
 
     def scores(head, hidden):
         rows.append(len(hidden))
@@ -87,8 +87,8 @@ def test_dense_scores_of_a_few_rows_at_a_time_where_a_metric_needs_them(movielen
     options = config(metrics=["GAUC"], valid_metric="GAUC")
     with (
         mock.patch.object(collector, "_SCORES", 7 * model.n_items),
-        mock.patch.object(softmax.SoftmaxHead, "scores", scores),
-        mock.patch.object(type(model.head), "scores", scores),
+        mock.patch.object(softmax.Softmax, "scores", scores),
+        mock.patch.object(type(model.softmax), "scores", scores),
     ):
         CompressedTrainer(options, model).evaluate(valid, load_best_model=False)
     assert max(rows) == 7

@@ -6,12 +6,12 @@ import pickle
 import warnings
 
 import pytest
+from cprec_recbole.saving import folder, vocabulary
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cprec_recbole import CompressionError, Vocabulary
-from cprec_recbole.saving import folder, vocabulary
-from cprec_recbole.saving.vocabulary import as_vocabulary
+from cprec_recbole.models.vocabulary import as_vocabulary
 
 # what JSON has to escape, or could be taken for the end of a text, besides any other character
 letters = st.one_of(st.sampled_from('",\\[]\n\t é€😀ab'), st.characters(codec="utf-8"))

@@ -4,15 +4,15 @@ import copy
 
 import pytest
 import torch
+from cprec_recbole.compression.building import build
 from torch import nn
 
 from cprec_recbole import CompressionConfig, CompressionError, compress, evaluate
-from cprec_recbole.compression.building import build
 from cprec_recbole.compression.clusters import block_masses, fit_clusters
 from cprec_recbole.compression.histories import Histories, drawn_histories
 from cprec_recbole.compression.original import Original
 from cprec_recbole.compression.spectra import looks_trained
-from cprec_recbole.compression.warmstart import _solve, warm_start
+from cprec_recbole.compression.warm_start import _solve, warm_start
 from cprec_recbole.softmax import TreeSoftmax
 from tests.builders import HOSTS, block_embedding, train
 
@@ -42,7 +42,7 @@ def test_a_set_takes_the_member_that_serves_it_best(trained):
     for donor in [None, 0, 1, 2, 3]:
         _, other, _ = made(trained, "SASRec", ranks=[16], sharing="cross_layer")
         layers, originals = (
-            m.record.layers(host) for m, host in ((other, other.backbone), (other, original.host))
+            m.spec.layers(host) for m, host in ((other, other.inner), (other, original.inner))
         )
         with torch.no_grad():
             for slot, (module, name) in enumerate(layers[0]):

@@ -18,9 +18,10 @@ from cprec_recbole.config import (
     CompressionError,
 )
 from cprec_recbole.host.library import read_options, read_yaml
-from cprec_recbole.records import BACKBONES, record_named
+from cprec_recbole.models import MODELS as COMPRESSED
+from cprec_recbole.models.registry import spec_named
 
-MODELS = tuple(backbone.host.__name__ for backbone in BACKBONES)
+MODELS = tuple(model.spec.name for model in COMPRESSED)
 TABLE_WIDTH = 140
 # RecBole's options that are texts, whatever they look like in YAML: intervals such as [5,inf) too
 TEXTS = (
@@ -101,9 +102,9 @@ def text_of(options: dict[str, Any], name: str) -> str | None:
 
 def compression_for(model: str, options: argparse.Namespace) -> CompressionConfig:
     """The compression that was asked for, for one of RecBole's models."""
-    record, given = record_named(model), given_options(options)
-    compression = CompressionConfig(**{"training": record.objectives[0], **given})
-    record.check_objective(compression.training)
+    spec, given = spec_named(model), given_options(options)
+    compression = CompressionConfig(**{"training": spec.objectives[0], **given})
+    spec.check_training(compression.training)
     return compression
 
 

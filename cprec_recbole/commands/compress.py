@@ -13,13 +13,13 @@ from torch import nn
 
 from cprec_recbole.commands.common import add_compression, console, given_options
 from cprec_recbole.commands.common import value as parsed
-from cprec_recbole.compress import compress
+from cprec_recbole.compression.compress import compress
+from cprec_recbole.compression.recover import recover
 from cprec_recbole.config import CompressionError
+from cprec_recbole.costs import part_sizes, saved_bytes
+from cprec_recbole.models.saving import size_of
+from cprec_recbole.training.checkpoint import load_trained
 from cprec_recbole.training.evaluation import evaluate
-from cprec_recbole.host.trained import load_trained
-from cprec_recbole.recover import recover
-from cprec_recbole.report import part_sizes, saved_bytes
-from cprec_recbole.saving.folder import size_of
 
 
 def add_parser(commands: Any) -> None:

@@ -13,9 +13,9 @@ from itertools import islice
 from typing import Any, TextIO
 
 from cprec_recbole.config import CompressionError, reject_unknown
-from cprec_recbole.recommender import CompressedRecommender
-from cprec_recbole.saving.pretrained import load_pretrained
-from cprec_recbole.saving.vocabulary import UNKNOWN
+from cprec_recbole.models.recommender import CompressedRecommender
+from cprec_recbole.models.saving import load_pretrained
+from cprec_recbole.models.vocabulary import UNKNOWN
 
 _BATCH = 64
 _OWN = ("k", "exclude_seen")  # options that a request may have of its own

@@ -1,13 +1,13 @@
-"""`cprec report`: sizes of every choice, before any training."""
+"""`cprec report`: what each choice of ranks, cutoffs and sharing would cost, before any training."""
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from typing import Any
 
 from rich.table import Table
 
-from cprec_recbole.catalogue import size_rows
 from cprec_recbole.commands.common import (
     MODELS,
     add_compression,
@@ -15,7 +15,23 @@ from cprec_recbole.commands.common import (
     console,
     dataset_of,
 )
+from cprec_recbole.config import (
+    SHARING_SCHEMES,
+    CompressionConfig,
+    CompressionError,
+    reject_unknown,
+)
+from cprec_recbole.costs import Estimate, describe_sharing, estimate
+from cprec_recbole.host.library import (
+    fitting_options,
+    known_options,
+    recbole_config,
+    recbole_dataset,
+    whole_number,
+)
+from cprec_recbole.models.registry import spec_named
 
+_SHOWN_ENDS = 3  # of blocks, in a cell of the table
 REPORT_CAPTION = (
     "Parameters by part; sharing: sets of parameters kept/layers; softmax +: what the softmax has "
     "beside the table; MFLOP: to score the catalogue for one user, once its hidden state is known."
@@ -55,3 +71,103 @@ def run(options: argparse.Namespace, passed_on: dict[str, Any], command: str) ->
         table.add_row(*row.values())
     console().print(table)
     return 0
+
+
+def size_rows(
+    model: str,
+    compression: CompressionConfig,
+    dataset: str | None = None,
+    items: int | None = None,
+    options: dict[str, Any] | None = None,
+    config_files: list[str] | None = None,
+) -> tuple[str, list[dict[str, str]]]:
+    """Sizes of a model, uncompressed and under each choice, without training or building a table.
+
+    Args:
+        model: RecBole's name of a supported model.
+        compression: the choice that the others vary, one option at a time.
+        dataset: RecBole's name of a data set; `ml-100k` where neither this nor `items` is given.
+        items: or a number of items.
+        options: RecBole options.
+        config_files: RecBole YAML files.
+
+    Returns:
+        A title, and one row of named cells for each choice.
+
+    Raises:
+        CompressionError: fewer than one item, options that no such model can have, or that fit no
+            catalogue of that size.
+    """
+    if items is not None and items < 1:
+        raise CompressionError(f"Expected `items` to be 1 or more, but got {items}.")
+    spec = spec_named(model)
+    config = recbole_config(f"Cp{model}", dataset or "ml-100k", options or {}, config_files)
+    if items is None:
+        n_items = int(recbole_dataset(config).item_num)
+        title = f"{model} on {dataset or 'ml-100k'} ({n_items - 1:,} items)"
+    else:
+        n_items = items + 1  # and the padding item
+        title = f"{model} for {items:,} items"
+    reject_unknown(options or {}, known_options(config))
+    dim = spec.dim(whole_number(config, spec.size_option))
+    with fitting_options(model):
+        inner = spec.build_inner(config, _Catalogue(config["ITEM_ID_FIELD"], n_items))
+    uncompressed = estimate(spec, inner, CompressionConfig.uncompressed(), n_items, dim)
+    rows = [_row("uncompressed", uncompressed, uncompressed, "")]
+    ends = compression.plan(dim, n_items).cutoffs
+    if len(ends) > _SHOWN_ENDS:
+        title += f"; its {len(ends)} blocks end at {', '.join(f'{end:,}' for end in ends)}"
+    for choice in _choices(compression, dim, n_items):
+        found = estimate(spec, inner, choice, n_items, dim)
+        layers, sets = spec.sharing(inner, choice.sharing)
+        sharing = describe_sharing(choice.sharing, len(layers), len(sets))
+        kind = choice.softmax if choice.tied else f"{choice.softmax}, untied"
+        rows.append(_row(kind, found, uncompressed, sharing))
+    return title, rows
+
+
+class _Catalogue:
+    """As much of a dataset as a model's constructor asks for."""
+
+    def __init__(self, iid_field: str, n_items: int) -> None:
+        self.iid_field = iid_field
+        self._n_items = n_items
+
+    def num(self, field: str) -> int:
+        return self._n_items
+
+
+def _choices(base: CompressionConfig, dim: int, n_items: int) -> list[CompressionConfig]:
+    """The given choice, then what varies one option of it."""
+    variations: list[dict[str, Any]] = [{}]
+    variations += [{"sharing": scheme} for scheme in SHARING_SCHEMES if scheme != base.sharing]
+    variations += [{"softmax": "tree" if base.softmax == "full" else "full"}]
+    variations += [{"tied": not base.tied}]
+    plan = base.plan(dim, n_items)
+    three_blocks = len(plan.ranks) == 3
+    if three_blocks and base.cutoffs is None:
+        variations += [{"cutoffs": shares} for shares in ((0.05, 0.2), (0.25, 0.5))]
+    if three_blocks and base.ranks is None:
+        halves = tuple(max(1, rank // 2) for rank in plan.ranks)
+        doubles = tuple(min(dim, 2 * rank) for rank in plan.ranks)
+        variations += [{"ranks": ranks} for ranks in (halves, doubles)]
+    return [replace(base, **variation) for variation in variations]
+
+
+def _row(kind: str, found: Estimate, uncompressed: Estimate, sharing: str) -> dict[str, str]:
+    plan, sizes = found.plan, found.sizes
+    return {
+        "softmax": kind,
+        "ranks": "/".join(map(str, plan.ranks)),
+        "block ends": "/".join(f"{end:,}" for end in plan.cutoffs)
+        if len(plan.cutoffs) <= _SHOWN_ENDS
+        else f"{len(plan.cutoffs)} blocks",
+        "sharing": sharing,
+        "table": f"{sizes.table:,}",
+        "layers": f"{sizes.layers:,}",
+        "softmax +": f"{sizes.softmax:,}",
+        "parameters": f"{sizes.total:,}",
+        "MB": f"{found.megabytes:,.2f}",
+        "smaller": f"{uncompressed.sizes.total / sizes.total:.1f}x",
+        "MFLOP": f"{found.score_flops / 1e6:,.2f}",
+    }

@@ -16,8 +16,7 @@ from cprec_recbole.commands.common import (
     model_of,
 )
 from cprec_recbole.parallel.group import Place
-from cprec_recbole.training.run import Job
-from cprec_recbole.training.run import train
+from cprec_recbole.training.run import Job, train
 
 
 def add_parser(commands: Any) -> None:

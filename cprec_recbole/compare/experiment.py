@@ -24,15 +24,15 @@ from cprec_recbole.compare.results import (
 )
 from cprec_recbole.compare.sizes import served_bytes
 from cprec_recbole.config import CompressionConfig, CompressionError, reject_unknown
-from cprec_recbole.training.evaluation import check_valid_metric, evaluate
+from cprec_recbole.costs import part_sizes, shared_layers
 from cprec_recbole.host.library import (
     known_options,
     recbole_config,
     recbole_dataset,
     whole_number,
 )
-from cprec_recbole.recommender import CompressedRecommender, compression_of
-from cprec_recbole.report import part_sizes, shared_layers
+from cprec_recbole.models.recommender import CompressedRecommender, compression_of
+from cprec_recbole.training.evaluation import check_valid_metric, evaluate
 
 SETTINGS = Path(__file__).with_name("settings.yaml")
 
@@ -199,10 +199,10 @@ class Experiment:
             config = self._config(column, None)
             if column is self.columns[0]:
                 dataset = recbole_dataset(config)
-            record = getattr(config.model_class, "record", None)
-            if record is not None:
+            spec = getattr(config.model_class, "spec", None)
+            if spec is not None:
                 options, n_items = compression_of(config), int(dataset.item_num)
-                options.plan(record.dim(whole_number(config, record.size_option)), n_items)
+                options.plan(spec.dim(whole_number(config, spec.size_option)), n_items)
                 if column.name == COMPRESSED:
                     setting = Setting(config, dataset, options)
             planned.append(column)

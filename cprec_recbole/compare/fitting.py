@@ -23,7 +23,6 @@ from recbole.utils import init_seed
 from cprec_recbole.compare.controls import TrainedControl
 from cprec_recbole.compare.results import environment
 from cprec_recbole.config import CompressionError
-from cprec_recbole.training.evaluation import check_topk, evaluate
 from cprec_recbole.files import make_folder, remove_leftovers
 from cprec_recbole.host.library import (
     recbole_dataset,
@@ -31,6 +30,7 @@ from cprec_recbole.host.library import (
     recbole_model,
     working_directory,
 )
+from cprec_recbole.training.evaluation import check_topk, evaluate
 from cprec_recbole.training.state import BEST, LAST, Journal, terms_of
 from cprec_recbole.training.trainer import CompressedTrainer
 
@@ -170,7 +170,7 @@ def _goes_on(trainer: _MeasuredTrainer, folder: Path, data: Data) -> bool:
     if state is None or (state["best_valid_result"] is not None and not best.is_file()):
         return True
     try:
-        return trainer.resume(state, data.train, data.valid)
+        return trainer.resume(state, data.valid)
     except (KeyError, RuntimeError, TypeError) as error:
         raise CompressionError(
             f"Expected {folder / LAST} to be of this model, but got {type(error).__name__}: "

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import nn
 
 from cprec_recbole.compare.controls.table import ItemTable
-from cprec_recbole.recommender import CompressedRecommender
-from cprec_recbole.report import saved_bytes
-from cprec_recbole.saving.membership import packed_blocks
+from cprec_recbole.costs import saved_bytes
+from cprec_recbole.models.recommender import CompressedRecommender
+from cprec_recbole.models.saving import packed_blocks
 
 
 def served_bytes(model: nn.Module) -> int:

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from cprec_recbole.config import CompressionError
+from cprec_recbole.models.eval_mode import in_eval_mode
+from cprec_recbole.models.recommender import CompressedRecommender
 from cprec_recbole.training.evaluation import ROWS, check_evaluation_data
-from cprec_recbole.modes import in_eval_mode
-from cprec_recbole.recommender import CompressedRecommender
 
 K = 20
 PARTS = ("head", "middle", "tail")
@@ -107,7 +107,7 @@ def rank_targets(model: CompressedRecommender, data: Any) -> Ranked:
             for start in range(0, len(batch), ROWS):
                 rows = batch[start : start + ROWS]
                 k = min(K, model.n_items - 1)
-                best = model.head.topk(model.last_hidden(rows.to(device)), k).items.cpu()
+                best = model.softmax.topk(model.last_hidden(rows.to(device)), k).items.cpu()
                 target = rows[model.ITEM_ID]
                 found = best == target.unsqueeze(1)
                 place = torch.where(found.any(1), found.int().argmax(1), K)

@@ -5,23 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from torch import Tensor
 
 from cprec_recbole.compression.original import Original
-from cprec_recbole.compression.spectra import PARAMETERS, Cost, Spectra, Unit, block_ends
+from cprec_recbole.compression.spectra import Spectra, block_ends
 from cprec_recbole.config import (
     SHARING_SCHEMES,
     BlockPlan,
     CompressionConfig,
     CompressionError,
     is_number,
+    size_in_bytes,
 )
-from cprec_recbole.outcome import Choice
-from cprec_recbole.report import describe_sharing, layer_parameters
-from cprec_recbole.sharing import sharing_plan, sharing_sets
-from cprec_recbole.units import n_bytes
+from cprec_recbole.costs import PARAMETERS, TableCost, Unit, describe_sharing, layer_parameters
+from cprec_recbole.results import ChosenOptions
 
 # Items are weighted by these powers of their counts. By the counts themselves the tail would get
 # rank 1, from which training cannot bring it back; flatter ranks lose more at once and come back
@@ -38,18 +38,6 @@ _FRESH_POWER = 1 / 4
 _FRESH_SHARING = 0.05
 
 
-@dataclass(frozen=True)
-class _Candidate:
-    options: CompressionConfig
-    sharing: str  # in words
-    table: float  # share of the table that is lost
-    hidden: float  # relative error of the hidden states
-
-    @property
-    def total(self) -> float:
-        return self.table + self.hidden
-
-
 def checked_ratio(ratio: object, option: str = "ratio") -> float:
     """A ratio of parameters as a number; else a CompressionError that names the option."""
     if not is_number(ratio) or not 1 <= ratio < math.inf:
@@ -61,7 +49,7 @@ def checked_ratio(ratio: object, option: str = "ratio") -> float:
 
 def checked_bytes(size: object) -> int:
     """A size such as `"2MB"`, `"512 KiB"` or a number of bytes; else a CompressionError."""
-    found = n_bytes(size)
+    found = size_in_bytes(size)
     if found is None:
         raise CompressionError(
             'Expected `size` to be a number of bytes, or text such as "2MB" or "512KiB", but got '
@@ -70,141 +58,182 @@ def checked_bytes(size: object) -> int:
     return found
 
 
-def smallest_possible(
-    original: Original, base: CompressionConfig, sharing: str | None, unit: Unit = PARAMETERS
-) -> int:
-    """What the smallest model costs: one block of rank 1, as much shared as may be."""
-    schemes = (sharing,) if sharing else SHARING_SCHEMES
-    table = _cost(original, base, unit).of(_rank_one(original))
-    return table + min(_layers(original, scheme, unit) for scheme in schemes)
+@dataclass(frozen=True)
+class Budget:
+    """The most that a compressed model of an original may cost.
+
+    Attributes:
+        limit: the most, in `unit`.
+        whole: what the original costs, in `unit`.
+        unit: parameters; bytes where matrices are kept in int8.
+        bytes_per_parameter: of the original.
+        size: the bytes that were asked for; None for a ratio.
+    """
+
+    limit: int
+    whole: int
+    unit: Unit
+    bytes_per_parameter: int
+    size: int | None = None
+
+    @classmethod
+    def of_ratio(cls, ratio: float, original: Original, unit: Unit) -> Budget:
+        """A model that costs at least `ratio` times less than the original."""
+        whole = unit.other * original.n_parameters
+        return cls(int(whole / ratio), whole, unit, original.dtype.itemsize)
+
+    @classmethod
+    def of_size(cls, size: int, original: Original, unit: Unit) -> Budget:
+        """A model whose weights take at most `size` bytes."""
+        whole, itemsize = unit.other * original.n_parameters, original.dtype.itemsize
+        return cls(size * unit.other // itemsize, whole, unit, itemsize, size)
+
+    def check(self, smallest: int, reason: str) -> None:
+        """Raise a CompressionError where the smallest possible model costs more."""
+        if self.limit >= smallest:
+            return
+        least, got = f"a budget of {smallest:,} {self.unit.name}", f"{self.limit:,}"
+        if self.size is not None:
+            n_bytes = smallest * self.bytes_per_parameter // self.unit.other
+            least, got = f"`size` to be {n_bytes:,} bytes", f"{self.size:,}"
+        raise CompressionError(
+            f"Expected {least} or more (ratio {math.floor(100 * self.whole / smallest) / 100:.2f} "
+            f"at most), which is the smallest possible model, but got {got}: {reason}."
+        )
 
 
-def choose(
-    original: Original,
-    counts: np.ndarray,
-    limit: int,
-    base: CompressionConfig,
-    sharing: str | None,
-    hidden_error: Callable[[CompressionConfig], float],
-    trained: bool,
-    unit: Unit = PARAMETERS,
-    importance: Tensor | None = None,
-    n_bytes: int | None = None,
-) -> Choice:
-    """The options that lose least within a number of parameters, or of bytes.
+@dataclass(frozen=True)
+class Candidate:
+    """The best table for one way of sharing layers.
 
-    For each way of sharing layers that leaves room for a table, the best table is found; then what
-    the table loses is added to what the hidden states lose, both as relative squared errors, and
-    the least sum wins.
+    Attributes:
+        options: with ranks and cutoffs.
+        sharing: the scheme, in words.
+        table: share of the table that is lost.
+        hidden: relative error of the hidden states.
+    """
+
+    options: CompressionConfig
+    sharing: str
+    table: float
+    hidden: float
+
+
+class OptionSearch:
+    """Looks for the options of an original that lose least within a budget.
 
     Args:
         original: what is compressed.
         counts: training interactions of each item id, `[n_items]`.
-        limit: what the model may cost.
         base: the other options, without ranks and cutoffs.
         sharing: the scheme, or None to choose one.
-        hidden_error: relative error of the hidden states under given options; asked of a trained
-            original only.
-        trained: whether the original is; of a fresh one only the counts say anything.
-        unit: what `limit` is counted in.
+        unit: what models are counted in.
+        hidden_error: relative error of the hidden states under given options; None for an original
+            that is not trained, of which only the counts say anything.
         importance: of the directions of a trained table, `[d, d]`; None: all are equal.
-        n_bytes: what was asked for where that was a size, for the message.
-
-    Raises:
-        CompressionError: the budget is below the smallest possible model.
     """
-    smallest = smallest_possible(original, base, sharing, unit)
-    if limit < smallest:
-        whole = unit.other * sum(p.numel() for p in original.model.parameters())
-        least, got = f"a budget of {smallest:,} {unit.name}", f"{limit:,}"
-        if n_bytes is not None:
-            size = smallest * original.dtype.itemsize // unit.other
-            least, got = f"`size` to be {size:,} bytes", f"{n_bytes:,}"
-        raise CompressionError(
-            f"Expected {least} or more (ratio {math.floor(100 * whole / smallest) / 100:.2f} at "
-            f"most), which is the smallest possible model, but got {got}: "
-            f"{_why_no_smaller(original, base, sharing, unit)}."
+
+    def __init__(
+        self,
+        original: Original,
+        counts: np.ndarray,
+        base: CompressionConfig,
+        sharing: str | None = None,
+        unit: Unit = PARAMETERS,
+        hidden_error: Callable[[CompressionConfig], float] | None = None,
+        importance: Tensor | None = None,
+    ) -> None:
+        self.original, self.counts, self.base = original, counts, base
+        self.schemes = (sharing,) if sharing else SHARING_SCHEMES
+        self.unit, self.hidden_error, self.importance = unit, hidden_error, importance
+        self.cost = TableCost.under(base, original.dim, unit)
+        rank_one = BlockPlan((1,), (original.n_items,), original.dim)
+        self.least_table = self.cost.of(rank_one)
+        self.least_layers = min(self._layer_cost(scheme) for scheme in self.schemes)
+
+    @property
+    def smallest(self) -> int:
+        """What the smallest model costs: one block of rank 1, as much shared as may be."""
+        return self.least_table + self.least_layers
+
+    def best(self, budget: Budget) -> ChosenOptions:
+        """The options that lose least within a budget.
+
+        For each way of sharing layers that leaves room for a table, the best table is found; then
+        what the table loses is added to what the hidden states lose, both as relative squared
+        errors, and the least sum wins.
+
+        Raises:
+            CompressionError: the budget is below the smallest possible model.
+        """
+        budget.check(
+            self.smallest,
+            f"{self.least_layers:,} are in the layers, shared as far as they can be, "
+            f"{self.least_table:,} in a table of rank 1",
         )
-    ends = block_ends(original.n_items)
-    if trained:
-        spectra = Spectra.of_table(original.table, counts**_TRAINED_POWER, ends, importance)
-    else:
-        spectra = Spectra.of_counts(counts**_FRESH_POWER, original.dim, ends)
-    cost = _cost(original, base, unit)
-    found: list[_Candidate] = []
-    crowded: list[str] = []
-    for scheme, in_words, freedom in _schemes(original, sharing):
-        layers = _layers(original, scheme, unit)
-        plan = spectra.best_plan(limit - layers, cost)
-        if plan is None:
-            crowded.append(f"{in_words} leaves no room for a table ({layers:,} in the layers)")
-            continue
-        options = replace(base, sharing=scheme, ranks=plan.ranks, cutoffs=plan.cutoffs)
-        hidden = hidden_error(options) if trained else _FRESH_SHARING * (1 - freedom)
-        found.append(_Candidate(options, in_words, spectra.loss(plan), hidden))
-    best = min(found, key=lambda candidate: candidate.total)
-    plan = best.options.plan(original.dim, original.n_items)
-    total = cost.of(plan) + _layers(original, best.options.sharing, unit)
-    reasons = _reasons(best, [c for c in found if c is not best], crowded, trained)
-    return Choice(best.options, total, limit, reasons, unit.name)
+        found: list[Candidate] = []
+        crowded: list[str] = []
+        for scheme, in_words, freedom in self._different_schemes():
+            layers = self._layer_cost(scheme)
+            plan = self._spectra.best_plan(budget.limit - layers, self.cost)
+            if plan is None:
+                crowded.append(f"{in_words} leaves no room for a table ({layers:,} in the layers)")
+                continue
+            ranks, cutoffs = plan.ranks, plan.cutoffs
+            options = replace(self.base, sharing=scheme, ranks=ranks, cutoffs=cutoffs)
+            if self.hidden_error is None:
+                hidden = _FRESH_SHARING * (1 - freedom)
+            else:
+                hidden = self.hidden_error(options)
+            found.append(Candidate(options, in_words, self._spectra.loss(plan), hidden))
+        best = min(found, key=lambda candidate: candidate.table + candidate.hidden)
+        plan = best.options.plan(self.original.dim, self.original.n_items)
+        total = self.cost.of(plan) + self._layer_cost(best.options.sharing)
+        others = [candidate for candidate in found if candidate is not best]
+        reasons = self._reasons(best, others, crowded)
+        return ChosenOptions(best.options, total, budget.limit, reasons, self.unit.name)
 
+    @cached_property
+    def _spectra(self) -> Spectra:
+        ends = block_ends(self.original.n_items)
+        if self.hidden_error is None:
+            return Spectra.of_counts(self.counts**_FRESH_POWER, self.original.dim, ends)
+        weights = self.counts**_TRAINED_POWER
+        return Spectra.of_table(self.original.table, weights, ends, self.importance)
 
-def _reasons(
-    best: _Candidate, others: list[_Candidate], crowded: list[str], trained: bool
-) -> tuple[str, ...]:
-    options = best.options
-    blocks = zip(options.ranks or (), (0, *(options.cutoffs or ())), options.cutoffs or ())
-    table = ", ".join(f"rank {rank} for {end - start:,.0f}" for rank, start, end in blocks)
-    basis = (
-        "by the spectra of the trained table, items weighted by the cube root of their counts "
-        f"and directions by how they are scored, it loses {best.table:.1%}"
-        if trained
-        else f"untrained: by the fourth root of the counts, an expected loss of {best.table:.1%}"
-    )
-    error = "error of the hidden states" if trained else "taken to cost"
-    reasons = [f"items from head to tail: {table}; {basis}"]
-    reasons.append(f"sharing {best.sharing}: {error} {best.hidden:.1%}")
-    reasons += [
-        f"not {other.sharing}: table {other.table:.1%} and {error} {other.hidden:.1%}"
-        for other in others
-    ]
-    reasons += [f"not possible: {reason}" for reason in crowded]
-    return tuple(reasons)
+    def _layer_cost(self, scheme: str) -> int:
+        """What everything but the table and the softmax costs."""
+        layers = layer_parameters(self.original.spec, self.original.inner, scheme)
+        return sum(self.unit.parameter(p) for p in layers)
 
+    def _different_schemes(self) -> list[tuple[str, str, float]]:
+        """Schemes that differ on this model: name, in words, and the share of free sets left."""
+        seen: dict[tuple[tuple[int, ...], ...], tuple[str, str, float]] = {}
+        for scheme in self.schemes:
+            layers, sets = self.original.spec.sharing(self.original.inner, scheme)
+            freedom = (len(sets) - 1) / (len(layers) - 1) if len(layers) > 1 else 1.0
+            entry = (scheme, describe_sharing(scheme, len(layers), len(sets)), freedom)
+            seen.setdefault(tuple(tuple(members) for members in sets), entry)
+        return list(seen.values())
 
-def _schemes(original: Original, sharing: str | None) -> list[tuple[str, str, float]]:
-    """Schemes that differ on this model: name, in words, and the share of free sets left."""
-    layers = original.record.layers(original.host)
-    seen: dict[tuple[tuple[int, ...], ...], tuple[str, str, float]] = {}
-    for scheme in (sharing,) if sharing else SHARING_SCHEMES:
-        sets = sharing_sets(layers, sharing_plan(scheme, len(layers), original.record.group))
-        freedom = (len(sets) - 1) / (len(layers) - 1) if len(layers) > 1 else 1.0
-        entry = (scheme, describe_sharing(scheme, len(layers), len(sets)), freedom)
-        seen.setdefault(tuple(tuple(members) for members in sets), entry)
-    return list(seen.values())
-
-
-def _rank_one(original: Original) -> BlockPlan:
-    return BlockPlan((1,), (original.n_items,), original.dim)
-
-
-def _layers(original: Original, scheme: str, unit: Unit) -> int:
-    """What everything but the table and the softmax costs."""
-    left = layer_parameters(original.record, original.host, scheme)
-    return sum(unit.parameter(p) for p in left)
-
-
-def _cost(original: Original, base: CompressionConfig, unit: Unit) -> Cost:
-    cluster = original.dim if base.softmax == "tree" else 0
-    return Cost(copies=1 if base.tied else 2, cluster=cluster, unit=unit)
-
-
-def _why_no_smaller(
-    original: Original, base: CompressionConfig, sharing: str | None, unit: Unit
-) -> str:
-    smallest = smallest_possible(original, base, sharing, unit)
-    table = _cost(original, base, unit).of(_rank_one(original))
-    return (
-        f"{smallest - table:,} are in the layers, shared as far as they can be, {table:,} in a "
-        "table of rank 1"
-    )
+    def _reasons(
+        self, best: Candidate, others: list[Candidate], crowded: list[str]
+    ) -> tuple[str, ...]:
+        ranks, cutoffs = best.options.ranks or (), best.options.cutoffs or ()
+        blocks = zip(ranks, (0, *cutoffs), cutoffs)
+        table = ", ".join(f"rank {rank} for {end - start:,.0f}" for rank, start, end in blocks)
+        basis = (
+            f"untrained: by the fourth root of the counts, an expected loss of {best.table:.1%}"
+            if self.hidden_error is None
+            else "by the spectra of the trained table, items weighted by the cube root of their "
+            f"counts and directions by how they are scored, it loses {best.table:.1%}"
+        )
+        error = "taken to cost" if self.hidden_error is None else "error of the hidden states"
+        reasons = [f"items from head to tail: {table}; {basis}"]
+        reasons.append(f"sharing {best.sharing}: {error} {best.hidden:.1%}")
+        reasons += [
+            f"not {other.sharing}: table {other.table:.1%} and {error} {other.hidden:.1%}"
+            for other in others
+        ]
+        reasons += [f"not possible: {reason}" for reason in crowded]
+        return tuple(reasons)

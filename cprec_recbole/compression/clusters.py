@@ -8,11 +8,11 @@ from torch import Tensor
 
 from cprec_recbole.compression.histories import Histories
 from cprec_recbole.compression.original import Original
-from cprec_recbole.compression.warmstart import LOOK_HISTORIES, Fit
+from cprec_recbole.compression.warm_start import LOOK_HISTORIES, Fit
 from cprec_recbole.embedding import BlockEmbedding
-from cprec_recbole.modes import in_eval_mode
+from cprec_recbole.models.eval_mode import in_eval_mode
+from cprec_recbole.models.recommender import CompressedRecommender
 from cprec_recbole.partition import PADDING
-from cprec_recbole.recommender import CompressedRecommender
 from cprec_recbole.softmax import TreeSoftmax
 
 _ROWS = 2048  # hidden states that clusters are fitted on
@@ -41,24 +41,24 @@ def block_masses(table: BlockEmbedding, original: Original, hidden: Tensor) -> T
 
 
 @torch.no_grad()
-def fit_clusters(head: TreeSoftmax, hidden: Tensor, masses: Tensor, steps: int = 50) -> None:
+def fit_clusters(softmax: TreeSoftmax, hidden: Tensor, masses: Tensor, steps: int = 50) -> None:
     """Fit the cluster vectors so that each block gets the probability that the original gave it.
 
     A softmax regression on branches (the head as a whole, and each cluster): convex, solved by
     L-BFGS from where the clusters stand.
 
     Args:
-        head: the tree softmax.
+        softmax: the tree softmax.
         hidden: hidden states of the compressed model, `[N, d]`.
         masses: the original's probability of each block, `[N, n_blocks]`.
         steps: iterations at most.
     """
-    if not len(head.tails):
+    if not len(softmax.tails):
         return
     exact = hidden.double()
-    items = head.head.logits(hidden)[:, 1:].double()
+    items = softmax.head_block.logits(hidden)[:, 1:].double()
     in_head = items.logsumexp(1, keepdim=True)
-    clusters = head.clusters.detach().double().clone().requires_grad_()
+    clusters = softmax.clusters.detach().double().clone().requires_grad_()
     optimizer = torch.optim.LBFGS([clusters], max_iter=steps, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
@@ -71,7 +71,7 @@ def fit_clusters(head: TreeSoftmax, hidden: Tensor, masses: Tensor, steps: int =
 
     optimizer.step(closure)
     if torch.isfinite(clusters).all():
-        head.clusters.copy_(clusters)
+        softmax.clusters.copy_(clusters)
 
 
 @torch.no_grad()
@@ -80,15 +80,15 @@ def fit_clusters_to(
 ) -> None:
     """Fit the clusters of a tree softmax to the original's probabilities of the blocks; with a full
     softmax there is nothing to do."""
-    if not isinstance(small.head, TreeSoftmax):
+    if not isinstance(small.softmax, TreeSoftmax):
         return
     generator = torch.Generator().manual_seed(seed)
     look = histories.sample(LOOK_HISTORIES, generator)
     fit = Fit(small, original)
     with in_eval_mode(small, original.model):
         items = fit.read(look)
-        wanted, given = original.reading.all(items), small.reading.all(items)
+        wanted, given = original.encoder.all_states(items), small.encoder.all_states(items)
         rows = torch.randperm(len(wanted), generator=generator)[:_ROWS].to(items.device)
         fit_clusters(
-            small.head, given[rows], block_masses(small.head.table, original, wanted[rows])
+            small.softmax, given[rows], block_masses(small.softmax.table, original, wanted[rows])
         )

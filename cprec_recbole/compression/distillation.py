@@ -8,8 +8,8 @@ from torch import Tensor
 from cprec_recbole.compression.original import Original
 from cprec_recbole.losses.cross_entropy import Strip
 from cprec_recbole.losses.soft_targets import Opinion, Room, multiply, soft_cross_entropy
+from cprec_recbole.models.recommender import CompressedRecommender
 from cprec_recbole.partition import PADDING
-from cprec_recbole.recommender import CompressedRecommender
 from cprec_recbole.softmax import FullSoftmax
 
 
@@ -42,7 +42,7 @@ class Teacher:
             target: the items that came next, `[N]`.
         """
         small = self.small
-        if isinstance(small.head, FullSoftmax) and small.loss_type != "BPR":
+        if isinstance(small.softmax, FullSoftmax) and small.loss_type != "BPR":
             opinion = self._mixed(wanted, self.partition.positions(target))
             blocks = range(len(self.partition.sizes))
             return self._learn(blocks, hidden, opinion) / max(1, len(target))
@@ -82,7 +82,7 @@ class Teacher:
 
     def _learn(self, blocks: range, hidden: Tensor, opinion: Opinion) -> Tensor:
         """Summed cross-entropy of an opinion and one softmax over the items of some blocks."""
-        learning = [self.small.head.table.blocks[j] for j in blocks]
+        learning = [self.small.softmax.table.blocks[j] for j in blocks]
         strips = [Strip(block.into_rank(hidden), block.learnt()) for block in learning]
         return soft_cross_entropy(strips, opinion, self.room, padded=blocks.start == 0)
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from cprec_recbole.config import CompressionError
 from cprec_recbole.data.sequences import Pointers, SequenceRows
 from cprec_recbole.data.windows import Windows
+from cprec_recbole.models.inputs import pad_histories
 from cprec_recbole.partition import PADDING
-from cprec_recbole.serving.inputs import pad_histories
 
 _ROWS = 2**14  # of a data set that are gathered together
 

@@ -10,14 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cprec_recbole.backbones import Backbone, Reading
+from cprec_recbole.compression.importance import scoring_importance, tied_importance
 from cprec_recbole.config import CompressionConfig, CompressionError
 from cprec_recbole.data.sequences import item_counts as count_items
-from cprec_recbole.item_tables import Host
-from cprec_recbole.partition import PADDING
-from cprec_recbole.recommender import CompressedRecommender
-from cprec_recbole.records import find_backbone
-from cprec_recbole.sharing import sharing_plan, sharing_sets
+from cprec_recbole.embedding import BlockEmbedding
+from cprec_recbole.models.item_tables import RecBoleModel
+from cprec_recbole.models.recommender import CompressedRecommender
+from cprec_recbole.models.registry import compressed_class, spec_of
+from cprec_recbole.models.spec import Encoder, ModelSpec, Parts
+from cprec_recbole.partition import PADDING, Partition
+from cprec_recbole.softmax import TreeSoftmax
 
 _MOST_OFTEN = 2**53  # an item's count: up to here a float holds every whole number
 
@@ -28,16 +30,16 @@ class Original:
 
     Attributes:
         model: the model itself.
-        record: what compression knows of its kind.
-        host: RecBole's model; for a Cp model its backbone.
+        inner: RecBole's model; for a Cp model the one inside.
+        spec: what compression knows of its kind.
         table: item vectors in id order, `[n_items, d]`, without a gradient.
         reads_last_column: it predicts from the last column of a padded batch, even from padding.
         dtype: the precision in which the model was given.
     """
 
     model: nn.Module
-    record: Backbone
-    host: Host
+    inner: RecBoleModel
+    spec: ModelSpec
     table: Tensor
     reads_last_column: bool
     dtype: torch.dtype
@@ -51,45 +53,25 @@ class Original:
                 or has weights that are not finite.
         """
         if isinstance(model, CompressedRecommender):
-            original = cls._of_uncompressed(model)
+            _check_uncompressed(model)
+            table, last_column = model.table.dense().detach(), model.reads_last_column
+            original = cls(model, model.inner, model.spec, table, last_column, table.dtype)
         else:
-            record = find_backbone(model)
+            spec = spec_of(model)
             if not isinstance(model.item_embedding, nn.Embedding):
                 raise CompressionError(
                     f"Expected `model` to have its own item table, but this {type(model).__name__} "
                     f"has a {type(model.item_embedding).__name__}: it is a part of a compressed "
                     "model."
                 )
-            table = record.table.vectors(model)
-            original = cls(model, record, model, table, record.reads_last_column, table.dtype)
+            table = spec.table.vectors(model)
+            original = cls(model, model, spec, table, spec.reads_last_column, table.dtype)
         for name, parameter in model.named_parameters():
             if not torch.isfinite(parameter).all():
                 raise CompressionError(
                     f"Expected `model` to have finite weights, but {name} has NaN or inf."
                 )
         return original
-
-    @classmethod
-    def _of_uncompressed(cls, model: CompressedRecommender) -> Original:
-        if model.table.is_int8:
-            raise CompressionError(
-                "Expected `model` to have float rows, but its rows are in int8; compress the model "
-                "that it was made from."
-            )
-        options = model.compression
-        plain = CompressionConfig.uncompressed(options.training)
-        whole = set(model.table.ranks) == {model.table.dim}
-        layers = model.record.layers(model.backbone)
-        sets = sharing_sets(layers, sharing_plan(options.sharing, len(layers), model.record.group))
-        if not (whole and options.softmax == plain.softmax and options.tied == plain.tied) or (
-            len(sets) != len(layers)
-        ):
-            raise CompressionError(
-                f"Expected `model` to be uncompressed, but got {type(model).__name__}, which is "
-                "compressed; compress the original model with the new options."
-            )
-        table = model.table.dense().detach()
-        return cls(model, model.record, model.backbone, table, model.reads_last_column, table.dtype)
 
     def in_float(self) -> Original:
         """Of a model in half precision, a copy in float32: RecBole's layers mix types there, and
@@ -109,13 +91,14 @@ class Original:
         return self.table.shape[1]
 
     @property
-    def reading(self) -> Reading:
-        """The host and the hidden states that it predicts from."""
-        return Reading(self.record, self.host, self.reads_last_column)
+    def n_parameters(self) -> int:
+        """Parameters of the model, each once."""
+        return sum(p.numel() for p in self.model.parameters())
 
-    def hidden_states(self, item_seq: Tensor) -> Tensor:
-        """Hidden state at every position, `[B, L] -> [B, L, d]`, for models that have them."""
-        return self.reading.everywhere(item_seq)
+    @property
+    def encoder(self) -> Encoder:
+        """The hidden states that the model predicts from."""
+        return Encoder(self.spec, self.inner, self.reads_last_column)
 
     def counts(self, item_counts: Any = None) -> np.ndarray:
         """Training interactions of each item id, `[n_items]`.
@@ -136,16 +119,72 @@ class Original:
                 )
         return _checked_counts(item_counts, self.n_items)
 
-    def copy_host(self) -> Host:
-        """A deep copy of the host without its item table, and what is known of its items; all of
-        it can be trained, also what was frozen in the original."""
-        holds = self.record.table.holds
-        known = (*holds, "train_item_counts", "item_tokens", "vocabulary")
-        left_out = [getattr(self.host, name, None) for name in known]
-        host = copy.deepcopy(self.host, memo={id(each): None for each in left_out})
-        host.item_embedding = self.record.table.look_up(self.host, None)
-        host.requires_grad_(True)
-        return host
+    def compressed(
+        self, compression: CompressionConfig, counts: np.ndarray, moment: Tensor | None = None
+    ) -> CompressedRecommender:
+        """A compressed model with the original's weights, before anything is fitted.
+
+        Factors come from the SVD of each block, shared layers are the first of each set, clusters
+        the mean of their items; everything else is copied.
+
+        Args:
+            compression: the options.
+            counts: training interactions of each item id, `[n_items]`.
+            moment: of the original's hidden states, `[d, d]`; None: all directions are equal.
+        """
+        if compression.training not in self.spec.objectives:
+            compression = replace(compression, training=self.spec.objectives[0])
+        plan = compression.plan(self.dim, self.n_items)
+        partition = Partition.from_counts(counts, plan.cutoffs)
+        weights = torch.from_numpy(counts).to(self.table.device)
+        importances: list[Tensor | None] = [None]
+        if moment is not None and compression.tied:
+            importances = [tied_importance(moment)]
+        if not compression.tied:
+            importances.append(None if moment is None else scoring_importance(moment))
+        tables = []
+        for importance in importances:
+            table = BlockEmbedding(partition, plan.ranks, plan.dim)
+            table.to(self.table.device, self.table.dtype)
+            table.approximate(self.table, weights, importance)
+            tables.append(table)
+        inner, last_column = self._inner_without_table(), self.reads_last_column
+        parts = Parts(inner, tables[0], tables[-1], compression, last_column, counts)
+        small = compressed_class(self.spec)(parts=parts)
+        small.item_tokens = getattr(self.model, "item_tokens", None)
+        small.vocabulary = getattr(self.model, "vocabulary", None)
+        small.softmax.to(self.table.device, self.table.dtype)
+        if isinstance(small.softmax, TreeSoftmax):
+            small.softmax.average_clusters(weights)
+        return small
+
+    def _inner_without_table(self) -> RecBoleModel:
+        """A deep copy of RecBole's model without its item table and what is known of its items; all
+        of it can be trained, also what was frozen in the original."""
+        known = (*self.spec.table.holds, "train_item_counts", "item_tokens", "vocabulary")
+        left_out = [getattr(self.inner, name, None) for name in known]
+        inner = copy.deepcopy(self.inner, memo={id(each): None for each in left_out})
+        inner.item_embedding = self.spec.table.look_up(self.inner, None)
+        inner.requires_grad_(True)
+        return inner
+
+
+def _check_uncompressed(model: CompressedRecommender) -> None:
+    """Raise a CompressionError for a Cp model that has lost something."""
+    if model.table.is_int8:
+        raise CompressionError(
+            "Expected `model` to have float rows, but its rows are in int8; compress the model "
+            "that it was made from."
+        )
+    options = model.compression
+    plain = CompressionConfig.uncompressed()
+    layers, sets = model.spec.sharing(model.inner, options.sharing)
+    is_whole = set(model.table.ranks) == {model.table.dim} and len(sets) == len(layers)
+    if not is_whole or (options.softmax, options.tied) != (plain.softmax, plain.tied):
+        raise CompressionError(
+            f"Expected `model` to be uncompressed, but got {type(model).__name__}, which is "
+            "compressed; compress the original model with the new options."
+        )
 
 
 def _checked_counts(item_counts: Any, n_items: int) -> np.ndarray:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cprec_recbole.config import BlockPlan
+from cprec_recbole.costs import TableCost
 from cprec_recbole.partition import Partition
 
 _ROWS = 2**16
@@ -105,7 +105,7 @@ class Spectra:
         share = at[None, :] - at[:, None]
         return cls(ends, np.where((share > 0)[..., None], share[..., None] * left, np.inf))
 
-    def best_plan(self, limit: int, cost: Cost) -> BlockPlan | None:
+    def best_plan(self, limit: int, cost: TableCost) -> BlockPlan | None:
         """The blocks and ranks that lose least and cost at most `limit`.
 
         For a price on a parameter, or on a byte, dynamic programming finds the blocks and ranks of
@@ -140,7 +140,7 @@ class Spectra:
         pairs = zip(places, places[1:], plan.ranks)
         return float(sum(self.lost[a, b, rank] for a, b, rank in pairs))
 
-    def _priced(self, price: float, cost: Cost) -> BlockPlan:
+    def _priced(self, price: float, cost: TableCost) -> BlockPlan:
         """The plan of least loss plus price times cost; ranks never rise.
 
         `value[b, e, r]` is the least for the items before end e in b blocks, the last of rank r;
@@ -159,8 +159,8 @@ class Spectra:
         for blocks in range(2, MOST_BLOCKS + 1):
             # of each end and rank: the best with that rank or a higher one, and which it is
             above = np.minimum.accumulate(value[blocks - 1][:, ::-1], axis=1)[:, ::-1]
-            record = np.where(value[blocks - 1] == above, ranks, dim)
-            source = np.minimum.accumulate(record[:, ::-1], axis=1)[:, ::-1]
+            source_rank = np.where(value[blocks - 1] == above, ranks, dim)
+            source = np.minimum.accumulate(source_rank[:, ::-1], axis=1)[:, ::-1]
             # of equal plans the one with fewer blocks
             above = above + price * (cost.each_cluster + 1)
             for end in range(2, n):
@@ -179,7 +179,7 @@ class Spectra:
         found.reverse()
         return BlockPlan(tuple(r for r, _ in found), tuple(e for _, e in found), dim)
 
-    def _filled(self, plan: BlockPlan, limit: int, cost: Cost) -> BlockPlan:
+    def _filled(self, plan: BlockPlan, limit: int, cost: TableCost) -> BlockPlan:
         """Spend what is left of the budget on the ranks that gain most for a parameter."""
         while True:
             steps = []
@@ -195,7 +195,7 @@ class Spectra:
                 return plan
             plan = max(steps, key=lambda step: step[0])[1]
 
-    def _with_one_more(self, plan: BlockPlan, limit: int, cost: Cost) -> BlockPlan | None:
+    def _with_one_more(self, plan: BlockPlan, limit: int, cost: TableCost) -> BlockPlan | None:
         """The plan with one of its blocks in two that loses least within the budget; None where
         none loses less."""
         if len(plan.ranks) == MOST_BLOCKS:
@@ -227,62 +227,3 @@ def _split(plan: BlockPlan, j: int, end: int, first: int, second: int) -> BlockP
     """A plan whose block j ends earlier, the rest of it in a block of its own."""
     ranks = (*plan.ranks[:j], first, second, *plan.ranks[j + 1 :])
     return BlockPlan(ranks, (*plan.cutoffs[:j], end, *plan.cutoffs[j:]), plan.dim)
-
-
-@dataclass(frozen=True)
-class Unit:
-    """What a budget is counted in.
-
-    Attributes:
-        name: in words, for people.
-        entry: what an entry of a matrix costs.
-        row: what each row of a matrix costs besides.
-        other: what a parameter costs that is in no matrix.
-    """
-
-    name: str
-    entry: int
-    row: int
-    other: int
-
-    def matrix(self, n_rows: Any, n_columns: Any) -> Any:
-        """What a matrix costs; or matrices, for arrays of sizes."""
-        return n_rows * (self.entry * n_columns + self.row)
-
-    def parameter(self, parameter: Tensor) -> int:
-        """What a parameter costs."""
-        if parameter.ndim < 2 or not parameter.numel():
-            return self.other * parameter.numel()
-        return int(self.matrix(len(parameter), parameter[0].numel()))
-
-
-PARAMETERS = Unit("parameters", entry=1, row=0, other=1)
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a table costs.
-
-    Attributes:
-        copies: tables of that plan: two where the softmax is untied.
-        cluster: parameters for each block after the head.
-        unit: what is counted.
-    """
-
-    copies: int
-    cluster: int
-    unit: Unit = PARAMETERS
-
-    def of(self, plan: BlockPlan) -> int:
-        """What table and softmax cost."""
-        unit = self.unit
-        table = sum(
-            unit.matrix(size, rank) + (unit.matrix(rank, plan.dim) if rank != plan.dim else 0)
-            for size, rank in zip(plan.sizes, plan.ranks)
-        )
-        return int(self.copies * table + (len(plan.ranks) - 1) * self.each_cluster)
-
-    @property
-    def each_cluster(self) -> int:
-        """What a block after the head costs besides its rows and projection."""
-        return int(self.unit.matrix(1, self.cluster)) if self.cluster else 0

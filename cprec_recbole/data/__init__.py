@@ -1,1 +1,3 @@
-"""RecBole's interactions as arrays, and the rows and windows that are made of them on demand."""
+"""RecBole's interactions as arrays: reading, splits, lists gathered on demand, windows."""
+
+NEXT_ITEMS = "next_item_id_list"  # our column: the target at each position of a window, [B, L]

@@ -11,9 +11,9 @@ from recbole.data.interaction import Interaction
 from torch import Tensor
 
 from cprec_recbole.config import CompressionError
+from cprec_recbole.data import NEXT_ITEMS
 from cprec_recbole.data.sequences import Pointers, SequenceRows, gather, no_targets
 from cprec_recbole.data.splits import stable_order
-from cprec_recbole.fields import NEXT_ITEMS
 
 
 class Windows(NamedTuple):

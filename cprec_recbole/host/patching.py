@@ -40,4 +40,4 @@ class Values(dict[str, Any]):
 
 def is_ours(config: Any) -> bool:
     """Whether a RecBole config is of a compressed model, or of the user's own class of one."""
-    return hasattr(config.model_class, "record")
+    return hasattr(config.model_class, "spec")

@@ -1,4 +1,4 @@
-"""Registration with RecBole, and what it takes to run RecBole 1.2.1 on current NumPy and PyTorch.
+"""What RecBole 1.2.1 needs to know the compressed models and to run on current libraries.
 
 RecBole has no hook for a plugin and was written for NumPy 1, torch before 2.6 and ray 2.6. All of
 that is mended inside RecBole's own modules: no name of NumPy, torch or ray is changed for the rest
@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.machinery import ModuleSpec
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -22,8 +22,9 @@ import scipy.sparse
 import torch
 
 from cprec_recbole.config import CompressionConfig, CompressionError, is_near, reject_unknown
+from cprec_recbole.host.numbering import check_checkpoint_numbering, remember
 from cprec_recbole.host.patching import Values, View, is_ours, replace
-from cprec_recbole.host.registration import importing_models
+from cprec_recbole.host.registration import Provider, importing_models, register_model
 
 _PLAIN = (str, int, float, list, tuple, dict, bool, type(None))
 _REMOVED_FROM_NUMPY = {
@@ -92,7 +93,7 @@ def adapt_recbole_modules() -> None:
 
 
 @contextmanager
-def _ray_if_possible() -> Iterator[None]:
+def ray_if_possible() -> Iterator[None]:
     """Within: `from ray import tune` works. Afterwards: sys.modules knows no stand-in."""
     before = set(sys.modules)
     try:
@@ -143,12 +144,12 @@ def _literal(value: Any) -> Any:
 def _with_parent_defaults(original: Callable) -> Callable:
     def _load_internal_config_dict(self: Any, model: str, model_class: Any, dataset: str) -> None:
         adapt_recbole_modules()  # the model's module has just been imported
-        record = getattr(model_class, "record", None)
-        original(self, record.host.__name__ if record else model, model_class, dataset)
+        spec = getattr(model_class, "spec", None)
+        original(self, spec.name if spec else model, model_class, dataset)
         given, defaults = self.external_config_dict, self.internal_config_dict
-        if record:
+        if spec:
             _register_subclass(model_class)
-            defaults.update(_compression_defaults(given, defaults, record))
+            defaults.update(_compression_defaults(given, defaults, spec))
         loss_type = given.get("loss_type", defaults.get("loss_type"))
         if model_class.type.name == "SEQUENTIAL" and loss_type in ("CE", "NLL"):
             # overall.yaml samples negatives, which Config then refuses for a CE model
@@ -158,14 +159,14 @@ def _with_parent_defaults(original: Callable) -> Callable:
 
 
 def _register_subclass(model_class: type) -> None:
-    """Let RecBole find what a class that was made from one of ours is trained by."""
+    """Let RecBole find a class that was made from one of ours."""
     from recbole.utils import get_model
 
     try:
         known = get_model(model_class.__name__)
     except (ValueError, ImportError):  # of lightgbm, among whose models it looks last
         known = None
-    if known is not None and not hasattr(known, "record"):
+    if known is not None and not hasattr(known, "spec"):
         raise CompressionError(
             f"Expected `model` to have a name of its own, but {model_class.__name__} is one of "
             "RecBole's models, whose trainer it would get; rename it."
@@ -175,22 +176,19 @@ def _register_subclass(model_class: type) -> None:
 
 
 def _compression_defaults(
-    given: dict[str, Any], defaults: dict[str, Any], record: Any
+    given: dict[str, Any], defaults: dict[str, Any], spec: Any
 ) -> dict[str, Any]:
     """The compression options that were not given; those given, and their spelling, are checked."""
-    from cprec_recbole.recommender import check_objective
-
     names = CompressionConfig.option_names()
     known = (*names, "checkpoint_steps", "shard_tails")
     for name in given:
         if name not in defaults and name not in known:
             _reject_misspelling(name, known)
     compression = CompressionConfig(**{name: given[name] for name in names if name in given})
-    loss_type = given.get("loss_type", defaults.get("loss_type", "CE"))
-    check_objective(compression, loss_type, record)
-    record.check_objective(given.get("training", record.objectives[0]))
+    spec.check_loss(compression, given.get("loss_type", defaults.get("loss_type", "CE")))
+    spec.check_training(given.get("training", spec.objectives[0]))
     own = {name: getattr(CompressionConfig(), name) for name in names}
-    return own | {"training": record.objectives[0]}
+    return own | {"training": spec.objectives[0]}
 
 
 def _reject_misspelling(name: str, names: tuple[str, ...]) -> None:
@@ -222,8 +220,6 @@ def _with_remembered_counts(original: Callable) -> Callable:
 
 def _with_remembered_tokens(original: Callable) -> Callable:
     def __init__(self: Any, config: Any, dataset: Any) -> None:
-        from cprec_recbole.saving.vocabulary import remember
-
         original(self, config, dataset)
         if hasattr(dataset, "inter_feat"):
             remember(self, config, dataset)
@@ -254,8 +250,6 @@ def _load_data_and_model(model_file: str) -> tuple:
     from recbole.data import create_dataset, data_preparation
     from recbole.utils import get_model, init_logger, init_seed
 
-    from cprec_recbole.saving.vocabulary import check_checkpoint_numbering
-
     checkpoint = _trusting_load(model_file)
     config = checkpoint["config"]
     trained_with = dict(config.final_config_dict)  # a model that is built writes its own into it
@@ -275,23 +269,65 @@ def _load_data_and_model(model_file: str) -> tuple:
     return config, model, dataset, train_data, valid_data, test_data
 
 
-def register_model(model_class: type) -> None:
-    """Let RecBole's get_model, create_dataset and get_trainer find a class by its name."""
-    import recbole.trainer
+def _starting_the_plugin_too(original: Callable, run: Callable[..., Any]) -> Callable:
+    """RecBole's `run`, whose processes know this package and need no GPU.
 
-    from cprec_recbole.training.trainer import CompressedTrainer
+    What it was asked for on several machines is left to RecBole; torchrun starts those, too.
+    """
 
-    name = f"recbole.model.sequential_recommender.{model_class.__name__.lower()}"
-    module = ModuleType(name, f"Where RecBole looks for {model_class.__name__}.")
-    module.__spec__ = ModuleSpec(name, loader=None, origin="cprec_recbole")
-    setattr(module, model_class.__name__, model_class)
-    sys.modules[name] = module
-    setattr(recbole.trainer, model_class.__name__ + "Trainer", CompressedTrainer)
+    def run_with_plugin(
+        model: str | None,
+        dataset: str | None,
+        config_file_list: list[str] | None = None,
+        config_dict: dict[str, Any] | None = None,
+        saved: bool = True,
+        nproc: int = 1,
+        world_size: int = -1,
+        ip: str = "localhost",
+        port: str = "5678",
+        group_offset: int = 0,
+    ) -> Any:
+        from recbole.config import Config
+
+        if (nproc == 1 and world_size <= 0) or world_size not in (-1, nproc):
+            named = (model, dataset, config_file_list, config_dict, saved)
+            return original(*named, nproc, world_size, ip, port, group_offset)
+        reader = Config.__new__(Config)  # its `run` reads the command line, and texts as values
+        options = reader._convert_config_dict(config_dict or {}) | reader._load_cmd_line()
+        return run(
+            model or options.get("model", ""),
+            dataset or options.get("dataset", ""),
+            nproc=nproc,
+            config_file_list=config_file_list,
+            config_dict=options,
+            saved=saved,
+        )
+
+    return run_with_plugin
 
 
-def adapt() -> None:
+def _trainer_by_name(provider: Provider) -> Callable[[str], Any]:
+    """A `__getattr__` of `recbole.trainer`, where RecBole looks for the trainer of a model."""
+    from recbole.utils import get_model
+
+    def __getattr__(name: str) -> Any:
+        model = name.removesuffix("Trainer")
+        if name.startswith("__") or model == name:
+            raise AttributeError(f"module 'recbole.trainer' has no attribute {name!r}")
+        try:
+            is_ours = hasattr(get_model(model), "spec")
+        except (ValueError, ImportError, AttributeError):
+            is_ours = False
+        if not is_ours:
+            raise AttributeError(f"module 'recbole.trainer' has no attribute {name!r}")
+        return provider.trainer()
+
+    return __getattr__
+
+
+def prepare(provider: Provider) -> None:
     """Make RecBole run on this Python and know the compressed models; a second call is harmless."""
-    with _ray_if_possible():
+    with ray_if_possible():
         import recbole.quick_start
     with importing_models():
         import recbole.model.sequential_recommender
@@ -304,16 +340,16 @@ def adapt() -> None:
 
     from cprec_recbole.host import data as recbole_data
     from cprec_recbole.host import processes as recbole_processes
-    from cprec_recbole.host.run import starting_the_plugin_too
-    from cprec_recbole.models import MODELS
 
     # hyperopt asks for a Generator since 0.2.7
     generators = View(np.random, RandomState=np.random.default_rng)
     recbole.trainer.hyper_tuning.np = View(_NUMPY_FOR_RECBOLE, random=generators)
     adapt_recbole_modules()
     for message in (
-        *("The given NumPy array is not writable", r".*GradScaler\(args"),
-        *("The inplace keyword in DataFrame", "A value is being set on a copy of a DataFrame"),
+        "The given NumPy array is not writable",
+        r".*GradScaler\(args",
+        "The inplace keyword in DataFrame",
+        "A value is being set on a copy of a DataFrame",
     ):
         warnings.filterwarnings("ignore", message=message, module=r"recbole\.")
     replace(Config, "compatibility_settings", _without_numpy_patching)
@@ -325,11 +361,11 @@ def adapt() -> None:
     replace(recbole.data.utils, "get_dataloader", _with_positions_loader)
     for module in (recbole.quick_start, recbole.quick_start.quick_start):
         replace(module, "load_data_and_model", lambda original: _load_data_and_model)
-        replace(module, "run", starting_the_plugin_too)
+        replace(module, "run", partial(_starting_the_plugin_too, run=provider.run))
     recbole_data.adapt()
     recbole_processes.adapt()
     if "training" not in dataset_arguments:  # a saved dataset is reused only where these agree
         dataset_arguments += ["training", "eval_args", "data_path"]
         training_arguments.append("checkpoint_steps")
-    for model_class in MODELS:
-        register_model(model_class)
+    recbole.trainer.__getattr__ = _trainer_by_name(provider)
+    provider.register_models()

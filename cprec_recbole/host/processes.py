@@ -21,8 +21,8 @@ from torch.utils.data import BatchSampler
 from cprec_recbole.config import CompressionError
 from cprec_recbole.host.patching import is_ours, replace
 from cprec_recbole.parallel import group
-from cprec_recbole.parallel.group import Place
 from cprec_recbole.parallel.batches import GlobalBatches, PartOf
+from cprec_recbole.parallel.group import Place
 
 # what the collector keeps of evaluation batches, a row for each user or interaction
 COLLECTED = ("rec.topk", "rec.meanrank", "rec.score", "rec.items", "data.label")

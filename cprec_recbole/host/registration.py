@@ -1,101 +1,111 @@
-"""When RecBole is prepared and told of the models: when it is first used.
+"""When RecBole is prepared and told of the compressed models: when it is first used.
 
-Where RecBole is imported already, at once. Otherwise with the first import of anything that runs
-RecBole: its data, its trainer, its configuration take seconds to import, and a process that only
+Where RecBole runs in this process already, at once. Otherwise behind the first import of its
+configuration, data sets, trainers or evaluation, which take seconds to import: a process that only
 loads a folder and recommends needs none of them.
+
+RecBole's side imports nothing of the rest of this package. What RecBole asks for is a Provider's.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
+from typing import Any
 
-# what of this package does not run RecBole; any other of its modules is a reason to register
-_WITHOUT_RECBOLE = frozenset(
-    {
-        *("backbones", "cli", "config", "embedding", "fields", "files", "item_tables", "models"),
-        *("modes", "optimizers", "outcome", "partition", "recommender", "records", "report"),
-        *("sharing", "softmax", "units"),
-        *("commands", "commands.export", "commands.recommend", "compression"),
-        *("compression.spectra", "host", "host.registration"),
-    }
+_RUNS_RECBOLE = (
+    "recbole.config",
+    "recbole.data.dataset",
+    "recbole.evaluator",
+    "recbole.quick_start",
+    "recbole.trainer",
 )
-_PACKAGES_WITHOUT_RECBOLE = frozenset({"int8", "losses", "parallel", "saving", "search", "serving"})
-_RUNNING = ("recbole.config", "recbole.data", "recbole.trainer", "recbole.quick_start")
+
+
+@dataclass(frozen=True)
+class Provider:
+    """What RecBole may ask this package for; each function is called when RecBole does.
+
+    Attributes:
+        register_models: has `register_model` called for every compressed model.
+        trainer: the trainer of the compressed models.
+        run: `training.run.run`, which starts several processes.
+    """
+
+    register_models: Callable[[], Any]
+    trainer: Callable[[], type]
+    run: Callable[..., Any]
 
 
 class _Finder(MetaPathFinder):
-    """Registers before the first import of what runs RecBole."""
+    """Prepares RecBole behind the first import of what runs it."""
+
+    def __init__(self, provider: Provider) -> None:
+        self.provider = provider
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        package, _, rest = name.partition(".")
-        ours = package == "cprec_recbole" and _runs_recbole(rest)
-        if not rest or not (package == "recbole" or ours):
+        if name not in _RUNS_RECBOLE:
             return None
-        register_now()
-        module = sys.modules.get(name)
-        if module is None:
-            return None
-        # it was imported on the way: Python takes a module's own spec, and would run it once more
-        spec = ModuleSpec(name, _Imported(module))
-        module.__spec__ = spec
+        spec = PathFinder.find_spec(name, path)
+        if spec is not None and spec.loader is not None:
+            sys.meta_path.remove(self)
+            spec.loader = _PreparingLoader(spec.loader, self)
         return spec
 
 
-class _Imported(Loader):
-    """Loads what is there already."""
+class _PreparingLoader(Loader):
+    """Loads a module of RecBole as another loader does, then prepares all of RecBole."""
 
-    def __init__(self, module: ModuleType) -> None:
-        self._module, self._spec = module, module.__spec__
+    def __init__(self, loader: Loader, finder: _Finder) -> None:
+        self.loader, self.finder = loader, finder
 
-    def create_module(self, spec: ModuleSpec) -> ModuleType:
-        return self._module
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__ = self._spec
+        from cprec_recbole.host import plugin
+
+        try:
+            with plugin.ray_if_possible():
+                self.loader.exec_module(module)
+            plugin.prepare(self.finder.provider)
+        except BaseException:
+            sys.meta_path.insert(0, self.finder)  # the next import tries again
+            raise
 
 
-def _runs_recbole(module: str) -> bool:
-    """Whether a module of this package runs RecBole, or imports what does."""
-    room = module.partition(".")[0]
-    return module not in _WITHOUT_RECBOLE and room not in _PACKAGES_WITHOUT_RECBOLE
+def activate(provider: Provider) -> None:
+    """Prepare RecBole now where it runs in this process already, else when it first does."""
+    if any(name in sys.modules for name in _RUNS_RECBOLE):
+        from cprec_recbole.host import plugin
+
+        plugin.prepare(provider)
+    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder(provider))
 
 
-_FINDER = _Finder()
+def register_model(model_class: type) -> None:
+    """Let RecBole's `get_model` find a class by its name.
 
-
-def register_when_needed() -> None:
-    """Register now where RecBole runs in this process already, else when it first does."""
-    if any(name in sys.modules for name in _RUNNING):
-        register_now()
-    elif _FINDER not in sys.meta_path:
-        sys.meta_path.insert(0, _FINDER)
-
-
-def register_now() -> None:
-    """Register, if that is not done."""
-    waiting = _FINDER in sys.meta_path
-    if waiting:
-        sys.meta_path.remove(_FINDER)
-    try:
-        from cprec_recbole.host.plugin import adapt
-
-        adapt()
-    except BaseException:
-        if waiting:
-            sys.meta_path.insert(0, _FINDER)
-        raise
+    It looks for a module of the name in lower case, and asks `sys.modules` first.
+    """
+    name = f"recbole.model.sequential_recommender.{model_class.__name__.lower()}"
+    module = ModuleType(name, f"Where RecBole looks for {model_class.__name__}.")
+    module.__spec__ = ModuleSpec(name, loader=None, origin="cprec_recbole")
+    setattr(module, model_class.__name__, model_class)
+    sys.modules[name] = module
 
 
 @contextmanager
 def importing_models() -> Iterator[None]:
-    """Within: imports of RecBole's model classes, which are no reason to register.
+    """Within: imports of RecBole's model classes.
 
     One of its modules (sine.py) turns autograd's anomaly detection on for the whole process, which
     about doubles the time of a training step; afterwards it is what it was.
@@ -103,12 +113,7 @@ def importing_models() -> Iterator[None]:
     import torch
 
     was_on, checked_nan = torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
-    waiting = _FINDER in sys.meta_path
-    if waiting:
-        sys.meta_path.remove(_FINDER)
     try:
         yield
     finally:
         torch.autograd.set_detect_anomaly(was_on, checked_nan)
-        if waiting:
-            sys.meta_path.insert(0, _FINDER)

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from cprec_recbole.config import CompressionError
+from cprec_recbole.costs import part_sizes, saved_bytes
 from cprec_recbole.files import write_whole
-from cprec_recbole.recommender import CompressedRecommender
-from cprec_recbole.report import part_sizes, saved_bytes
+from cprec_recbole.models.recommender import CompressedRecommender
 from cprec_recbole.search.topk import check_k
 from cprec_recbole.serving.exportable import Exportable, OnnxInt8Block, PlainInt8Block
 
@@ -152,7 +152,7 @@ def _traced(exportable: Exportable, small: CompressedRecommender) -> Any:
         reason = str(error).strip().splitlines()[0]
         raise CompressionError(
             f"Expected `small` to be of a model that torch.export can follow, but "
-            f"{small.record.host.__name__} is none: {reason}"
+            f"{small.spec.name} is none: {reason}"
         ) from error
 
 

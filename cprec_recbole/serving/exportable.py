@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cprec_recbole.int8.rows import SCALE_DTYPE, Int8Block
+from cprec_recbole.models.recommender import CompressedRecommender
 from cprec_recbole.partition import PADDING
-from cprec_recbole.recommender import CompressedRecommender
 
 
 class Exportable(nn.Module):
@@ -35,7 +35,7 @@ class Exportable(nn.Module):
         self.model = copy.deepcopy(small, {id(each): each for each in known if each is not None})
         self.model.to("cpu").eval().requires_grad_(False)
         self.k = k
-        for table in {id(t): t for t in (self.model.table, self.model.head.table)}.values():
+        for table in {id(t): t for t in (self.model.table, self.model.softmax.table)}.values():
             order = table.partition
             # the graph reads `position_of` alone, for look-ups and for scores in the order of ids;
             # of `item_at`, its inverse, an entry is left so that it is not written
@@ -57,7 +57,7 @@ class Exportable(nn.Module):
             Items `[B, k]`, int64, and scores `[B, k]`, float32; a score of -inf where fewer than k
             items are left.
         """
-        scores = self.model.head.scores(self._hidden(history))
+        scores = self.model.softmax.scores(self._hidden(history))
         padding = torch.zeros_like(history[:, :1])
         scores = scores.scatter(1, torch.cat([padding, exclude], dim=1), -torch.inf)
         if self.sorts:
@@ -68,9 +68,9 @@ class Exportable(nn.Module):
 
     def _hidden(self, history: Tensor) -> Tensor:
         """Hidden state that predicts the next item, `[B, L] -> [B, d]`."""
-        record, lengths = self.model.record, (history != PADDING).sum(1)
+        record, lengths = self.model.spec, (history != PADDING).sum(1)
         if record.hidden_states is None:
-            return record.last_state(self.model.backbone, history, lengths)
+            return record.last_state(self.model.inner, history, lengths)
         states = self.model.hidden_states(history)
         if self.model.reads_last_column:
             return states[:, -1]

@@ -14,9 +14,9 @@ from recbole.utils import EvaluatorType
 from torch import Tensor, nn
 
 from cprec_recbole.config import CompressionError
-from cprec_recbole.modes import in_eval_mode
-from cprec_recbole.recommender import CompressedRecommender
-from cprec_recbole.saving.vocabulary import check_numbering
+from cprec_recbole.host.numbering import check_numbering
+from cprec_recbole.models.eval_mode import in_eval_mode
+from cprec_recbole.models.recommender import CompressedRecommender
 
 _ROWS = 512  # users that are scored together
 _SCORES = 2**24  # dense scores at a time, where a metric needs them: 64 MiB
@@ -69,13 +69,13 @@ class TopKCollector(Collector):
         if any(self.register.need(what) for what in _NEED_SCORES):
             size = max(1, _SCORES // model.n_items)
             for start in range(0, len(hidden), size):
-                scores = model.head.scores(hidden[start : start + size])
+                scores = model.softmax.scores(hidden[start : start + size])
                 scores[:, 0] = -torch.inf
                 users, items = _of_rows(positive_u, positive_i, start, size)
                 rows = interaction[start : start + size]
                 super().eval_batch_collect(scores, rows, users, items)
             return
-        best = model.head.topk(hidden, max(self.topk)).items
+        best = model.softmax.topk(hidden, max(self.topk)).items
         if self.register.need("rec.items"):
             self.data_struct.update_tensor("rec.items", best)
         if self.register.need("rec.topk"):

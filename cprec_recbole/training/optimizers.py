@@ -29,15 +29,6 @@ _SPARSE: dict[str, type[Optimizer]] = {"sgd": SGD, "adagrad": Adagrad, "sparse_a
 _FUSED = ("adam", "adamw", "sgd", "adagrad", "sparse_adam")
 
 
-def steps_sparsely(learner: str, weight_decay: float) -> bool:
-    """Whether rows that are only looked up may have sparse gradients under RecBole's options.
-
-    With `learner: sgd` or `adagrad` the result is the same. `sparse_adam` asks for it: a row's
-    averages then move only when the row is looked up. Weight decay moves every row.
-    """
-    return learner.lower() in _SPARSE and not weight_decay
-
-
 def sparse_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters of a model whose gradients hold the rows that were looked up alone."""
     blocks = (module for module in model.modules() if isinstance(module, Block))

@@ -338,9 +338,7 @@ def _fit_and_test(
             on_epoch(epoch, float(trainer.train_loss_dict[epoch]), score)
 
     if unfinished:
-        trainer.fit(
-            train_data, valid_data, saved=job.saved, show_progress=show, callback_fn=tell
-        )
+        trainer.fit(train_data, valid_data, saved=job.saved, show_progress=show, callback_fn=tell)
     else:
         trainer.eval_collector.data_collect(train_data)  # as `fit` begins
         trainer.put_back_random_state()  # RecBole draws negatives for sampled evaluation

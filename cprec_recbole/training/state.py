@@ -20,17 +20,32 @@ from torch import Tensor
 from cprec_recbole.config import CompressionError
 from cprec_recbole.data.sequences import SequenceRows
 from cprec_recbole.files import write_whole
+from cprec_recbole.host.numbering import numbering
 from cprec_recbole.parallel import group
-from cprec_recbole.saving.vocabulary import numbering
 
 LAST, BEST, RESULT = "last.pth", "best.pth", "result.json"
 _FORMAT = 2
 # options that change what is shown, or where things are, and nothing of the training
-_WITHOUT_EFFECT = """
-    show_progress state verbose log_wandb wandb_project checkpoint_steps gpu_id use_gpu local_rank
-    world_size single_spec config_files data_path checkpoint_dir save_dataset dataset_save_path
-    save_dataloaders dataloaders_save_path
-""".split()
+_WITHOUT_EFFECT = [
+    "show_progress",
+    "state",
+    "verbose",
+    "log_wandb",
+    "wandb_project",
+    "checkpoint_steps",
+    "gpu_id",
+    "use_gpu",
+    "local_rank",
+    "world_size",
+    "single_spec",
+    "config_files",
+    "data_path",
+    "checkpoint_dir",
+    "save_dataset",
+    "dataset_save_path",
+    "save_dataloaders",
+    "dataloaders_save_path",
+]
 
 
 @dataclass(frozen=True)

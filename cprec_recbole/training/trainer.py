@@ -18,15 +18,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from cprec_recbole.fields import NEXT_ITEMS
+from cprec_recbole.data import NEXT_ITEMS
 from cprec_recbole.files import write_whole
 from cprec_recbole.host.checkpoint import read_checkpoint
+from cprec_recbole.host.numbering import check_numbering
 from cprec_recbole.host.processes import alone
+from cprec_recbole.models.recommender import HIDDEN_AT, CompressedRecommender
 from cprec_recbole.parallel import group
 from cprec_recbole.parallel.batches import STAND_IN
-from cprec_recbole.recommender import CompressedRecommender
-from cprec_recbole.records import HIDDEN_AT
-from cprec_recbole.saving.vocabulary import check_numbering
 from cprec_recbole.training.evaluation import HiddenStates, TopKCollector
 from cprec_recbole.training.optimizers import build_optimizer, clip_gradients, sparse_parameters
 from cprec_recbole.training.state import Journal, Progress, restore, set_random_state, state_of

@@ -10,8 +10,8 @@ from time import perf_counter
 from typing import Any
 
 from cprec_recbole import CompressionError, load_pretrained
+from cprec_recbole.costs import part_sizes, saved_bytes
 from cprec_recbole.models import CompressedRecommender
-from cprec_recbole.report import part_sizes, saved_bytes
 
 
 @dataclass(frozen=True, eq=False)

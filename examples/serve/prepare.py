@@ -22,10 +22,10 @@ from recbole.utils import get_model, get_trainer, init_seed
 
 from cprec_recbole import CompressionConfig, compress, evaluate, quantize, recover
 from cprec_recbole.cli import recbole_options
+from cprec_recbole.costs import part_sizes, saved_bytes
 from cprec_recbole.data.sequences import item_counts
 from cprec_recbole.host.library import recbole_config, working_directory
 from cprec_recbole.models import CompressedRecommender
-from cprec_recbole.report import part_sizes, saved_bytes
 
 FILMS = Path(recbole.__file__).parent / "dataset_example" / "ml-100k" / "ml-100k.item"
 METRIC = "ndcg@20"

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 from cprec_recbole.compare.controls.control import TrainedControl
 from cprec_recbole.compare.controls.setting import Setting
-from cprec_recbole.compression.spectra import PARAMETERS, Unit
 from cprec_recbole.config import CompressionConfig, CompressionError
+from cprec_recbole.costs import PARAMETERS, Unit
 
 _WIDTHS = ("embedding_size", "hidden_size", "inner_size")  # RecBole's names of a model's widths
 
@@ -32,7 +32,7 @@ class Narrower(TrainedControl):
         step = int(setting.config["n_heads"] or 1) if "n_heads" in setting.config else 1
         if setting.width <= step:
             raise CompressionError(
-                f"Expected `{setting.record.size_option}` to be above {step} for a narrower model, "
+                f"Expected `{setting.spec.size_option}` to be above {step} for a narrower model, "
                 f"but got {setting.width}."
             )
         sizes = range(step, setting.width + 1, step)  # attention heads divide the width
@@ -52,10 +52,10 @@ class Narrower(TrainedControl):
         return found
 
     def _of_width(self, setting: Setting, size: int) -> dict[str, Any]:
-        names = [n for n in _WIDTHS if n in setting.record.architecture]
+        names = [n for n in _WIDTHS if n in setting.spec.architecture]
         share = size / setting.width
         widths = {name: max(1, round(setting.config[name] * share)) for name in names}
-        return {**setting.uncompressed.as_dict(), **widths, setting.record.size_option: size}
+        return {**setting.uncompressed.as_dict(), **widths, setting.spec.size_option: size}
 
 
 class OneRank(TrainedControl):

@@ -9,8 +9,8 @@ from typing import Any, ClassVar, NamedTuple
 from recbole.utils import get_model
 
 from cprec_recbole.compare.controls.setting import Setting
-from cprec_recbole.outcome import Recovery
-from cprec_recbole.recommender import CompressedRecommender
+from cprec_recbole.models.recommender import CompressedRecommender
+from cprec_recbole.results import Recovery
 
 
 class Control(ABC):

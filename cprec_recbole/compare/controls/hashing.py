@@ -57,8 +57,8 @@ class Hashing(TrainedControl):
 
     def build(self, config: Any, dataset: Any) -> TableRecommender:
         """See TrainedControl.build."""
-        record, n_items = config.model_class.record, int(dataset.item_num)
-        dim, std = record.dim(int(config[record.size_option])), table_std(config, dataset)
+        spec, n_items = config.model_class.spec, int(dataset.item_num)
+        dim, std = spec.dim(int(config[spec.size_option])), table_std(config, dataset)
         return on_table(config, dataset, HashedTable(n_items, dim, int(config[OPTION]), std))
 
 
@@ -73,8 +73,6 @@ def largest_divisor(n_items: int, rows: int) -> int:
 
 def table_std(config: Any, dataset: Any) -> float:
     """The spread that the model gives the entries of a fresh table."""
-    from cprec_recbole.backbones import build_host
-
-    record = config.model_class.record
+    spec = config.model_class.spec
     with torch.random.fork_rng(devices=[]):
-        return record.table_std(build_host(record, config, dataset), int(dataset.item_num))
+        return spec.table_std(spec.build_inner(config, dataset), int(dataset.item_num))

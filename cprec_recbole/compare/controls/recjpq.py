@@ -16,7 +16,7 @@ from cprec_recbole.compare.controls.control import TrainedControl
 from cprec_recbole.compare.controls.hashing import table_std
 from cprec_recbole.compare.controls.setting import Setting
 from cprec_recbole.compare.controls.table import ItemTable, TableRecommender, on_table
-from cprec_recbole.report import BYTES_PER_FLOAT
+from cprec_recbole.costs import BYTES_PER_FLOAT
 
 CENTROIDS = 256  # of each split: a code is a byte
 FEWEST_CODES, USUAL_CODES, MOST_CODES = 4, 8, 32  # the paper's are 4 to 16; more where they fit
@@ -80,9 +80,9 @@ class RecJPQ(TrainedControl):
 
     def build(self, config: Any, dataset: Any) -> TableRecommender:
         """See TrainedControl.build."""
-        record = config.model_class.record
+        spec = config.model_class.spec
         codes = self.codes(dataset, int(config[OPTION]), int(config["seed"]))
-        dim, std = record.dim(int(config[record.size_option])), table_std(config, dataset)
+        dim, std = spec.dim(int(config[spec.size_option])), table_std(config, dataset)
         return on_table(config, dataset, CodedTable(torch.from_numpy(codes), dim, std))
 
     def codes(self, dataset: Any, m: int, seed: int) -> np.ndarray:

@@ -7,11 +7,11 @@ from typing import Any, ClassVar
 from cprec_recbole.compare.controls.choices import chosen
 from cprec_recbole.compare.controls.control import Derived, DerivedControl, Trained
 from cprec_recbole.compare.controls.setting import Setting
-from cprec_recbole.compress import compress
+from cprec_recbole.compression.compress import compress
 from cprec_recbole.compression.original import Original
-from cprec_recbole.recommender import CompressedRecommender
-from cprec_recbole.recover import LEARNING_RATE, recover
-from cprec_recbole.report import estimate
+from cprec_recbole.compression.recover import LEARNING_RATE, recover
+from cprec_recbole.costs import estimate
+from cprec_recbole.models.recommender import CompressedRecommender
 
 
 class Recovered(DerivedControl):
@@ -51,7 +51,7 @@ class RecoveredInt8(Recovered):
         if "ratio" in options:
             return super().compressed(trained, {**options, "dtype": "int8"})
         original, config = Original.of(trained.model), chosen(options)
-        whole = estimate(original.record, original.host, config, original.n_items, original.dim)
+        whole = estimate(original.spec, original.inner, config, original.n_items, original.dim)
         return compress(
             trained.model,
             data=trained.train,

@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 
-from cprec_recbole.backbones import Backbone, build_host
-from cprec_recbole.compression.spectra import PARAMETERS, Unit
 from cprec_recbole.config import CompressionConfig
-from cprec_recbole.recommender import compression_of
-from cprec_recbole.report import PartSizes, estimate
+from cprec_recbole.costs import PARAMETERS, PartSizes, Unit, estimate
+from cprec_recbole.models.recommender import compression_of
+from cprec_recbole.models.spec import ModelSpec
 
 
 @dataclass(frozen=True)
@@ -32,19 +31,19 @@ class Setting:
     refused_size: int | None = None
 
     @property
-    def record(self) -> Backbone:
+    def spec(self) -> ModelSpec:
         """What compression knows of the model."""
-        return self.config.model_class.record
+        return self.config.model_class.spec
 
     @property
     def width(self) -> int:
         """The model's width, as its option says it."""
-        return int(self.config[self.record.size_option])
+        return int(self.config[self.spec.size_option])
 
     @property
     def dim(self) -> int:
         """Size `d` of an uncompressed item vector."""
-        return self.record.dim(self.width)
+        return self.spec.dim(self.width)
 
     @property
     def n_items(self) -> int:
@@ -86,10 +85,10 @@ class Setting:
         """
         config = _Changed(self.config, options)
         with torch.random.fork_rng(devices=[]):
-            host = build_host(self.record, config, self.dataset)
-        dim = self.record.dim(int(config[self.record.size_option]))
+            inner = self.spec.build_inner(config, self.dataset)
+        dim = self.spec.dim(int(config[self.spec.size_option]))
         compression = compression_of(config)
-        return estimate(self.record, host, compression, self.n_items, dim, unit).sizes
+        return estimate(self.spec, inner, compression, self.n_items, dim, unit).sizes
 
 
 class _Changed:

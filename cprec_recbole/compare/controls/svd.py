@@ -11,10 +11,10 @@ from cprec_recbole.compare.controls.int8 import INT8_BYTES
 from cprec_recbole.compare.controls.recovered import RecoveredInt8, recovered
 from cprec_recbole.compare.controls.setting import Setting
 from cprec_recbole.compare.sizes import served_bytes
-from cprec_recbole.compress import compress
+from cprec_recbole.compression.compress import compress
 from cprec_recbole.compression.original import Original
-from cprec_recbole.recommender import CompressedRecommender
-from cprec_recbole.report import estimate
+from cprec_recbole.costs import estimate
+from cprec_recbole.models.recommender import CompressedRecommender
 
 
 class UniformSVD(DerivedControl):
@@ -60,7 +60,7 @@ class UniformSVDRecoveredInt8(RecoveredInt8):
 
         def fits(rank: int) -> bool:
             config = replace(plain, ranks=(rank,))
-            of = original.record, original.host, config, original.n_items, original.dim
+            of = original.spec, original.inner, config, original.n_items, original.dim
             return estimate(*of, INT8_BYTES).sizes.total <= limit
 
         rank = next((rank for rank in range(original.dim, 1, -1) if fits(rank)), 1)

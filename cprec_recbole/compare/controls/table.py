@@ -8,18 +8,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from cprec_recbole.backbones import build_host
 from cprec_recbole.config import CompressionError
 from cprec_recbole.data.sequences import item_counts
-from cprec_recbole.embedding import Block, BlockEmbedding
+from cprec_recbole.embedding import BlockEmbedding
 from cprec_recbole.losses.cross_entropy import Strip, cross_entropy
 from cprec_recbole.models import MODELS
+from cprec_recbole.models.recommender import CompressedRecommender, compression_of
+from cprec_recbole.models.spec import Parts
 from cprec_recbole.partition import PADDING, Partition
-from cprec_recbole.recommender import CompressedRecommender, compression_of
 from cprec_recbole.search.index import Snapshot
 from cprec_recbole.search.pruned import Found
 from cprec_recbole.search.topk import Barred, Ids, TopK, allowed_positions, check_k
-from cprec_recbole.sharing import share, sharing_plan
 from cprec_recbole.softmax import FullSoftmax
 
 _SCORES = 2**24  # scores at a time: 64 MiB
@@ -91,7 +90,7 @@ class FlatSoftmax(FullSoftmax):
         super().__init__(table, loss_memory)  # type: ignore[arg-type]
 
     def loss(self, hidden: Tensor, target: Tensor) -> Tensor:
-        """See SoftmaxHead.loss."""
+        """See Softmax.loss."""
         strips = [Strip(hidden, self.table.dense())]
         return cross_entropy(strips, target, self.loss_memory, padded=True) / max(1, len(target))
 
@@ -99,7 +98,7 @@ class FlatSoftmax(FullSoftmax):
     def search(
         self, hidden: Tensor, k: int, exclude: Ids | None = None, allowed: Ids | None = None
     ) -> Found:
-        """See SoftmaxHead.search; dense scores, of which all are read."""
+        """See Softmax.search; dense scores, of which all are read."""
         partition = self.table.partition
         barred = Barred.from_ids(exclude, len(hidden), partition)
         places = None if allowed is None else allowed_positions(allowed, partition)
@@ -141,14 +140,8 @@ class FlatSoftmax(FullSoftmax):
 class TableRecommender(CompressedRecommender):
     """A Cp model whose table is an ItemTable: the base of those that `on_table` makes."""
 
-    def assemble(self, host: Any, table: Any, tail: Any = Block, first: Any = Block) -> None:
-        """Put the parts together: table into host, layers shared, a flat softmax on top."""
-        self.record.table.put(host, table)
-        layers = self.record.layers(host)
-        share(layers, sharing_plan(self.compression.sharing, len(layers), self.record.group))
-        self.loss_type = host.loss_type
-        self.backbone = host
-        self.head = FlatSoftmax(table, int(self.compression.loss_memory))
+    def _softmax_over(self, table: Any) -> FlatSoftmax:
+        return FlatSoftmax(table, int(self.compression.loss_memory))
 
     def save_pretrained(self, folder: Any, tokens: Any = None) -> Any:
         """Refused: a control is there to be measured.
@@ -173,7 +166,7 @@ class TableRecommender(CompressedRecommender):
 
 
 _CLASSES: dict[type[CompressedRecommender], type[TableRecommender]] = {
-    model: type(f"Table{model.record.host.__name__}", (TableRecommender,), {"record": model.record})
+    model: type(f"Table{model.spec.name}", (TableRecommender,), {"spec": model.spec})
     for model in MODELS
 }
 
@@ -187,15 +180,15 @@ def on_table(config: Any, dataset: Any, table: ItemTable) -> TableRecommender:
         table: the item table.
     """
     model_class = _CLASSES[config.model_class]
-    host = build_host(model_class.record, config, dataset)
-    host.n_items = table.n_items
-    compression = compression_of(config)
-    model = model_class.from_host(host, cast(BlockEmbedding, table), compression)
-    last = compression.training == "last_position"
-    model.reads_last_column = model_class.record.reads_last_column and last
-    model.train_item_counts = item_counts(dataset)
+    spec, compression = model_class.spec, compression_of(config)
+    inner = spec.build_inner(config, dataset)
+    inner.n_items = table.n_items
+    blocks = cast(BlockEmbedding, table)
+    last_column = spec.reads_last_column and compression.training == "last_position"
+    parts = Parts(inner, blocks, blocks, compression, last_column, item_counts(dataset))
+    model = model_class(parts=parts)
     model.item_tokens = dataset.field2id_token[dataset.iid_field]
-    return cast(TableRecommender, model.to(config["device"]))
+    return model.to(config["device"])
 
 
 def _best(scores: Tensor, k: int) -> TopK:

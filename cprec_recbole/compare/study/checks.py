@@ -10,8 +10,8 @@ from cprec_recbole.compare.study.recipes import recipe_without_ratio
 from cprec_recbole.compare.study.spec import Spec
 from cprec_recbole.compare.study.work import Bench
 from cprec_recbole.config import CompressionError, reject_unknown
-from cprec_recbole.training.evaluation import check_metrics
 from cprec_recbole.host.library import known_options
+from cprec_recbole.training.evaluation import check_metrics
 
 
 def check(spec: Spec, data_path: str | None) -> None:

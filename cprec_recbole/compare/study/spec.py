@@ -20,7 +20,7 @@ from cprec_recbole.config import (
     reject_unknown,
 )
 from cprec_recbole.host.library import read_options
-from cprec_recbole.records import BACKBONES
+from cprec_recbole.models import MODELS
 
 # what they are does not depend on a ratio
 WITHOUT_RATIO = (UNCOMPRESSED, "int8", "uncompressed-recovered")
@@ -117,7 +117,7 @@ class Spec:
         return cls(
             datasets=datasets,
             models=tuple(
-                _listed(given, "models", ["SASRec"], [b.host.__name__ for b in BACKBONES])
+                _listed(given, "models", ["SASRec"], [model.spec.name for model in MODELS])
             ),
             ratios=_ratios(given, tuple(datasets)),
             seeds=_seeds(_listed(given, "seeds", [2020])),

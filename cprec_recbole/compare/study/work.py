@@ -45,15 +45,15 @@ from cprec_recbole.compare.study.spec import (
 )
 from cprec_recbole.compare.study.store import PLANS, TRIALS, WEIGHTS, Store
 from cprec_recbole.compare.users import rank_targets
-from cprec_recbole.compress import compress
+from cprec_recbole.compression.compress import compress
 from cprec_recbole.config import CompressionConfig, CompressionError
+from cprec_recbole.costs import part_sizes
 from cprec_recbole.data.sequences import item_counts
 from cprec_recbole.embedding import BlockEmbedding
-from cprec_recbole.training.evaluation import evaluate
 from cprec_recbole.files import write_whole
 from cprec_recbole.host.library import recbole_config
-from cprec_recbole.recommender import CompressedRecommender, compression_of
-from cprec_recbole.report import part_sizes
+from cprec_recbole.models.recommender import CompressedRecommender, compression_of
+from cprec_recbole.training.evaluation import evaluate
 from cprec_recbole.training.state import digest
 
 OnEpoch = Callable[[int, float], None]  # epoch from 0, validation score

@@ -1,4 +1,4 @@
-"""What compress() chose and what recover() reached, as records to print and to keep."""
+"""What compress() chose and what recover() reached, to print and to keep."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from cprec_recbole.config import CompressionConfig
 
 
 @dataclass(frozen=True)
-class Choice:
+class ChosenOptions:
     """What was chosen for a budget, and why.
 
     Attributes:
@@ -68,6 +68,17 @@ class Recovery:
     epochs: list[dict[str, float]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     kept: int = 0
+
+    def scores_before(self) -> str:
+        """A line about the quality before the first epoch."""
+        found = {"original": self.original, "compressed": self.start}
+        scores = [f"{name} {x[self.metric]:.4f}" for name, x in found.items() if x]
+        return f"{self.metric} {', '.join(scores)}"
+
+    def last_epoch(self) -> str:
+        """A line about the latest epoch."""
+        score = f", {self.metric} {self.epochs[-1][self.metric]:.4f}" if self.metric else ""
+        return f"epoch {len(self.losses)}, loss {self.losses[-1]:.4f}{score}"
 
     def __str__(self) -> str:
         if not self.metric:

@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from cprec_recbole.backbones import Reading
-from cprec_recbole.compression.averaging import WeightAverage
 from cprec_recbole.compression.distillation import Teacher
 from cprec_recbole.compression.histories import Histories, histories_of
 from cprec_recbole.compression.original import Original
-from cprec_recbole.compression.progress import Show, shown
+from cprec_recbole.compression.quantize import in_float
 from cprec_recbole.config import CompressionError, is_number, is_whole
-from cprec_recbole.training.evaluation import check_validation_data, evaluate, valid_metric
-from cprec_recbole.int8.quantize import in_float
-from cprec_recbole.modes import in_eval_mode, with_dense_gradients, without_dropout
-from cprec_recbole.training.optimizers import build_optimizer
-from cprec_recbole.outcome import Recovery
+from cprec_recbole.host.numbering import check_numbering
+from cprec_recbole.models.eval_mode import in_eval_mode, with_dense_gradients, without_dropout
+from cprec_recbole.models.recommender import CompressedRecommender
+from cprec_recbole.models.spec import Encoder
 from cprec_recbole.partition import PADDING
-from cprec_recbole.recommender import CompressedRecommender
-from cprec_recbole.saving.vocabulary import check_numbering
+from cprec_recbole.results import Recovery
+from cprec_recbole.training.evaluation import check_validation_data, evaluate, valid_metric
+from cprec_recbole.training.optimizers import build_optimizer
 
 # SASRec at ratio 3.5 on MovieLens-100K (seed 2020), loss on the validation data after 5 epochs, the
 # original's 5.818: 6.009 with 2048 and 3e-3, 5.994 with 512 and 1e-3, 5.972 with 512 and 3e-3.
@@ -36,6 +35,7 @@ _BATCH_SIZE = 128
 LEARNING_RATE = 1e-2
 _LAST_RATE = 0.1  # of the learning rate, at the last step
 _WARM_UP = 0.05  # of all steps: Adam knows no sizes yet, and its first steps go anywhere
+_ETA = 8  # of the averaging: about the last ninth of the steps counts
 _HIGHEST_RATE = 1e30  # Adam's first step is ten times that, which float32 must hold
 
 
@@ -58,9 +58,8 @@ def recover(
     items where the model's softmax is flat; in a tree over the head's items and those of each
     target's own block, which it reads for those targets, so that the original's opinion costs no
     more than that. Adam, its rate rising over the first twentieth of the steps, then falling
-    evenly. What counts is the average of the weights over the latest steps (see
-    `compression.averaging`). With validation data the best epoch's average is kept, which may be
-    the start.
+    evenly. What counts is the average of the weights over the latest steps (see `WeightAverage`).
+    With validation data the best epoch's average is kept, which may be the start.
     A model in int8 is trained in float, measured in int8 and in int8 again afterwards.
 
     Args:
@@ -116,20 +115,61 @@ def recover(
     with (
         torch.random.fork_rng(devices=forked),
         in_eval_mode(teacher),
-        shown(progress) as show,
         in_float(small) as as_kept,
         with_dense_gradients(small),
         without_dropout(small) if teaches else nullcontext(),
     ):
         torch.manual_seed(seed)
-        work = _Recovery(small, original, histories, float(distillation), valid_data, as_kept)
+        recovery = _Recovery(small, original, histories, float(distillation), valid_data, as_kept)
         try:
-            work.run(epochs, batch_size, learning_rate, seed, show)
+            recovery.run(epochs, batch_size, learning_rate, seed, progress)
         finally:
-            work.keep_best()
+            recovery.keep_best()
             small.zero_grad(set_to_none=True)
             small.train(was_training)
-    return work.result
+    return recovery.result
+
+
+class WeightAverage:
+    """The average of weights along a training: better than where its last step happened to end.
+
+    Polynomial-decay averaging (Shamir and Zhang, Stochastic gradient descent for non-smooth
+    optimization, ICML 2013, section 4): it follows a training of any length, with no horizon to
+    set. It is kept in single precision at least, since in half precision the later, smaller shares
+    would round to nothing; torch's AveragedModel has the model's own.
+
+    Args:
+        parameters: what a training changes in place.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self.parameters = list(parameters)
+        self.averages = [
+            p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True)
+            for p in self.parameters
+        ]
+        self.steps = 0
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the parameters after a step."""
+        self.steps += 1
+        weight = (_ETA + 1) / (_ETA + self.steps)
+        for average, parameter in zip(self.averages, self.parameters):
+            average.lerp_(parameter.to(average.dtype), weight)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Within, the parameters are the averages, to be read only; afterwards they are what they
+        were, and the training can go on."""
+        latest = [parameter.data for parameter in self.parameters]
+        for average, parameter in zip(self.averages, self.parameters):
+            parameter.data = average.to(parameter.dtype)
+        try:
+            yield
+        finally:
+            for parameter, value in zip(self.parameters, latest):
+                parameter.data = value
 
 
 class _Recovery:
@@ -157,46 +197,44 @@ class _Recovery:
             self.best_score = self.result.start[self.result.metric]
 
     def run(
-        self, epochs: int, batch_size: int, learning_rate: float, seed: int, show: Show
+        self, epochs: int, batch_size: int, learning_rate: float, seed: int, progress: bool
     ) -> None:
         """Train for some epochs; `result` and `best` are up to date after each."""
         optimizer = build_optimizer(self.small, "adam", learning_rate, weight_decay=0.0)
         average = WeightAverage(self.small.parameters())
         generator = torch.Generator().manual_seed(seed)
-        batches = _Batches(self.histories, batch_size, self.small.reading.one_state)
+        batches = _Batches(self.histories, batch_size, self.small.encoder.has_one_state)
         if self.small.table.dtype == torch.bfloat16:
             self.check_layers(next(batches.shuffled(torch.Generator().manual_seed(seed))))
         n_steps = epochs * len(batches)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda i: _rate_at((i + 1) / n_steps)
         )
-        show.begin(epochs, len(batches), self.result)
-        for epoch in range(epochs):
-            self.small.train()
-            total = 0.0
-            for items, targets in batches.shuffled(generator):
-                loss = self.loss(items, targets)
-                if not torch.isfinite(loss):
-                    raise CompressionError(
-                        f"Expected `learning_rate` to let the loss fall, but with {learning_rate} "
-                        f"it became {loss.item()} in epoch {epoch + 1}; use a smaller one."
-                    )
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                average.update()
-                schedule.step()
-                total += loss.item()
-                show.step(loss.item())
-            if not all(torch.isfinite(p).all() for p in self.small.parameters()):
-                raise CompressionError(
-                    f"Expected `learning_rate` to let the loss fall, but with {learning_rate} "
-                    f"weights became NaN or inf in epoch {epoch + 1}; use a smaller one."
-                )
-            self.result.losses.append(total / len(batches))
-            with average.in_place():
-                self.judge(epoch + 1)
-            show.epoch(epoch + 1, self.result)
+        say = tqdm.write if progress else _say_nothing
+        if self.result.metric:
+            say(f"recover: {self.result.scores_before()}")
+        # `disable=None` shows the bar on a terminal alone
+        with tqdm(total=n_steps, desc="recover", disable=None if progress else True) as bar:
+            for epoch in range(1, epochs + 1):
+                self.small.train()
+                total = 0.0
+                for items, targets in batches.shuffled(generator):
+                    loss = self.loss(items, targets)
+                    _check_finite([loss], f"it became {loss.item()}", learning_rate, epoch)
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                    average.update()
+                    schedule.step()
+                    total += loss.item()
+                    bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+                    bar.update()
+                parameters = self.small.parameters()
+                _check_finite(parameters, "weights became NaN or inf", learning_rate, epoch)
+                self.result.losses.append(total / len(batches))
+                with average.in_place():
+                    self.judge(epoch)
+                say(f"recover: {self.result.last_epoch()}")
 
     @torch.no_grad()
     def check_layers(self, batch: tuple[Tensor, Tensor]) -> None:
@@ -206,7 +244,7 @@ class _Recovery:
         except RuntimeError as error:
             raise CompressionError(
                 f"Expected `small` to be in float32 or float64, but got {self.small.table.dtype}, "
-                f"in which the layers of {self.small.record.host.__name__} do not run; use "
+                f"in which the layers of {self.small.spec.name} do not run; use "
                 "small.float()."
             ) from error
 
@@ -235,22 +273,36 @@ class _Recovery:
         models that read one position, of prefixes `[B, L]` and their targets `[B]`, `[]`."""
         small, device = self.small, self.small.table.partition.item_at.device
         items, targets = items.to(device), targets.to(device)
-        hidden = _read(small.reading, items, targets)
+        hidden = _read(small.encoder, items, targets)
         target = targets[targets != PADDING]
         if self.teacher is None:
             loss = small.position_loss(hidden, target)
         else:
             with torch.no_grad():
-                wanted = _read(self.teacher.original.reading, items, targets)
+                wanted = _read(self.teacher.original.encoder, items, targets)
             loss = self.teacher.loss(hidden, wanted, target)
-        return loss if small.record.penalty is None else loss + small.record.penalty(small.backbone)
+        return loss if small.spec.penalty is None else loss + small.spec.penalty(small.inner)
 
 
-def _read(reading: Reading, items: Tensor, targets: Tensor) -> Tensor:
+def _read(encoder: Encoder, items: Tensor, targets: Tensor) -> Tensor:
     """Hidden states that have targets, `[B, L], [B, L] or [B] -> [N, d]`."""
     if targets.ndim == 1:
-        return reading.last(items, (items != PADDING).sum(1))
-    return reading.everywhere(items)[targets != PADDING]
+        return encoder.last_state(items, (items != PADDING).sum(1))
+    return encoder.every_position(items)[targets != PADDING]
+
+
+def _say_nothing(line: str) -> None:
+    """For a recovery that shows no progress."""
+
+
+def _check_finite(
+    numbers: Iterable[Tensor], what_came: str, learning_rate: float, epoch: int
+) -> None:
+    if not all(torch.isfinite(each).all() for each in numbers):
+        raise CompressionError(
+            f"Expected `learning_rate` to let the loss fall, but with {learning_rate} {what_came} "
+            f"in epoch {epoch}; use a smaller one."
+        )
 
 
 def _rate_at(progress: float) -> float:
@@ -283,10 +335,10 @@ class _Batches:
 
 
 def _check_pair(small: CompressedRecommender, original: Original) -> None:
-    same = small.record is original.record and small.table.dim == original.dim
+    same = small.spec is original.spec and small.table.dim == original.dim
     if not same or small.n_items != original.n_items:
         raise CompressionError(
-            f"Expected `teacher` to be the original of `small` ({small.record.host.__name__}, "
+            f"Expected `teacher` to be the original of `small` ({small.spec.name}, "
             f"{small.n_items} items, d {small.table.dim}), but got "
             f"{type(original.model).__name__}, {original.n_items} items, d {original.dim}."
         )

@@ -14,8 +14,8 @@ from cprec_recbole.config import CompressionError
 from cprec_recbole.embedding import BlockEmbedding
 from cprec_recbole.int8.matrices import float_matrices, round_to_int8
 from cprec_recbole.int8.rows import Int8Block
-from cprec_recbole.modes import can_be_trained
-from cprec_recbole.recommender import CompressedRecommender
+from cprec_recbole.models.eval_mode import can_be_trained
+from cprec_recbole.models.recommender import CompressedRecommender
 
 DTYPES = ("int8",)
 
@@ -114,7 +114,7 @@ def check_dtype(dtype: object, of_model: torch.dtype) -> None:
 
 def _tables(model: CompressedRecommender) -> list[BlockEmbedding]:
     """The table that is looked up and, where it is another, the softmax's."""
-    return list({id(table): table for table in (model.table, model.head.table)}.values())
+    return list({id(table): table for table in (model.table, model.softmax.table)}.values())
 
 
 def _same(one: nn.Module, other: nn.Module) -> bool:

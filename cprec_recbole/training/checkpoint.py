@@ -11,7 +11,6 @@ from recbole.utils import init_seed
 from recbole.utils.argument_list import dataset_arguments, evaluation_arguments
 from torch import nn
 
-from cprec_recbole.backbones import Backbone
 from cprec_recbole.config import CompressionConfig, CompressionError, reject_unknown
 from cprec_recbole.host.checkpoint import Checkpoint, read_checkpoint
 from cprec_recbole.host.library import (
@@ -22,16 +21,17 @@ from cprec_recbole.host.library import (
     recbole_loaders,
     recbole_model,
 )
+from cprec_recbole.host.numbering import check_checkpoint_numbering
 from cprec_recbole.host.unpickle import shown
 from cprec_recbole.models import MODELS
-from cprec_recbole.records import BACKBONES, record_named
-from cprec_recbole.saving.vocabulary import check_checkpoint_numbering
+from cprec_recbole.models.registry import spec_named
+from cprec_recbole.models.spec import ModelSpec
 
 # beside those of the model, the data set and the evaluation: what batches and random draws need
 _ALSO = ("seed", "reproducibility", "train_batch_size", "encoding", "shuffle", "transform")
 
 
-class Trained(NamedTuple):
+class TrainedModel(NamedTuple):
     """A trained model and RecBole's data for it."""
 
     model: nn.Module
@@ -40,7 +40,9 @@ class Trained(NamedTuple):
     test: Any
 
 
-def load_trained(file: str | os.PathLike[str], options: dict[str, Any] | None = None) -> Trained:
+def load_trained(
+    file: str | os.PathLike[str], options: dict[str, Any] | None = None
+) -> TrainedModel:
     """Read a RecBole checkpoint, without running anything that is in it, and build its model.
 
     Args:
@@ -53,9 +55,9 @@ def load_trained(file: str | os.PathLike[str], options: dict[str, Any] | None = 
     """
     checkpoint = read_checkpoint(file)
     model_class = _model_class(checkpoint, file)
-    record = getattr(model_class, "record", None) or record_named(checkpoint.model)
+    spec = getattr(model_class, "spec", None) or spec_named(checkpoint.model)
     config = recbole_config(
-        model_class, checkpoint.dataset, _options(checkpoint, record) | (options or {})
+        model_class, checkpoint.dataset, _options(checkpoint, spec) | (options or {})
     )
     reject_unknown(options or {}, known_options(config))
     if not os.path.isdir(config["data_path"]):  # RecBole would look for it on the internet
@@ -76,12 +78,13 @@ def load_trained(file: str | os.PathLike[str], options: dict[str, Any] | None = 
             f"Expected the data set {checkpoint.dataset} to be the one that {os.fspath(file)} was "
             f"trained on, but the weights do not fit: {reason[:300]}"
         ) from error
-    return Trained(model.to(config["device"]).eval(), train, valid, test)
+    return TrainedModel(model.to(config["device"]).eval(), train, valid, test)
 
 
 def _model_class(checkpoint: Checkpoint, file: str | os.PathLike[str]) -> Any:
     """The class of a checkpoint's model, out of those that can be compressed."""
-    known = {each.__name__: each for each in (*(record.host for record in BACKBONES), *MODELS)}
+    classes = [*(model.spec.model_class for model in MODELS), *MODELS]
+    known = {each.__name__: each for each in classes}
     if checkpoint.model not in known:
         raise CompressionError(
             f"Expected `checkpoint` to be of one of {', '.join(known)}, but {os.fspath(file)} is "
@@ -90,10 +93,10 @@ def _model_class(checkpoint: Checkpoint, file: str | os.PathLike[str]) -> Any:
     return known[checkpoint.model]
 
 
-def _options(checkpoint: Checkpoint, record: Backbone) -> dict[str, Any]:
+def _options(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, Any]:
     """What the model and its data set are made by, and nothing else that the file names."""
-    names = {name if isinstance(name, str) else name[0] for name in record.architecture}
-    names |= {*_ALSO, *CompressionConfig.option_names(), *model_options(record.host.__name__)}
+    names = {name if isinstance(name, str) else name[0] for name in spec.architecture}
+    names |= {*_ALSO, *CompressionConfig.option_names(), *model_options(spec.name)}
     names |= {*dataset_arguments, *evaluation_arguments}
     options = {name: value for name, value in checkpoint.options.items() if name in names}
     negatives = _negatives(checkpoint.options.get("train_neg_sample_args"))

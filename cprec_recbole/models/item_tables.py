@@ -1,4 +1,4 @@
-"""How RecBole's models keep their items, and what a block embedding is put in place of."""
+"""How RecBole's models keep their items, and how a block embedding takes that place."""
 
 from __future__ import annotations
 
@@ -7,72 +7,69 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# RecBole's models are not typed. A host is one; its `item_embedding` turns ids into vectors.
-Host = Any
+RecBoleModel = Any  # RecBole's models are not typed; their `item_embedding` turns ids into vectors
 
 
 class PlainTable:
     """An `nn.Embedding` named `item_embedding`, one row an item, that the score reads too.
 
     Attributes:
-        holds: the host's attributes that hold one row an item.
+        holds: the model's attributes that hold one row an item.
         n_more: numbers of an item's vector that the layers do not read.
     """
 
     holds: tuple[str, ...] = ("item_embedding",)
     n_more: int = 0
 
-    def vectors(self, host: Host) -> Tensor:
+    def vectors(self, model: RecBoleModel) -> Tensor:
         """Item vectors of RecBole's own model in id order, `[n_items, d]`, without a gradient."""
-        return host.item_embedding.weight.detach()
+        return model.item_embedding.weight.detach()
 
-    def look_up(self, host: Host, table: nn.Module | None) -> nn.Module | None:
-        """What takes the place of the host's `item_embedding`: here, the table itself.
+    def look_up(self, model: RecBoleModel, table: nn.Module | None) -> nn.Module | None:
+        """What takes the place of the model's `item_embedding`: here, the table itself.
 
         Args:
-            host: RecBole's model, with what it has until now.
+            model: RecBole's, with what it has until now.
             table: a block embedding; None to leave its place free.
         """
         return table
 
-    def parameters(self, host: Host) -> list[nn.Parameter]:
-        """The host's parameters that a block embedding takes the place of."""
-        held = [h for h in (getattr(host, name) for name in self.holds) if h is not None]
+    def parameters(self, model: RecBoleModel) -> list[nn.Parameter]:
+        """The model's parameters that a block embedding takes the place of."""
+        held = [h for h in (getattr(model, name) for name in self.holds) if h is not None]
         return [p for h in held for p in (h.parameters() if isinstance(h, nn.Module) else [h])]
 
-    def left(self, host: Host) -> list[nn.Parameter]:
-        """What stays of them beside the block embedding."""
-        left = self.look_up(host, None)
-        return [] if left is None else list(left.parameters())
+    def remaining(self, model: RecBoleModel) -> list[nn.Parameter]:
+        """What remains of them beside the block embedding."""
+        look_up = self.look_up(model, None)
+        return [] if look_up is None else list(look_up.parameters())
 
-    def put(self, host: Host, table: nn.Module) -> None:
-        """Put a block embedding into a host, in place of all that it holds for each item."""
-        look_up = self.look_up(host, table)
+    def put(self, model: RecBoleModel, table: nn.Module) -> None:
+        """Put a block embedding into a model, in place of all that it holds for each item."""
+        look_up = self.look_up(model, table)
         for name in self.holds:
-            setattr(host, name, None)
-        host.item_embedding = look_up
-
-
-PLAIN = PlainTable()
+            setattr(model, name, None)
+        model.item_embedding = look_up
 
 
 class MaskedTable(PlainTable):
     """BERT4Rec's: a last row that stands for what is to be guessed, and a bias for each item.
 
-    The bias is the last number of an item's vector, and a hidden state ends in 1 (`with_one`); so
+    The bias is the last number of an item's vector, and a hidden state ends in 1 (`with_one`). So
     the bias is compressed with its item, and the score is a product like any other.
     """
 
     holds = ("item_embedding", "output_bias")
     n_more = 1
 
-    def vectors(self, host: Host) -> Tensor:
+    def vectors(self, model: RecBoleModel) -> Tensor:
         """Item vectors and their biases, `[n_items, d]`; the mask is no item."""
-        return torch.cat([host.item_embedding.weight[:-1], host.output_bias[:, None]], 1).detach()
+        rows = model.item_embedding.weight[:-1]
+        return torch.cat([rows, model.output_bias[:, None]], 1).detach()
 
-    def look_up(self, host: Host, table: nn.Module | None) -> nn.Module:
+    def look_up(self, model: RecBoleModel, table: nn.Module | None) -> nn.Module:
         """A look-up that knows the mask, and leaves the bias out."""
-        old = host.item_embedding
+        old = model.item_embedding
         mask = old.mask if isinstance(old, MaskedLookUp) else old.weight[-1]
         return MaskedLookUp(table, mask.detach().clone())
 

@@ -18,12 +18,11 @@ from torch import Tensor, nn
 
 from cprec_recbole.compression.histories import Histories
 from cprec_recbole.compression.original import Original
-from cprec_recbole.item_tables import Host
-from cprec_recbole.modes import in_eval_mode, with_gradients
-from cprec_recbole.outcome import WarmStart
+from cprec_recbole.models.eval_mode import in_eval_mode, with_gradients
+from cprec_recbole.models.item_tables import RecBoleModel
+from cprec_recbole.models.recommender import CompressedRecommender
 from cprec_recbole.partition import PADDING
-from cprec_recbole.recommender import CompressedRecommender
-from cprec_recbole.sharing import sharing_plan, sharing_sets
+from cprec_recbole.results import WarmStart
 
 FIT_HISTORIES = 2048  # what the layers are fitted on
 LOOK_HISTORIES = 256  # what starts are compared on, in one batch
@@ -72,11 +71,9 @@ class Fit:
 
     def __init__(self, small: CompressedRecommender, original: Original) -> None:
         self.small, self.original = small, original
-        record = small.record
-        self.layers = record.layers(small.backbone)
-        self.originals = record.layers(original.host)
-        plan = sharing_plan(small.compression.sharing, len(self.layers), record.group)
-        self.sets = [members for members in sharing_sets(self.layers, plan) if len(members) > 1]
+        self.layers, sets = small.spec.sharing(small.inner, small.compression.sharing)
+        self.originals = small.spec.layers(original.inner)
+        self.sets = [members for members in sets if len(members) > 1]
         self.shares = bool(self.sets)
         shared = {
             id(getattr(module, name))
@@ -85,13 +82,13 @@ class Fit:
         }
         self.affine = {
             name: module
-            for name, module in small.backbone.named_modules()
+            for name, module in small.inner.named_modules()
             if isinstance(module, nn.LayerNorm | nn.Linear)
             and module.weight is not None  # of a norm without parameters of its own
             and not any(id(p) in shared for p in module.parameters())
         }
         own = {id(p) for p in small.table.parameters()}
-        self.free = [p for p in small.backbone.parameters() if id(p) not in own]
+        self.free = [p for p in small.inner.parameters() if id(p) not in own]
 
     def read(self, histories: Histories) -> Tensor:
         """Histories on the model's device, without columns that are padding for all."""
@@ -104,8 +101,8 @@ class Fit:
     def error(self, histories: Histories) -> float:
         """Relative squared error of the hidden states."""
         items = self.read(histories)
-        target = self.original.reading.all(items)
-        return float(_relative_error(self.small.reading.all(items), target))
+        target = self.original.encoder.all_states(items)
+        return float(_relative_error(self.small.encoder.all_states(items), target))
 
     @torch.no_grad()
     def choose_start(self, look: Histories) -> tuple[int | None, float, float]:
@@ -140,9 +137,9 @@ class Fit:
             for batch in histories.batches(_BATCH, generator):
                 items = self.read(batch)
                 with torch.no_grad():
-                    target = self.original.reading.all(items)
+                    target = self.original.encoder.all_states(items)
                 with torch.enable_grad(), with_gradients(self.small):
-                    error = _relative_error(self.small.reading.all(items), target)
+                    error = _relative_error(self.small.encoder.all_states(items), target)
                     gradients = torch.autograd.grad(error, self.free, allow_unused=True)
                 for parameter, gradient in zip(self.free, gradients):
                     parameter.grad = gradient
@@ -193,10 +190,10 @@ class Fit:
 
             return hook
 
-        with _hooked(self.original.host, list(self.affine), keep):
-            self.original.reading.all(items)
-        with _hooked(self.small.backbone, [n for n in wanted if runs[n] == 1], solve):
-            self.small.reading.all(items)
+        with _hooked(self.original.inner, list(self.affine), keep):
+            self.original.encoder.all_states(items)
+        with _hooked(self.small.inner, [n for n in wanted if runs[n] == 1], solve):
+            self.small.encoder.all_states(items)
 
 
 def _rows(states: Tensor, real: Tensor) -> Tensor:
@@ -212,8 +209,8 @@ def _relative_error(hidden: Tensor, target: Tensor) -> Tensor:
 
 
 @contextmanager
-def _hooked(host: Host, names: Sequence[str], make: Any) -> Iterator[None]:
-    modules = dict(host.named_modules())
+def _hooked(model: RecBoleModel, names: Sequence[str], make: Any) -> Iterator[None]:
+    modules = dict(model.named_modules())
     handles = [modules[name].register_forward_hook(make(name)) for name in names]
     try:
         yield

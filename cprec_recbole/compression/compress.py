@@ -10,28 +10,28 @@ import torch
 from torch import nn
 
 from cprec_recbole.compression.budget import (
+    Budget,
+    OptionSearch,
     checked_bytes,
     checked_ratio,
-    choose,
-    smallest_possible,
 )
-from cprec_recbole.compression.building import build
 from cprec_recbole.compression.clusters import fit_clusters_to
-from cprec_recbole.compression.directions import hidden_moment, tied_importance
 from cprec_recbole.compression.histories import Histories, drawn_histories, histories_of
+from cprec_recbole.compression.importance import moment_of, tied_importance
 from cprec_recbole.compression.original import Original
-from cprec_recbole.compression.spectra import PARAMETERS, Unit, looks_trained
-from cprec_recbole.compression.warmstart import FIT_HISTORIES, warm_start
+from cprec_recbole.compression.quantize import check_dtype, quantize
+from cprec_recbole.compression.spectra import looks_trained
+from cprec_recbole.compression.warm_start import FIT_HISTORIES, warm_start
 from cprec_recbole.config import CompressionConfig, CompressionError, is_number, reject_unknown
+from cprec_recbole.costs import PARAMETERS, Unit
+from cprec_recbole.host.numbering import check_numbering
+from cprec_recbole.models.eval_mode import can_be_trained, in_eval_mode
+from cprec_recbole.models.recommender import CompressedRecommender
 from cprec_recbole.training.evaluation import check_validation_data, evaluate, valid_metric
-from cprec_recbole.int8.quantize import check_dtype, quantize
-from cprec_recbole.int8.rows import BYTES_PER_SCALE
-from cprec_recbole.modes import can_be_trained
-from cprec_recbole.recommender import CompressedRecommender, check_objective
-from cprec_recbole.saving.vocabulary import check_numbering
 
 _QUICK_LOOK = 64  # histories on which ways of sharing are compared
-_LADDER = 24  # ratios between which max_loss is searched: five evaluations find one of them
+_MOMENT_HISTORIES, _MOMENT_BATCH = 2048, 128  # for the moment of the hidden states
+_N_RATIOS = 24  # between which max_loss is searched: five evaluations find one of them
 _LEAST_RATIO = 1.25
 
 
@@ -98,27 +98,30 @@ def compress(
     """
     base = _options(config, options)
     sharing = options.get("sharing") if config is None else config.sharing
-    _check_budget(base, ratio=ratio, size=size, max_loss=max_loss, valid_data=valid_data)
+    _check_one_budget(base, ratio=ratio, size=size, max_loss=max_loss)
+    ratio = None if ratio is None else checked_ratio(ratio)
+    size = None if size is None else checked_bytes(size)
+    _check_max_loss(max_loss, valid_data)
     original = Original.of(model).in_float()
     check_dtype(dtype, original.dtype)
-    check_objective(base, str(original.host.loss_type), original.record)
+    original.spec.check_loss(base, str(original.inner.loss_type))
     base.plan(original.dim, original.n_items)
     given = {"data": data, "item_counts": item_counts, "valid_data": valid_data}
     for name, each in given.items():
         check_numbering(original.model, each, name)
     counts = original.counts(item_counts if item_counts is not None else _dataset_of(data))
     histories = _histories(data, item_counts, original, counts)
-    work = _Compression(original, counts, histories, dtype)
+    unit = PARAMETERS if dtype is None else Unit.int8_bytes(original.dtype)
     with torch.random.fork_rng(devices=[]):  # fresh factors are drawn, and written over
+        work = _Compression(original, counts, histories, base, sharing, unit)
         if max_loss is not None:
-            small = work.within_loss(float(max_loss), valid_data, base, sharing)
+            small = work.within_loss(float(max_loss), valid_data, dtype)
         elif ratio is not None:
-            small = work.within(int(work.cost / checked_ratio(ratio)), base, sharing)
+            small = work.within(Budget.of_ratio(ratio, original, unit))
         elif size is not None:
-            n_bytes = checked_bytes(size)
-            small = work.within(work.affordable(n_bytes), base, sharing, n_bytes)
+            small = work.within(Budget.of_size(size, original, unit))
         else:
-            small = work.small(base)
+            small = work.with_options(base)
     if verbose and small.choice is not None:
         print(small.choice)
     small.to(original.dtype).train(model.training)
@@ -126,63 +129,47 @@ def compress(
 
 
 class _Compression:
-    """One original on its way to one or several compressed models."""
+    """One original on its way to one or several compressed models, whose rows are in float."""
 
     def __init__(
         self,
         original: Original,
         counts: np.ndarray,
         histories: Histories,
-        dtype: str | None,
+        base: CompressionConfig,
+        sharing: str | None,
+        unit: Unit,
     ) -> None:
         self.original, self.counts, self.histories = original, counts, histories
-        self.trained = looks_trained(original.table)
-        self.moment = hidden_moment(original, histories) if self.trained else None
-        self.dtype, self.unit = dtype, PARAMETERS
-        if dtype is not None:
-            self.unit = Unit("bytes", 1, BYTES_PER_SCALE, original.dtype.itemsize)
-        n_parameters = sum(p.numel() for p in original.model.parameters())
-        self.cost = self.unit.other * n_parameters  # of the original, as a budget counts it
+        self.is_trained = looks_trained(original.table)
+        self.moment = self._hidden_moment() if self.is_trained else None
+        self.search = OptionSearch(
+            original,
+            counts,
+            base,
+            sharing,
+            unit,
+            self._hidden_error if self.is_trained else None,
+            None if self.moment is None else tied_importance(self.moment),
+        )
 
-    def small(self, compression: CompressionConfig) -> CompressedRecommender:
+    def with_options(self, compression: CompressionConfig) -> CompressedRecommender:
         """The compressed model for given options, as near to a trained original as it gets."""
-        small = build(self.original, compression, self.counts, self.moment)
-        if self.trained:
+        small = self.original.compressed(compression, self.counts, self.moment)
+        if self.is_trained:
             small.warm_start = warm_start(small, self.original, self.histories)
             fit_clusters_to(small, self.original, self.histories)
         return small
 
-    def within(
-        self,
-        limit: int,
-        base: CompressionConfig,
-        sharing: str | None,
-        n_bytes: int | None = None,
-    ) -> CompressedRecommender:
-        """The compressed model that costs at most `limit`, which may have been given as a size; its
-        rows still in float."""
-        choice = choose(
-            self.original,
-            self.counts,
-            limit,
-            base,
-            sharing,
-            self._hidden_error,
-            self.trained,
-            self.unit,
-            None if self.moment is None else tied_importance(self.moment),
-            n_bytes,
-        )
-        small = self.small(choice.compression)
+    def within(self, budget: Budget) -> CompressedRecommender:
+        """The best compressed model within a budget."""
+        choice = self.search.best(budget)
+        small = self.with_options(choice.compression)
         small.choice = choice
         return small
 
-    def affordable(self, n_bytes: int) -> int:
-        """What a number of bytes may cost as a budget counts it."""
-        return n_bytes * self.unit.other // self.original.dtype.itemsize
-
     def within_loss(
-        self, max_loss: float, valid_data: Any, base: CompressionConfig, sharing: str | None
+        self, max_loss: float, valid_data: Any, dtype: str | None
     ) -> CompressedRecommender:
         """The smallest compressed model that loses at most a share of the validation metric, by
         bisection over ratios: a smaller model is taken to be no better."""
@@ -193,17 +180,17 @@ class _Compression:
                 f"Expected a `model` whose {metric} on `valid_data` is above 0, to measure "
                 f"`max_loss` by, but got {whole:.4f}."
             )
-        smallest = smallest_possible(self.original, base, sharing, self.unit)
-        largest = self.cost / smallest
-        ratios = np.geomspace(min(_LEAST_RATIO, largest), largest, _LADDER)
+        budget = Budget.of_ratio(1.0, self.original, self.search.unit)
+        largest = budget.whole / self.search.smallest
+        ratios = np.geomspace(min(_LEAST_RATIO, largest), largest, _N_RATIOS)
         found: CompressedRecommender | None = None
         tried: list[str] = []
         low, high = -1, len(ratios)  # ratios[low] is good enough, ratios[high] is not
         while high - low > 1:
             middle = (low + high) // 2
-            small = self.within(max(smallest, int(self.cost / ratios[middle])), base, sharing)
-            kept = small if self.dtype is None else quantize(small)
-            score = evaluate(kept, valid_data)[metric]
+            limit = max(self.search.smallest, int(budget.whole / ratios[middle]))
+            small = self.within(replace(budget, limit=limit))
+            score = evaluate(small if dtype is None else quantize(small), valid_data)[metric]
             tried.append(f"ratio {ratios[middle]:.2f}: {metric} {score:.4f}, {score / whole:.1%}")
             if score >= (1 - max_loss) * whole:
                 low, found = middle, small
@@ -218,8 +205,17 @@ class _Compression:
         found.choice = replace(found.choice, reasons=found.choice.reasons + reasons)
         return found
 
+    @torch.no_grad()
+    def _hidden_moment(self) -> torch.Tensor | None:
+        """Second moment of the original's hidden states over some histories, `[d, d]`."""
+        sample = self.histories.sample(_MOMENT_HISTORIES, torch.Generator().manual_seed(0))
+        encoder, device = self.original.encoder, self.original.table.device
+        with in_eval_mode(self.original.model):
+            batches = sample.batches(_MOMENT_BATCH)
+            return moment_of(encoder.all_states(batch.items.to(device)) for batch in batches)
+
     def _hidden_error(self, compression: CompressionConfig) -> float:
-        small = build(self.original, compression, self.counts, self.moment)
+        small = self.original.compressed(compression, self.counts, self.moment)
         start = warm_start(small, self.original, self.histories, descend=False, look_at=_QUICK_LOOK)
         return start.refitted
 
@@ -231,7 +227,7 @@ def _dataset_of(data: Any) -> Any:
 
 
 def _histories(data: Any, item_counts: Any, original: Original, counts: np.ndarray) -> Histories:
-    length = original.host.max_seq_length
+    length = original.inner.max_seq_length
     source, name = data, "data"
     if source is None:
         source, name = _dataset_of(item_counts), "item_counts"
@@ -241,7 +237,7 @@ def _histories(data: Any, item_counts: Any, original: Original, counts: np.ndarr
     return Histories(drawn_histories(counts, FIT_HISTORIES, length, generator))
 
 
-def _check_budget(base: CompressionConfig, valid_data: Any, **budgets: Any) -> None:
+def _check_one_budget(base: CompressionConfig, **budgets: Any) -> None:
     given = [name for name, value in budgets.items() if value is not None]
     if len(given) > 1:
         raise CompressionError(
@@ -254,11 +250,9 @@ def _check_budget(base: CompressionConfig, valid_data: Any, **budgets: Any) -> N
             f"Expected either a budget or `{fixed[0]}`, but got `{given[0]}` too; a budget chooses "
             "ranks and cutoffs."
         )
-    if budgets["ratio"] is not None:
-        checked_ratio(budgets["ratio"])
-    if budgets["size"] is not None:
-        checked_bytes(budgets["size"])
-    max_loss = budgets["max_loss"]
+
+
+def _check_max_loss(max_loss: object, valid_data: Any) -> None:
     if max_loss is None:
         if valid_data is not None:
             raise CompressionError(

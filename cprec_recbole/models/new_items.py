@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cprec_recbole.config import CompressionError
 from cprec_recbole.embedding import BlockEmbedding
-from cprec_recbole.saving.vocabulary import Vocabulary
+from cprec_recbole.models.vocabulary import Vocabulary
 
 
 def similar_items(

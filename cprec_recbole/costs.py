@@ -10,17 +10,85 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from cprec_recbole.backbones import Backbone
-from cprec_recbole.compression.spectra import PARAMETERS, Cost, Unit
 from cprec_recbole.config import BlockPlan, CompressionConfig
 from cprec_recbole.int8.matrices import whole_numbers
 from cprec_recbole.int8.rows import BYTES_PER_SCALE, Int8Block
+from cprec_recbole.models.recommender import CompressedRecommender
+from cprec_recbole.models.registry import spec_of
+from cprec_recbole.models.spec import ModelSpec
 from cprec_recbole.partition import PADDING
-from cprec_recbole.recommender import CompressedRecommender
-from cprec_recbole.records import find_backbone
-from cprec_recbole.sharing import sharing_plan, sharing_sets
 
 BYTES_PER_FLOAT = 4
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What costs are counted in.
+
+    Attributes:
+        name: in words, for people.
+        entry: what an entry of a matrix costs.
+        row: what each row of a matrix costs besides.
+        other: what a parameter costs that is in no matrix.
+    """
+
+    name: str
+    entry: int
+    row: int
+    other: int
+
+    @classmethod
+    def int8_bytes(cls, dtype: torch.dtype) -> Unit:
+        """Bytes of a model whose matrices are in int8 and whose other parameters are not."""
+        return cls("bytes", 1, BYTES_PER_SCALE, dtype.itemsize)
+
+    def matrix(self, n_rows: Any, n_columns: Any) -> Any:
+        """What a matrix costs; or matrices, for arrays of sizes."""
+        return n_rows * (self.entry * n_columns + self.row)
+
+    def parameter(self, parameter: Tensor) -> int:
+        """What a parameter costs."""
+        if parameter.ndim < 2 or not parameter.numel():
+            return self.other * parameter.numel()
+        return int(self.matrix(len(parameter), parameter[0].numel()))
+
+
+PARAMETERS = Unit("parameters", entry=1, row=0, other=1)
+
+
+@dataclass(frozen=True)
+class TableCost:
+    """What the item table and the softmax cost.
+
+    Attributes:
+        copies: tables of a plan: two where the softmax is untied.
+        cluster: parameters for each block after the head.
+        unit: what is counted.
+    """
+
+    copies: int
+    cluster: int
+    unit: Unit = PARAMETERS
+
+    @classmethod
+    def under(cls, options: CompressionConfig, dim: int, unit: Unit) -> TableCost:
+        """With the softmax of some options, for item vectors of size `dim`."""
+        cluster = dim if options.softmax == "tree" else 0
+        return cls(copies=1 if options.tied else 2, cluster=cluster, unit=unit)
+
+    def of(self, plan: BlockPlan) -> int:
+        """What table and softmax cost with the ranks and cutoffs of a plan."""
+        unit = self.unit
+        table = sum(
+            unit.matrix(size, rank) + (unit.matrix(rank, plan.dim) if rank != plan.dim else 0)
+            for size, rank in zip(plan.sizes, plan.ranks)
+        )
+        return int(self.copies * table + (len(plan.ranks) - 1) * self.each_cluster)
+
+    @property
+    def each_cluster(self) -> int:
+        """What a block after the head costs besides its rows and projection."""
+        return int(self.unit.matrix(1, self.cluster)) if self.cluster else 0
 
 
 @dataclass(frozen=True)
@@ -52,16 +120,16 @@ def part_sizes(model: nn.Module) -> PartSizes:
     """Parameters by part of a compressed model or of RecBole's own; the scales of int8 rows are
     none."""
     if isinstance(model, CompressedRecommender):
-        table, head = list(model.table.parameters()), list(model.head.parameters())
+        table, softmax = list(model.table.parameters()), list(model.softmax.parameters())
     else:
-        table, head = find_backbone(model).table.parameters(model), []
-    scales = _scales(model)
-    table = [p for p in table if id(p) not in scales]
-    known = scales | {id(p) for p in table}
-    softmax = [p for p in head if id(p) not in known]
-    known |= {id(p) for p in softmax}
-    layers = [p for p in model.parameters() if id(p) not in known]
-    return PartSizes(_count(table), _count(layers), _count(softmax))
+        table, softmax = spec_of(model).table.parameters(model), []
+    counted = _scales(model)
+    sizes = []
+    for part in (table, softmax, list(model.parameters())):
+        new = {id(p): p.numel() for p in part if id(p) not in counted}
+        counted |= set(new)
+        sizes.append(sum(new.values()))
+    return PartSizes(table=sizes[0], layers=sizes[2], softmax=sizes[1])
 
 
 def saved_bytes(model: nn.Module) -> int:
@@ -80,11 +148,15 @@ def saved_bytes(model: nn.Module) -> int:
     return total
 
 
+def _scales(model: nn.Module) -> set[int]:
+    return {id(m.scale) for m in model.modules() if isinstance(m, Int8Block)}
+
+
 def shared_layers(model: CompressedRecommender) -> str:
     """How many sets of layer parameters are left, in words; says so where nothing is shared."""
-    layers = model.record.layers(model.backbone)
-    plan = sharing_plan(model.compression.sharing, len(layers), model.record.group)
-    return describe_sharing(model.compression.sharing, len(layers), len(sharing_sets(layers, plan)))
+    scheme = model.compression.sharing
+    layers, sets = model.spec.sharing(model.inner, scheme)
+    return describe_sharing(scheme, len(layers), len(sets))
 
 
 def describe_sharing(scheme: str, n_layers: int, n_sets: int) -> str:
@@ -115,8 +187,8 @@ class Estimate:
 
 
 def estimate(
-    record: Backbone,
-    host: Any,
+    spec: ModelSpec,
+    inner: Any,
     compression: CompressionConfig,
     n_items: int,
     dim: int,
@@ -125,34 +197,33 @@ def estimate(
     """Count what a compression of a model would leave; exact, and as cheap for any catalogue.
 
     Args:
-        record: the model's record.
-        host: RecBole's model, built for a catalogue of any size.
+        spec: the model's.
+        inner: RecBole's model, built for a catalogue of any size.
         compression: the options.
         n_items: items of the catalogue, padding included.
         dim: size of an item vector.
         unit: what is counted.
     """
     plan = compression.plan(dim, n_items)
-    left = layer_parameters(record, host, compression.sharing)
+    layers = sum(unit.parameter(p) for p in layer_parameters(spec, inner, compression.sharing))
+    table = TableCost(copies=1, cluster=0, unit=unit).of(plan)
+    softmax = TableCost.under(compression, dim, unit).of(plan) - table
     n_clusters = len(plan.ranks) - 1 if compression.softmax == "tree" else 0
-    table = Cost(copies=1, cluster=0, unit=unit).of(plan)
-    softmax = int(unit.matrix(n_clusters, dim)) + (0 if compression.tied else table)
-    sizes = PartSizes(table, sum(unit.parameter(p) for p in left), softmax)
-    return Estimate(sizes, plan, 2 * (plan.n_parameters + n_clusters * dim))
+    flops = 2 * (plan.n_parameters + n_clusters * dim)
+    return Estimate(PartSizes(table, layers, softmax), plan, flops)
 
 
-def layer_parameters(record: Backbone, host: Any, sharing: str) -> list[Tensor]:
+def layer_parameters(spec: ModelSpec, inner: Any, sharing: str) -> list[Tensor]:
     """What a model has between table and softmax, with its layers shared by a scheme."""
-    layers = record.layers(host)
-    sets = sharing_sets(layers, sharing_plan(sharing, len(layers), record.group))
+    layers, sets = spec.sharing(inner, sharing)
 
-    def slots(numbers: Iterable[int]) -> set[int]:
+    def parameters_of(numbers: Iterable[int]) -> set[int]:
         return {id(getattr(module, name)) for i in numbers for module, name in layers[i]}
 
-    kept = slots(members[0] for members in sets)
-    gone = slots(i for members in sets for i in members[1:]) - kept
-    gone |= {id(p) for p in record.table.parameters(host)}
-    return [*(p for p in host.parameters() if id(p) not in gone), *record.table.left(host)]
+    kept = parameters_of(members[0] for members in sets)
+    gone = parameters_of(i for members in sets for i in members[1:]) - kept
+    gone |= {id(p) for p in spec.table.parameters(inner)}
+    return [*(p for p in inner.parameters() if id(p) not in gone), *spec.table.remaining(inner)]
 
 
 def layer_flops(model: CompressedRecommender, item_seq: Tensor) -> int:
@@ -163,11 +234,3 @@ def layer_flops(model: CompressedRecommender, item_seq: Tensor) -> int:
         model(item_seq, (item_seq != PADDING).sum(1))
     model.train(was_training)
     return int(counter.get_total_flops())
-
-
-def _scales(model: nn.Module) -> set[int]:
-    return {id(m.scale) for m in model.modules() if isinstance(m, Int8Block)}
-
-
-def _count(parameters: Iterable[Tensor]) -> int:
-    return sum(p.numel() for p in parameters)

@@ -1,0 +1,123 @@
+"""Modes of a model that hold for a while and are then put back as they were."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def can_be_trained(make: Callable[P, T]) -> Callable[P, T]:
+    """A function of a model whose result can be trained, even if it is called in torch's inference
+    mode; but not if the model itself was made there."""
+
+    @functools.wraps(make)
+    def made(*args: P.args, **kwargs: P.kwargs) -> T:
+        models = [each for each in (*args, *kwargs.values()) if isinstance(each, nn.Module)]
+        parameters = models[0].parameters() if models else ()
+        stays = torch.is_inference_mode_enabled() and any(p.is_inference() for p in parameters)
+        with torch.inference_mode(stays):
+            return make(*args, **kwargs)
+
+    return made
+
+
+_LOCK = threading.Lock()
+# of models in `in_eval_mode`: how many callers there are, and each module's mode before the first
+_USERS: weakref.WeakKeyDictionary[nn.Module, tuple[int, list[tuple[nn.Module, bool]]]]
+_USERS = weakref.WeakKeyDictionary()
+
+
+@contextmanager
+def in_eval_mode(*models: nn.Module | None) -> Iterator[None]:
+    """Within: no dropout in any of the models; afterwards each module is in the mode it had.
+
+    Several threads may be within at a time: the last one to leave puts the modes back.
+    """
+    changed = [model for model in models if model is not None and _enter(model)]
+    try:
+        yield
+    finally:
+        for model in changed:
+            _leave(model)
+
+
+def _enter(model: nn.Module) -> bool:
+    """Put a model into eval mode; False where it is in that mode anyway."""
+    with _LOCK:
+        if model in _USERS:
+            n_users, before = _USERS[model]
+            _USERS[model] = n_users + 1, before
+            return True
+        before = [(module, module.training) for module in model.modules()]
+        if not any(training for _, training in before):
+            return False
+        _USERS[model] = 1, before
+        for module, _ in before:
+            module.training = False
+        return True
+
+
+def _leave(model: nn.Module) -> None:
+    with _LOCK:
+        n_users, before = _USERS.pop(model)
+        if n_users > 1:
+            _USERS[model] = n_users - 1, before
+            return
+        for module, training in before:
+            module.training = training
+
+
+@contextmanager
+def _with_attributes(changes: Sequence[tuple[nn.Module, str, Any]]) -> Iterator[None]:
+    """Within, modules have other attributes."""
+    before = [(module, name, getattr(module, name)) for module, name, _ in changes]
+    for module, name, value in changes:
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        for module, name, value in before:
+            setattr(module, name, value)
+
+
+def with_gradients(model: nn.Module) -> Any:
+    """Within, a model in eval mode has gradients of its recurrent layers too.
+
+    cuDNN has gradients of them in train mode alone, so they are in that mode, without dropout.
+    """
+    recurrent = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
+    changes = [(module, "training", True) for module in recurrent]
+    return _with_attributes([*changes, *((module, "dropout", 0.0) for module in recurrent)])
+
+
+def without_dropout(model: nn.Module) -> Any:
+    """Within, nothing is dropped out in train mode either, in any kind of layer."""
+    kinds = {_DropoutNd: "p", nn.RNNBase: "dropout", nn.MultiheadAttention: "dropout"}
+    return _with_attributes(
+        [
+            (module, name, 0.0)
+            for module in model.modules()
+            for kind, name in kinds.items()
+            if isinstance(module, kind)
+        ]
+    )
+
+
+def with_dense_gradients(model: nn.Module) -> Any:
+    """Within, look-ups give dense gradients, also of a model that is trained with sparse ones.
+
+    Where a loss reads the table too, the sum of both is dense, which no sparse optimizer takes.
+    """
+    sparse = [module for module in model.modules() if getattr(module, "sparse", False)]
+    return _with_attributes([(module, "sparse", False) for module in sparse])

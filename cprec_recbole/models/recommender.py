@@ -1,0 +1,516 @@
+"""CompressedRecommender: RecBole's methods on a block embedding, RecBole's layers and a softmax."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cprec_recbole.config import CompressionConfig, CompressionError
+from cprec_recbole.data import NEXT_ITEMS
+from cprec_recbole.embedding import BlockEmbedding
+from cprec_recbole.host.numbering import check_numbering, remember
+from cprec_recbole.host.registration import importing_models
+from cprec_recbole.int8.rows import not_trained
+from cprec_recbole.models.deprecated import renamed
+from cprec_recbole.models.eval_mode import can_be_trained, in_eval_mode
+from cprec_recbole.models.inputs import barred_ids, pad_histories
+from cprec_recbole.models.item_tables import MaskedLookUp
+from cprec_recbole.models.new_items import new_rows, similar_items
+from cprec_recbole.models.saving import name_in_model, save_model
+from cprec_recbole.models.spec import Encoder, ModelSpec, Parts
+from cprec_recbole.models.vocabulary import Vocabulary, as_vocabulary
+from cprec_recbole.partition import Partition
+from cprec_recbole.search.topk import TopK, check_k
+from cprec_recbole.sharing import share, sharing_plan
+from cprec_recbole.softmax import FullSoftmax, Softmax, build_softmax
+
+if TYPE_CHECKING:
+    from recbole.data.interaction import Interaction
+
+    from cprec_recbole.results import ChosenOptions, WarmStart
+
+with importing_models():
+    from recbole.model.abstract_recommender import AbstractRecommender, SequentialRecommender
+
+HIDDEN_AT = "MASK_INDEX"  # RecBole's field: where a row's items were hidden, [B, m]; 0 is none
+
+_RECBOLE_ATTRIBUTES = (
+    "USER_ID",
+    "ITEM_ID",
+    "ITEM_SEQ",
+    "ITEM_SEQ_LEN",
+    "POS_ITEM_ID",
+    "NEG_ITEM_ID",
+    "max_seq_length",
+    "n_items",
+    "device",
+    "loss_type",
+)
+
+
+class TokenTopK(NamedTuple):
+    """The best items of each history by their tokens.
+
+    Attributes:
+        tokens: `[B, k]`, best first.
+        scores: `[B, k]`; log-probabilities with a tree softmax, logits with a full one.
+    """
+
+    tokens: list[list[str]]
+    scores: Tensor
+
+
+class CompressedRecommender(SequentialRecommender):
+    """A sequential recommender whose table, softmax and layers are compressed (CpRec).
+
+    It consists of `inner`, RecBole's own model whose item table is a BlockEmbedding and whose
+    layers are shared; that `table`; and the `softmax`. RecBole builds it from a config and a
+    dataset, `compress()` and `load_pretrained()` from parts.
+
+    Args:
+        config: a RecBole config.
+        dataset: RecBole's training data set.
+        parts: what the model is made of, in place of both.
+
+    Raises:
+        CompressionError: an option that does not fit; the message names it.
+    """
+
+    spec: ClassVar[ModelSpec]
+    item_tokens: np.ndarray | None = None  # RecBole's token of each item id, [n_items]
+    vocabulary: Vocabulary | None = None  # the same, once it was asked for
+    choice: ChosenOptions | None = None  # where compress() was given a budget
+    warm_start: WarmStart | None = None  # where compress() was given a trained model
+    int8_scales: Mapping[str, Tensor] = MappingProxyType({})  # of matrices that quantize() rounded
+
+    def __init__(
+        self, config: Any = None, dataset: Any = None, *, parts: Parts | None = None
+    ) -> None:
+        AbstractRecommender.__init__(self)
+        parts = parts or _parts_of_config(self.spec, config, dataset)
+        for name in _RECBOLE_ATTRIBUTES:
+            setattr(self, name, getattr(parts.inner, name))
+        self.compression = compression = parts.compression
+        self.reads_last_column = parts.reads_last_column
+        self.train_item_counts = parts.item_counts
+        self.spec.table.put(parts.inner, parts.table)
+        layers = self.spec.layers(parts.inner)
+        share(layers, sharing_plan(compression.sharing, len(layers), self.spec.layers_per_block))
+        self.inner = parts.inner
+        self.softmax = self._softmax_over(parts.softmax_table)
+        if hasattr(dataset, "inter_feat"):
+            remember(self, config, dataset)
+
+    def _softmax_over(self, table: BlockEmbedding) -> Softmax:
+        memory = int(self.compression.loss_memory)
+        return build_softmax(self.compression.softmax, table, memory)
+
+    head = renamed("head", "softmax")
+    backbone = renamed("backbone", "inner")
+    record = renamed("record", "spec")
+
+    @property
+    def table(self) -> BlockEmbedding:
+        """The item table: what the layers look items up in."""
+        look_up = self.inner.item_embedding
+        return look_up.table if isinstance(look_up, MaskedLookUp) else look_up
+
+    @property
+    def tables(self) -> list[BlockEmbedding]:
+        """The item table and, where that is another, the softmax's."""
+        softmax_table = self.softmax.table
+        return [self.table] if softmax_table is self.table else [self.table, softmax_table]
+
+    @property
+    def encoder(self) -> Encoder:
+        """The hidden states that the model predicts from."""
+        return Encoder(self.spec, self.inner, self.reads_last_column)
+
+    # -- what RecBole calls ------------------------------------------------------------------------
+
+    def hidden_states(self, item_seq: Tensor) -> Tensor:
+        """Hidden state at every position, `[B, L] -> [B, L, d]`; position t sees items up to t.
+
+        Raises:
+            CompressionError: a model with one state for a whole history.
+        """
+        return self.encoder.every_position(item_seq)
+
+    def forward(self, item_seq: Tensor, item_seq_len: Tensor) -> Tensor:
+        """Hidden state that predicts the next item, `[B, L], [B] -> [B, d]`."""
+        return self.encoder.last_state(item_seq, item_seq_len)
+
+    def last_hidden(self, interaction: Interaction) -> Tensor:
+        """Hidden state that predicts the next item of each row, `[B, d]`."""
+        return self.forward(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN])
+
+    def full_sort_predict(self, interaction: Interaction) -> Tensor:
+        """Score of every item in RecBole's id order, `[B, n_items]`."""
+        return self.softmax.scores(self.last_hidden(interaction))
+
+    def predict(self, interaction: Interaction) -> Tensor:
+        """Score of one item for each row, `[B]`."""
+        items = interaction[self.ITEM_ID].unsqueeze(1)
+        return self.softmax.score(self.last_hidden(interaction), items).squeeze(1)
+
+    def calculate_loss(self, interaction: Interaction) -> Tensor:
+        """Training loss of a batch, `[]`: every position of a window, or the last of a prefix.
+
+        Raises:
+            CompressionError: a model in int8, which cannot be trained.
+        """
+        if self.table.is_int8:
+            raise not_trained()
+        item_seq, lengths = interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN]
+        if NEXT_ITEMS in interaction:
+            longest = int(lengths.max())
+            targets = interaction[NEXT_ITEMS][:, :longest]
+            real = targets != 0
+            hidden = self.hidden_states(item_seq[:, :longest])[real]  # [N, d]
+            loss = self.position_loss(hidden, targets[real])
+        elif self.spec.training_states is not None:
+            hidden, target, negative = self.spec.training_states(self.inner, interaction)
+            # where RecBole's masks hid nothing, there is nothing to learn, and no loss that is NaN
+            loss = self.position_loss(hidden, target, negative) if len(target) else hidden.sum()
+        else:
+            drawn = interaction[self.NEG_ITEM_ID] if self.loss_type == "BPR" else None
+            target = interaction[self.POS_ITEM_ID]
+            loss = self.position_loss(self.forward(item_seq, lengths), target, drawn)
+        if self.spec.penalty is not None:
+            loss = loss + self.spec.penalty(self.inner)
+        return loss
+
+    def position_loss(
+        self, hidden: Tensor, target: Tensor, negative: Tensor | None = None
+    ) -> Tensor:
+        """Loss of hidden states and the items that came next, `[N, d], [N] -> []`: the softmax's,
+        or with `loss_type: BPR` that of pairs, with negatives drawn where none are given."""
+        if self.loss_type == "BPR" and isinstance(self.softmax, FullSoftmax):
+            if negative is None:
+                # uniform over all others, as RecBole's sampler draws them
+                drawn = torch.randint(1, self.n_items - 1, target.shape, device=target.device)
+                negative = drawn + (drawn >= target)
+            return self.softmax.pairwise_loss(hidden, target, negative)
+        return self.softmax.loss(hidden, target)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As nn.Module does, but a state of a model that shares less is refused.
+
+        States of version 0.1 are taken too, in which the parts had other names.
+
+        Raises:
+            CompressionError: places that share a parameter here hold different values there, rows
+                that are in int8 on one side alone, or `assign=True`, which would replace the
+                shared parameter in each place.
+        """
+        if assign:
+            raise CompressionError(
+                "Expected `assign` to be False, but got True, which would undo tying and sharing."
+            )
+        state_dict = {name_in_model(name): value for name, value in state_dict.items()}
+        first: dict[int, str] = {}
+        for name, parameter in self.named_parameters(remove_duplicate=False):
+            given = state_dict.get(name, parameter)
+            if isinstance(given, Tensor) and given.dtype.is_floating_point != (
+                parameter.dtype.is_floating_point
+            ):
+                raise CompressionError(
+                    f"Expected `state_dict` to have {name} in {parameter.dtype}, but got "
+                    f"{given.dtype}; make the model with `quantize` or `dtype` as the state's was."
+                )
+            other = first.setdefault(id(parameter), name)
+            both = name in state_dict and other in state_dict
+            if both and not _same(state_dict[name], state_dict[other]):
+                raise CompressionError(
+                    "Expected `state_dict` to be of a model with the same `sharing` and `tied`, "
+                    f"but {other} and {name}, one parameter here, differ there."
+                )
+        for name, module in self.named_modules():  # before anything is changed
+            if isinstance(module, Partition):
+                module.check_state(state_dict, f"{name}.")
+        return super().load_state_dict(state_dict, strict=strict)
+
+    # -- without RecBole's data --------------------------------------------------------------------
+
+    @torch.no_grad()
+    def recommend(
+        self,
+        item_seq: Tensor | Sequence[int] | Sequence[Sequence[int]],
+        k: int = 20,
+        exclude_seen: bool = False,
+        exclude: Tensor | Sequence[int] | Sequence[Sequence[int]] | None = None,
+        allowed: Tensor | Sequence[int] | None = None,
+    ) -> TopK:
+        """The k best next items, exact, best first, equal scores by lower id.
+
+        Args:
+            item_seq: one history of item ids, oldest first, or several: a list of lists of any
+                lengths, or a tensor `[B, L]` with 0 as padding. Of a history longer than the
+                model's limit the newest items count.
+            k: how many items.
+            exclude_seen: leave out the items of the history itself, also those beyond the limit.
+            exclude: item ids to leave out: one list for all histories, or one list for each.
+            allowed: the only item ids to choose from; every item if left out.
+
+        Returns:
+            TopK: items `[B, k]` and their scores `[B, k]`; one history is a batch of one.
+
+        Raises:
+            CompressionError: an empty history, an id outside the catalogue, nothing allowed, or k
+                above what may be recommended.
+        """
+        check_k(k, self.n_items - 1)
+        device = self.table.partition.item_at.device
+        histories, seen = pad_histories(item_seq, self.n_items, self.max_seq_length)
+        seen_ids = seen if exclude_seen else None
+        barred = barred_ids(exclude, len(histories), self.n_items, seen_ids)
+        lengths = (histories != 0).sum(1)
+        with in_eval_mode(self):
+            hidden = self(histories.to(device), lengths.to(device))
+            return self.softmax.topk(hidden, k, barred, allowed)
+
+    def recommend_tokens(
+        self,
+        histories: Sequence[str | int] | Sequence[Sequence[str | int]],
+        k: int = 20,
+        *,
+        unknown: str = "warn",
+        exclude_seen: bool = False,
+        exclude: Sequence[str | int] | None = None,
+        allowed: Sequence[str | int] | None = None,
+    ) -> TokenTopK:
+        """The k best next items for histories of the catalogue's own tokens.
+
+        Args:
+            histories: one history of tokens, oldest first, or several.
+            k: how many items.
+            unknown: tokens that are not in the catalogue are left out with a warning (`warn`) or
+                without (`skip`), or are an `error`.
+            exclude_seen: leave out the items of the history itself.
+            exclude: tokens to leave out for all histories.
+            allowed: the only tokens to choose from.
+
+        Raises:
+            CompressionError: a model without tokens, an unknown token where that is an error, a
+                history of which nothing is left, and as `recommend`.
+        """
+        vocabulary = self.known_vocabulary()
+        if isinstance(histories, str | bytes) or not isinstance(histories, Sequence):
+            raise CompressionError(
+                f"Expected `histories` to be tokens or lists of them, but got {histories!r}."
+            )
+        several = any(isinstance(h, Sequence) and not isinstance(h, str) for h in histories)
+        rows = list(histories) if several else [histories]
+        ids = []
+        for index, row in enumerate(rows):
+            if not isinstance(row, Sequence) or isinstance(row, str | bytes):
+                raise CompressionError(
+                    f"Expected every history to be a list of tokens, but history {index} is "
+                    f"{row!r}."
+                )
+            name = f"history {index}" if several else "the history"
+            ids.append(vocabulary.ids(row, unknown, name))
+            if not ids[-1]:
+                raise CompressionError(
+                    f"Expected every history to hold a token of the catalogue, but history {index} "
+                    "has none."
+                )
+        barred = None if exclude is None else vocabulary.ids(exclude, unknown, "`exclude`")
+        only = None if allowed is None else vocabulary.ids(allowed, unknown, "`allowed`")
+        best = self.recommend(ids, k, exclude_seen, barred or None, only)
+        return TokenTopK(
+            [[vocabulary.token(i) for i in row] for row in best.items.tolist()], best.scores
+        )
+
+    def build_index(self) -> None:
+        """Prepare `recommend` to skip most of a large catalogue; see Softmax.build_index."""
+        self.softmax.build_index()
+
+    def known_vocabulary(self) -> Vocabulary:
+        """The tokens of the items.
+
+        Raises:
+            CompressionError: a model that knows none.
+        """
+        if self.vocabulary is None and self.item_tokens is not None:
+            self.vocabulary = Vocabulary([str(token) for token in self.item_tokens[1:]])
+        if self.vocabulary is None:
+            raise CompressionError(
+                "Expected a model that knows its items' tokens, but this one was not built by "
+                "RecBole; set model.vocabulary = Vocabulary(tokens) or pass `tokens` to "
+                "save_pretrained."
+            )
+        return as_vocabulary(self.vocabulary, self.n_items)
+
+    def save_pretrained(self, folder: str | os.PathLike[str], tokens: Any = None) -> Path:
+        """Keep the model in a folder that `load_pretrained` reads, without RecBole's data set.
+
+        Weights as safetensors, each parameter once whatever shares it; options and tokens as JSON.
+        A crash at any moment leaves what was in the folder before. Rows within a block are written
+        by item id: their order means nothing.
+
+        Args:
+            folder: made where it is missing; a model that was in it is replaced.
+            tokens: a RecBole dataset, or the token of each item id from 1 on; may be left out for a
+                model that RecBole built.
+
+        Returns:
+            The folder.
+
+        Raises:
+            CompressionError: no tokens, tokens that do not fit, or a folder that cannot be written
+                or that another process writes to.
+        """
+        check_numbering(self, tokens, "tokens")
+        known = tokens is None
+        vocabulary = self.known_vocabulary() if known else as_vocabulary(tokens, self.n_items)
+        return save_model(self, folder, vocabulary)
+
+    @can_be_trained
+    @torch.no_grad()
+    def add_items(
+        self,
+        tokens: Sequence[str],
+        like: Sequence[Any] | Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Append items to the last block, in place; every other row stays as it is, bit for bit.
+
+        A new item starts at the mean vector of the items that it is like, as near as the last
+        block's rank allows, or else at the mean of the last block. Use the model at once, or train
+        it further; an optimizer, an index and a teacher from before know nothing of the new rows.
+
+        Args:
+            tokens: of the new items.
+            like: for each new item a token, or a list of tokens, of items that it is like, or None;
+                as a list in the order of `tokens`, or by token.
+
+        Returns:
+            The ids of the new items.
+
+        Raises:
+            CompressionError: a token that is there already or comes twice, or like an unknown one.
+        """
+        vocabulary = self.known_vocabulary()
+        if isinstance(tokens, str) or not isinstance(tokens, Sequence) or not tokens:
+            raise CompressionError(
+                f"Expected `tokens` to be a list of one token or more, but got {tokens!r}."
+            )
+        for token in Vocabulary(tokens).tokens:
+            if token in vocabulary:
+                raise CompressionError(
+                    f"Expected `tokens` to be new, but {token!r} is in the catalogue already."
+                )
+        extended = vocabulary.extended(tokens)
+        models = similar_items(tokens, like, vocabulary)
+        rows = [new_rows(table, models) for table in self.tables]  # all that can fail has been done
+        first, self.n_items = self.n_items, self.n_items + len(tokens)
+        partition = self.table.partition.extended(len(tokens))
+        for table, new in zip(self.tables, rows):
+            table.partition = partition
+            table.blocks[-1].extend(new)
+        self.inner.n_items = self.n_items
+        if self.train_item_counts is not None:
+            self.train_item_counts = np.append(self.train_item_counts, np.zeros(len(tokens)))
+        ranks = self.table.ranks
+        self.compression = replace(self.compression, ranks=ranks, cutoffs=partition.cutoffs)
+        self.vocabulary, self.item_tokens = extended, None
+        self.softmax.drop_index()
+        return list(range(first, self.n_items))
+
+
+def compression_of(config: Any) -> CompressionConfig:
+    """The compression options of a RecBole config; what it does not name keeps its default."""
+    names = CompressionConfig.option_names()
+    return CompressionConfig(**{name: config[name] for name in names if name in config})
+
+
+def _parts_of_config(spec: ModelSpec, config: Any, dataset: Any) -> Parts:
+    """What RecBole's options ask for, with fresh weights."""
+    from cprec_recbole.data.sequences import item_counts
+
+    compression = compression_of(config)
+    _check_negatives(compression, config, int(dataset.num(dataset.iid_field)))
+    if config["shard_tails"]:
+        raise CompressionError(
+            "Expected no `shard_tails`, which this version no longer has: every process holds the "
+            "whole compressed model (see docs/scale.md); leave the option out."
+        )
+    counts = item_counts(dataset)
+    n_items = len(counts)
+    plan = compression.plan(spec.dim(config[spec.size_option]), n_items)
+    inner = spec.build_inner(config, dataset)
+    inner.n_items = n_items
+    std = spec.table_std(inner, n_items)
+    partition = Partition.from_counts(counts, plan.cutoffs)
+    tables = []
+    for _ in range(1 if compression.tied else 2):
+        tables.append(BlockEmbedding(partition, plan.ranks, plan.dim))
+        tables[-1].reset_parameters(std)
+    if _steps_sparsely(spec, compression, config):
+        tables[0].look_up_sparsely()
+    last_column = spec.reads_last_column and compression.training == "last_position"
+    return Parts(inner, tables[0], tables[-1], compression, last_column, counts)
+
+
+def _steps_sparsely(spec: ModelSpec, compression: CompressionConfig, config: Any) -> bool:
+    """Whether the item table gets sparse gradients under RecBole's options.
+
+    Nothing but look-ups may read it: neither a softmax over all items nor a penalty or decay of all
+    weights. With `learner: sgd` or `adagrad` the result is that of dense gradients; `sparse_adam`
+    asks for a row's averages to move only when the row is looked up.
+    """
+    learner = str(config["learner"]).lower()
+    looked_up = not compression.tied or config["loss_type"] == "BPR"
+    if not looked_up or spec.penalty is not None or config["weight_decay"]:
+        return False
+    if learner not in ("sgd", "adagrad", "sparse_adam"):
+        return False
+    if config["single_spec"] is False and config["device"].type == "cuda":
+        if learner == "sparse_adam":
+            raise CompressionError(
+                "Expected another `learner` than sparse_adam on several GPUs, which do not add up "
+                "sparse gradients; use adam, or one process."
+            )
+        return False
+    return True
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal; numbers that are none are equal to each other."""
+    if one is other:
+        return True
+    same_shape = one.shape == other.shape
+    return same_shape and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+def _check_negatives(compression: CompressionConfig, config: Any, n_items: int) -> None:
+    """Negatives at every position are drawn by the model, and only as RecBole does by default."""
+    if config["loss_type"] != "BPR":
+        return
+    if n_items < 3:
+        raise CompressionError(
+            "Expected `loss_type` to be CE for a catalogue of one item, which has no negative, "
+            "but got BPR."
+        )
+    wanted = config["train_neg_sample_args"]
+    plain = (wanted["distribution"], wanted["sample_num"], bool(wanted["dynamic"]))
+    drawn_here = compression.training == "all_positions"
+    if drawn_here and plain != ("uniform", 1, False):
+        raise CompressionError(
+            "Expected `train_neg_sample_args` to be one uniform negative with `training: "
+            f"all_positions`, but got {wanted}; use `training: last_position`."
+        )
+    if not drawn_here and plain[0] in (None, "none"):
+        raise CompressionError(
+            f"Expected `train_neg_sample_args` to draw negatives for BPR, but got {wanted}."
+        )

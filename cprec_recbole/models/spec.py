@@ -1,0 +1,226 @@
+"""What compression has to know of a RecBole model: its table, its layers, its hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cprec_recbole.config import OBJECTIVES, CompressionConfig, CompressionError
+from cprec_recbole.embedding import BlockEmbedding
+from cprec_recbole.models.item_tables import PlainTable, RecBoleModel
+from cprec_recbole.partition import PADDING
+from cprec_recbole.sharing import Layer, sharing_plan, sharing_sets
+
+if TYPE_CHECKING:
+    from recbole.data.interaction import Interaction
+
+
+def no_layers(model: RecBoleModel) -> list[Layer]:
+    """No stack of layers of one shape: nothing to share."""
+    return []
+
+
+def by_forward(model: RecBoleModel, item_seq: Tensor, lengths: Tensor) -> Tensor:
+    """What most of RecBole's models call `forward`, `[B, L], [B] -> [B, d]`."""
+    model.device = item_seq.device  # some put their own tensors there
+    return model.forward(item_seq, lengths)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What compression has to know of one RecBole model.
+
+    Attributes:
+        model_class: RecBole's class. Its `item_embedding` turns ids into vectors, and an item's
+            score is the product of a hidden state with the item's vector.
+        size_option: the RecBole option that is the embedding size.
+        table_std: `(model, n_items) -> float`, the spread that the model gives a fresh table.
+        architecture: the options by which an equal model can be built: names of attributes of the
+            model that are called as the options, or pairs (option, attribute).
+        layers: `(model)` to the stack's layers as parameter slots, normalisation layers left out;
+            for a model without such a stack, nothing is shared.
+        layers_per_block: layers `g` of one residual block.
+        hidden_states: `(model, item_seq [B, L]) -> [B, L, d]`; position t sees items up to t only.
+            None for a model that has no such states: it has one for a whole history, and is trained
+            with `training: last_position`.
+        last_state: `(model, item_seq [B, L], lengths [B]) -> [B, d]`, for those models, of batches
+            as wide as `MAX_ITEM_LIST_LENGTH`; the model's `forward` if left out.
+        table: how the model keeps its items.
+        training_states: `(model, batch) -> hidden [N, d], target [N], negative [N]`, where the
+            model is not trained on the next item of RecBole's rows.
+        penalty: `(model) -> []`, what the model adds to its loss; None for nothing.
+        losses: what `loss_type` may be; every one but BPR is the softmax's, plus the penalty.
+        reads_last_column: the model predicts from the last column of a padded batch, even where a
+            short history has padding there.
+    """
+
+    model_class: type[Any]
+    size_option: str
+    table_std: Callable[[RecBoleModel, int], float]
+    architecture: Sequence[str | tuple[str, str]]
+    layers: Callable[[RecBoleModel], list[Layer]] = no_layers
+    layers_per_block: int = 1
+    hidden_states: Callable[[RecBoleModel, Tensor], Tensor] | None = None
+    last_state: Callable[[RecBoleModel, Tensor, Tensor], Tensor] = by_forward
+    table: PlainTable = field(default_factory=PlainTable)
+    training_states: Callable[[RecBoleModel, Interaction], tuple[Tensor, Tensor, Tensor]] | None = (
+        None
+    )
+    penalty: Callable[[RecBoleModel], Tensor | float] | None = None
+    losses: tuple[str, ...] = ("CE", "BPR")
+    reads_last_column: bool = False
+
+    @property
+    def name(self) -> str:
+        """RecBole's name of the model."""
+        return self.model_class.__name__
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """What `training` may be, the default first."""
+        return OBJECTIVES if self.hidden_states is not None else ("last_position",)
+
+    def check_training(self, training: str) -> None:
+        """Raise a CompressionError for a `training` that this model cannot do."""
+        if training not in self.objectives:
+            raise CompressionError(
+                f"Expected `training` to be last_position for {self.name}, which has one hidden "
+                f"state for a whole history, but got {training}; leave it out."
+            )
+
+    def check_loss(self, compression: CompressionConfig, loss_type: str) -> None:
+        """Raise a CompressionError where model, softmax and loss contradict each other."""
+        if loss_type not in self.losses:
+            raise CompressionError(
+                f"Expected `loss_type` to be {' or '.join(self.losses)}, but got {loss_type!r}."
+            )
+        if loss_type == "BPR" and compression.softmax == "tree":
+            raise CompressionError(
+                "Expected `loss_type` to be CE with `softmax: tree`, which is a probability and "
+                "has no pairwise score, but got BPR; use `softmax: full` for BPR."
+            )
+
+    def dim(self, size: int) -> int:
+        """Size `d` of an item's vector for an embedding size."""
+        return size + self.table.n_more
+
+    def sharing(self, model: RecBoleModel, scheme: str) -> tuple[list[Layer], list[list[int]]]:
+        """The layers of a model, and which of them use one set of parameters under a scheme."""
+        layers = self.layers(model)
+        plan = sharing_plan(scheme, len(layers), self.layers_per_block)
+        return layers, sharing_sets(layers, plan)
+
+    def build_inner(self, config: Any, dataset: Any) -> RecBoleModel:
+        """RecBole's model without its table: built for a catalogue of one item.
+
+        Args:
+            config: a RecBole config.
+            dataset: a RecBole dataset, or anything with `iid_field` and `num(field)`.
+        """
+        return self.model_class(config, _OneItemCatalogue(dataset))
+
+    def architecture_of(self, model: RecBoleModel) -> dict[str, Any]:
+        """The RecBole options by which an equal model can be built, without its table."""
+        pairs = [(name, name) if isinstance(name, str) else name for name in self.architecture]
+        options = {option: getattr(model, attribute) for option, attribute in pairs}
+        return options | {
+            "MAX_ITEM_LIST_LENGTH": model.max_seq_length,
+            "USER_ID_FIELD": model.USER_ID,
+            "ITEM_ID_FIELD": model.ITEM_ID,
+            "LIST_SUFFIX": model.ITEM_SEQ.removeprefix(model.ITEM_ID),
+            "ITEM_LIST_LENGTH_FIELD": model.ITEM_SEQ_LEN,
+            "NEG_PREFIX": model.NEG_ITEM_ID.removesuffix(model.ITEM_ID),
+        }
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """The hidden states that a model predicts from.
+
+    Attributes:
+        spec: what is known of the model.
+        model: RecBole's model, with whatever table.
+        reads_last_column: it reads the last column of a padded batch, even at padding.
+    """
+
+    spec: ModelSpec
+    model: RecBoleModel
+    reads_last_column: bool
+
+    @property
+    def has_one_state(self) -> bool:
+        """Whether a history gives one state alone: earlier targets need rows of their own."""
+        return self.reads_last_column or self.spec.hidden_states is None
+
+    def every_position(self, item_seq: Tensor) -> Tensor:
+        """Hidden state at every position, `[B, L] -> [B, L, d]`.
+
+        Raises:
+            CompressionError: a model that has none.
+        """
+        if self.spec.hidden_states is None:
+            raise CompressionError(
+                f"Expected a model with a hidden state at every position, but {self.spec.name} "
+                "has one for a whole history."
+            )
+        return self.spec.hidden_states(self.model, item_seq)
+
+    def last_state(self, item_seq: Tensor, lengths: Tensor) -> Tensor:
+        """Hidden state that predicts the next item, `[B, L], [B] -> [B, d]`."""
+        if self.spec.hidden_states is None:
+            missing = self.model.max_seq_length - item_seq.shape[1]
+            return self.spec.last_state(self.model, F.pad(item_seq, (0, missing)), lengths)
+        if self.reads_last_column:
+            return self.every_position(item_seq)[:, -1]  # as RecBole trains and reads this model
+        longest = int(lengths.max())  # what follows is padding, and no position sees it
+        states = self.every_position(item_seq[:, :longest])
+        return states[torch.arange(len(states), device=states.device), lengths - 1]
+
+    def all_states(self, item_seq: Tensor) -> Tensor:
+        """Every hidden state that predicts something, `[B, L] -> [N, d]`: one for each item, or
+        one for each history."""
+        real = item_seq != PADDING
+        if self.spec.hidden_states is None:
+            return self.last_state(item_seq, real.sum(1))
+        states = self.every_position(item_seq)
+        return states.flatten(0, 1) if self.reads_last_column else states[real]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a compressed model is made of.
+
+    Attributes:
+        inner: RecBole's model without an item table.
+        table: the block embedding that takes the table's place.
+        softmax_table: the factors that the softmax reads; where it is tied, `table` itself.
+        compression: the options; layers that share keep the parameters of the first of each set.
+        reads_last_column: see ModelSpec.
+        item_counts: training interactions of each item id, `[n_items]`; None where not known.
+    """
+
+    inner: RecBoleModel
+    table: BlockEmbedding
+    softmax_table: BlockEmbedding
+    compression: CompressionConfig
+    reads_last_column: bool
+    item_counts: np.ndarray | None = None
+
+
+class _OneItemCatalogue:
+    """A dataset as a RecBole model sees it that must not allocate its `[n_items, d]` table."""
+
+    item_num = 1
+    user_num = 1  # asked for, and not used, by a model without a user table
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+
+    def num(self, field: str) -> int:
+        return 1 if field == self._dataset.iid_field else self._dataset.num(field)

@@ -1,1 +1,0 @@
-"""A model as a folder of three files."""
