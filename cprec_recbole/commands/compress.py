@@ -17,7 +17,7 @@ from cprec_recbole.compression.compress import compress
 from cprec_recbole.compression.recover import recover
 from cprec_recbole.config import CompressionError
 from cprec_recbole.costs import part_sizes, saved_bytes
-from cprec_recbole.models.saving import size_of
+from cprec_recbole.models.saving import folder_bytes
 from cprec_recbole.training.checkpoint import load_trained
 from cprec_recbole.training.evaluation import evaluate
 
@@ -87,7 +87,7 @@ def run(options: argparse.Namespace, passed_on: dict[str, Any], command: str) ->
         rows.append(("recovered", small, _quality(small, found)))
     small.save_pretrained(options.out)
     screen.print(_table(rows))
-    screen.print(f"Written: {options.out} ({size_of(Path(options.out)):,} bytes)")
+    screen.print(f"Written: {options.out} ({folder_bytes(Path(options.out)):,} bytes)")
     return 0
 
 

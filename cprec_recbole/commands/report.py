@@ -1,4 +1,4 @@
-"""`cprec report`: what each choice of ranks, cutoffs and sharing would cost, before any training."""
+"""`cprec report`: what each choice of ranks, cutoffs and sharing would cost, untrained."""
 
 from __future__ import annotations
 
