@@ -13,7 +13,7 @@ from torch import nn
 
 from cprec_recbole.backbones import Backbone
 from cprec_recbole.config import CompressionConfig, CompressionError, reject_unknown
-from cprec_recbole.host.checkpoint import Checkpoint, read_checkpoint
+from cprec_recbole.host.checkpoint import Checkpoint, read_checkpoint, shown
 from cprec_recbole.host.library import (
     known_options,
     model_options,
@@ -22,7 +22,6 @@ from cprec_recbole.host.library import (
     recbole_loaders,
     recbole_model,
 )
-from cprec_recbole.host.unpickle import shown
 from cprec_recbole.models import MODELS
 from cprec_recbole.records import BACKBONES, record_named
 from cprec_recbole.saving.vocabulary import check_checkpoint_numbering
