@@ -28,6 +28,7 @@ _LEFT_OUT = ("recbole.utils.enum_type", "cprec_recbole.models")
 _PATHS = ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")
 _NUMBERS = ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "b1")  # of NumPy
 _SCALARS = (str, int, float, bool, type(None))
+_MOST_DIMENSIONS = 16  # of a tensor; RecBole's have four at most
 _MOST_VALUES = 100_000  # of the options; lists of one list, many times over, never end
 # opcodes that hash what they take, know objects without a name, or reserve memory before they read
 _REFUSED = pickle.DICT + pickle.FROZENSET + pickle.ADDITEMS
@@ -274,8 +275,12 @@ def _tensors(
             data = np.frombuffer(bytearray(archive.read(entry)), np.uint8)  # writable
             storages[key, dtype] = torch.from_numpy(data).view(dtype)
         tensor = storages[key, dtype].as_strided(size, stride, offset)  # raises outside of it
-        # a view that repeats its numbers could fill the memory; RecBole's have four dimensions
-        if tensor.numel() > n or tensor.dim() > 16:
+        # a view that repeats its numbers could fill the memory; torch takes sizes of 0 by -1
+        if (
+            tensor.numel() > n
+            or tensor.dim() > _MOST_DIMENSIONS
+            or min(tensor.shape, default=0) < 0
+        ):
             raise UnpicklingError("a tensor of it does not lie within its storage")
         tensors[name] = tensor
     return tensors
