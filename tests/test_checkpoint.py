@@ -8,6 +8,7 @@ import sys
 import tracemalloc
 import zipfile
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path, PureWindowsPath
 
@@ -294,20 +295,18 @@ def test_a_tensor_lies_within_its_storage_and_that_within_the_file(
     refuses(described(good, folder / "outside.pth", storage, offset, size, stride, False, {}))
 
 
-@pytest.mark.parametrize("rest", [(), (False,), (False, {}, {"conj": True})])
-def test_a_tensor_has_the_arguments_that_torch_gives_it(good, folder, rest):
-    refuses(described(good, folder / "other.pth", Stored(6), 0, (6,), (1,), *rest))
+def test_a_tensor_has_the_arguments_that_recboles_have(good, folder):
+    for rest in ((), (False,), (False, {}, {"conj": True})):
+        refuses(described(good, folder / "other.pth", Stored(6), 0, (6,), (1,), *rest))
 
 
 # hostile files
 
 
 @pytest.mark.parametrize("place", ["config", "state_dict", "optimizer", "epoch", "option", "key"])
-@pytest.mark.parametrize("function", [os.system, eval], ids=["system", "eval"])
-def test_code_is_refused_by_name_and_not_run(contents, saved, tmp_path, place, function):
+def test_code_is_refused_by_name_and_not_run(contents, saved, tmp_path, place):
     marker = tmp_path / "ran"
-    code = f"echo > {marker}" if function is os.system else f"open({str(marker)!r}, 'w').close()"
-    asks = Calls(function, code)
+    asks = Calls(eval, f"open({str(marker)!r}, 'w').close()")
     file = saved(
         **{
             "config": {"config": asks},
@@ -320,7 +319,7 @@ def test_code_is_refused_by_name_and_not_run(contents, saved, tmp_path, place, f
     )
     assert refuses(file, "asks for") == (
         f"Expected `checkpoint` to hold what RecBole writes, but {file} asks for "
-        f"{function.__module__}.{function.__name__}; it was not run. Do not trust this file."
+        "builtins.eval; it was not run. Do not trust this file."
     )
     assert not marker.exists()
     trusted(file)
@@ -488,38 +487,31 @@ def test_options_have_an_end(contents, saved):
 # damaged files, and others
 
 
-def assert_read_or_refused(file, check):
-    """Check that reading raises no other error."""
-    try:
-        found = read_checkpoint(file)
-    except CompressionError:
-        return
-    check(found)
-
-
 RANDOM = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+def flipped(data, original, flips):
+    changed = bytearray(original)
+    for flip in flips:
+        changed[data.draw(st.integers(0, len(changed) - 1))] ^= flip
+    return bytes(changed)
 
 
 @RANDOM
 @given(st.data(), st.integers(1, 255))
 def test_a_flipped_byte_is_noticed_or_does_not_matter(good, folder, data, flip):
-    damaged = bytearray(good.read_bytes())
-    damaged[data.draw(st.integers(0, len(damaged) - 1))] ^= flip
     file = folder / "flipped.pth"
-    file.write_bytes(damaged)
-    assert_read_or_refused(file, lambda found: assert_same(found, read_checkpoint(good)))
+    file.write_bytes(flipped(data, good.read_bytes(), [flip]))
+    with suppress(CompressionError):
+        assert_same(read_checkpoint(file), read_checkpoint(good))
 
 
 @RANDOM
 @given(st.data(), st.lists(st.integers(1, 255), min_size=1, max_size=3))
 def test_a_wrong_pickle_is_read_or_refused_but_raises_nothing_else(good, folder, data, flips):
-    pickled = bytearray(pickle_of(good))
-    for flip in flips:
-        pickled[data.draw(st.integers(0, len(pickled) - 1))] ^= flip
-    file = rewritten(good, folder / "wrong.pth", {"data.pkl": bytes(pickled)})
-    assert_read_or_refused(
-        file, lambda found: all(isinstance(each, torch.Tensor) for each in found.state.values())
-    )
+    pickled = flipped(data, pickle_of(good), flips)
+    with suppress(CompressionError):
+        read_checkpoint(rewritten(good, folder / "wrong.pth", {"data.pkl": pickled}))
 
 
 @pytest.mark.parametrize("share", [0, 0.01, 0.3, 0.7, 0.95, 0.999])
@@ -578,13 +570,10 @@ NO_TENSOR = "its state_dict holds what is no tensor"
         ({"epoch": 1.0}, NO_PART),
     ],
 )
-def test_a_checkpoint_that_is_not_of_recbole(saved, changes, reason):
+def test_a_checkpoint_that_is_not_of_recbole(contents, saved, changes, reason):
     refuses(saved(**changes), DAMAGED + reason)
-
-
-@pytest.mark.parametrize("missing", ["model", "dataset"])
-def test_a_config_without_a_name(contents, saved, missing):
-    refuses(saved(config=with_options(contents, **{missing: 1})), NO_PART)
+    for name in ("model", "dataset"):
+        refuses(saved(config=with_options(contents, **{name: 1})), DAMAGED + NO_PART)
 
 
 def test_files_of_other_kinds(contents, folder):

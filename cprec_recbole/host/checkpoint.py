@@ -275,12 +275,9 @@ def _tensors(
             data = np.frombuffer(bytearray(archive.read(entry)), np.uint8)  # writable
             storages[key, dtype] = torch.from_numpy(data).view(dtype)
         tensor = storages[key, dtype].as_strided(size, stride, offset)  # raises outside of it
-        # a view that repeats its numbers could fill the memory; torch takes sizes of 0 by -1
-        if (
-            tensor.numel() > n
-            or tensor.dim() > _MOST_DIMENSIONS
-            or min(tensor.shape, default=0) < 0
-        ):
+        # torch takes sizes below 0, and views that repeat numbers, of which one fills the memory
+        sizes = tensor.shape
+        if tensor.numel() > n or len(sizes) > _MOST_DIMENSIONS or min(sizes, default=0) < 0:
             raise UnpicklingError("a tensor of it does not lie within its storage")
         tensors[name] = tensor
     return tensors
