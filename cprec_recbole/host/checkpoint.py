@@ -29,6 +29,7 @@ _PATHS = ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")
 _NUMBERS = ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "b1")  # of NumPy
 _SCALARS = (str, int, float, bool, type(None))
 _MOST_DIMENSIONS = 16  # of a tensor; RecBole's have four at most
+_LONGEST = 4096  # of a text that is copied, so that few bytes of a file do not fill the memory
 _MOST_VALUES = 100_000  # of the options; lists of one list, many times over, never end
 # opcodes that hash what they take, know objects without a name, or reserve memory before they read
 _REFUSED = pickle.DICT + pickle.FROZENSET + pickle.ADDITEMS
@@ -110,9 +111,16 @@ def _getattr(owner: object, name: object) -> object:
 
 def _path(*parts: str) -> str:
     """A path, which RecBole takes for a folder: its text."""
-    if sum(map(len, parts)) > 4096:  # joined with itself again and again, it would never end
+    if sum(map(len, parts)) > _LONGEST:
         raise UnpicklingError("a path of it is too long")
     return posixpath.join("", *parts)
+
+
+def _encode(text: str, encoding: object) -> bytes:
+    """By which protocol 2 spells the bytes of NumPy's numbers."""
+    if len(text) > _LONGEST:
+        raise UnpicklingError("bytes of it are too long")
+    return text.encode("latin1")
 
 
 def _dtype(name: str, align: object, copy: object) -> np.dtype:
@@ -130,7 +138,7 @@ def _scalar(dtype: object, data: bytes) -> object:
 
 
 _STAND_INS: dict[str, object] = {
-    "_codecs.encode": lambda text, encoding: text.encode("latin1"),  # bytes in protocol 2
+    "_codecs.encode": _encode,
     "__builtin__.getattr": _getattr,
     "builtins.getattr": _getattr,
     "collections.OrderedDict": lambda: {},

@@ -22,8 +22,8 @@ from cprec_recbole.host.patching import Values
 
 _PROPERTIES = Path(recbole.__file__).parent / "properties"
 # what RecBole evaluates or unpickles; RecBole's own functions do, for a file that the user trusts
-_RUNNING_CODE = ("dataset_save_path", "dataloaders_save_path", "pre_model_path", "pretrain_path")
-_RUNNING_CODE += ("mf_pretrain_path", "mlp_pretrain_path", "warm_up", "teacher")
+_RUNNING_CODE = ["dataset_save_path", "dataloaders_save_path", "pre_model_path", "pretrain_path"]
+_RUNNING_CODE += ["mf_pretrain_path", "mlp_pretrain_path", "warm_up", "teacher"]
 _READ_BY_NOTHING = {"config_file", "config_files", "config_file_list"}  # of RecBole's own lists
 _LOWEST = {
     "train_batch_size": 1,
