@@ -8,6 +8,7 @@ import sys
 import tracemalloc
 import zipfile
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path, PureWindowsPath
 
@@ -21,12 +22,8 @@ from recbole.utils import EvaluatorType, get_model, get_trainer
 from cprec_recbole import CompressionError
 from cprec_recbole.host.checkpoint import read_checkpoint
 
-NAMES = ("NextItNet", "SASRec", "GRU4Rec", "CpGRU4Rec")
-DTYPES = [
-    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64),
-    *(torch.complex128, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
-]
-PROTOCOL, STOP = b"\x80\x04", b"."
+DAMAGED = "damaged or not RecBole's: "
+DTYPES = "float64 float32 float16 bfloat16 complex64 complex128 int64 int32 int16 int8 uint8 bool"
 
 
 def trained(world, name, folder, **options):
@@ -57,6 +54,13 @@ def assert_same(found, expected):
     assert replace(found, state={}) == replace(expected, state={})
 
 
+def refuses(file, message=DAMAGED):
+    """Check that a file is refused, and return the message."""
+    with pytest.raises(CompressionError, match=message) as error:
+        read_checkpoint(file)
+    return str(error.value)
+
+
 def rewritten(source, target, changes, **options):
     """A copy of a zip with other parts; None leaves one out."""
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", **options) as new:
@@ -68,9 +72,9 @@ def rewritten(source, target, changes, **options):
     return target
 
 
-def part(source, name):
+def pickle_of(source):
     with zipfile.ZipFile(source) as archive:
-        return archive.read(archive.namelist()[0].replace("data.pkl", name))
+        return archive.read(archive.namelist()[0])
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +83,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def contents(world, folder):
+def contents(world):
     """What a checkpoint holds, but of a small model."""
     weights = torch.arange(6.0).view(2, 3)
     return {
@@ -100,49 +104,61 @@ def good(contents, folder):
     return file
 
 
-def saved(contents, folder, **changes):
-    file = folder / "changed.pth"
-    torch.save({**contents, **changes}, file, pickle_protocol=4)
-    return file
+@pytest.fixture
+def saved(contents, folder):
+    """Saves the contents with changes, and returns the file."""
+
+    def save(protocol=4, **changes):
+        file = folder / "changed.pth"
+        torch.save({**contents, **changes}, file, pickle_protocol=protocol)
+        return file
+
+    return save
 
 
 def with_options(contents, **options):
     config = pickle.loads(pickle.dumps(contents["config"]))
     config.final_config_dict.update(options)
-    return {"config": config}
+    return config
 
 
 # what is read
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_it_is_what_torch_reads(world, tmp_path, name):
-    file = trained(world, name, tmp_path)
+ADAPTED = {"enable_amp": True, "metrics": ["Recall", "MRR"], "topk": [1, 10]}
+ADAPTED["valid_metric"] = "MRR@10"
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("NextItNet", {}),
+        ("SASRec", {}),
+        ("GRU4Rec", {}),
+        ("CpGRU4Rec", {}),
+        ("GRU4Rec", {"learner": "sgd", **ADAPTED}),
+        ("GRU4Rec", {"learner": "adagrad"}),
+        ("GRU4Rec", {"learner": "rmsprop"}),
+    ],
+)
+def test_it_is_what_torch_reads(world, tmp_path, name, options):
+    file = trained(world, name, tmp_path, **options)
     found, expected = read_checkpoint(file), trusted(file)
     final = expected["config"].final_config_dict
     left_out = {"MODEL_TYPE", "MODEL_INPUT_TYPE", "eval_type", "device"}
     assert (found.model, found.dataset, found.epoch) == (name, world.name, expected["epoch"])
     assert found.options == {key: final[key] for key in final if key not in left_out}
+    assert {key: found.options[key] for key in options} == options
     assert_same_tensors(found.state, expected["state_dict"])
     again = get_model(name)(expected["config"], world.loaders(expected["config"])[0]._dataset)
     again.load_state_dict(found.state)
 
 
-@pytest.mark.parametrize("learner", ["sgd", "adagrad", "rmsprop"])
-def test_of_other_optimizers_too(world, tmp_path, learner):
-    metrics = ["Recall", "MRR", "Precision"]
-    options = {"learner": learner, "metrics": metrics, "topk": [1, 10], "enable_amp": True}
-    file = trained(world, "GRU4Rec", tmp_path, **options)
-    found = read_checkpoint(file)
-    assert {key: found.options[key] for key in options} == options
-    assert_same_tensors(found.state, trusted(file)["state_dict"])
-
-
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-def test_every_kind_of_number_and_of_view(contents, folder, protocol):
+def test_every_dtype_and_view_is_read_and_tensors_share_memory(saved, protocol):
     table = torch.arange(24.0).view(4, 6)
     state = OrderedDict(
-        {f"{dtype}": torch.tensor([0, 1, 2]).to(dtype) for dtype in DTYPES},
+        {name: torch.tensor([0, 1, 2]).to(getattr(torch, name)) for name in DTYPES.split()},
         table=table,
         turned=table.T,
         some=table[1:3, ::2],
@@ -152,9 +168,7 @@ def test_every_kind_of_number_and_of_view(contents, folder, protocol):
         parameter=torch.nn.Parameter(torch.ones(2)),
     )
     state._metadata = OrderedDict({"": {"version": 1}})
-    file = folder / "kinds.pth"
-    changed = {**contents, "state_dict": state, "best_valid_score": np.float64(-np.inf)}
-    torch.save(changed, file, pickle_protocol=protocol)
+    file = saved(protocol, state_dict=state, best_valid_score=np.float64(-np.inf))
     found = read_checkpoint(file).state
     assert_same_tensors(found, trusted(file)["state_dict"])
     found["table"][1, 0] = -1.0
@@ -162,15 +176,7 @@ def test_every_kind_of_number_and_of_view(contents, folder, protocol):
     assert not any(tensor.requires_grad for tensor in found.values())
 
 
-def test_a_path_is_its_text(contents, folder):
-    """As RecBole takes one for data_path."""
-    options = {"data_path": Path("/data") / "here", "checkpoint_dir": PureWindowsPath("saved/x")}
-    found = read_checkpoint(saved(contents, folder, **with_options(contents, **options)))
-    assert found.options["data_path"] == "/data/here"
-    assert found.options["checkpoint_dir"] == "saved/x"
-
-
-def test_options_are_plain_values_and_numpys_numbers(contents, folder):
+def test_options_are_plain_values_numpys_numbers_and_the_text_of_paths(contents, saved):
     plain = {
         "a": [1, (2.5, None), {"b": "c", 3: True}],
         "big": 2**70,
@@ -184,6 +190,7 @@ def test_options_are_plain_values_and_numpys_numbers(contents, folder):
         "u1": np.uint8(200),
         "b1": np.bool_(True),
     }
+    paths = {"data_path": Path("/data") / "here", "checkpoint_dir": PureWindowsPath("saved/x")}
     others = {
         "device": torch.device("cuda", 1),
         "enums": [EvaluatorType.RANKING],
@@ -191,52 +198,34 @@ def test_options_are_plain_values_and_numpys_numbers(contents, folder):
         "kind": type(contents["config"]),
         "tensor": torch.ones(1),
         "deep": {"a": [EvaluatorType.VALUE]},
-        "dtype": np.dtype("f4"),
+        "dtype": np.dtype(">f4"),
         "bytes": b"x",
         7: "a name that is none",
     }
-    config = with_options(contents)["config"]
-    config.final_config_dict = {"dataset": "d", **plain, **numbers, **others}
-    found = read_checkpoint(saved(contents, folder, config=config)).options
-    assert found == {"dataset": "d", "model": "SASRec", **plain, **numbers}
+    config = with_options(contents)
+    config.final_config_dict = {"dataset": "d", **plain, **numbers, **paths, **others}
+    found = read_checkpoint(saved(config=config)).options
+    texts = {"data_path": "/data/here", "checkpoint_dir": "saved/x"}
+    assert found == {"dataset": "d", "model": "SASRec", **plain, **numbers, **texts}
     assert {type(found[name]) for name in numbers} == {float, int, bool}
     assert type(found["ordered"]) is dict
 
 
-def test_an_enum_as_python_3_11_2_writes_it(contents, folder, monkeypatch):
+def test_an_enum_as_python_3_11_2_writes_it(contents, saved, monkeypatch):
     by_name = lambda member, protocol: (getattr, (type(member), member.name))  # noqa: E731
     monkeypatch.setattr(EvaluatorType, "__reduce_ex__", by_name)
-    file = saved(contents, folder)
-    assert b"getattr" in part(file, "data.pkl")
+    file = saved()
+    assert b"getattr" in pickle_of(file)
     assert_same_tensors(read_checkpoint(file).state, contents["state_dict"])
 
 
-def test_paths_of_either_kind(good):
-    assert_same(read_checkpoint(str(good)), read_checkpoint(good))
+def test_a_path_or_a_text_and_a_file_of_older_torch_without_its_byte_order(good, folder):
+    old = rewritten(good, folder / "old.pth", {"byteorder": None, ".format_version": None})
+    for file in (str(good), old):
+        assert_same(read_checkpoint(file), read_checkpoint(good))
 
 
-def test_a_file_without_a_byte_order_is_little_endian(good, folder):
-    file = rewritten(good, folder / "old.pth", {"byteorder": None, ".format_version": None})
-    assert_same(read_checkpoint(file), read_checkpoint(good))
-
-
-# pickles by hand
-
-
-def text(value):
-    return b"\x8c" + bytes([len(value)]) + value.encode()
-
-
-def name_of(name):
-    module, _, last = name.rpartition(".")
-    return text(module) + text(last) + b"\x93"
-
-
-def attack(good, target, opcodes):
-    """A good file in which something happens first."""
-    pickled = part(good, "data.pkl")
-    body = pickled[2 + 9 :]  # without its protocol and its frame
-    return rewritten(good, target, {"data.pkl": pickled[:2] + opcodes + body})
+# tensors by hand
 
 
 class Stored:
@@ -246,73 +235,7 @@ class Stored:
         self.pid = ("storage", kind, key, location, length)
 
 
-class Described:
-    """A tensor, as the arguments it is rebuilt from."""
-
-    def __init__(self, *arguments):
-        self.arguments = arguments
-
-    def __reduce__(self):
-        return torch._utils._rebuild_tensor_v2, self.arguments
-
-
-def described(good, target, arguments, **parts):
-    """A checkpoint of one tensor that is described by hand."""
-    contents = {**trusted(good), "state_dict": {"w": Described(*arguments)}, "optimizer": None}
-    buffer = io.BytesIO()
-    pickler = pickle.Pickler(buffer, 4)
-    pickler.persistent_id = lambda part: part.pid if isinstance(part, Stored) else None
-    pickler.dump(contents)
-    parts = {"data/0": np.arange(6, dtype="<f4").tobytes(), **parts}
-    return rewritten(good, target, {"data.pkl": buffer.getvalue(), **parts})
-
-
-def test_a_tensor_of_a_gpu_comes_to_the_cpu(good, folder):
-    arguments = (Stored(6, location="cuda:1"), 1, (2, 2), (3, 1), False, OrderedDict())
-    found = read_checkpoint(described(good, folder / "gpu.pth", arguments)).state
-    assert_same_tensors(found, {"w": torch.arange(6.0).view(2, 3)[:, 1:]})
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        (Stored(6), 0, (7,), (1,), False, {}),
-        (Stored(6), 4, (3,), (1,), False, {}),
-        (Stored(6), 0, (2, 3), (4, 1), False, {}),
-        (Stored(6), -1, (2,), (1,), False, {}),
-        (Stored(6), 3, (2,), (-1,), False, {}),
-        (Stored(6), 0, (-2, -3), (3, 1), False, {}),
-        (Stored(6), 7, (0,), (1,), False, {}),
-        (Stored(6), 0, (10**12,), (0,), False, {}),
-        (Stored(6), 0, (2**62, 2**62, 0), (1, 1, 2**80), False, {}),
-        (Stored(6), 0, (2, 3), (3,), False, {}),
-        (Stored(6), 0, (1,) * 10_000, (1,) * 10_000, False, {}),
-        (Stored(6), 0.0, (6,), (1,), False, {}),
-        (Stored(6), 0, "6", "1", False, {}),
-        (Stored(6), 0, 6, 1, False, {}),
-        (Stored(6), 0, (6,), (1,), False, {}, {"conj": True}),
-        (Stored(6), 0),
-        ("storage", 0, (6,), (1,), False, {}),
-        (Stored(5), 0, (5,), (1,), False, {}),
-        (Stored(7), 0, (6,), (1,), False, {}),
-        (Stored(2**61), 0, (6,), (1,), False, {}),
-        (Stored(-6), 0, (6,), (1,), False, {}),
-        (Stored(6, key="../0"), 0, (6,), (1,), False, {}),
-        (Stored(6, key="1000"), 0, (6,), (1,), False, {}),
-        (Stored(6, key=0), 0, (6,), (1,), False, {}),
-        (Stored(6, kind=OrderedDict), 0, (6,), (1,), False, {}),
-        (Stored(6, kind=torch.DoubleStorage), 0, (6,), (1,), False, {}),
-    ],
-)
-def test_a_tensor_lies_within_its_storage_and_that_within_the_file(good, folder, arguments):
-    with pytest.raises(CompressionError, match="damaged or not RecBole's: "):
-        read_checkpoint(described(good, folder / "outside.pth", arguments))
-
-
-# files that ask for code
-
-
-class Asks:
+class Calls:
     """Calls a function where it is unpickled."""
 
     def __init__(self, function, *arguments):
@@ -322,250 +245,281 @@ class Asks:
         return self.call
 
 
+def described(good, target, *arguments):
+    """A checkpoint of one tensor that is described by hand, over six numbers."""
+    tensor = Calls(torch._utils._rebuild_tensor_v2, *arguments)
+    buffer = io.BytesIO()
+    pickler = pickle.Pickler(buffer, 4)
+    pickler.persistent_id = lambda part: part.pid if isinstance(part, Stored) else None
+    pickler.dump({**trusted(good), "state_dict": {"w": tensor}, "optimizer": None})
+    numbers = np.arange(6, dtype="<f4").tobytes()
+    return rewritten(good, target, {"data.pkl": buffer.getvalue(), "data/0": numbers})
+
+
+def test_a_tensor_of_a_gpu_comes_to_the_cpu(good, folder):
+    stored = Stored(6, location="cuda:1")
+    file = described(good, folder / "gpu.pth", stored, 1, (2, 2), (3, 1), False, OrderedDict())
+    expected = {"w": torch.arange(6.0).view(2, 3)[:, 1:]}
+    assert_same_tensors(read_checkpoint(file).state, expected)
+
+
+@pytest.mark.parametrize(
+    ("storage", "offset", "size", "stride"),
+    [
+        (Stored(6), 0, (7,), (1,)),
+        (Stored(6), 4, (3,), (1,)),
+        (Stored(6), 0, (2, 3), (4, 1)),
+        (Stored(6), -1, (2,), (1,)),
+        (Stored(6), 3, (2,), (-1,)),
+        (Stored(6), 0, (-1,), (1,)),
+        (Stored(6), 0, (-2, -3), (3, 1)),
+        (Stored(6), 0, (0, -3), (3, 1)),
+        (Stored(6), 0, (10**12,), (0,)),
+        (Stored(6), 0, (3,), (2**62,)),
+        (Stored(6), 2**62, (1,), (1,)),
+        (Stored(6), 0, (2**62, 2**62, 0), (1, 1, 2**80)),
+        (Stored(6), 0, (2, 3), (3,)),
+        (Stored(6), 0, (1,) * 10_000, (1,) * 10_000),
+        (Stored(6), 0.0, (6,), (1,)),
+        (Stored(6), 0, "6", "1"),
+        (Stored(6), 0, 6, 1),
+        ("storage", 0, (6,), (1,)),
+        (Stored(5), 0, (5,), (1,)),
+        (Stored(7), 0, (6,), (1,)),
+        (Stored(2**61), 0, (6,), (1,)),
+        (Stored(-6), 0, (6,), (1,)),
+        (Stored(6, key="../0"), 0, (6,), (1,)),
+        (Stored(6, key="1000"), 0, (6,), (1,)),
+        (Stored(6, key=0), 0, (6,), (1,)),
+        (Stored(6, kind=OrderedDict), 0, (6,), (1,)),
+        (Stored(6, kind=torch.DoubleStorage), 0, (6,), (1,)),
+    ],
+)
+def test_a_tensor_lies_within_its_storage_and_that_within_the_file(
+    good, folder, storage, offset, size, stride
+):
+    refuses(described(good, folder / "outside.pth", storage, offset, size, stride, False, {}))
+
+
+def test_a_tensor_has_the_arguments_that_recboles_have(good, folder):
+    for rest in ((), (False,), (False, {}, {"conj": True})):
+        refuses(described(good, folder / "other.pth", Stored(6), 0, (6,), (1,), *rest))
+
+
+# hostile files
+
+
 @pytest.mark.parametrize("place", ["config", "state_dict", "optimizer", "epoch", "option", "key"])
-@pytest.mark.parametrize("function", [os.system, eval], ids=["system", "eval"])
-def test_code_is_refused_by_name_and_not_run(contents, folder, tmp_path, place, function):
+def test_code_is_refused_by_name_and_not_run(contents, saved, tmp_path, place):
     marker = tmp_path / "ran"
-    code = f"echo > {marker}" if function is os.system else f"open({str(marker)!r}, 'w').close()"
-    asks = Asks(function, code)
-    changes = {
-        "config": {"config": asks},
-        "state_dict": {"state_dict": OrderedDict(contents["state_dict"], more=asks)},
-        "optimizer": {"optimizer": {"state": [asks]}},
-        "epoch": {"epoch": asks},
-        "option": with_options(contents, metrics=[asks]),
-        "key": {"other_parameter": {asks: 1}},
-    }
-    file = saved(contents, folder, **changes[place])
-    asked = f"{function.__module__}.{function.__name__}"
-    with pytest.raises(CompressionError) as error:
-        read_checkpoint(file)
-    assert str(error.value) == (
-        f"Expected `checkpoint` to hold what RecBole writes, but {file} asks for {asked}; it was "
-        "not run. Do not trust this file."
+    asks = Calls(eval, f"open({str(marker)!r}, 'w').close()")
+    file = saved(
+        **{
+            "config": {"config": asks},
+            "state_dict": {"state_dict": OrderedDict(contents["state_dict"], more=asks)},
+            "optimizer": {"optimizer": {"state": [asks]}},
+            "epoch": {"epoch": asks},
+            "option": {"config": with_options(contents, metrics=[asks])},
+            "key": {"other_parameter": {asks: 1}},
+        }[place]
+    )
+    assert refuses(file, "asks for") == (
+        f"Expected `checkpoint` to hold what RecBole writes, but {file} asks for "
+        "builtins.eval; it was not run. Do not trust this file."
     )
     assert not marker.exists()
     trusted(file)
     assert marker.exists()  # it would have run
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("os.system", "posix.system", "subprocess.Popen", "torch.load", "torch.hub.load"),
-        *(
-            "builtins.eval",
-            "builtins.exec",
-            "builtins.getattr",
-            "builtins.open",
-            "__builtin__.eval",
-        ),
-        *("pickle.loads", "importlib.import_module", "_codecs.decode", "numpy.load"),
-        *("collections.OrderedDict.fromkeys", "torch._utils._rebuild_tensor_v3", "torch.Storage"),
-        *("torch.storage._load_from_bytes", "recbole.quick_start.run_recbole", "numpy.ndarray"),
-        *("recbole.config.configurator.os", "recbole.modelling.Evil", "cprec_recbole.modelsx.Cp"),
-        *("cprec_recbole.models.os.system", "recbole.config.configurator.Config.__init__"),
-    ],
-)
-def test_every_name_that_is_not_on_the_list_is_refused(good, folder, tmp_path, name):
+def text(value):
+    return b"\x8c" + bytes([len(value)]) + value.encode()
+
+
+def named(name):
+    module, _, last = name.rpartition(".")
+    return text(module) + text(last) + b"\x93"
+
+
+def attributes(names, of_slots):
+    """A state for BUILD, which sets attributes: in the `__dict__`, or one by one."""
+    values = b"}" + b"".join(text(name) + named("torch.device") + b"s" for name in names)
+    return b"N" + values + b"\x86" if of_slots else values
+
+
+def attack(good, folder, opcodes):
+    """A good file in which something happens first."""
+    pickled = pickle_of(good)
+    body = pickled[2 + 9 :]  # without its protocol and its frame
+    return rewritten(good, folder / "attack.pth", {"data.pkl": pickled[:2] + opcodes + body})
+
+
+UNLISTED = """
+    os.system posix.system subprocess.Popen torch.load torch.hub.load pickle.loads numpy.load
+    builtins.eval builtins.exec builtins.getattr builtins.open __builtin__.eval numpy.ndarray
+    importlib.import_module _codecs.decode collections.OrderedDict.fromkeys torch.Storage
+    torch._utils._rebuild_tensor_v3 torch.storage._load_from_bytes this.s
+    recbole.quick_start.run_recbole recbole.config.configurator.os recbole.modelling.Evil
+    recbole.config.configurator.Config.__init__ cprec_recbole.modelsx.Cp
+    cprec_recbole.models.os.system numpy._core.multiarray._reconstruct
+"""
+
+
+@pytest.mark.parametrize("name", UNLISTED.split())
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_a_name_that_is_not_on_the_list_is_refused(good, folder, tmp_path, name, protocol):
     marker = tmp_path / "ran"
-    call = name_of(name) + text(f"echo > {marker}") + text("upper") + b"\x86R"
-    with pytest.raises(CompressionError) as error:
-        read_checkpoint(attack(good, folder / "attack.pth", call))
-    assert f" asks for {name}; it was not run" in str(error.value)
+    module, _, last = name.rpartition(".")
+    asked = named(name) if protocol == 4 else f"c{module}\n{last}\n".encode()
+    call = asked + text(f"echo > {marker}") + text("upper") + b"\x86R"
+    refuses(attack(good, folder, call), f" asks for {name}; it was not run")
     assert not marker.exists()
-
-
-@pytest.mark.parametrize("opcodes", [b"cthis\ns\n", text("this") + text("s") + b"\x93"])
-def test_nothing_is_imported(good, folder, opcodes):
-    with pytest.raises(CompressionError, match=r"asks for this\.s;"):
-        read_checkpoint(attack(good, folder / "attack.pth", opcodes))
     assert "this" not in sys.modules
 
 
 @pytest.mark.parametrize("name", ["recbole.model.no_such.Model", "cprec_recbole.models.np"])
 def test_a_model_is_a_name_and_no_more(good, folder, name):
-    called = name_of(name) + text("x") + b"\x85R"
-    file = attack(good, folder / "attack.pth", name_of(name) + called)
-    assert_same(read_checkpoint(file), read_checkpoint(good))
+    called = named(name) + named(name) + text("x") + b"\x85R"
+    assert_same(read_checkpoint(attack(good, folder, called)), read_checkpoint(good))
     assert "recbole.model.no_such" not in sys.modules
 
 
 def test_a_name_is_shown_on_one_line_and_not_at_length(good, folder):
-    name = name_of("evil\x1b[2J\n" + 240 * "x" + ".y")
-    with pytest.raises(CompressionError) as error:
-        read_checkpoint(attack(good, folder / "attack.pth", name))
-    assert str(error.value).isprintable()
-    assert 150 * "x" not in str(error.value)
+    name = named("evil\x1b[2J\n" + 240 * "x" + ".y")
+    said = refuses(attack(good, folder, name), "asks for")
+    assert said.isprintable()
+    assert 150 * "x" not in said
 
 
-def test_numpy_gives_numbers_only(contents, folder):
-    file = saved(contents, folder, best_valid_score=np.dtype(object))
-    with pytest.raises(CompressionError, match=r"asks for numpy\.dtype\(O8\); it was not run"):
-        read_checkpoint(file)
-    file = saved(contents, folder, best_valid_score=np.array([None]))
-    with pytest.raises(CompressionError, match=r"asks for numpy\._?core\.multiarray\._reconstruct"):
-        read_checkpoint(file)
-    file = saved(contents, folder, best_valid_score=np.dtype(">f8"))
-    with pytest.raises(CompressionError, match="little-endian"):
-        read_checkpoint(file)
+def test_numpy_gives_numbers_only(saved):
+    refuses(saved(best_valid_score=np.dtype(object)), r"asks for numpy\.dtype\(O8\); it was not")
+    refuses(saved(best_valid_score=np.array([None])), r"asks for numpy\._?core.*\._reconstruct")
 
 
-LISTED = [
-    *("builtins.getattr", "collections.OrderedDict", "numpy.dtype", "torch.FloatStorage"),
-    *("numpy._core.multiarray.scalar", "recbole.config.configurator.Config", "torch.device"),
-    *("recbole.utils.enum_type.ModelType", "recbole.model.sequential_recommender.sasrec.SASRec"),
-    *("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"),
-    *("yaml.loader.FullLoader", "cprec_recbole.models.CpSASRec"),
-]
-EMPTY = b")"
-F8 = text("f8") + b"\x89\x88\x87"
-RAISES = ["run", "name", "state", "__call__", "__class__", "__setstate__", "__dict__", "append"]
+LISTED = """
+    builtins.getattr collections.OrderedDict numpy.dtype torch.FloatStorage torch.device
+    numpy._core.multiarray.scalar recbole.config.configurator.Config yaml.loader.FullLoader
+    recbole.utils.enum_type.ModelType recbole.model.sequential_recommender.sasrec.SASRec
+    torch._utils._rebuild_tensor_v2 torch._utils._rebuild_parameter pathlib.PosixPath
+"""
+STATES = ["__call__", "__class__", "__code__", "__defaults__", "__setstate__", "__dict__", "state"]
 
 
-def state(names, slots):
-    """Attributes for BUILD to set: from a dict, or one by one as those of slots."""
-    values = b"}" + b"".join(text(name) + name_of("torch.device") + b"s" for name in names)
-    return b"N" + values + b"\x86" if slots else values
-
-
-@pytest.mark.parametrize("slots", [False, True])
-@pytest.mark.parametrize("name", LISTED)
-def test_no_stand_in_takes_attributes(good, folder, name, slots):
+@pytest.mark.parametrize("of_slots", [False, True])
+@pytest.mark.parametrize(
+    "made",
+    [
+        *map(named, LISTED.split()),
+        named("torch.device") + text("cpu") + b"\x85R",
+        named("recbole.utils.enum_type.ModelType") + b"K\x01\x85R",
+        text("text"),
+    ],
+)
+def test_no_stand_in_takes_attributes(good, folder, made, of_slots):
     before = read_checkpoint(good)
-    file = attack(good, folder / "attack.pth", name_of(name) + state(RAISES, slots) + b"b")
-    with pytest.raises(CompressionError, match="not RecBole's"):
-        read_checkpoint(file)
+    refuses(attack(good, folder, made + attributes(STATES, of_slots) + b"b"))
     assert_same(read_checkpoint(good), before)
 
 
-@pytest.mark.parametrize("slots", [False, True])
+@pytest.mark.parametrize("of_slots", [False, True])
 @pytest.mark.parametrize(
-    ("name", "arguments", "taken"),
+    "made",
     [
-        ("collections.OrderedDict", EMPTY, True),  # but dropped
-        ("recbole.config.configurator.Config", EMPTY, True),  # but by that one Config
-        ("numpy.dtype", F8, False),
-        ("torch.device", text("cpu") + b"\x85", False),
-        ("recbole.utils.enum_type.ModelType", b"K\x01\x85", False),
+        named("collections.OrderedDict") + b")R",
+        named("recbole.config.configurator.Config") + b")\x81",
+        named("numpy.dtype") + text("f8") + b"\x89\x88\x87R",
     ],
 )
-def test_nor_does_what_a_stand_in_makes(good, folder, name, arguments, taken, slots):
-    before = read_checkpoint(good)
-    built = name_of(name) + arguments + b"R" + state(RAISES, slots) + b"b"
-    file = attack(good, folder / "attack.pth", built)
-    if taken:
-        assert_same(read_checkpoint(file), before)
-    else:
-        with pytest.raises(CompressionError, match="not RecBole's"):
-            read_checkpoint(file)
-    assert_same(read_checkpoint(good), before)
+def test_what_has_a_state_shares_it_with_no_other(good, folder, made, of_slots):
+    file = attack(good, folder, made + attributes(STATES, of_slots) + b"b")
+    assert_same(read_checkpoint(file), read_checkpoint(good))
 
 
-@pytest.mark.parametrize(
-    "opcodes",
-    [
-        name_of("collections.OrderedDict") + b"]" + text("x") + text("y") + b"\x86a\x85R",
-        name_of("recbole.config.configurator.Config") + text("x") + b"\x85\x81",
-        name_of("yaml.loader.FullLoader") + text("x") + b"a",
-        name_of("yaml.loader.FullLoader") + text("x") + text("y") + b"s",
-        name_of("builtins.getattr") + name_of("torch.device") + b"\x85R",
-        name_of("numpy._core.multiarray.scalar") + text("f8") + b"C\x08" + 8 * b"x" + b"\x86R",
-        name_of("numpy._core.multiarray.scalar") + name_of("numpy.dtype") + F8 + b"RC\x01x\x86R",
-        text("f8") + EMPTY + b"R",
-        b"K\x01K\x02\x93",
-        b"K\x01Q",
-        b"ios\nsystem\n",
-        b"\x82\x01",
-        b"})Ns",
-        b"K\x01K\x02a",
-        b"}(K\x01u",
-        b"h\x63",
-        b"t",
-        b"b",
-        b"R",
-        b"0",
-    ],
-)
-def test_other_uses_of_the_list_and_of_the_stack_are_errors(good, folder, opcodes):
-    with pytest.raises(CompressionError, match=r"not RecBole's|asks for builtins\.getattr"):
-        read_checkpoint(attack(good, folder / "attack.pth", opcodes))
+NESTED = b"N" + b"q\x00h\x00\x86" * 60  # 2**60 tuples in one another, to be hashed
+DEEP = b"N" + b"\x85" * 200_000  # to hash it would overflow the C stack
+LENGTH = b"\x00\x00\x00\x00\x0f\x00\x00\x00"  # 64 GiB
+JOINED = b"h\x01h\x00h\x00\x86Rq\x00" * 60  # a path of the last path twice
+LONG_TEXT = b"X\x88\x13\x00\x00" + b"a" * 5000
+MISUSES = {
+    "memo index": b"Nr\xff\xff\xff\xff",  # the C unpickler makes room for so many
+    "bytes": b"\x8e" + LENGTH,
+    "bytearray": b"\x96" + LENGTH,
+    "bytes of protocol 3": b"B\xff\xff\xff\xff",
+    "path": text("a") + b"q\x00" + named("pathlib.PosixPath") + b"q\x01" + JOINED,
+    "copied text": named("_codecs.encode") + LONG_TEXT + text("latin1") + b"\x86R",
+    "nested key": b"}" + NESTED + b"Ns",
+    "nested key among others": b"}(" + NESTED + b"Nu",
+    "nested key of a new dict": b"(" + NESTED + b"Nd",
+    "nested in a set": b"\x8f(" + NESTED + b"\x90",
+    "nested in a frozenset": b"(" + NESTED + b"\x91",
+    "deep key": b"}" + DEEP + b"Ns",
+    "arguments of a dict": named("collections.OrderedDict") + b"]\x85R",
+    "arguments of a Config": named("recbole.config.configurator.Config") + b"N\x85\x81",
+    "append to a stand-in": named("yaml.loader.FullLoader") + b"Na",
+    "item of a stand-in": named("yaml.loader.FullLoader") + text("x") + b"Ns",
+    "object of a function": named("torch.device") + b")\x81",
+    "number of a text": named("numpy._core.multiarray.scalar") + text("f8") + b"C\x01x\x86R",
+    "call of a text": text("f8") + b")R",
+    "getattr of a type": named("builtins.getattr") + named("torch.FloatStorage") + b"N\x86R",
+    "name that is no text": b"K\x01K\x02\x93",
+    "extension": b"\x82\x01",
+    "append to a number": b"K\x01K\x02a",
+    "half an item": b"}(K\x01u",
+    "nothing in the memo": b"h\x63",
+    "no mark": b"t",
+    "empty stack": b"b",
+    "no opcode": b"\xff",
+}
 
 
-@pytest.mark.parametrize(
-    "opcodes",
-    [
-        b"Nr\xff\xff\xff\xff",  # pickle.Unpickler makes room for so many
-        b"\x8e\x00\x00\x00\x00\x0f\x00\x00\x00",  # bytes that are not there
-        b"B\xff\xff\xff\xff",
-        b"\x95\x00\x00\x00\x00\x0f\x00\x00\x00",
-        b"}N" + b"q\x00h\x00\x86" * 60 + b"Ns",  # 2**60 tuples in one another, to be hashed
-    ],
-)
-def test_a_small_file_takes_little(good, folder, opcodes):
-    file = rewritten(good, folder / "bomb.pth", {"data.pkl": PROTOCOL + opcodes + STOP})
+@pytest.mark.parametrize("misuse", MISUSES)
+def test_misused_opcodes_are_refused_in_little_memory(good, folder, misuse):
+    file = attack(good, folder, MISUSES[misuse])
     tracemalloc.start()
     try:
-        with pytest.raises(CompressionError, match="not RecBole's"):
-            read_checkpoint(file)
-        assert tracemalloc.get_traced_memory()[1] < 1e6
+        refuses(file, "not RecBole's: |asks for builtins.getattr;")
+        assert tracemalloc.get_traced_memory()[1] < 5e7
     finally:
         tracemalloc.stop()
 
 
-def test_tuples_so_deep_that_to_hash_one_overflows_the_c_stack(good, folder):
-    pickled = PROTOCOL + b"}N" + b"\x85" * 200_000 + b"Ns" + STOP
-    with pytest.raises(CompressionError, match="not RecBole's"):
-        read_checkpoint(rewritten(good, folder / "deep.pth", {"data.pkl": pickled}))
-
-
-def test_options_have_an_end(contents, folder):
+def test_options_have_an_end(contents, saved):
     doubled, own = [0], []
     own.append(own)
     for _ in range(60):
         doubled = [doubled, doubled]
     for value in (doubled, own):
-        with pytest.raises(CompressionError, match="not RecBole's"):
-            read_checkpoint(saved(contents, folder, **with_options(contents, x=value)))
+        refuses(saved(config=with_options(contents, x=value)))
 
 
 # damaged files, and others
 
 
-def outcome(file):
-    """A checkpoint or the words of a CompressionError; any other error is raised."""
-    try:
-        return read_checkpoint(file), ""
-    except CompressionError as error:
-        return None, str(error)
+RANDOM = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def flipped(data, original, flips):
+    changed = bytearray(original)
+    for flip in flips:
+        changed[data.draw(st.integers(0, len(changed) - 1))] ^= flip
+    return bytes(changed)
+
+
+@RANDOM
 @given(st.data(), st.integers(1, 255))
 def test_a_flipped_byte_is_noticed_or_does_not_matter(good, folder, data, flip):
-    damaged = bytearray(good.read_bytes())
-    damaged[data.draw(st.integers(0, len(damaged) - 1))] ^= flip
     file = folder / "flipped.pth"
-    file.write_bytes(damaged)
-    found, error = outcome(file)
-    if error:
-        assert error.startswith(f"Expected `checkpoint` to hold what RecBole writes, but {file}")
-    else:
-        assert_same(found, read_checkpoint(good))
+    file.write_bytes(flipped(data, good.read_bytes(), [flip]))
+    with suppress(CompressionError):
+        assert_same(read_checkpoint(file), read_checkpoint(good))
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@RANDOM
 @given(st.data(), st.lists(st.integers(1, 255), min_size=1, max_size=3))
 def test_a_wrong_pickle_is_read_or_refused_but_raises_nothing_else(good, folder, data, flips):
-    pickled = bytearray(part(good, "data.pkl"))
-    for flip in flips:
-        pickled[data.draw(st.integers(0, len(pickled) - 1))] ^= flip
-    file = rewritten(good, folder / "wrong.pth", {"data.pkl": bytes(pickled)})
-    found, error = outcome(file)
-    if error:
-        assert error.startswith(f"Expected `checkpoint` to hold what RecBole writes, but {file}")
-    else:
-        assert all(isinstance(tensor, torch.Tensor) for tensor in found.state.values())
+    pickled = flipped(data, pickle_of(good), flips)
+    with suppress(CompressionError):
+        read_checkpoint(rewritten(good, folder / "wrong.pth", {"data.pkl": pickled}))
 
 
 @pytest.mark.parametrize("share", [0, 0.01, 0.3, 0.7, 0.95, 0.999])
@@ -573,32 +527,29 @@ def test_a_truncated_file(good, folder, share):
     whole = good.read_bytes()
     file = folder / "short.pth"
     file.write_bytes(whole[: int(share * len(whole))])
-    with pytest.raises(CompressionError, match=r"but .*short\.pth is damaged or not RecBole's: "):
-        read_checkpoint(file)
+    refuses(file, rf"but .*short\.pth is {DAMAGED}")
 
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"data.pkl": None}, "no data.pkl"),
-        ({"constants.pkl": b"x"}, "TorchScript"),
-        ({"byteorder": b"big"}, "endian"),
-        ({"data/0": None}, "storage of it is missing"),
-        ({"data/1": b"four"}, "another size"),
-        ({"data.pkl": b""}, "exhausted|stop"),
-        ({"data.pkl": b"\x80\x04N."}, "lacks a config"),
-        ({"data.pkl": b"\x80\x04}"}, "exhausted|stop"),
+        ({"data.pkl": None}, "it holds no data.pkl"),
+        ({"constants.pkl": b"x"}, "it is a TorchScript archive"),
+        ({"byteorder": b"big"}, "its numbers are not little-endian"),
+        ({"data/0": None}, "a storage of it is missing"),
+        ({"data/1": b"four"}, "a storage of it is missing, or has another size"),
+        ({"data.pkl": b""}, "EOFError"),
+        ({"data.pkl": b"\x80\x04}"}, "EOFError"),
+        ({"data.pkl": b"\x80\x04N."}, "it lacks a config, a state_dict or an epoch"),
     ],
 )
 def test_a_zip_that_torch_did_not_write(good, folder, changes, reason):
-    with pytest.raises(CompressionError, match=f"not RecBole's: .*({reason})"):
-        read_checkpoint(rewritten(good, folder / "other.pth", changes))
+    refuses(rewritten(good, folder / "other.pth", changes), DAMAGED + reason)
 
 
 def test_a_zip_that_unpacks_to_more_than_it_has(good, folder):
-    file = rewritten(good, folder / "packed.pth", {}, compression=zipfile.ZIP_DEFLATED)
-    with pytest.raises(CompressionError, match="compressed"):
-        read_checkpoint(file)
+    file = folder / "packed.pth"
+    refuses(rewritten(good, file, {}, compression=zipfile.ZIP_DEFLATED), "it is compressed")
     for again in ("a/data/0", "a/data/1"):  # one name, or one place in the file, twice
         with zipfile.ZipFile(file, "w") as archive:
             archive.writestr("a/data.pkl", b"N.")
@@ -606,43 +557,31 @@ def test_a_zip_that_unpacks_to_more_than_it_has(good, folder):
             twice = copy.copy(archive.getinfo("a/data/0"))
             twice.filename = again
             archive.filelist.append(twice)
-        with pytest.raises(CompressionError, match="overlap"):
-            read_checkpoint(file)
+        refuses(file, "its entries overlap")
+
+
+NO_PART = "it lacks a config, a state_dict or an epoch"
+NO_TENSOR = "its state_dict holds what is no tensor"
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "reason"),
     [
-        {"config": None},
-        {"config": {"final_config_dict": {"model": "SASRec", "dataset": "d"}}},
-        {"state_dict": None},
-        {"state_dict": [torch.ones(1)]},
-        {"state_dict": {"w": 1.0}},
-        {"state_dict": {"w": torch.ones(1), "more": OrderedDict(w=torch.ones(1))}},
-        {"state_dict": {1: torch.ones(1)}},
-        {"epoch": None},
-        {"epoch": 1.0},
+        ({"config": None}, NO_PART),
+        ({"config": {"final_config_dict": {"model": "SASRec", "dataset": "d"}}}, NO_PART),
+        ({"state_dict": None}, NO_PART),
+        ({"state_dict": [torch.ones(1)]}, NO_PART),
+        ({"state_dict": {"w": 1.0}}, NO_TENSOR),
+        ({"state_dict": {"w": torch.ones(1), "more": {"w": torch.ones(1)}}}, NO_TENSOR),
+        ({"state_dict": {1: torch.ones(1)}}, NO_TENSOR),
+        ({"epoch": None}, NO_PART),
+        ({"epoch": 1.0}, NO_PART),
     ],
 )
-def test_a_checkpoint_that_is_not_of_recbole(contents, folder, changes):
-    with pytest.raises(CompressionError, match="not RecBole's: it"):
-        read_checkpoint(saved(contents, folder, **changes))
-
-
-@pytest.mark.parametrize("missing", ["config", "state_dict", "epoch"])
-def test_a_checkpoint_without_a_part(contents, folder, missing):
-    file = folder / "part.pth"
-    rest = {key: value for key, value in contents.items() if key != missing}
-    torch.save(rest, file, pickle_protocol=4)
-    with pytest.raises(CompressionError, match="lacks a config, a state_dict or an epoch"):
-        read_checkpoint(file)
-
-
-@pytest.mark.parametrize("missing", ["model", "dataset"])
-def test_a_config_without_a_name(contents, folder, missing):
-    file = saved(contents, folder, **with_options(contents, **{missing: 1}))
-    with pytest.raises(CompressionError, match="lacks a config"):
-        read_checkpoint(file)
+def test_a_checkpoint_that_is_not_of_recbole(contents, saved, changes, reason):
+    refuses(saved(**changes), DAMAGED + reason)
+    for name in ("model", "dataset"):
+        refuses(saved(config=with_options(contents, **{name: 1})), DAMAGED + NO_PART)
 
 
 def test_files_of_other_kinds(contents, folder):
@@ -651,10 +590,6 @@ def test_files_of_other_kinds(contents, folder):
     torch.save(contents["state_dict"], table)
     model.write_bytes(b"x" * 1000)
     for file in (legacy, table, model):
-        with pytest.raises(CompressionError, match="damaged or not RecBole's: "):
-            read_checkpoint(file)
+        refuses(file)
     for file in (folder, folder / "missing.pth", os.devnull):
-        with pytest.raises(
-            CompressionError, match=r"to be a file that can be read, but .* is none"
-        ):
-            read_checkpoint(file)
+        refuses(file, r"to be a file that can be read, but .* is none")

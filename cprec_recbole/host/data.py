@@ -70,11 +70,11 @@ def _unless_stale(original: Callable) -> Callable:
         paths = [*saved, *(Path(config[name]) for name in _SAVED if config[name])]
         written = [path.stat().st_mtime_ns for path in paths if path.is_file()]
         folder = Path(config["data_path"])
-        links = [each for each in (folder, *folder.parents) if each.is_symlink()]
-        seen = [each.stat() for each in (folder, *folder.glob("*")) if each.exists()]
-        seen += [each.lstat() for each in (*links, *folder.glob("*"))]
-        changed = max((each.st_ctime_ns for each in seen), default=0)
-        is_stale = bool(written) and changed >= min(written)
+        files = [folder, *folder.glob("*")]
+        links = [each for each in (*files, *folder.parents) if each.is_symlink()]
+        seen = [each.stat() for each in files if each.exists()] + [each.lstat() for each in links]
+        changed = [each.st_ctime_ns for each in seen]
+        is_stale = bool(written and changed) and max(changed) >= min(written)
         with without_saved_data(config) if is_stale else nullcontext():
             return original(config)
 

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,21 @@ from cprec_recbole.config import CompressionError, is_number
 from cprec_recbole.host.data import without_saved_data
 from cprec_recbole.host.patching import Values
 
-_LEFT_OUT = ("valid_and_test", "valid_only", "test_only")
-
-
+_PROPERTIES = Path(recbole.__file__).parent / "properties"
 # what RecBole evaluates or unpickles; RecBole's own functions do, for a file that the user trusts
-_RUNNING_CODE = (
-    *("dataset_save_path", "dataloaders_save_path", "pre_model_path", "pretrain_path"),
-    *("mf_pretrain_path", "mlp_pretrain_path", "warm_up", "teacher"),
-)
-_READ_BY_NOTHING = ("config_file", "config_files", "config_file_list")  # of RecBole's own lists
+_RUNNING_CODE = ["dataset_save_path", "dataloaders_save_path", "pre_model_path", "pretrain_path"]
+_RUNNING_CODE += ["mf_pretrain_path", "mlp_pretrain_path", "warm_up", "teacher"]
+_READ_BY_NOTHING = {"config_file", "config_files", "config_file_list"}  # of RecBole's own lists
+_LOWEST = {
+    "train_batch_size": 1,
+    "eval_batch_size": 1,
+    "epochs": 0,
+    "stopping_step": 0,
+    "eval_step": -1,
+    "MAX_ITEM_LIST_LENGTH": 1,
+    "worker": 0,
+    "seed": 0,
+}
 
 
 def recbole_config(
@@ -63,20 +69,14 @@ def recbole_config(
                 f"code, but got {given[name]!r}; leave it out, or call RecBole's own run_recbole() "
                 "with what you trust."
             )
-    if (
-        not dataset or dataset == ".." or Path(dataset).name != dataset
-    ):  # RecBole looks for files of its own by it
-        raise CompressionError(
-            f"Expected `dataset` to be the name of a folder in `data_path`, but got {dataset!r}."
-        )
+    # RecBole looks for files of its own by the name of a data set
+    if dataset in ("", "..") or Path(dataset).name != dataset:
+        raise _expected("dataset", "the name of a folder in `data_path`", dataset)
     argv = sys.argv
     sys.argv = argv[:1] or [""]
     try:
-        config = Config(model, dataset, config_dict=Values(given))
-    except (CompressionError, OSError):
-        raise
-    except Exception as error:  # its own checks raise any kind, and some are asserts
-        raise CompressionError(f"RecBole refuses these options: {in_a_line(error)}") from error
+        with _recbole_errors("RecBole refuses these options: "):
+            config = Config(model, dataset, config_dict=Values(given))
     finally:
         sys.argv = argv
     _check_numbers(config)
@@ -91,7 +91,7 @@ def recbole_dataset(config: Config) -> Any:
     Raises:
         CompressionError: files that RecBole cannot read with these options.
     """
-    with _reading(config), without_saved_data(config):
+    with _data_errors(config), without_saved_data(config):
         return create_dataset(config)
 
 
@@ -101,7 +101,7 @@ def recbole_loaders(config: Config, dataset: Any) -> tuple[Any, Any, Any]:
     Raises:
         CompressionError: a data set that cannot be split with these options.
     """
-    with _reading(config), without_saved_data(config):
+    with _data_errors(config), without_saved_data(config):
         return data_preparation(config, dataset)
 
 
@@ -116,38 +116,36 @@ def recbole_model(config: Config, dataset: Any) -> Any:
 
 
 @contextmanager
-def fitting_options(model: str) -> Iterator[None]:
+def _recbole_errors(message: str, *, with_kind: bool = False) -> Iterator[None]:
+    """Within: what RecBole raises, which has no errors of its own, is a CompressionError."""
+    try:
+        yield
+    except (CompressionError, OSError):
+        raise
+    except Exception as error:  # some are asserts
+        said = in_a_line(error)
+        if with_kind:
+            said = f"{type(error).__name__}: {said}"
+        elif isinstance(error, KeyError):  # of an activation's name, say
+            said = f"nothing is called {said}"
+        raise CompressionError(message + said) from error
+
+
+def fitting_options(model: str) -> AbstractContextManager[None]:
     """Where RecBole's own layers work: what they say of options is of the user's.
 
     Raises:
         CompressionError: options that no such model can have.
     """
-    try:
-        yield
-    except (CompressionError, OSError):
-        raise
-    except Exception as error:  # RecBole has no errors of its own
-        said = in_a_line(error)
-        if isinstance(error, KeyError):  # of an activation's name, say
-            said = f"nothing is called {said}"
-        raise CompressionError(
-            f"Expected options that a {model} can have, but RecBole says: {said}"
-        ) from error
+    return _recbole_errors(f"Expected options that a {model} can have, but RecBole says: ")
 
 
-@contextmanager
-def _reading(config: Config) -> Iterator[None]:
-    """Within: what RecBole says of data that it cannot read is an error of one line."""
-    try:
-        yield
-    except (CompressionError, OSError):
-        raise
-    except Exception as error:  # RecBole has no errors of its own
-        raise CompressionError(
-            f"Expected `dataset` to be one that RecBole reads and splits with these options, but "
-            f"of {config['dataset']} in {config['data_path']} it says: {type(error).__name__}: "
-            f"{in_a_line(error)}"
-        ) from error
+def _data_errors(config: Config) -> AbstractContextManager[None]:
+    return _recbole_errors(
+        "Expected `dataset` to be one that RecBole reads and splits with these options, but of "
+        f"{config['dataset']} in {config['data_path']} it says: ",
+        with_kind=True,
+    )
 
 
 def in_a_line(error: BaseException) -> str:
@@ -196,46 +194,44 @@ def whole_number(config: Config, name: str, lowest: int = 1) -> int:
     """An option that has to be a whole number, `lowest` or more; else a CompressionError."""
     value = config[name]
     if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
-        raise CompressionError(
-            f"Expected `{name}` to be a whole number, {lowest} or more, but got {value!r}."
-        )
+        raise _expected(name, f"a whole number, {lowest} or more", value)
     return value
+
+
+def _expected(name: str, what: str, value: object) -> CompressionError:
+    return CompressionError(f"Expected `{name}` to be {what}, but got {value!r}.")
 
 
 def known_options(config: Config) -> list[str]:
     """The names of all options that RecBole or this package knows for a model."""
     arguments = [name for names in config.parameters.values() for name in names]
-    return sorted({*config.internal_config_dict, *arguments} - {*_READ_BY_NOTHING})
+    return sorted({*config.internal_config_dict, *arguments} - _READ_BY_NOTHING)
 
 
 def model_options(model: str | None = None) -> set[str]:
     """The names of the options of one of RecBole's models, or of all; empty for another's."""
-    files = (Path(recbole.__file__).parent / "properties" / "model").glob(f"{model or '*'}.yaml")
+    files = (_PROPERTIES / "model").glob(f"{model or '*'}.yaml")
     return {name for file in files for name in read_yaml(file.read_text(encoding="utf-8")) or ()}
 
 
 def _check_numbers(config: Config) -> None:
     """RecBole takes anything, and fails once it computes with it."""
-    lowest = {"train_batch_size": 1, "eval_batch_size": 1, "epochs": 0, "stopping_step": 0}
-    lowest |= {"eval_step": -1, "MAX_ITEM_LIST_LENGTH": 1, "worker": 0}
-    for name, least in {**lowest, "seed": 0}.items():
-        whole_number(config, name, least)
-    for name, words, fits in (
-        ("learning_rate", "a number above 0", lambda rate: rate > 0),
-        ("weight_decay", "a number, 0 or more", lambda decay: decay >= 0),
-    ):
-        value = config[name]
-        if value is not None and not (is_number(value) and fits(value)):
-            raise CompressionError(f"Expected `{name}` to be {words}, but got {value!r}.")
+    for name, lowest in _LOWEST.items():
+        whole_number(config, name, lowest)
+    rate, decay = config["learning_rate"], config["weight_decay"]
+    if rate is not None and not (is_number(rate) and rate > 0):
+        raise _expected("learning_rate", "a number above 0", rate)
+    if decay is not None and not (is_number(decay) and decay >= 0):
+        raise _expected("weight_decay", "a number, 0 or more", decay)
 
 
 def _check_choices(config: Config) -> None:
     """What RecBole knows to be wrong only once it gets there, perhaps after an epoch."""
     split = config["eval_args"]["split"]
-    if isinstance(split, dict) and split.get("LS", "test_only") not in _LEFT_OUT:
+    ways = ("valid_and_test", "valid_only", "test_only")
+    if isinstance(split, dict) and split.get("LS", "test_only") not in ways:
         raise CompressionError(
-            f"Expected `eval_args` to leave one out by {', '.join(_LEFT_OUT)}, but got "
-            f"{split['LS']!r}."
+            f"Expected `eval_args` to leave one out by {', '.join(ways)}, but got {split['LS']!r}."
         )
     if config["log_wandb"] and importlib.util.find_spec("wandb") is None:
         raise CompressionError(
@@ -247,8 +243,8 @@ def _check_choices(config: Config) -> None:
 def _check_dataset(config: Config) -> None:
     """RecBole offers to download a data set that it does not find, where it knows the name."""
     folder, name = config["data_path"], config["dataset"]
-    known = Path(recbole.__file__).parent / "properties" / "dataset" / "url.yaml"
-    if not os.path.isdir(folder) and name not in yaml.safe_load(known.read_text(encoding="utf-8")):
+    known = read_yaml((_PROPERTIES / "dataset" / "url.yaml").read_text(encoding="utf-8"))
+    if name not in known and not os.path.isdir(folder):
         raise CompressionError(
             "Expected `dataset` to be ml-100k, or the name of a folder in `data_path` that holds "
             f"{name}.inter, but {folder} does not exist."

@@ -12,6 +12,7 @@ import copy
 import logging
 import os
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,16 +28,6 @@ from cprec_recbole.parallel.group import Place
 # what the collector keeps of evaluation batches, a row for each user or interaction
 COLLECTED = ("rec.topk", "rec.meanrank", "rec.score", "rec.items", "data.label")
 _OF_A_GROUP = ("local_rank", "world_size", "nproc", "ip", "port", "offset")
-
-
-class _NoTensorboard:
-    """What a process that does not write has in place of a SummaryWriter."""
-
-    def add_scalar(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing."""
-
-    def add_hparams(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing."""
 
 
 def alone(config: Any) -> Any:
@@ -55,8 +46,10 @@ def _joining_a_group(original: Callable) -> Callable:
     def _init_device(self: Any) -> None:
         final = self.final_config_dict
         place = group.expected()
-        if place is None and "local_rank" in final:  # somebody's own way to start RecBole
-            place = _place_of_options(final)
+        if place is None and "local_rank" in final:  # RecBole's own `run` says it in options
+            local_rank, size, nproc = final["local_rank"], final["world_size"], final["nproc"]
+            meeting = f"tcp://{final['ip']}:{final['port']}"
+            place = Place(local_rank + final["offset"], size, local_rank, nproc, meeting)
         if place is None:
             original(self)
             return
@@ -77,13 +70,6 @@ def _joining_a_group(original: Callable) -> Callable:
             final.update(save_dataset=False, save_dataloaders=False)
 
     return _init_device
-
-
-def _place_of_options(options: dict[str, Any]) -> Place:
-    """The place that RecBole's own `run` gives a process in its options."""
-    local_rank, address = options["local_rank"], f"{options['ip']}:{options['port']}"
-    rank = local_rank + options["offset"]
-    return Place(rank, options["world_size"], local_rank, options["nproc"], f"tcp://{address}")
 
 
 def _gpus(options: dict[str, Any], given: bool, place: Place) -> list[int]:
@@ -114,13 +100,15 @@ def _gpus(options: dict[str, Any], given: bool, place: Place) -> list[int]:
 
 
 def _reading_a_share(original: Callable) -> Callable:
+    from recbole.data.dataloader import FullSortEvalDataLoader, NegSampleEvalDataLoader
+
     def __init__(self: Any, config: Any, dataset: Any, sampler: Any, shuffle: bool = False) -> None:
         original(self, config, dataset, sampler, shuffle)
         if config["single_spec"]:
             return
         number, parts = group.rank(), group.size()
-        if _is_evaluation(self):
-            rows = list(group.part_of(self.sample_size, number, parts))
+        if isinstance(self, FullSortEvalDataLoader | NegSampleEvalDataLoader):
+            rows = group.part_of(self.sample_size, number, parts)
             batches: Any = BatchSampler(rows, self.step, drop_last=False)
         elif is_ours(config):
             self._init_batch_size_and_step()  # RecBole has divided the batch by the processes
@@ -142,13 +130,7 @@ def _reading_a_share(original: Callable) -> Callable:
 
 def _has_rows(loader: Any) -> bool:
     """What RecBole asks by `if not valid_data`; where this process has no rows, others have."""
-    return len(loader) > 0 if loader.config["single_spec"] else loader.sample_size > 0
-
-
-def _is_evaluation(loader: Any) -> bool:
-    from recbole.data.dataloader import FullSortEvalDataLoader, NegSampleEvalDataLoader
-
-    return isinstance(loader, FullSortEvalDataLoader | NegSampleEvalDataLoader)
+    return loader.sample_size > 0
 
 
 def _without_needing_gpus(original: Callable) -> Callable:
@@ -159,13 +141,11 @@ def _without_needing_gpus(original: Callable) -> Callable:
         self.config, self.model = config, model
         if is_ours(config):
             return  # CompressedTrainer adds the gradients up itself
+        gpus = None
         if config["device"].type == "cuda":
+            gpus = [config["device"].index]
             self.model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-            self.distributed_model = DistributedDataParallel(
-                self.model, device_ids=[config["device"].index]
-            )
-        else:
-            self.distributed_model = DistributedDataParallel(self.model)
+        self.distributed_model = DistributedDataParallel(self.model, device_ids=gpus)
 
     return __init__
 
@@ -218,25 +198,25 @@ def _of_all_rows(original: Callable) -> Callable:
     return get_data_struct
 
 
-def _as_it_is(original: Callable) -> Callable:
-    def _map_reduce(self: Any, result: Any, num_sample: int) -> Any:
-        return result  # of all rows already
-
-    return _map_reduce
-
-
 def _of_the_first(original: Callable) -> Callable:
     def get_tensorboard(logger: Any) -> Any:
-        return original(logger) if group.is_first() else _NoTensorboard()
+        if group.is_first():
+            return original(logger)
+        return SimpleNamespace(add_scalar=_write_nothing, add_hparams=_write_nothing)
 
     return get_tensorboard
 
 
-def _if_missing(original: Callable) -> Callable:
-    def ensure_dir(dir_path: str) -> None:
-        os.makedirs(dir_path, exist_ok=True)  # another process may be making it
+def _write_nothing(*args: Any, **kwargs: Any) -> None:
+    pass
 
-    return ensure_dir
+
+def _ensure_dir(dir_path: str) -> None:
+    os.makedirs(dir_path, exist_ok=True)  # another process may be making it
+
+
+def _map_reduce(trainer: Any, result: Any, num_sample: int) -> Any:
+    return result  # of all rows already
 
 
 def adapt() -> None:
@@ -253,7 +233,7 @@ def adapt() -> None:
     replace(AbstractTrainer, "__init__", _without_needing_gpus)
     replace(Trainer, "__init__", _with_one_file)
     replace(Trainer, "_save_checkpoint", _written_by_one)
-    replace(Trainer, "_map_reduce", _as_it_is)
+    replace(Trainer, "_map_reduce", lambda original: _map_reduce)
     replace(Collector, "get_data_struct", _of_all_rows)
     replace(recbole.trainer.trainer, "get_tensorboard", _of_the_first)
-    replace(recbole.trainer.trainer, "ensure_dir", _if_missing)
+    replace(recbole.trainer.trainer, "ensure_dir", lambda original: _ensure_dir)

@@ -12,8 +12,9 @@ from recbole.utils.argument_list import dataset_arguments, evaluation_arguments
 from torch import nn
 
 from cprec_recbole.config import CompressionConfig, CompressionError, reject_unknown
-from cprec_recbole.host.checkpoint import Checkpoint, read_checkpoint
+from cprec_recbole.host.checkpoint import Checkpoint, read_checkpoint, shown
 from cprec_recbole.host.library import (
+    in_a_line,
     known_options,
     model_options,
     recbole_config,
@@ -22,7 +23,6 @@ from cprec_recbole.host.library import (
     recbole_model,
 )
 from cprec_recbole.host.numbering import check_checkpoint_numbering
-from cprec_recbole.host.unpickle import shown
 from cprec_recbole.models import MODELS
 from cprec_recbole.models.registry import spec_named
 from cprec_recbole.models.spec import ModelSpec
@@ -73,10 +73,9 @@ def load_trained(
     try:
         model.load_state_dict(checkpoint.state)
     except (RuntimeError, CompressionError) as error:
-        reason = " ".join(str(error).split())
         raise CompressionError(
             f"Expected the data set {checkpoint.dataset} to be the one that {os.fspath(file)} was "
-            f"trained on, but the weights do not fit: {reason[:300]}"
+            f"trained on, but the weights do not fit: {in_a_line(error)[:300]}"
         ) from error
     return TrainedModel(model.to(config["device"]).eval(), train, valid, test)
 
@@ -99,19 +98,20 @@ def _options(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, Any]:
     names |= {*_ALSO, *CompressionConfig.option_names(), *model_options(spec.name)}
     names |= {*dataset_arguments, *evaluation_arguments}
     options = {name: value for name, value in checkpoint.options.items() if name in names}
-    negatives = _negatives(checkpoint.options.get("train_neg_sample_args"))
-    if negatives is not None:
-        options["train_neg_sample_args"] = negatives
+    negatives = checkpoint.options.get("train_neg_sample_args")
+    if isinstance(negatives, dict):
+        options |= _negatives(negatives)
     folder = checkpoint.options.get("data_path")
     if isinstance(folder, str) and folder and checkpoint.dataset != "ml-100k":
         options["data_path"] = str(Path(folder).parent)  # RecBole has added the data set's name
     return options | {"use_gpu": torch.cuda.is_available()}
 
 
-def _negatives(given: object) -> dict[str, Any] | None:
-    """RecBole's `train_neg_sample_args`, also as RecBole up to 1.1.0 wrote it; None for none."""
-    if not isinstance(given, dict) or given.get("strategy", given.get("distribution")) == "none":
-        return None
-    if "strategy" not in given:
-        return given
-    return {"distribution": given.get("distribution", "uniform"), "sample_num": given.get("by", 1)}
+def _negatives(given: dict[str, Any]) -> dict[str, Any]:
+    """RecBole's option of that name where there are any; up to 1.1.0 it had a `strategy`."""
+    if given.get("strategy", given.get("distribution")) == "none":
+        return {}
+    if "strategy" in given:
+        distribution = given.get("distribution", "uniform")
+        given = {"distribution": distribution, "sample_num": given.get("by", 1)}
+    return {"train_neg_sample_args": given}
