@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import io
 import os
 import signal
 import sys
 import threading
 from itertools import count
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch._dynamo  # which the first optimizer imports: better before a process is forked
 import torch.distributed as dist
-from cprec_recbole.parallel.reducer import GradientReducer, clip_gradients
-from cprec_recbole.parallel.shards import gathered_state
 from recbole.utils import get_model, get_trainer, init_seed
 
 from cprec_recbole import CompressionError
+from cprec_recbole.embedding import BlockEmbedding
 from cprec_recbole.parallel import group, processes
-from cprec_recbole.training.run import Job, work
-from cprec_recbole.training.state import Journal, Moment, restore, set_random_state, take
+from cprec_recbole.training.run import Job, train_here
+from cprec_recbole.training.state import Journal
 from cprec_recbole.training.trainer import CompressedTrainer
 from tests.builders import World
 
@@ -68,8 +65,18 @@ def wait_for_ever(pipe: Any) -> None:
     threading.Event().wait()
 
 
-def curves(world: World, cases: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Train each model; what came of it."""
+def curves(
+    world: World, cases: list[tuple[str, dict[str, Any]]], sparse: bool = False
+) -> list[dict[str, Any]]:
+    """Train each model; what came of it.
+
+    Args:
+        world: the data set.
+        cases: names of models and their options.
+        sparse: whether small blocks may have sparse gradients, too.
+    """
+    if sparse:
+        BlockEmbedding.look_up_sparsely.__defaults__ = (1,)
     return [curve(world, name, options) for name, options in cases]
 
 
@@ -84,32 +91,10 @@ def curve(world: World, name: str, options: dict[str, Any]) -> dict[str, Any]:
     trainer.fit(train, valid, saved=False, verbose=False)
     return {
         "losses": list(trainer.train_loss_dict.values()),
-        "weights": {key: value.clone() for key, value in gathered_state(model).items()},
+        "weights": {key: value.clone() for key, value in model.state_dict().items()},
         "valid": dict(trainer.best_valid_result),
         "test": dict(trainer.evaluate(test, load_best_model=False)),
     }
-
-
-def summed(grads: list[list[Any]]) -> list[torch.Tensor | None]:
-    """The sums of gradients, process by process; the last parameter is left out."""
-    rank = joined()
-    parameters = [torch.nn.Parameter(torch.zeros(5, 2)) for _ in grads[rank]]
-    for parameter, grad in zip(parameters, grads[rank]):
-        parameter.grad = None if grad is None else grad.clone()  # the test's memory is shared
-    GradientReducer(parameters, parameters[-1:]).reduce()
-    found = [parameter.grad for parameter in parameters]
-    assert all(str(others) == str(found[:-1]) for others in group.gather(found[:-1]))
-    return found
-
-
-def clipped(grads: list[list[Any]], norm_type: float) -> tuple[list[list[Any]], float]:
-    """Gradients after clipping to .5, and the norm before, where the last are parts of one."""
-    rank = joined()
-    parameters = [torch.nn.Parameter(torch.zeros(5, 2)) for _ in grads[rank]]
-    for parameter, grad in zip(parameters, grads[rank]):
-        parameter.grad = grad.clone()
-    norm = clip_gradients(parameters, 0.5, norm_type, parted=parameters[-1:])
-    return group.gather([parameter.grad for parameter in parameters]), float(norm)
 
 
 def metrics(world: World, cases: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -131,7 +116,7 @@ def carry_out(jobs: list[Job], alone: bool = True) -> list[dict[str, Any]]:
     """The results of jobs, one after the other."""
     if alone:
         group.expect(None)
-    return [work(job) for job in jobs]
+    return [train_here(job) for job in jobs]
 
 
 def carry_out_and_die(job: Job, death: str, alone: bool = True) -> None:
@@ -156,7 +141,7 @@ def carry_out_and_die(job: Job, death: str, alone: bool = True) -> None:
                 owner for owner in (CompressedTrainer, Journal, os) if hasattr(owner, name)
             )
             kill_before(owner, name, int(call))
-    work(job)
+    train_here(job)
 
 
 def die_within_a_write(call: int) -> None:
@@ -170,49 +155,6 @@ def die_within_a_write(call: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     torch.save = half
-
-
-def parted_and_back() -> bool:
-    """Whether a training of rows that are spread over processes goes on as it would have."""
-    from torch.distributed.tensor import DTensor, Shard, init_device_mesh
-
-    rank = joined()
-    mesh = init_device_mesh("cpu", (group.size(),))
-
-    def trainer() -> Any:
-        torch.manual_seed(rank)
-        model = torch.nn.Linear(3, 5)  # 5 rows on two processes: 3 and 2
-        rows = torch.randn(3 - rank, 3)
-        model.weight = torch.nn.Parameter(
-            DTensor.from_local(rows, mesh, [Shard(0)], shape=(5, 3), stride=(3, 1))
-        )
-        model.other_parameter = model.load_other_parameter = lambda *state: None
-        return SimpleNamespace(
-            **{"model": model, "is_parted": True, "valid_data": None, "train_loss_dict": {}},
-            measured={},
-            **{"cur_step": 0, "best_valid_score": 0.0, "best_valid_result": None},
-            optimizer=torch.optim.Adam([{"params": [p]} for p in model.parameters()], lr=0.1),
-            device=torch.device("cpu"),
-        )
-
-    def step(trainer: Any) -> torch.Tensor:
-        rows = trainer.model.weight.to_local()
-        trainer.optimizer.zero_grad()
-        (rows.sin().sum() + (trainer.model.bias * torch.rand(5)).sum()).backward()
-        trainer.optimizer.step()
-        return torch.cat([rows.detach().flatten(), trainer.model.bias.detach()])
-
-    one, other = trainer(), trainer()
-    step(one)
-    file = io.BytesIO()
-    state = take(one, Moment(0, 1, 0.0, torch.Generator().get_state(), {}))
-    torch.save(group.from_first(state), file)  # which the first process writes
-    file.seek(0)
-    wanted = step(one)
-    moment = restore(other, torch.load(file, weights_only=True), None)
-    set_random_state(moment.random or {}, other.device)
-    found = step(other)
-    return all(group.gather(torch.equal(wanted, found) and len(wanted) == 9 - 3 * rank + 5))
 
 
 def kill_before(owner: Any, name: str, call: int) -> None:

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from cprec_recbole.compression.averaging import WeightAverage
+
+from cprec_recbole.compression.recover import WeightAverage
 
 
 @pytest.mark.parametrize("n_steps", [1, 2, 7, 100])

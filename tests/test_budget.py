@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cprec_recbole import BlockEmbedding, CompressionConfig, CompressionError, Partition, compress
-from cprec_recbole.compression.budget import checked_bytes, choose, smallest_possible
+from cprec_recbole.compression.budget import Budget, OptionSearch, checked_bytes
 from cprec_recbole.compression.original import Original
-from cprec_recbole.compression.spectra import Cost, Spectra, block_ends
+from cprec_recbole.compression.spectra import Spectra, block_ends
 from cprec_recbole.config import BlockPlan
-from cprec_recbole.costs import part_sizes
+from cprec_recbole.costs import PARAMETERS, TableCost, part_sizes
 from tests.builders import HOSTS, SCHEMES
 
 
@@ -50,7 +51,11 @@ def test_what_a_plan_loses_is_the_error_of_its_factors(plan, directions):
     assert found.loss(BlockPlan(ranks, cutoffs, 5)) == pytest.approx(float(error / whole), abs=1e-6)
 
 
-@given(st.floats(-7, -1), st.integers(0, 5), st.sampled_from([Cost(1, 0), Cost(2, 0), Cost(1, 5)]))
+@given(
+    st.floats(-7, -1),
+    st.integers(0, 5),
+    st.sampled_from([TableCost(1, 0), TableCost(2, 0), TableCost(1, 5)]),
+)
 @settings(max_examples=40, deadline=None)
 def test_the_plan_for_a_price_is_the_best_of_all(exponent, seed, cost):
     price = 10.0**exponent
@@ -67,7 +72,7 @@ def test_the_plan_for_a_price_is_the_best_of_all(exponent, seed, cost):
 @settings(max_examples=40, deadline=None)
 def test_the_plan_for_a_budget_fits_and_nothing_more_would(parameters, seed):
     _, _, found = spectra(seed=seed)
-    plan = found.best_plan(parameters, Cost(1, 0))
+    plan = found.best_plan(parameters, TableCost(1, 0))
     if plan is None:
         assert parameters < 30 + 5  # one block of rank 1
         return
@@ -105,9 +110,9 @@ def test_every_ratio_is_met_or_refused_with_the_smallest_size(
     base = CompressionConfig(softmax=softmax, tied=tied)
 
     def chosen(limit):
-        return choose(original, counts, limit, base, sharing, lambda options: 0.1, use_trained)
-
-    from cprec_recbole.compression.building import build
+        error = (lambda options: 0.1) if use_trained else None
+        search = OptionSearch(original, counts, base, sharing, hidden_error=error)
+        return search.best(replace(Budget.of_ratio(1, original, PARAMETERS), limit=limit))
 
     try:
         choice = chosen(limit)
@@ -117,7 +122,7 @@ def test_every_ratio_is_met_or_refused_with_the_smallest_size(
         choice = chosen(smallest)
         assert choice.parameters == smallest
         limit = smallest
-    small = build(original, choice.compression, counts)
+    small = original.compressed(choice.compression, counts)
     assert part_sizes(small).total == choice.parameters <= limit
     assert choice.compression.softmax == softmax
     assert choice.compression.tied == tied
@@ -159,7 +164,7 @@ def test_a_fresh_model_is_compressed_by_counts(world, host_name, capsys):
 def test_more_popular_blocks_get_more_of_the_budget():
     counts = np.array([0] + [1000] * 10 + [1] * 89, dtype=float)
     found = Spectra.of_counts(counts, 16, block_ends(100))
-    plan = found.best_plan(400, Cost(1, 0))
+    plan = found.best_plan(400, TableCost(1, 0))
     assert plan.ranks[0] > plan.ranks[-1]
     assert plan.cutoffs[0] <= 16
 
@@ -185,7 +190,8 @@ def test_max_loss_may_end_at_the_smallest_model(world):
     for width in range(8, 60):
         model = world.model("SASRec", inner_size=width, n_layers=1)
         whole = sum(p.numel() for p in model.parameters())
-        smallest = smallest_possible(Original.of(model), CompressionConfig(), None)
+        original = Original.of(model)
+        smallest = OptionSearch(original, original.counts(), CompressionConfig()).smallest
         if int(whole / (whole / smallest)) < smallest:
             break
     small = compress(model, max_loss=0.999, valid_data=valid, verbose=False)

@@ -7,7 +7,7 @@ import torch
 
 from cprec_recbole import CompressionError, FullSoftmax
 from cprec_recbole.embedding import BlockEmbedding
-from cprec_recbole.training.optimizers import Both, build_optimizer
+from cprec_recbole.training.optimizers import Both, build_optimizer, clip_gradients
 from tests.builders import block_embedding, train_a_step
 
 PLAIN = {
@@ -180,3 +180,30 @@ def test_a_state_of_another_learner_is_refused():
     table.look_up_sparsely(1)
     with pytest.raises(CompressionError, match="another `learner`"):
         build_optimizer(table, "sparse_adam", 0.1, 0.0).load_state_dict(state)
+
+
+def sparse_gradient():
+    parameter = torch.nn.Parameter(torch.zeros(5, 2))
+    rows = torch.tensor([[3, 1, 3]])
+    values = torch.tensor([[3.0, -4], [0, 2], [1, 1]])
+    parameter.grad = torch.sparse_coo_tensor(rows, values, (5, 2))
+    return parameter
+
+
+@pytest.mark.parametrize("norm_type", [2.0, 1.0, "inf"])
+def test_sparse_gradients_are_clipped_as_dense_ones(norm_type):
+    dense = torch.nn.Parameter(torch.zeros(3))
+    dense.grad = torch.tensor([1.0, -2, 0.5])
+    sparse, whole = sparse_gradient(), torch.nn.Parameter(torch.zeros(5, 2))
+    whole.grad, other = sparse.grad.to_dense(), copy.deepcopy(dense)
+    other.grad = dense.grad.clone()
+    expected = torch.nn.utils.clip_grad_norm_([whole, other], 0.5, float(norm_type))
+    found = clip_gradients([sparse, dense], 0.5, norm_type)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(sparse.grad.to_dense(), whole.grad)
+    torch.testing.assert_close(dense.grad, other.grad)
+
+
+def test_clipping_takes_norms_above_zero_alone():
+    with pytest.raises(CompressionError, match="norm_type of `clip_grad_norm` to be above 0"):
+        clip_gradients([sparse_gradient()], 1.0, 0)

@@ -6,14 +6,13 @@ from importlib import import_module
 
 import pytest
 import torch
-from cprec_recbole.compression.averaging import WeightAverage
 from torch import nn
 
 from cprec_recbole import CompressionConfig, CompressionError, compress, evaluate, recover
 from cprec_recbole.compression import distillation
 from cprec_recbole.compression.distillation import Teacher
 from cprec_recbole.compression.original import Original
-from cprec_recbole.compression.recover import _rate_at, _Recovery
+from cprec_recbole.compression.recover import WeightAverage, _rate_at, _Recovery
 from cprec_recbole.models.eval_mode import without_dropout
 from tests.builders import HOSTS
 
@@ -273,7 +272,7 @@ def test_what_is_kept_is_the_average_of_the_latest_weights(trained, monkeypatch)
             super().__init__(parameters)
             made.append(self)
 
-    monkeypatch.setattr(import_module("cprec_recbole.recover"), "WeightAverage", Seen)
+    monkeypatch.setattr(import_module("cprec_recbole.compression.recover"), "WeightAverage", Seen)
     small = squeezed(trained, "SASRec")
     histories = [[1, 2, 3, 4], [5, 6]] * 8
     recover(small, trained["SASRec"], histories, 3, batch_size=4, progress=False)

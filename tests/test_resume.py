@@ -26,7 +26,6 @@ CASES = {
     "negatives": ("CpGRU4Rec", {"loss_type": "BPR", "training": "last_position"}),
     "sampled": ("CpSASRec", {"eval_args": SAMPLED}),
     "two processes": ("CpSASRec", {}),
-    "two processes, spread": ("CpSASRec", {"softmax": "tree", "shard_tails": True}),
 }
 DEATHS = [
     ("dropout", "_step 1"),  # nothing is trained yet
@@ -42,7 +41,6 @@ DEATHS = [
     ("negatives", "_step 6"),
     ("sampled", "evaluate 3"),
     ("two processes", "_step 7"),
-    ("two processes, spread", "_step 7"),
 ]
 
 

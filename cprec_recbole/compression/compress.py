@@ -142,7 +142,7 @@ class _Compression:
     ) -> None:
         self.original, self.counts, self.histories = original, counts, histories
         self.is_trained = looks_trained(original.table)
-        self.moment = self._hidden_moment() if self.is_trained else None
+        self.moment = hidden_moment(original, histories) if self.is_trained else None
         self.search = OptionSearch(
             original,
             counts,
@@ -205,19 +205,20 @@ class _Compression:
         found.choice = replace(found.choice, reasons=found.choice.reasons + reasons)
         return found
 
-    @torch.no_grad()
-    def _hidden_moment(self) -> torch.Tensor | None:
-        """Second moment of the original's hidden states over some histories, `[d, d]`."""
-        sample = self.histories.sample(_MOMENT_HISTORIES, torch.Generator().manual_seed(0))
-        encoder, device = self.original.encoder, self.original.table.device
-        with in_eval_mode(self.original.model):
-            batches = sample.batches(_MOMENT_BATCH)
-            return moment_of(encoder.all_states(batch.items.to(device)) for batch in batches)
-
     def _hidden_error(self, compression: CompressionConfig) -> float:
         small = self.original.compressed(compression, self.counts, self.moment)
         start = warm_start(small, self.original, self.histories, descend=False, look_at=_QUICK_LOOK)
         return start.refitted
+
+
+@torch.no_grad()
+def hidden_moment(original: Original, histories: Histories) -> torch.Tensor | None:
+    """Second moment of the original's hidden states over some histories, `[d, d]`."""
+    sample = histories.sample(_MOMENT_HISTORIES, torch.Generator().manual_seed(0))
+    device = original.table.device
+    with in_eval_mode(original.model):
+        batches = sample.batches(_MOMENT_BATCH)
+        return moment_of(original.encoder.all_states(b.items.to(device)) for b in batches)
 
 
 def _dataset_of(data: Any) -> Any:

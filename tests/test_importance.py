@@ -5,11 +5,11 @@ import copy
 import numpy as np
 import pytest
 import torch
-from cprec_recbole.compression.building import build
 
 from cprec_recbole import CompressionConfig, compress
+from cprec_recbole.compression.compress import hidden_moment
 from cprec_recbole.compression.histories import Histories
-from cprec_recbole.compression.importance import hidden_moment, scoring_importance, tied_importance
+from cprec_recbole.compression.importance import scoring_importance, tied_importance
 from cprec_recbole.compression.original import Original
 
 ITEMS = torch.tensor([[1, 2, 3], [4, 9, 8], [5, 6, 1]])
@@ -60,7 +60,7 @@ def test_scores_are_nearer_for_it(trained, host_name, tied):
     options = CompressionConfig(ranks=(6, 3), cutoffs=(0.2,), sharing="none", tied=tied)
     errors = []
     for known in (None, moment):
-        small = build(original, options, np.ones(original.n_items), known)
+        small = original.compressed(options, np.ones(original.n_items), known)
         lost = (small.softmax.table.dense().detach() - original.table).double()
         errors.append(float((lost @ moment * lost).sum()))  # mean squared error of the scores
     assert errors[1] < errors[0]

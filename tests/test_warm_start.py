@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from cprec_recbole.compression.building import build
 from torch import nn
 
 from cprec_recbole import CompressionConfig, CompressionError, compress, evaluate
@@ -22,7 +21,7 @@ def made(trained, host_name, **options):
     original = Original.of(trained[host_name])
     counts = original.counts()
     histories = Histories(drawn_histories(counts, 200, 8, torch.Generator().manual_seed(3)))
-    return original, build(original, CompressionConfig(**options), counts), histories
+    return original, original.compressed(CompressionConfig(**options), counts), histories
 
 
 @pytest.mark.parametrize("scheme", ["cross_layer", "cross_block", "adjacent_layer"])
@@ -51,7 +50,7 @@ def test_a_set_takes_the_member_that_serves_it_best(trained):
                 getattr(module, name).copy_(value)
         items = histories.sample(256, torch.Generator().manual_seed(0)).items
         real = items != 0
-        want = original.hidden_states(items)[real]
+        want = original.encoder.every_position(items)[real]
         got = other.eval().hidden_states(items)[real]
         spread = (want - want.mean(0)).square().sum()
         errors.append(float((got - want).square().sum() / spread))
@@ -139,7 +138,7 @@ def test_clusters_give_each_block_what_the_original_gave_it():
 
 def test_block_masses_are_sums_of_the_originals_softmax(trained, host_name):
     original, small, histories = made(trained, host_name, ranks=[16, 4], sharing="none")
-    hidden = original.hidden_states(histories.items[:9]).reshape(-1, 16)
+    hidden = original.encoder.every_position(histories.items[:9]).reshape(-1, 16)
     dense = hidden @ original.table.T
     dense[:, 0] = -torch.inf
     head_items = small.table.partition.item_at[: small.table.partition.cutoffs[0]].long()
