@@ -13,8 +13,8 @@ from torch import Tensor
 
 from cprec_recbole.backbones import Backbone, Reading, SequentialRecommender, build_host
 from cprec_recbole.config import CompressionConfig, CompressionError
+from cprec_recbole.data import NEXT_ITEMS
 from cprec_recbole.embedding import Block, BlockEmbedding
-from cprec_recbole.fields import NEXT_ITEMS
 from cprec_recbole.int8.rows import not_trained
 from cprec_recbole.item_tables import Host, MaskedLookUp
 from cprec_recbole.optimizers import steps_sparsely

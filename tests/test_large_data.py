@@ -16,11 +16,10 @@ from recbole.data.dataset import SequentialDataset
 
 from cprec_recbole import CompressionError
 from cprec_recbole.compression.histories import histories_of
-from cprec_recbole.data import interactions
+from cprec_recbole.data import NEXT_ITEMS, interactions
 from cprec_recbole.data.interactions import is_simple
 from cprec_recbole.data.sequences import item_counts
 from cprec_recbole.data.windows import PositionsDataLoader
-from cprec_recbole.fields import NEXT_ITEMS
 from tests.builders import World
 from tests.oracles import StockDataset, windows
 from tests.test_memory import STATUS
@@ -121,15 +120,6 @@ def test_a_file_of_anything_is_read_as_recbole_reads_it(folder, text, end):
     stock, ours = both(folder.config("CpSASRec"))
     if stock is not None:
         assert_same_data(stock, ours)
-
-
-@pytest.mark.parametrize("pieces", [(2, 7), (3, 64)])
-def test_pieces_of_a_file_make_no_difference(folder, pieces):
-    write(folder, HEADER + "".join(f"u{i % 7}\ti{i % 5}\t{i % 3}\n" for i in range(40)))
-    config = folder.config("CpSASRec")
-    stock = StockDataset(config)
-    with mock.patch.multiple(interactions, _ROWS=pieces[0], _BYTES=pieces[1]):
-        assert_same_data(stock, SequentialDataset(config))
 
 
 @pytest.mark.parametrize(

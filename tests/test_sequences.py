@@ -8,9 +8,9 @@ from recbole.data import create_dataset, data_preparation
 from recbole.data.dataset import SequentialDataset
 
 from cprec_recbole import CompressionError, evaluate
+from cprec_recbole.data import NEXT_ITEMS
 from cprec_recbole.data.sequences import item_counts
 from cprec_recbole.data.windows import PositionsDataLoader
-from cprec_recbole.fields import NEXT_ITEMS
 from tests.builders import World
 from tests.oracles import StockDataset, windows
 

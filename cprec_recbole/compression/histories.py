@@ -123,7 +123,8 @@ def _of_dataset(dataset: Any, n_items: int, max_length: int, name: str) -> Histo
     fields = dataset.inter_feat
     if isinstance(fields, SequenceRows):
         size = min(max_length, fields.pointers.longest)
-        windows, ids = Windows.of(fields.pointers, size), fields.pointers.lists[lists]
+        ids = fields.lists()[lists]
+        windows = Windows.of(fields.pointers, len(ids), size)
         pieces = torch.arange(len(windows.ends)).split(_ROWS)
         gathered = [windows.gather(ids, piece, size) for piece in pieces]
         return Histories(*(torch.cat(parts) for parts in zip(*gathered)))
@@ -149,7 +150,7 @@ def _of_prefixes(dataset: Any, lists: str, max_length: int) -> Histories:
             order, follows = turned, other
     size = min(max_length, dataset[torch.zeros(1, dtype=torch.int64)][lists].shape[1])
     begins = torch.from_numpy(np.maximum.accumulate(np.where(follows, 0, np.arange(len(order)))))
-    windows = Windows.of(Pointers({lists: begins}, begins, torch.arange(len(order)), size), size)
+    windows = Windows.of(Pointers(begins, torch.arange(len(order)), size), len(order), size)
     lasts, n_targets = windows.rows, windows.lengths
     found = []
     for piece, items, length, batch in _gathered(dataset, lists, torch.from_numpy(order)[lasts]):

@@ -17,7 +17,7 @@ from types import ModuleType
 # what of this package does not run RecBole; any other of its modules is a reason to register
 _WITHOUT_RECBOLE = frozenset(
     {
-        *("backbones", "cli", "config", "embedding", "fields", "files", "item_tables", "models"),
+        *("backbones", "cli", "config", "embedding", "data", "files", "item_tables", "models"),
         *("modes", "optimizers", "outcome", "partition", "recommender", "records", "report"),
         *("sharing", "softmax", "units"),
         *("commands", "commands.export", "commands.recommend", "compression"),

@@ -15,7 +15,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from cprec_recbole.fields import NEXT_ITEMS
+from cprec_recbole.data import NEXT_ITEMS
 from cprec_recbole.files import write_whole
 from cprec_recbole.host.checkpoint import read_checkpoint
 from cprec_recbole.host.processes import alone
