@@ -43,15 +43,14 @@ class Windows(NamedTuple):
         """
         order = torch.from_numpy(stable_order(pointers.ends.numpy()))  # by user, then time
         targets, begins = pointers.ends[order], pointers.begins[order]
-        users, counts = begins.unique_consecutive(return_counts=True)
-        newest, oldest = targets[counts.cumsum(0) - 1], targets[counts.cumsum(0) - counts]
-        # how many windows of a user are newer: where it changes from row to row, a window ends
-        n_newer = (newest.repeat_interleave(counts) - targets) // length
+        counts = begins.unique_consecutive(return_counts=True)[1]
+        behind = targets[counts.cumsum(0) - 1].repeat_interleave(counts)
+        behind -= targets  # places between a target and its user's newest
+        n_newer = behind // length  # windows of the user that are newer
         is_last = torch.ones(len(order), dtype=torch.bool)
         is_last[:-1] = (begins[1:] != begins[:-1]) | (n_newer[1:] != n_newer[:-1])
-        ends, user = targets[is_last], torch.searchsorted(users, begins[is_last])
-        starts = newest[user] - (n_newer[is_last] + 1) * length
-        starts = torch.maximum(starts, oldest[user] - 1)
+        ends = targets[is_last]
+        starts = torch.maximum(ends + behind[is_last] % length - length, begins[is_last])
         is_target = torch.zeros(n_interactions, dtype=torch.bool)
         is_target[pointers.ends] = True
         return cls(order[is_last], ends, ends - starts, is_target)
