@@ -90,10 +90,11 @@ class PositionsDataLoader(TrainDataLoader):
     def __init__(self, config: Any, dataset: Any, sampler: Any, shuffle: bool = False) -> None:
         feat = dataset.inter_feat
         self._name = dataset.iid_field + config["LIST_SUFFIX"]
-        self._items = feat.lists().get(self._name) if isinstance(feat, SequenceRows) else None
-        # rows must still be what the interactions have at their places
-        if self._items is None or dataset.iid_field not in feat:
+        lists = feat.lists() if isinstance(feat, SequenceRows) else {}
+        if self._name not in lists or dataset.iid_field not in feat:
             raise _no_sequences()
+        self._items = lists[self._name]
+        # rows must still be what the interactions have at their places
         if not torch.equal(self._items[feat.pointers.ends], feat[dataset.iid_field]):
             raise _no_sequences()
         if not len(feat):
