@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
+from unittest import mock
 
 import torch
 from recbole.data.dataset import SequentialDataset
 
+from cprec_recbole.data import interactions
 from cprec_recbole.embedding import BlockEmbedding
 from cprec_recbole.softmax import Softmax, TreeSoftmax
 
@@ -15,9 +17,10 @@ from cprec_recbole.softmax import Softmax, TreeSoftmax
 class StockDataset(SequentialDataset):
     """RecBole's own data set, without what this package puts in the place of its methods."""
 
-    _load_feat = SequentialDataset._load_feat._cprec_original
-    _filter_by_inter_num = SequentialDataset._filter_by_inter_num._cprec_original
-    _remap = SequentialDataset._remap._cprec_original
+    def _load_feat(self, *arguments):
+        with mock.patch.object(interactions, "is_simple", return_value=False):
+            return super()._load_feat(*arguments)
+
     sort = SequentialDataset.sort._cprec_original
     data_augmentation = SequentialDataset.data_augmentation._cprec_original
     build = SequentialDataset.build._cprec_original

@@ -1,4 +1,4 @@
-"""Reading, filtering and splitting without an object for each row: the same as RecBole's own."""
+"""Reading and splitting without an object for each row: the same as RecBole's own."""
 
 import subprocess
 import sys
@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from recbole.data import create_dataset
 from recbole.data.dataset import SequentialDataset
 
 from cprec_recbole import CompressionError
@@ -120,15 +119,6 @@ def test_a_file_of_anything_is_read_as_recbole_reads_it(folder, text, end):
     stock, ours = both(folder.config("CpSASRec"))
     if stock is not None:
         assert_same_data(stock, ours)
-
-
-@pytest.mark.parametrize("pieces", [(2, 7), (3, 64)])
-def test_pieces_of_a_file_make_no_difference(folder, pieces):
-    write(folder, HEADER + "".join(f"u{i % 7}\ti{i % 5}\t{i % 3}\n" for i in range(40)))
-    config = folder.config("CpSASRec")
-    stock = StockDataset(config)
-    with mock.patch.multiple(interactions, _ROWS=pieces[0], _BYTES=pieces[1]):
-        assert_same_data(stock, SequentialDataset(config))
 
 
 @pytest.mark.parametrize(
@@ -307,16 +297,6 @@ def test_histories_are_the_same_in_pieces(world, name):
         pieces = histories_of(train, 41, 8)
     assert torch.equal(pieces.items, whole.items)
     assert torch.equal(pieces.targets, whole.targets)
-
-
-def test_users_of_a_kind_are_filtered_as_recbole_does_it(world):
-    """Rounds that depend on one another: with fewer users, items have fewer interactions."""
-    config = world.config(
-        "CpSASRec", user_inter_num_interval="[9,inf)", item_inter_num_interval="[8,99]"
-    )
-    stock, ours = both(config)
-    assert 0 < len(stock.inter_feat) < len(create_dataset(world.config("CpSASRec")).inter_feat)
-    assert_same_data(stock, ours)
 
 
 PREPARE = """

@@ -12,6 +12,7 @@ from recbole.data.dataloader import FullSortEvalDataLoader, NegSampleEvalDataLoa
 from torch import Tensor
 
 from cprec_recbole.config import CompressionError
+from cprec_recbole.data.interactions import stable_order
 from cprec_recbole.data.sequences import Pointers, SequenceRows
 from cprec_recbole.data.windows import Windows
 from cprec_recbole.models.inputs import pad_histories
@@ -94,106 +95,85 @@ def histories_of(data: Any, n_items: int, max_length: int, name: str = "data") -
         )
     if not len(data):
         raise CompressionError("Expected `data` to hold histories, but it is empty.")
-    histories: Any = data
-    _, whole = pad_histories(histories, n_items, max_length, "data")
-    pieces = []
-    for row in whole:
-        real = row[row != PADDING]
-        # from the newest back; a target is the item after its position, so pieces overlap by one
-        for end in range(len(real), 1, -max_length):
-            piece = real[max(0, end - max_length - 1) : end]
-            pieces.append(torch.nn.functional.pad(piece, (0, max_length + 1 - len(piece))))
-    if not pieces:
+    _, whole = pad_histories(data, n_items, max_length, "data")
+    lengths = (whole != PADDING).sum(1)
+    begins = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+    has_history = torch.arange(len(begins)) > begins
+    if not has_history.any():
         raise CompressionError(
             "Expected `data` to hold a history of two items or more, but got none; there is no "
             "next item to learn from."
         )
-    rows = torch.stack(pieces)
-    targets = rows[:, 1:]
-    return Histories(rows[:, :-1].masked_fill(targets == PADDING, PADDING), targets)
+    pointers = Pointers(begins[has_history], has_history.nonzero()[:, 0], max_length)
+    return _windows(whole[whole != PADDING], pointers, max_length)
 
 
 def _of_dataset(dataset: Any, n_items: int, max_length: int, name: str) -> Histories:
-    lists = dataset.iid_field + dataset.config["LIST_SUFFIX"]
+    feat, lists = dataset.inter_feat, dataset.iid_field + dataset.config["LIST_SUFFIX"]
     if int(dataset.item_num) != n_items or not len(dataset):
         raise CompressionError(
             f"Expected `{name}` to be of the model's {n_items} items (padding included), but got "
             f"{len(dataset)} rows of a data set of {int(dataset.item_num)}."
         )
-    fields = dataset.inter_feat
-    if isinstance(fields, SequenceRows):
-        size = min(max_length, fields.pointers.longest)
-        windows, ids = Windows.of(fields.pointers, size), fields.pointers.lists[lists]
-        pieces = torch.arange(len(windows.ends)).split(_ROWS)
-        gathered = [windows.gather(ids, piece, size) for piece in pieces]
-        return Histories(*(torch.cat(parts) for parts in zip(*gathered)))
-    if dataset.item_list_length_field not in fields:
+    if isinstance(feat, SequenceRows):
+        return _windows(feat.lists()[lists], feat.pointers, max_length)
+    if dataset.item_list_length_field not in feat:
         raise CompressionError(
             f"Expected `{name}` to be training data of a sequential model, but got a data set that "
             "has not been split; pass the first of data_preparation(config, dataset)."
         )
-    return _of_prefixes(dataset, lists, max_length)
+    names = (dataset.uid_field, lists, dataset.item_list_length_field, dataset.iid_field)
+    return _windows(*_sequences(*(feat[each] for each in names)), max_length)
 
 
-def _of_prefixes(dataset: Any, lists: str, max_length: int) -> Histories:
-    """RecBole's row for every prefix, brought back into windows: rows of which each has the history
-    of the one before it and its target are one sequence, whatever order they lie in by user. What
-    belongs to no other row is a window with one target."""
-    users = np.asarray(dataset.inter_feat[dataset.uid_field])
-    order = np.argsort(users, kind="stable")
-    follows = _follow(dataset, lists, order)
-    if follows.sum() < len(order) - len(np.unique(users)):  # perhaps the longest are first
-        turned = order[::-1].copy()
-        other = _follow(dataset, lists, turned)
-        if other.sum() > follows.sum():
-            order, follows = turned, other
-    size = min(max_length, dataset[torch.zeros(1, dtype=torch.int64)][lists].shape[1])
-    begins = torch.from_numpy(np.maximum.accumulate(np.where(follows, 0, np.arange(len(order)))))
-    windows = Windows.of(Pointers({lists: begins}, begins, torch.arange(len(order)), size), size)
-    lasts, n_targets = windows.rows, windows.lengths
-    found = []
-    for piece, items, length, batch in _gathered(dataset, lists, torch.from_numpy(order)[lasts]):
-        following = torch.cat([items[:, 1:], items.new_zeros(len(items), 1)], dim=1)
-        following[torch.arange(len(items)), length - 1] = batch[dataset.iid_field]
-        column = torch.arange(items.shape[1])
-        following[column < (length - n_targets[piece]).unsqueeze(1)] = PADDING
-        found.append([_until(each, length, size) for each in (items, following)])
-    return Histories(*(torch.cat(parts) for parts in zip(*found)))
+def _windows(items: Tensor, pointers: Pointers, max_length: int) -> Histories:
+    """The windows of sequences, some at a time: gathering takes several times its result."""
+    size = min(max_length, pointers.longest)
+    windows = Windows.of(pointers, len(items), size)
+    pieces = torch.arange(len(windows.ends)).split(_ROWS)
+    parts = [windows.gather(items, piece, size) for piece in pieces]
+    return Histories(*(torch.cat(part) for part in zip(*parts)))
 
 
-def _gathered(
-    dataset: Any, lists: str, rows: Tensor
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Any]]:
-    """Places among the rows, their lists `[n, L]`, lengths `[n]` and all fields, some at a time:
-    gathering takes several times its result."""
-    for piece in torch.arange(len(rows)).split(_ROWS):
-        batch = dataset[rows[piece]]
-        yield piece, batch[lists], batch[dataset.item_list_length_field], batch
+def _sequences(
+    users: Tensor, items: Tensor, lengths: Tensor, targets: Tensor
+) -> tuple[Tensor, Pointers]:
+    """RecBole's row for every prefix, `[n, L]` with `[n]`, as the sequences that they come from:
+    rows of which each has the history of the one before it and then its target, whatever order they
+    lie in by user. What belongs to no other row is a sequence with one target."""
+    order = torch.from_numpy(stable_order(users.numpy()))
+    follows = _follows(users[order], items, lengths, targets, order)
+    turned = order.flip(0)  # perhaps the longest are first
+    other = _follows(users[turned], items, lengths, targets, turned)
+    if other.sum() > follows.sum():
+        order, follows = turned, other
+    # a sequence is the history of its first row, then the target of each
+    firsts = order[~follows]
+    ends = torch.where(follows, 1, lengths[order] + 1).cumsum(0) - 1
+    begins = (ends - lengths[order])[~follows][(~follows).cumsum(0) - 1]
+    sequence = torch.empty(int(ends[-1]) + 1, dtype=torch.int64)
+    is_target = torch.zeros(len(sequence), dtype=torch.bool)
+    is_target[ends] = True
+    sequence[is_target] = targets[order]
+    sequence[~is_target] = items[firsts][torch.arange(items.shape[1]) < lengths[firsts, None]]
+    return sequence, Pointers(begins, ends, items.shape[1])
 
 
-def _follow(dataset: Any, lists: str, order: np.ndarray) -> np.ndarray:
+def _follows(
+    users: Tensor, items: Tensor, lengths: Tensor, targets: Tensor, order: Tensor
+) -> Tensor:
     """Whether each row, in an order, has the history of the row before it and then that one's
     target, of which RecBole keeps the newest items, `[n]`."""
-    found = np.zeros(len(order), dtype=bool)
-    before = None  # user and history that the next row would have
-    for piece, items, lengths, batch in _gathered(dataset, lists, torch.from_numpy(order)):
-        users = batch[dataset.uid_field]
-        longer = torch.cat([items, items.new_zeros(len(items), 1)], dim=1)
-        longer[torch.arange(len(items)), lengths] = batch[dataset.iid_field]
-        longer = _until(longer, lengths + 1, items.shape[1])
-        found[piece[1:]] = ((users[1:] == users[:-1]) & (items[1:] == longer[:-1]).all(1)).numpy()
-        if before is not None:
-            found[piece[0]] = users[0] == before[0] and torch.equal(items[0], before[1])
-        before = users[-1], longer[-1]
-    return found
-
-
-def _until(lists: Tensor, ends: Tensor, size: int) -> Tensor:
-    """The `size` columns before an end of each row, fewer where it has fewer, with padding behind
-    them: `[n, L], [n] -> [n, size]`."""
-    columns = (ends - size).clamp(min=0).unsqueeze(1) + torch.arange(size)
-    kept = lists.gather(1, columns.clamp(max=lists.shape[1] - 1))
-    return kept.masked_fill(columns >= ends.unsqueeze(1), PADDING)
+    parts = [torch.zeros(1, dtype=torch.bool)]
+    for before, after in zip(order[:-1].split(_ROWS), order[1:].split(_ROWS)):
+        longer = torch.nn.functional.pad(items[before], (0, 1))
+        longer[torch.arange(len(before)), lengths[before]] = targets[before]
+        is_full = (lengths[before] == items.shape[1]).unsqueeze(1)
+        expected = torch.where(is_full, longer[:, 1:], longer[:, :-1])
+        parts.append((items[after] == expected).all(1))
+    follows = torch.cat(parts)
+    follows[1:] &= users[1:] == users[:-1]
+    return follows
 
 
 def drawn_histories(counts: np.ndarray, n: int, length: int, generator: torch.Generator) -> Tensor:

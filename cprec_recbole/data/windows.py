@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from recbole.data.dataloader import TrainDataLoader
 from recbole.data.interaction import Interaction
@@ -12,8 +11,8 @@ from torch import Tensor
 
 from cprec_recbole.config import CompressionError
 from cprec_recbole.data import NEXT_ITEMS
+from cprec_recbole.data.interactions import stable_order
 from cprec_recbole.data.sequences import Pointers, SequenceRows, gather, no_targets
-from cprec_recbole.data.splits import stable_order
 
 
 class Windows(NamedTuple):
@@ -34,32 +33,27 @@ class Windows(NamedTuple):
     is_target: Tensor
 
     @classmethod
-    def of(cls, pointers: Pointers, length: int) -> Windows:
+    def of(cls, pointers: Pointers, n_interactions: int, length: int) -> Windows:
         """Cut the targets of rows into windows.
 
         Args:
             pointers: of the rows, in any order and with any left out.
+            n_interactions: places that they point into.
             length: positions of a window at most.
         """
-        order = stable_order(pointers.ends.numpy())  # by user, then time
-        targets, begins = pointers.ends.numpy()[order], pointers.begins.numpy()[order]
-        is_last = np.ones(len(order), dtype=bool)
-        is_last[:-1] = begins[1:] != begins[:-1]
-        lasts = np.flatnonzero(is_last)
-        newest, oldest = targets[lasts], targets[np.append(0, lasts[:-1] + 1)]
-        n_windows = -(-(newest - oldest + 1) // length)
-        n_newer = np.repeat(np.cumsum(n_windows), n_windows) - np.arange(1, n_windows.sum() + 1)
-        ends = np.repeat(newest, n_windows) - n_newer * length
-        firsts = np.maximum(ends - length + 1, np.repeat(oldest, n_windows))
-        nearest = np.searchsorted(targets, ends, side="right") - 1
-        ends = targets[nearest]  # where rows were left out, a window ends with one that is there
-        here = ends >= firsts
-        n_interactions = len(next(iter(pointers.lists.values())))
+        order = torch.from_numpy(stable_order(pointers.ends.numpy()))  # by user, then time
+        targets, begins = pointers.ends[order], pointers.begins[order]
+        counts = begins.unique_consecutive(return_counts=True)[1]
+        behind = targets[counts.cumsum(0) - 1].repeat_interleave(counts)
+        behind -= targets  # places between a target and its user's newest
+        n_newer = behind // length  # windows of the user that are newer
+        is_last = torch.ones(len(order), dtype=torch.bool)
+        is_last[:-1] = (begins[1:] != begins[:-1]) | (n_newer[1:] != n_newer[:-1])
+        ends = targets[is_last]
+        starts = torch.maximum(ends + behind[is_last] % length - length, begins[is_last])
         is_target = torch.zeros(n_interactions, dtype=torch.bool)
         is_target[pointers.ends] = True
-        found = (order[nearest], ends, ends - firsts + 1)
-        rows, ends, lengths = (torch.from_numpy(each[here]) for each in found)
-        return cls(rows, ends, lengths, is_target)
+        return cls(order[is_last], ends, ends - starts, is_target)
 
     @property
     def n_targets(self) -> int:
@@ -70,7 +64,7 @@ class Windows(NamedTuple):
         """What windows read and what is to be predicted at each position, `[n, length]` twice.
 
         Args:
-            items: the item ids of the sequence, `[n_interactions]`.
+            items: the item id at each place of the sequence, `[n_interactions]`.
             index: which windows.
             length: columns; 0 behind a window, and where there is no target.
         """
@@ -94,27 +88,22 @@ class PositionsDataLoader(TrainDataLoader):
     step: int
 
     def __init__(self, config: Any, dataset: Any, sampler: Any, shuffle: bool = False) -> None:
-        self._items = dataset.iid_field + config["LIST_SUFFIX"]
-        if not self._are_sequences(dataset):
-            raise _no_sequences()
         feat = dataset.inter_feat
+        self._name = dataset.iid_field + config["LIST_SUFFIX"]
+        lists = feat.lists() if isinstance(feat, SequenceRows) else {}
+        if self._name not in lists or dataset.iid_field not in feat:
+            raise _no_sequences()
+        self._items = lists[self._name]
+        # rows must still be what the interactions have at their places
+        if not torch.equal(self._items[feat.pointers.ends], feat[dataset.iid_field]):
+            raise _no_sequences()
         if not len(feat):
             raise no_targets()
-        self._feat = feat.take(slice(None))  # in the order of now
-        self._windows = Windows.of(feat.pointers, dataset.max_item_list_len)
+        self._columns = {name: column[:] for name, column in feat.others().items()}
+        self._windows = Windows.of(feat.pointers, len(self._items), dataset.max_item_list_len)
         if self._windows.n_targets != len(feat):  # some are there twice
             raise _no_sequences()
         super().__init__(config, dataset, sampler, shuffle=shuffle)
-
-    def _are_sequences(self, dataset: Any) -> bool:
-        """Whether rows are still what the interactions have at their places."""
-        feat, item = dataset.inter_feat, dataset.iid_field
-        if not isinstance(feat, SequenceRows):
-            return False
-        kept = feat.interaction.kept()
-        if self._items not in kept or kept[self._items] is not None or item not in kept:
-            return False
-        return torch.equal(feat.pointers.lists[self._items][feat.pointers.ends], feat[item])
 
     def _init_batch_size_and_step(self) -> None:
         super()._init_batch_size_and_step()
@@ -124,13 +113,11 @@ class PositionsDataLoader(TrainDataLoader):
 
     def collate_fn(self, index: list[int]) -> Interaction:
         """A batch of windows: RecBole's columns of their newest targets, and the next items."""
-        dataset, feat, rows = self._dataset, self._feat, self._windows.rows[index]
-        kept = feat.interaction.kept()
-        columns = {name: column[rows] for name, column in kept.items() if column is not None}
+        dataset, rows = self._dataset, self._windows.rows[index]
+        columns = {name: column[rows] for name, column in self._columns.items()}
         columns[dataset.item_list_length_field] = self._windows.lengths[index]
-        items = feat.pointers.lists[self._items]
-        length = dataset.max_item_list_len
-        columns[self._items], columns[NEXT_ITEMS] = self._windows.gather(items, index, length)
+        items, targets = self._windows.gather(self._items, index, dataset.max_item_list_len)
+        columns |= {self._name: items, NEXT_ITEMS: targets}
         batch = dataset.join(Interaction(columns))
         return self._neg_sampling(self.transform(dataset, batch))
 

@@ -25,21 +25,18 @@ def adapt() -> None:
     from recbole.data.dataset import Dataset, SequentialDataset, dataset, kg_dataset
     from recbole.data.dataset import sequential_dataset as sequential
 
-    from cprec_recbole.data import interactions, sequences
+    from cprec_recbole.data import interactions, sequences, splits
 
     for module in (dataset, kg_dataset, sequential):
         module.len = _len
-    dataset.pd = View(pd, read_csv=_read_csv)
-    replace(Dataset, "_load_feat", interactions.quickly_read)
+    dataset.pd = View(pd, read_csv=interactions.quickly_read(_read_csv))
     replace(Dataset, "_load_inter_feat", interactions.with_ids)
-    replace(Dataset, "_filter_by_inter_num", interactions.quickly_filtered)
     replace(Dataset, "_fill_nan", _with_working_fillna)
-    replace(Dataset, "_remap", interactions.quickly_numbered)
     replace(Dataset, "_change_feat_format", interactions.in_full_precision)
     replace(Dataset, "sort", interactions.quickly_sorted)
-    replace(Dataset, "leave_one_out", sequences.by_leaving_out)
-    replace(Dataset, "split_by_ratio", sequences.by_ratios)
-    replace(Dataset, "time_based_split", sequences.by_time)
+    replace(Dataset, "leave_one_out", splits.by_leaving_out)
+    replace(Dataset, "split_by_ratio", splits.by_ratios)
+    replace(Dataset, "time_based_split", splits.by_time)
     replace(SequentialDataset, "data_augmentation", sequences.of_prefixes)
     replace(SequentialDataset, "build", sequences.with_targets)
     replace(SequentialDataset, "_benchmark_presets", interactions.with_lists)

@@ -7,7 +7,7 @@ have other ids.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from cprec_recbole.config import CompressionError
@@ -29,37 +29,27 @@ def check_numbering(model: Any, data: Any, argument: str) -> None:
     if not hasattr(dataset, "field2id_token"):
         return
     vocabulary = getattr(model, "vocabulary", None)
-    tokens = _tokens(dataset, dataset.iid_field)
-    names = getattr(model, "item_tokens", None) if vocabulary is None else None
-    if vocabulary is not None and not vocabulary.same_as(tokens):
-        _refuse("item", vocabulary.tokens, tokens, argument)
-    if names is not None:
-        _refuse("item", [str(token) for token in names[1:]], tokens, argument)
-    users = getattr(model, "user_tokens", None)
-    if users is not None and hasattr(model, "user_embedding"):
-        users = [str(token) for token in users[1:]]
-        _refuse("user", users, _tokens(dataset, dataset.uid_field), argument)
-
-
-def _tokens(dataset: Any, field: str) -> list[str]:
-    return [str(token) for token in dataset.field2id_token[field][1:]]
-
-
-def _refuse(kind: str, own: Sequence[str], tokens: Sequence[str], argument: str) -> None:
-    """Raise a CompressionError where a model's own tokens are not those of data."""
-    if list(own) == list(tokens):
-        return
-    if len(own) != len(tokens):
-        found = f"the model has {len(own)} {kind}s and the data {len(tokens)}"
-    else:
-        i = next(i for i, (a, b) in enumerate(zip(own, tokens)) if a != b)
-        found = f"{kind} {i + 1} is {own[i]!r} in the model and {tokens[i]!r} in the data"
-    raise CompressionError(
-        f"Expected `{argument}` to number its {kind}s as the model does, but {found}. RecBole "
-        "counts them by first appearance: keep the rows that the model was trained on first, in "
-        "their order and with the same filters, new ones behind them, and give items that the "
-        "model does not know to `add_items` in the order of their ids."
-    )
+    items, users = getattr(model, "item_tokens", None), getattr(model, "user_tokens", None)
+    for kind, field, own in (
+        ("item", dataset.iid_field, items if vocabulary is None else ("", *vocabulary.tokens)),
+        ("user", dataset.uid_field, users if hasattr(model, "user_embedding") else None),
+    ):
+        if own is None:
+            continue
+        own, tokens = tokens_by_id(own), tokens_by_id(dataset.field2id_token[field])
+        if own == tokens:
+            continue
+        if len(own) != len(tokens):
+            difference = f"the model has {len(own)} {kind}s and the data {len(tokens)}"
+        else:
+            i = next(i for i, (a, b) in enumerate(zip(own, tokens)) if a != b)
+            difference = f"{kind} {i + 1} is {own[i]!r} in the model and {tokens[i]!r} in the data"
+        raise CompressionError(
+            f"Expected `{argument}` to number its {kind}s as the model does, but {difference}. "
+            "RecBole counts them by first appearance: keep the rows that the model was trained on "
+            "first, in their order and with the same filters, new ones behind them, and give items "
+            "that the model does not know to `add_items` in the order of their ids."
+        )
 
 
 def remember(model: Any, config: Any, dataset: Any) -> None:
@@ -73,7 +63,8 @@ def remember(model: Any, config: Any, dataset: Any) -> None:
 
 def numbering(dataset: Any, field: str) -> str:
     """A checksum of the tokens of a field of a RecBole data set, in the order of their ids."""
-    return hashlib.sha256("\0".join(_tokens(dataset, field)).encode()).hexdigest()[:16]
+    tokens = "\0".join(tokens_by_id(dataset.field2id_token[field]))
+    return hashlib.sha256(tokens.encode()).hexdigest()[:16]
 
 
 def check_checkpoint_numbering(
@@ -90,3 +81,8 @@ def check_checkpoint_numbering(
             "them in the order of their first appearance, and the rows, their order or the filters "
             "have changed."
         )
+
+
+def tokens_by_id(tokens: Iterable[object]) -> list[str]:
+    """Tokens by id, without the first, which is padding's."""
+    return [str(token) for token in tokens][1:]

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from array import array
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from cprec_recbole.config import CompressionError
+from cprec_recbole.host.numbering import tokens_by_id
 
 UNKNOWN = ("warn", "error", "skip")
-_PIECE = 2**12  # tokens that are texts of their own at a time
 
 
 class Vocabulary:
     """Tokens of the items by id; id 0 is padding and has none. It does not change.
 
-    Kept as one text and three arrays, 12 bytes a token besides its own: a seventh of what a list
-    and a dict of as many texts take.
+    A million texts in a list and a dict take 130 MiB. One text of all tokens, where each ends, and
+    the ids sorted by the hashes of their tokens take 12 bytes a token besides its own.
 
     Args:
         tokens: the token of each id from 1 on, `[n_items - 1]`.
@@ -30,56 +30,41 @@ class Vocabulary:
     """
 
     def __init__(self, tokens: Iterable[str]) -> None:
-        text, lengths, hashes = bytearray(), array("I"), array("I")
-        rest = iter(tokens)
-        while piece := list(itertools.islice(rest, _PIECE)):
-            encoded = _encoded(piece)
-            text += b"".join(encoded)
-            lengths.extend(map(len, encoded))
-            hashes.extend(map(_hash, piece))
-        wide = len(text) >= 2**31
-        self._text = text
-        self._ends = np.zeros(len(lengths) + 1, dtype=np.int64 if wide else np.int32)
-        np.cumsum(np.frombuffer(lengths, np.uint32), out=self._ends[1:])
-        order = np.frombuffer(hashes, np.uint32).argsort().astype(np.int32)
-        self._hashes, self._by_hash = np.frombuffer(hashes, np.uint32)[order], order + 1
-        self._check_different()
-
-    def _check_different(self) -> None:
+        self._text, self._ends, hashes = bytearray(), array("I", [0]), array("I")
+        for token in tokens:
+            self._text += _encoded(token)
+            self._ends.append(len(self._text))
+            hashes.append(_hash(token))
+        self._order = np.frombuffer(hashes, np.uint32).argsort().astype(np.int32)
+        self._hashes = np.frombuffer(hashes, np.uint32)[self._order]
         same = self._hashes[1:] == self._hashes[:-1]
-        seen = set()
-        for place in np.union1d(same.nonzero()[0], same.nonzero()[0] + 1).tolist():
-            token = self.token(self._by_hash[place])
-            if token in seen:
+        for place in self._order[1:][same].tolist():
+            token = self.token(place + 1)
+            if self._id(token) != place + 1:  # not only the same hash
                 raise CompressionError(
                     f"Expected `tokens` to be different from each other, but {token!r} stands for "
                     "two."
                 )
-            seen.add(token)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Vocabulary, (self.tokens,)  # Python's hashes of texts are another process's own
 
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Vocabulary):
-            return NotImplemented
-        return self._text == other._text and np.array_equal(self._ends, other._ends)
-
-    __hash__ = None  # type: ignore[assignment]
-
     def __deepcopy__(self, memo: dict[int, Any]) -> Vocabulary:
         return self
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Vocabulary) and self.tokens == other.tokens
 
     @classmethod
     def of_dataset(cls, dataset: Any) -> Vocabulary:
         """The item tokens of a RecBole dataset."""
-        return cls([str(token) for token in dataset.field2id_token[dataset.iid_field][1:]])
+        return cls(tokens_by_id(dataset.field2id_token[dataset.iid_field]))
 
     def __len__(self) -> int:
-        return len(self._by_hash)
+        return len(self._order)
 
     def __contains__(self, token: object) -> bool:
-        return isinstance(token, str) and self._found([token]) != [0]
+        return isinstance(token, str) and self._id(token) != 0
 
     @property
     def tokens(self) -> tuple[str, ...]:
@@ -90,15 +75,15 @@ class Vocabulary:
         """The token of an id from 1 on."""
         return self._text[self._ends[item - 1] : self._ends[item]].decode()
 
-    def _found(self, texts: Sequence[str]) -> list[int]:
-        """The id of each text, 0 where it is no token."""
-        hashes = np.fromiter(map(_hash, texts), np.uint32, len(texts))
-        first = np.searchsorted(self._hashes, hashes)
-        last = np.searchsorted(self._hashes, hashes, side="right")
-        return [
-            next((item for item in self._by_hash[i:j].tolist() if self.token(item) == text), 0)
-            for text, i, j in zip(texts, first.tolist(), last.tolist())
-        ]
+    def _id(self, token: str) -> int:
+        """The id of a token, 0 where it is none."""
+        place = bisect_left(self._hashes, _hash(token))
+        while place < len(self) and self._hashes[place] == _hash(token):
+            item = int(self._order[place]) + 1
+            if self.token(item) == token:
+                return item
+            place += 1
+        return 0
 
     def ids(
         self, tokens: Iterable[object], unknown: str = "error", name: str = "a history"
@@ -120,7 +105,7 @@ class Vocabulary:
         if isinstance(tokens, str | bytes) or not isinstance(tokens, Iterable):
             raise CompressionError(f"Expected {name} to be a list of tokens, but got {tokens!r}.")
         texts = [_as_text(token, name) for token in tokens]
-        found = self._found(texts)
+        found = [self._id(text) for text in texts]
         missing = [text for text, item in zip(texts, found) if not item]
         if missing and unknown != "skip":
             shown = ", ".join(map(repr, missing[:5])) + (", ..." if len(missing) > 5 else "")
@@ -136,28 +121,17 @@ class Vocabulary:
             )
         return [item for item in found if item]
 
-    def same_as(self, tokens: Sequence[str]) -> bool:
-        """Whether these are the tokens of the ids from 1 on, in their order."""
-        encoded = [token.encode() for token in tokens]
-        lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
-        return np.array_equal(np.diff(self._ends), lengths) and b"".join(encoded) == self._text
-
     def extended(self, tokens: Sequence[str]) -> Vocabulary:
         """With more tokens behind, for the ids that follow."""
-        return Vocabulary(itertools.chain(self.tokens, tokens))
+        return Vocabulary((*self.tokens, *tokens))
 
 
 def as_vocabulary(tokens: Any, n_items: int) -> Vocabulary:
-    """A vocabulary out of one, a RecBole dataset or a list of tokens by id from 1 on.
-
-    Raises:
-        CompressionError: none of these, or not one token for each item.
-    """
-    if isinstance(tokens, np.ndarray):
-        tokens = tokens.tolist()
+    """A vocabulary out of one, a RecBole dataset or a list of tokens by id from 1 on; a
+    CompressionError for anything else, or where there is not one token for each item."""
     if hasattr(tokens, "field2id_token"):
         tokens = Vocabulary.of_dataset(tokens)
-    elif isinstance(tokens, Sequence) and not isinstance(tokens, str | bytes):
+    elif isinstance(tokens, Sequence | np.ndarray) and not isinstance(tokens, str | bytes):
         tokens = Vocabulary(tokens)
     if not isinstance(tokens, Vocabulary) or len(tokens) != n_items - 1:
         got = f"{len(tokens)} of them" if isinstance(tokens, Vocabulary) else repr(tokens)[:60]
@@ -168,19 +142,18 @@ def as_vocabulary(tokens: Any, n_items: int) -> Vocabulary:
     return tokens
 
 
-def _hash(text: str) -> int:
-    """32 bits: texts are compared too, and a million have some hundred pairs of the same."""
-    return hash(text) & 0xFFFFFFFF
+def _hash(token: str) -> int:
+    """32 bits: tokens are compared too, and a million have some hundred pairs of the same."""
+    return hash(token) & 0xFFFFFFFF
 
 
-def _encoded(tokens: Sequence[str]) -> list[bytes]:
-    for token in tokens:
-        if not isinstance(token, str) or not token:
-            raise CompressionError(
-                f"Expected `tokens` to be texts of one character or more, but got {token!r}."
-            )
+def _encoded(token: object) -> bytes:
+    if not isinstance(token, str) or not token:
+        raise CompressionError(
+            f"Expected `tokens` to be texts of one character or more, but got {token!r}."
+        )
     try:
-        return [token.encode() for token in tokens]
+        return token.encode()
     except UnicodeEncodeError as error:
         raise CompressionError(
             "Expected `tokens` to be text that can be written as UTF-8, but got "
