@@ -155,7 +155,6 @@ def test_importing_and_registering_twice_changes_nothing():
 
     before = Config._load_internal_config_dict
     importlib.reload(cprec_recbole)
-    importlib.import_module("cprec_recbole.host.plugin").adapt()
     assert Config._load_internal_config_dict is before
     assert recbole.quick_start.run_recbole is cprec_recbole.run_recbole
 

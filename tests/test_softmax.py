@@ -77,8 +77,8 @@ def test_the_tree_is_torchs_adaptive_softmax_with_the_same_weights():
     table = BlockEmbedding(Partition(order, [21, 51, n_items + 1]), ranks, dim)
     softmax = TreeSoftmax(table)
     with torch.no_grad():
-        table.blocks[0].weight[1:] = oracle.softmax.weight[:20]
-        softmax.clusters.copy_(oracle.softmax.weight[20:])
+        table.blocks[0].weight[1:] = oracle.head.weight[:20]
+        softmax.clusters.copy_(oracle.head.weight[20:])
         for block, tail in zip(softmax.tails, oracle.tail):
             block.projection.copy_(tail[0].weight)
             block.weight.copy_(tail[1].weight)

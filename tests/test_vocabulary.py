@@ -1,16 +1,15 @@
 """Tokens and ids: against a list and a dict, and through files."""
 
 import copy
-import json
 import pickle
 import warnings
 
 import pytest
-from cprec_recbole.saving import folder, vocabulary
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cprec_recbole import CompressionError, Vocabulary
+from cprec_recbole.models import vocabulary
 from cprec_recbole.models.vocabulary import as_vocabulary
 
 # what JSON has to escape, or could be taken for the end of a text, besides any other character
@@ -80,24 +79,6 @@ def test_what_is_unknown_is_named_warned_of_or_skipped():
         warnings.simplefilter("error")
         assert known.ids(["x", "b", 7], "skip") == [2, 3]
     assert 7 not in known
-
-
-@settings(max_examples=200, deadline=None)
-@given(catalogues, st.integers(0, 30))
-def test_a_file_is_read_in_pieces_as_in_one(tokens, piece):
-    text = json.dumps(tokens, ensure_ascii=False, separators=(",", ":")).encode()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(folder, "_PIECE", piece)
-        parts = list(folder._between(text))
-    assert [token for part in parts for token in json.loads(part)] == tokens
-
-
-@pytest.mark.parametrize("text", ['{"a": 1}', '"a"', "", "[1, 2]", '["a"', '["a",]', '[["a","b"]]'])
-def test_a_file_that_is_no_list_of_texts_is_refused(tmp_path, text):
-    path = tmp_path / "items.json"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=r"list|delimiter|texts|value"):
-        folder._tokens(path)
 
 
 def test_a_list_that_does_not_fit_the_catalogue_is_refused():

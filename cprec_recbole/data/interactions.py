@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from recbole.data.dataset import SequentialDataset
 
 from cprec_recbole.config import CompressionError
 
@@ -51,6 +50,8 @@ def in_full_precision(original: Callable) -> Callable:
 
     def _change_feat_format(self: Any) -> None:
         feat, time = self.inter_feat, self.time_field
+        from recbole.data.dataset import SequentialDataset
+
         by_time = isinstance(self, SequentialDataset) or self.config["eval_args"]["order"] == "TO"
         if by_time and self.benchmark_filename_list is None and time in feat:
             times = feat[time].to_numpy()

@@ -20,10 +20,11 @@ _SAVED = ("dataset_save_path", "dataloaders_save_path")
 
 def adapt() -> None:
     """Mend RecBole's data sets; a second call is harmless."""
-    import recbole.data.utils
-    import recbole.quick_start.quick_start
+    from recbole import data
+    from recbole.data import utils
     from recbole.data.dataset import Dataset, SequentialDataset, dataset, kg_dataset
     from recbole.data.dataset import sequential_dataset as sequential
+    from recbole.quick_start import quick_start
 
     from cprec_recbole.data import interactions, sequences, splits
 
@@ -40,9 +41,9 @@ def adapt() -> None:
     replace(SequentialDataset, "data_augmentation", sequences.of_prefixes)
     replace(SequentialDataset, "build", sequences.with_targets)
     replace(SequentialDataset, "_benchmark_presets", interactions.with_lists)
-    replace(recbole.data.utils, "save_split_dataloaders", _with_generators_kept)
-    replace(recbole.data.utils, "load_split_dataloaders", _unless_stale)
-    for module in (recbole.data.utils, recbole.data, recbole.quick_start.quick_start):
+    replace(utils, "save_split_dataloaders", _with_generators_kept)
+    replace(utils, "load_split_dataloaders", _unless_stale)
+    for module in (utils, data, quick_start):
         replace(module, "create_dataset", _unless_stale)
 
 

@@ -327,15 +327,17 @@ def _trainer_by_name(provider: Provider) -> Callable[[str], Any]:
 
 def prepare(provider: Provider) -> None:
     """Make RecBole run on this Python and know the compressed models; a second call is harmless."""
+    # One of these modules may be on its way in: `recbole` does not have it as an attribute yet.
     with ray_if_possible():
-        import recbole.quick_start
+        from recbole import quick_start
     with importing_models():
-        import recbole.model.sequential_recommender
-    import recbole.data.utils
-    import recbole.quick_start.quick_start
-    import recbole.trainer.hyper_tuning
+        from recbole.model import sequential_recommender  # noqa: F401
+    from recbole import trainer
     from recbole.config import Config
+    from recbole.data import utils as data_utils
     from recbole.model import abstract_recommender as kinds
+    from recbole.quick_start import quick_start as quick_start_functions
+    from recbole.trainer import hyper_tuning
     from recbole.utils.argument_list import dataset_arguments, training_arguments
 
     from cprec_recbole.host import data as recbole_data
@@ -343,7 +345,7 @@ def prepare(provider: Provider) -> None:
 
     # hyperopt asks for a Generator since 0.2.7
     generators = View(np.random, RandomState=np.random.default_rng)
-    recbole.trainer.hyper_tuning.np = View(_NUMPY_FOR_RECBOLE, random=generators)
+    hyper_tuning.np = View(_NUMPY_FOR_RECBOLE, random=generators)
     adapt_recbole_modules()
     for message in (
         "The given NumPy array is not writable",
@@ -358,8 +360,8 @@ def prepare(provider: Provider) -> None:
     replace(kinds.SequentialRecommender, "__init__", _with_remembered_counts)
     for kind in (kinds.GeneralRecommender, kinds.KnowledgeRecommender):
         replace(kind, "__init__", _with_remembered_tokens)
-    replace(recbole.data.utils, "get_dataloader", _with_positions_loader)
-    for module in (recbole.quick_start, recbole.quick_start.quick_start):
+    replace(data_utils, "get_dataloader", _with_positions_loader)
+    for module in (quick_start, quick_start_functions):
         replace(module, "load_data_and_model", lambda original: _load_data_and_model)
         replace(module, "run", partial(_starting_the_plugin_too, run=provider.run))
     recbole_data.adapt()
@@ -367,5 +369,5 @@ def prepare(provider: Provider) -> None:
     if "training" not in dataset_arguments:  # a saved dataset is reused only where these agree
         dataset_arguments += ["training", "eval_args", "data_path"]
         training_arguments.append("checkpoint_steps")
-    recbole.trainer.__getattr__ = _trainer_by_name(provider)
+    trainer.__getattr__ = _trainer_by_name(provider)
     provider.register_models()

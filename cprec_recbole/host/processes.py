@@ -221,10 +221,10 @@ def _map_reduce(trainer: Any, result: Any, num_sample: int) -> Any:
 
 def adapt() -> None:
     """Mend RecBole's modules; a second call is harmless."""
-    import recbole.trainer.trainer
     from recbole.config import Config
     from recbole.data.dataloader.abstract_dataloader import AbstractDataLoader
     from recbole.evaluator import Collector
+    from recbole.trainer import trainer
     from recbole.trainer.trainer import AbstractTrainer, Trainer
 
     replace(Config, "_init_device", _joining_a_group)
@@ -235,5 +235,5 @@ def adapt() -> None:
     replace(Trainer, "_save_checkpoint", _written_by_one)
     replace(Trainer, "_map_reduce", lambda original: _map_reduce)
     replace(Collector, "get_data_struct", _of_all_rows)
-    replace(recbole.trainer.trainer, "get_tensorboard", _of_the_first)
-    replace(recbole.trainer.trainer, "ensure_dir", lambda original: _ensure_dir)
+    replace(trainer, "get_tensorboard", _of_the_first)
+    replace(trainer, "ensure_dir", lambda original: _ensure_dir)

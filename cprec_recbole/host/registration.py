@@ -18,6 +18,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
+_MODULES_OF_MODELS = "recbole.model.sequential_recommender"
 _RUNS_RECBOLE = (
     "recbole.config",
     "recbole.data.dataset",
@@ -51,6 +52,9 @@ class _Finder(MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
+        if name.startswith(f"{_MODULES_OF_MODELS}.cp"):  # `get_model` asks for one of ours
+            self.provider.register_models()
+            return getattr(sys.modules.get(name), "__spec__", None)
         if name not in _RUNS_RECBOLE:
             return None
         spec = PathFinder.find_spec(name, path)
@@ -96,7 +100,7 @@ def register_model(model_class: type) -> None:
 
     It looks for a module of the name in lower case, and asks `sys.modules` first.
     """
-    name = f"recbole.model.sequential_recommender.{model_class.__name__.lower()}"
+    name = f"{_MODULES_OF_MODELS}.{model_class.__name__.lower()}"
     module = ModuleType(name, f"Where RecBole looks for {model_class.__name__}.")
     module.__spec__ = ModuleSpec(name, loader=None, origin="cprec_recbole")
     setattr(module, model_class.__name__, model_class)

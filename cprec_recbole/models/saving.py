@@ -290,7 +290,10 @@ def _contents(out: Path, header: Mapping[str, Any]) -> tuple[dict[str, Tensor], 
     if "items" not in paths:
         return weights, None
     try:
-        return weights, Vocabulary(json.loads(paths["items"].read_text(encoding="utf-8")))
+        tokens = json.loads(paths["items"].read_text(encoding="utf-8"))
+        if not isinstance(tokens, list):
+            raise ValueError("it is no list")
+        return weights, Vocabulary(tokens)
     except CompressionError:
         raise
     except (ValueError, TypeError, OSError) as error:

@@ -18,7 +18,7 @@ from cprec_recbole.host.numbering import check_numbering
 from cprec_recbole.models.eval_mode import in_eval_mode
 from cprec_recbole.models.recommender import CompressedRecommender
 
-_ROWS = 512  # users that are scored together
+ROWS = 512  # users that are scored together
 _SCORES = 2**24  # dense scores at a time, where a metric needs them: 64 MiB
 _NEED_SCORES = ("rec.meanrank", "rec.score", "data.label")
 
@@ -37,8 +37,8 @@ class HiddenStates(NamedTuple):
     @classmethod
     def of(cls, model: CompressedRecommender, users: Interaction) -> HiddenStates:
         """The hidden states of some users, which go through the layers in pieces."""
-        pieces = range(0, len(users), _ROWS)
-        hidden = [model.last_hidden(users[start : start + _ROWS]) for start in pieces]
+        pieces = range(0, len(users), ROWS)
+        hidden = [model.last_hidden(users[start : start + ROWS]) for start in pieces]
         return cls(model, torch.cat(hidden))
 
 
@@ -110,14 +110,14 @@ def evaluate(model: nn.Module, data: Any) -> dict[str, float]:
                 states = HiddenStates.of(model, interaction.to(device))
                 collector.eval_batch_collect(states, interaction, positive_u, positive_i)
                 continue
-            for start in range(0, len(interaction), _ROWS):
-                rows = interaction[start : start + _ROWS]
+            for start in range(0, len(interaction), ROWS):
+                rows = interaction[start : start + ROWS]
                 predict: Any = model.full_sort_predict
                 scores = predict(rows.to(device)).view(len(rows), -1)
                 scores[:, 0] = -torch.inf
                 if history is not None:
-                    scores[_of_rows(*history, start, _ROWS)] = -torch.inf
-                users, items = _of_rows(positive_u, positive_i, start, _ROWS)
+                    scores[_of_rows(*history, start, ROWS)] = -torch.inf
+                users, items = _of_rows(positive_u, positive_i, start, ROWS)
                 collector.eval_batch_collect(scores, rows, users, items)
     result = Evaluator(data.config).evaluate(collector.get_data_struct())
     return {name: float(value) for name, value in result.items()}
