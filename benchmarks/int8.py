@@ -25,7 +25,7 @@ from recbole.utils import get_model, get_trainer, init_seed
 from cprec_recbole import CompressedRecommender, quantize
 from cprec_recbole.compare.results import environment, save
 from cprec_recbole.host.library import recbole_config
-from cprec_recbole.int8.rows import Int8Rows, quantized_rows
+from cprec_recbole.int8 import Int8Rows, quantized_rows
 from cprec_recbole.report import saved_bytes
 
 MODELS = ("NextItNet", "SASRec", "GRU4Rec")

@@ -19,9 +19,8 @@ if TYPE_CHECKING:
 
     from cprec_recbole.backbones import Backbone
     from cprec_recbole.compress import compress
+    from cprec_recbole.compression.quantize import quantize
     from cprec_recbole.embedding import BlockEmbedding
-    from cprec_recbole.training.evaluation import evaluate
-    from cprec_recbole.int8.quantize import quantize
     from cprec_recbole.models import (
         CpBERT4Rec,
         CpGCSAN,
@@ -43,6 +42,7 @@ if TYPE_CHECKING:
     from cprec_recbole.search.topk import TopK
     from cprec_recbole.serving.export import export
     from cprec_recbole.softmax import FullSoftmax, TreeSoftmax
+    from cprec_recbole.training.evaluation import evaluate
     from cprec_recbole.training.run import run
 
 __version__ = "0.1.0"
@@ -103,7 +103,7 @@ _PLACES = {
     "export": "cprec_recbole.serving.export",
     "load_data_and_model": "recbole.quick_start",
     "load_pretrained": "cprec_recbole.saving.pretrained",
-    "quantize": "cprec_recbole.int8.quantize",
+    "quantize": "cprec_recbole.compression.quantize",
     "recover": "cprec_recbole.recover",
     "register": "cprec_recbole.registry",
     "run": "cprec_recbole.training.run",

@@ -20,15 +20,15 @@ from cprec_recbole.compression.clusters import fit_clusters_to
 from cprec_recbole.compression.directions import hidden_moment, tied_importance
 from cprec_recbole.compression.histories import Histories, drawn_histories, histories_of
 from cprec_recbole.compression.original import Original
+from cprec_recbole.compression.quantize import check_dtype, quantize
 from cprec_recbole.compression.spectra import PARAMETERS, Unit, looks_trained
 from cprec_recbole.compression.warmstart import FIT_HISTORIES, warm_start
 from cprec_recbole.config import CompressionConfig, CompressionError, is_number, reject_unknown
-from cprec_recbole.training.evaluation import check_validation_data, evaluate, valid_metric
-from cprec_recbole.int8.quantize import check_dtype, quantize
-from cprec_recbole.int8.rows import BYTES_PER_SCALE
+from cprec_recbole.int8 import BYTES_PER_SCALE
 from cprec_recbole.modes import can_be_trained
 from cprec_recbole.recommender import CompressedRecommender, check_objective
 from cprec_recbole.saving.vocabulary import check_numbering
+from cprec_recbole.training.evaluation import check_validation_data, evaluate, valid_metric
 
 _QUICK_LOOK = 64  # histories on which ways of sharing are compared
 _LADDER = 24  # ratios between which max_loss is searched: five evaluations find one of them

@@ -15,9 +15,8 @@ from cprec_recbole.backbones import Backbone, Reading, SequentialRecommender, bu
 from cprec_recbole.config import CompressionConfig, CompressionError
 from cprec_recbole.embedding import Block, BlockEmbedding
 from cprec_recbole.fields import NEXT_ITEMS
-from cprec_recbole.int8.rows import not_trained
+from cprec_recbole.int8 import not_trained
 from cprec_recbole.item_tables import Host, MaskedLookUp
-from cprec_recbole.training.optimizers import steps_sparsely
 from cprec_recbole.outcome import Choice, WarmStart
 from cprec_recbole.parallel.exchange import Group
 from cprec_recbole.parallel.shards import ShardedBlock, own_state, spread_parameters
@@ -27,6 +26,7 @@ from cprec_recbole.saving.vocabulary import Vocabulary
 from cprec_recbole.serving.servable import Servable
 from cprec_recbole.sharing import share, sharing_plan
 from cprec_recbole.softmax import FullSoftmax, build_softmax
+from cprec_recbole.training.optimizers import steps_sparsely
 
 if TYPE_CHECKING:
     from recbole.data.interaction import Interaction
@@ -137,7 +137,7 @@ class CompressedRecommender(Servable, SequentialRecommender):
         self.backbone = host
         softmax_table = table
         if not self.compression.tied:
-            softmax_table = BlockEmbedding(table.partition, table.ranks, table.dim, tail, first)
+            softmax_table = BlockEmbedding(table.partition, table.ranks, table.dim, first)
         memory = int(self.compression.loss_memory)
         self.head = build_softmax(self.compression.softmax, softmax_table, memory)
 

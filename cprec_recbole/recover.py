@@ -16,15 +16,15 @@ from cprec_recbole.compression.distillation import Teacher
 from cprec_recbole.compression.histories import Histories, histories_of
 from cprec_recbole.compression.original import Original
 from cprec_recbole.compression.progress import Show, shown
+from cprec_recbole.compression.quantize import in_float
 from cprec_recbole.config import CompressionError, is_number, is_whole
-from cprec_recbole.training.evaluation import check_validation_data, evaluate, valid_metric
-from cprec_recbole.int8.quantize import in_float
 from cprec_recbole.modes import in_eval_mode, with_dense_gradients, without_dropout
-from cprec_recbole.training.optimizers import build_optimizer
 from cprec_recbole.outcome import Recovery
 from cprec_recbole.partition import PADDING
 from cprec_recbole.recommender import CompressedRecommender
 from cprec_recbole.saving.vocabulary import check_numbering
+from cprec_recbole.training.evaluation import check_validation_data, evaluate, valid_metric
+from cprec_recbole.training.optimizers import build_optimizer
 
 # SASRec at ratio 3.5 on MovieLens-100K (seed 2020), loss on the validation data after 5 epochs, the
 # original's 5.818: 6.009 with 2048 and 3e-3, 5.994 with 512 and 1e-3, 5.972 with 512 and 3e-3.

@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from cprec_recbole.backbones import Backbone
 from cprec_recbole.compression.spectra import PARAMETERS, Cost, Unit
 from cprec_recbole.config import BlockPlan, CompressionConfig
-from cprec_recbole.int8.matrices import whole_numbers
-from cprec_recbole.int8.rows import BYTES_PER_SCALE, Int8Block
+from cprec_recbole.embedding import Int8Block
+from cprec_recbole.int8 import BYTES_PER_SCALE, whole_numbers
 from cprec_recbole.partition import PADDING
 from cprec_recbole.recommender import CompressedRecommender
 from cprec_recbole.records import find_backbone

@@ -18,13 +18,13 @@ from types import ModuleType
 _WITHOUT_RECBOLE = frozenset(
     {
         *("backbones", "cli", "config", "embedding", "fields", "files", "item_tables", "models"),
-        *("modes", "optimizers", "outcome", "partition", "recommender", "records", "report"),
-        *("sharing", "softmax", "units"),
+        *("int8", "losses", "modes", "optimizers", "outcome", "partition", "recommender"),
+        *("records", "report", "sharing", "softmax", "units"),
         *("commands", "commands.export", "commands.recommend", "compression"),
-        *("compression.spectra", "host", "host.registration"),
+        *("compression.quantize", "compression.spectra", "host", "host.registration"),
     }
 )
-_PACKAGES_WITHOUT_RECBOLE = frozenset({"int8", "losses", "parallel", "saving", "search", "serving"})
+_PACKAGES_WITHOUT_RECBOLE = frozenset({"parallel", "saving", "search", "serving"})
 _RUNNING = ("recbole.config", "recbole.data", "recbole.trainer", "recbole.quick_start")
 
 

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from cprec_recbole.backbones import build_host
 from cprec_recbole.config import CompressionConfig, CompressionError
-from cprec_recbole.embedding import Block, BlockEmbedding
-from cprec_recbole.int8.matrices import fill_from_int8, float_matrices
-from cprec_recbole.int8.rows import Int8Block
+from cprec_recbole.embedding import Block, BlockEmbedding, Int8Block
+from cprec_recbole.int8 import fill_from_int8, float_matrices
 from cprec_recbole.models import MODELS
 from cprec_recbole.partition import Partition
 from cprec_recbole.recommender import CompressedRecommender
@@ -81,7 +80,7 @@ def _built(header: dict[str, Any], weights: dict[str, Tensor]) -> CompressedReco
         order = np.argsort(member, kind="stable").astype(np.int32)
         partition = Partition(torch.from_numpy(order), plan.cutoffs)
         kind = _block_kind(header.get("rows"))
-        table = BlockEmbedding(partition, plan.ranks, plan.dim, kind, kind)
+        table = BlockEmbedding(partition, plan.ranks, plan.dim, kind)
         model = model_class.from_host(host, table, compression, kind)
     model.reads_last_column = bool(header["reads_last_column"])
     return model.to(getattr(torch, header["dtype"]))

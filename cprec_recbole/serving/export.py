@@ -13,13 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from cprec_recbole.compression.quantize import copied
 from cprec_recbole.config import CompressionError
+from cprec_recbole.embedding import Int8Block
 from cprec_recbole.files import write_whole
+from cprec_recbole.int8 import SCALE_DTYPE
+from cprec_recbole.partition import PADDING
 from cprec_recbole.recommender import CompressedRecommender
 from cprec_recbole.report import part_sizes, saved_bytes
 from cprec_recbole.search.topk import check_k
-from cprec_recbole.serving.exportable import Exportable, OnnxInt8Block, PlainInt8Block
 
 OPSET = 18
 SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
@@ -58,11 +63,9 @@ def export(
     """
     file = _checked(small, path, to, k)
     write = _write_onnx if to == "onnx" else _write_torch
-    block = OnnxInt8Block if to == "onnx" else PlainInt8Block
-    exportable = Exportable(small, k, block, sorts=to == "torch")
     try:
         with _quietly(), torch.no_grad():
-            program = _traced(exportable, small)
+            program = _traced(small, k, to)
             _write_tokens(small, tokens_path(file))  # first: a catalogue grows at its end
             write_whole(file, lambda part: write(program, part, _facts(small, k)))
     except OSError as error:
@@ -145,30 +148,102 @@ def _check_packages() -> None:
         ) from error
 
 
-def _traced(exportable: Exportable, small: CompressedRecommender) -> Any:
+class _Exported(nn.Module):
+    """A model's recommendation as one plain graph, without branches that depend on its input.
+
+    It scores all items and sorts; so it gives what `recommend` gives, equal scores by lower id.
+
+    Args:
+        small: a compressed model in float32; it is copied.
+        k: how many items.
+        to: the format.
+    """
+
+    def __init__(self, small: CompressedRecommender, k: int, to: str) -> None:
+        super().__init__()
+        self.k, self.to_onnx = k, to == "onnx"
+        self.model = copied(small).to("cpu").eval().requires_grad_(False)
+        for table in {id(t): t for t in (self.model.table, self.model.head.table)}.values():
+            # the graph reads `position_of` alone, for look-ups and for scores in the order of ids;
+            # of `item_at`, its inverse, an entry is left so that it is not written
+            table.partition.item_at = table.partition.item_at[:1].clone()
+            for j, block in enumerate(table.blocks):
+                if isinstance(block, Int8Block):
+                    table.factors[j] = _ExportedBlock(block, self.to_onnx)
+
+    def forward(self, history: Tensor, exclude: Tensor) -> tuple[Tensor, Tensor]:
+        """Items `[B, k]` and scores `[B, k]`, of inputs as `export` has them; a score of -inf where
+        fewer than k items are left."""
+        scores = self.model.head.scores(self._hidden(history))
+        padding = torch.zeros_like(history[:, :1])
+        scores = scores.scatter(1, torch.cat([padding, exclude], dim=1), -torch.inf)
+        if self.to_onnx:  # its TopK keeps equal scores in order, torch's does not
+            best, items = torch.topk(scores, self.k, dim=1)
+            return items, best
+        best, items = scores.sort(dim=1, descending=True, stable=True)
+        return items[:, : self.k], best[:, : self.k]
+
+    def _hidden(self, history: Tensor) -> Tensor:
+        """Hidden state that predicts the next item, `[B, L] -> [B, d]`."""
+        record, lengths = self.model.record, (history != PADDING).sum(1)
+        if record.hidden_states is None:
+            return record.last_state(self.model.backbone, history, lengths)
+        states = self.model.hidden_states(history)
+        if self.model.reads_last_column:
+            return states[:, -1]
+        last = (lengths - 1).clamp(min=0)
+        return states.gather(1, last.view(-1, 1, 1).expand(-1, 1, states.shape[2])).squeeze(1)
+
+
+class _ExportedBlock(Int8Block):
+    """A block in int8 in plain operations: all of its rows become float at once, for a moment. Its
+    scales are kept in bfloat16."""
+
+    dtype = torch.float32  # type: ignore[assignment]
+
+    def __init__(self, block: Int8Block, to_onnx: bool) -> None:
+        super().__init__(0, 0, 0)
+        self.put(block.weight.detach(), block.scale.to(SCALE_DTYPE))
+        self.projection, self.to_onnx = block.projection, to_onnx
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """See Block.logits."""
+        scale = self.scale.to(torch.float32)
+        if not self.to_onnx:
+            rows = self.weight.to(torch.float32) * scale.unsqueeze(1)
+        else:  # runtimes do not fold a DequantizeLinear into a float table
+            rows = torch.onnx.ops.symbolic(
+                "DequantizeLinear",
+                (self.weight, scale, torch.zeros_like(self.scale, dtype=torch.int8)),
+                {"axis": 0},
+                dtype=torch.float32,
+                shape=self.weight.shape,
+                version=13,
+            )
+        return F.linear(self.into_rank(hidden), rows)
+
+    def _embed(self, rows: Tensor, padding: int | None) -> Tensor:
+        scales = F.embedding(rows, self.scale.unsqueeze(1)).to(torch.float32)
+        return F.embedding(rows, self.weight).to(torch.float32) * scales
+
+
+def _traced(small: CompressedRecommender, k: int, to: str) -> Any:
+    history = torch.zeros(3, small.max_seq_length, dtype=torch.int64)
+    history[:, 0] = 1
+    exclude = torch.zeros(3, 2, dtype=torch.int64)
+    sizes = {name: torch.export.Dim(name) for name in ("batch", "excluded")}
+    shapes = {name: {i: sizes[of] for i, of in axes.items()} for name, axes in _AXES.items()}
+    exported = _Exported(small, k, to)
     try:
-        return _program(exportable, small)
+        return torch.export.export(
+            exported, (history, exclude), dynamic_shapes=shapes, strict=False
+        )
     except Exception as error:  # torch.export raises many kinds
         reason = str(error).strip().splitlines()[0]
         raise CompressionError(
             f"Expected `small` to be of a model that torch.export can follow, but "
             f"{small.record.host.__name__} is none: {reason}"
         ) from error
-
-
-def _program(exportable: Exportable, small: CompressedRecommender) -> Any:
-    history = torch.zeros(3, small.max_seq_length, dtype=torch.int64)
-    history[:, 0] = 1
-    exclude = torch.zeros(3, 2, dtype=torch.int64)
-    sizes = {name: torch.export.Dim(name) for axes in _AXES.values() for name in axes.values()}
-    return torch.export.export(
-        exportable,
-        (history, exclude),
-        dynamic_shapes={
-            name: {axis: sizes[of] for axis, of in axes.items()} for name, axes in _AXES.items()
-        },
-        strict=False,
-    )
 
 
 def _write_torch(program: Any, part: Path, facts: dict[str, str]) -> None:

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from cprec_recbole.backbones import Backbone, architecture
 from cprec_recbole.config import CompressionConfig, CompressionError
-from cprec_recbole.embedding import BlockEmbedding
-from cprec_recbole.int8.matrices import float_matrices, kept_scales, whole_numbers
-from cprec_recbole.int8.rows import SCALE_DTYPE, Int8Block
+from cprec_recbole.embedding import BlockEmbedding, Int8Block
+from cprec_recbole.int8 import SCALE_DTYPE, float_matrices, kept_scales, whole_numbers
 from cprec_recbole.item_tables import Host
 from cprec_recbole.modes import can_be_trained, in_eval_mode
 from cprec_recbole.partition import Partition

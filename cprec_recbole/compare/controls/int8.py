@@ -13,9 +13,9 @@ from cprec_recbole.compare.controls.control import (
 )
 from cprec_recbole.compare.controls.setting import Setting
 from cprec_recbole.compress import compress
+from cprec_recbole.compression.quantize import quantize
 from cprec_recbole.compression.spectra import Unit
-from cprec_recbole.int8.quantize import quantize
-from cprec_recbole.int8.rows import BYTES_PER_SCALE
+from cprec_recbole.int8 import BYTES_PER_SCALE
 from cprec_recbole.recommender import CompressedRecommender
 from cprec_recbole.report import BYTES_PER_FLOAT
 

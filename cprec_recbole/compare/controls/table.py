@@ -12,7 +12,7 @@ from cprec_recbole.backbones import build_host
 from cprec_recbole.config import CompressionError
 from cprec_recbole.data.sequences import item_counts
 from cprec_recbole.embedding import Block, BlockEmbedding
-from cprec_recbole.losses.cross_entropy import Strip, cross_entropy
+from cprec_recbole.losses import LogitBlock, Workspace, cross_entropy
 from cprec_recbole.models import MODELS
 from cprec_recbole.partition import PADDING, Partition
 from cprec_recbole.recommender import CompressedRecommender, compression_of
@@ -92,8 +92,9 @@ class FlatSoftmax(FullSoftmax):
 
     def loss(self, hidden: Tensor, target: Tensor) -> Tensor:
         """See SoftmaxHead.loss."""
-        strips = [Strip(hidden, self.table.dense())]
-        return cross_entropy(strips, target, self.loss_memory, padded=True) / max(1, len(target))
+        blocks = [LogitBlock(hidden, self.table.dense())]
+        total = cross_entropy(blocks, target, Workspace(self.loss_memory), padded=True)
+        return total / max(1, len(target))
 
     @torch.no_grad()
     def search(
