@@ -41,7 +41,7 @@ class Block(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The precision that rows are read in."""
-        return self.weight.dtype
+        return self.rows().dtype
 
     def rows(self) -> Tensor | Int8Rows:
         """The rows without a gradient, as a search reads them, `[k, r]`."""
@@ -140,11 +140,6 @@ class Int8Block(Block):
         """Replace the rows, `[k, r]` int8 and `[k]`."""
         self.weight = nn.Parameter(values, requires_grad=False)
         self.scale = nn.Parameter(scales.detach(), requires_grad=False)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """See Block.dtype."""
-        return self.scale.dtype
 
     def rows(self) -> Int8Rows:
         """See Block.rows."""

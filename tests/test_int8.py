@@ -20,15 +20,15 @@ from cprec_recbole import (
     recover,
 )
 from cprec_recbole.cli import main
+from cprec_recbole.compression.quantize import in_float, int8_block
 from cprec_recbole.embedding import Block
-from cprec_recbole.int8.matrices import (
+from cprec_recbole.int8 import (
     fill_from_int8,
     float_matrices,
+    quantized_rows,
     round_to_int8,
     whole_numbers,
 )
-from cprec_recbole.int8.quantize import in_float
-from cprec_recbole.int8.rows import Int8Block, quantized_rows
 from cprec_recbole.report import saved_bytes
 from cprec_recbole.saving.folder import read_folder, write_folder
 from cprec_recbole.softmax import build_softmax
@@ -42,7 +42,7 @@ HISTORIES = [[1, 2, 3], [4], list(range(1, 12))]
 
 def quantized_table(table):
     for j, block in enumerate(table.blocks):
-        table.factors[j] = Int8Block.of(block)
+        table.factors[j] = int8_block(block)
     return table
 
 
@@ -86,7 +86,7 @@ def test_a_scale_is_the_least_of_bfloat16_that_reaches_the_longest_entry(matrix)
 def test_float32_and_float64_read_the_same_rows(matrix):
     block = Block(*matrix.shape, matrix.shape[1])
     block.weight.data = torch.from_numpy(matrix)
-    small = Int8Block.of(block)
+    small = int8_block(block)
     assert torch.equal(small.rows()[:].double(), small.rows().double())
     assert torch.equal(copy.deepcopy(small).double().rows()[:], small.rows().double())
 

@@ -20,7 +20,7 @@ from cprec_recbole.compression.quantize import copied
 from cprec_recbole.config import CompressionError
 from cprec_recbole.embedding import Int8Block
 from cprec_recbole.files import write_whole
-from cprec_recbole.int8 import SCALE_DTYPE
+from cprec_recbole.int8 import SCALE_DTYPE, Int8Rows
 from cprec_recbole.partition import PADDING
 from cprec_recbole.recommender import CompressedRecommender
 from cprec_recbole.report import part_sizes, saved_bytes
@@ -28,7 +28,6 @@ from cprec_recbole.search.topk import check_k
 
 OPSET = 18
 SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
-INPUTS, OUTPUTS = ("history", "exclude"), ("items", "scores")
 _AXES = {"history": {0: "batch"}, "exclude": {0: "batch", 1: "excluded"}}  # that may differ
 _LARGEST = 2**31 - 2**24  # an ONNX file is one protocol buffer, which ends at 2 GiB
 
@@ -63,11 +62,17 @@ def export(
     """
     file = _checked(small, path, to, k)
     write = _write_onnx if to == "onnx" else _write_torch
+    facts = {  # what a caller of the graph has to know, kept in the file
+        "model": type(small).__name__,
+        "max_length": str(small.max_seq_length),
+        "n_items": str(small.n_items),
+        "k": str(k),
+    }
     try:
         with _quietly(), torch.no_grad():
             program = _traced(small, k, to)
             _write_tokens(small, tokens_path(file))  # first: a catalogue grows at its end
-            write_whole(file, lambda part: write(program, part, _facts(small, k)))
+            write_whole(file, lambda part: write(program, part, facts))
     except OSError as error:
         raise CompressionError(
             f"Expected `path` to be a file that can be written, but got {file}: "
@@ -174,57 +179,50 @@ class _Exported(nn.Module):
     def forward(self, history: Tensor, exclude: Tensor) -> tuple[Tensor, Tensor]:
         """Items `[B, k]` and scores `[B, k]`, of inputs as `export` has them; a score of -inf where
         fewer than k items are left."""
-        scores = self.model.head.scores(self._hidden(history))
-        padding = torch.zeros_like(history[:, :1])
-        scores = scores.scatter(1, torch.cat([padding, exclude], dim=1), -torch.inf)
+        lengths = (history != PADDING).sum(1)
+        if self.model.reading.one_state:
+            hidden = self.model(history, lengths)
+        else:
+            states = self.model.hidden_states(history)
+            last = (lengths - 1).clamp(min=0).view(-1, 1, 1)
+            hidden = states.gather(1, last.expand(-1, 1, states.shape[2])).squeeze(1)
+        scores = self.model.head.scores(hidden)
+        never = torch.cat([torch.zeros_like(history[:, :1]), exclude], dim=1)  # padding neither
+        scores = scores.scatter(1, never, -torch.inf)
         if self.to_onnx:  # its TopK keeps equal scores in order, torch's does not
             best, items = torch.topk(scores, self.k, dim=1)
-            return items, best
-        best, items = scores.sort(dim=1, descending=True, stable=True)
+        else:
+            best, items = scores.sort(dim=1, descending=True, stable=True)
         return items[:, : self.k], best[:, : self.k]
-
-    def _hidden(self, history: Tensor) -> Tensor:
-        """Hidden state that predicts the next item, `[B, L] -> [B, d]`."""
-        record, lengths = self.model.record, (history != PADDING).sum(1)
-        if record.hidden_states is None:
-            return record.last_state(self.model.backbone, history, lengths)
-        states = self.model.hidden_states(history)
-        if self.model.reads_last_column:
-            return states[:, -1]
-        last = (lengths - 1).clamp(min=0)
-        return states.gather(1, last.view(-1, 1, 1).expand(-1, 1, states.shape[2])).squeeze(1)
 
 
 class _ExportedBlock(Int8Block):
     """A block in int8 in plain operations: all of its rows become float at once, for a moment. Its
     scales are kept in bfloat16."""
 
-    dtype = torch.float32  # type: ignore[assignment]
-
     def __init__(self, block: Int8Block, to_onnx: bool) -> None:
         super().__init__(0, 0, 0)
         self.put(block.weight.detach(), block.scale.to(SCALE_DTYPE))
         self.projection, self.to_onnx = block.projection, to_onnx
 
+    def rows(self) -> Int8Rows:
+        """See Block.rows."""
+        return Int8Rows(self.weight, self.scale.to(torch.float32))
+
     def logits(self, hidden: Tensor) -> Tensor:
         """See Block.logits."""
-        scale = self.scale.to(torch.float32)
+        values, scales = self.weight, self.rows().scales
         if not self.to_onnx:
-            rows = self.weight.to(torch.float32) * scale.unsqueeze(1)
-        else:  # runtimes do not fold a DequantizeLinear into a float table
-            rows = torch.onnx.ops.symbolic(
-                "DequantizeLinear",
-                (self.weight, scale, torch.zeros_like(self.scale, dtype=torch.int8)),
-                {"axis": 0},
-                dtype=torch.float32,
-                shape=self.weight.shape,
-                version=13,
-            )
+            return F.linear(self.into_rank(hidden), values.to(scales.dtype) * scales.unsqueeze(1))
+        rows = torch.onnx.ops.symbolic(  # which runtimes do not fold into a float table
+            "DequantizeLinear",
+            (values, scales, torch.zeros_like(scales, dtype=torch.int8)),
+            {"axis": 0},
+            dtype=scales.dtype,
+            shape=values.shape,
+            version=13,
+        )
         return F.linear(self.into_rank(hidden), rows)
-
-    def _embed(self, rows: Tensor, padding: int | None) -> Tensor:
-        scales = F.embedding(rows, self.scale.unsqueeze(1)).to(torch.float32)
-        return F.embedding(rows, self.weight).to(torch.float32) * scales
 
 
 def _traced(small: CompressedRecommender, k: int, to: str) -> Any:
@@ -260,8 +258,8 @@ def _write_onnx(program: Any, part: Path, facts: dict[str, str]) -> None:
         program,
         dynamo=True,
         opset_version=OPSET,
-        input_names=INPUTS,
-        output_names=OUTPUTS,
+        input_names=("history", "exclude"),
+        output_names=("items", "scores"),
         dynamic_shapes={name: dict(axes) for name, axes in _AXES.items()},  # their names
         optimize=False,
         verbose=False,
@@ -277,16 +275,6 @@ def _write_onnx(program: Any, part: Path, facts: dict[str, str]) -> None:
     model.metadata_props.update(facts)
     model.producer_name = "cprec_recbole"
     result.save(part)
-
-
-def _facts(small: CompressedRecommender, k: int) -> dict[str, str]:
-    """What a caller of the graph has to know, kept in the file."""
-    return {
-        "model": type(small).__name__,
-        "max_length": str(small.max_seq_length),
-        "n_items": str(small.n_items),
-        "k": str(k),
-    }
 
 
 @contextmanager
