@@ -26,8 +26,7 @@ _KEPT = 2**22  # logits of a group of rows that stay in the L3 cache between the
 _FEWEST_ROWS, _MOST_ROWS = 64, 512
 _ALIGNMENT = 64  # numbers; tensors that start within a cache line are a tenth slower
 
-# Writes the target probabilities of some rows, `[m, k]`, into its last argument. The second, of the
-# same shape, is free for its own use.
+# Writes target probabilities of some rows, `[m, k]`, into its last argument; the second is scratch
 SoftTargets = Callable[[slice, Tensor, Tensor], None]
 Targets = Tensor | SoftTargets
 

@@ -123,10 +123,6 @@ def _checked(small: Any, path: Any, to: str, k: int) -> Path:
         )
     if to == "onnx":
         _check_packages()
-    return _checked_path(path)
-
-
-def _checked_path(path: Any) -> Path:
     usable = isinstance(path, str | os.PathLike) and os.fspath(path) not in ("", b"")
     if not usable or "\0" in str(path):
         raise CompressionError(f"Expected `path` to be a file, but got {path!r}.")
@@ -154,19 +150,12 @@ def _check_packages() -> None:
 
 
 class _Exported(nn.Module):
-    """A model's recommendation as one plain graph, without branches that depend on its input.
+    """A copy of a model that recommends without branches that depend on its input: it scores all
+    items and sorts, equal scores by lower id."""
 
-    It scores all items and sorts; so it gives what `recommend` gives, equal scores by lower id.
-
-    Args:
-        small: a compressed model in float32; it is copied.
-        k: how many items.
-        to: the format.
-    """
-
-    def __init__(self, small: CompressedRecommender, k: int, to: str) -> None:
+    def __init__(self, small: CompressedRecommender, k: int, to_onnx: bool) -> None:
         super().__init__()
-        self.k, self.to_onnx = k, to == "onnx"
+        self.k, self.to_onnx = k, to_onnx
         self.model = copied(small).to("cpu").eval().requires_grad_(False)
         for table in {id(t): t for t in (self.model.table, self.model.head.table)}.values():
             # the graph reads `position_of` alone, for look-ups and for scores in the order of ids;
@@ -174,7 +163,7 @@ class _Exported(nn.Module):
             table.partition.item_at = table.partition.item_at[:1].clone()
             for j, block in enumerate(table.blocks):
                 if isinstance(block, Int8Block):
-                    table.factors[j] = _ExportedBlock(block, self.to_onnx)
+                    table.factors[j] = _ExportedBlock(block, to_onnx)
 
     def forward(self, history: Tensor, exclude: Tensor) -> tuple[Tensor, Tensor]:
         """Items `[B, k]` and scores `[B, k]`, of inputs as `export` has them; a score of -inf where
@@ -211,17 +200,13 @@ class _ExportedBlock(Int8Block):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See Block.logits."""
-        values, scales = self.weight, self.rows().scales
-        if not self.to_onnx:
-            return F.linear(self.into_rank(hidden), values.to(scales.dtype) * scales.unsqueeze(1))
-        rows = torch.onnx.ops.symbolic(  # which runtimes do not fold into a float table
-            "DequantizeLinear",
-            (values, scales, torch.zeros_like(scales, dtype=torch.int8)),
-            {"axis": 0},
-            dtype=scales.dtype,
-            shape=values.shape,
-            version=13,
-        )
+        scales = self.rows().scales
+        if self.to_onnx:  # runtimes do not fold this into a float table
+            inputs = (self.weight, scales, torch.zeros_like(scales, dtype=torch.int8))
+            options = {"dtype": scales.dtype, "shape": self.weight.shape, "version": 13}
+            rows = torch.onnx.ops.symbolic("DequantizeLinear", inputs, {"axis": 0}, **options)
+        else:
+            rows = self.weight.to(scales.dtype) * scales.unsqueeze(1)
         return F.linear(self.into_rank(hidden), rows)
 
 
@@ -231,11 +216,9 @@ def _traced(small: CompressedRecommender, k: int, to: str) -> Any:
     exclude = torch.zeros(3, 2, dtype=torch.int64)
     sizes = {name: torch.export.Dim(name) for name in ("batch", "excluded")}
     shapes = {name: {i: sizes[of] for i, of in axes.items()} for name, axes in _AXES.items()}
-    exported = _Exported(small, k, to)
+    model = _Exported(small, k, to == "onnx")
     try:
-        return torch.export.export(
-            exported, (history, exclude), dynamic_shapes=shapes, strict=False
-        )
+        return torch.export.export(model, (history, exclude), dynamic_shapes=shapes, strict=False)
     except Exception as error:  # torch.export raises many kinds
         reason = str(error).strip().splitlines()[0]
         raise CompressionError(
