@@ -35,7 +35,6 @@ class ItemTable(nn.Module, ABC):
         dim: size `d` of an item vector.
     """
 
-    group = None  # its rows are never spread over processes
     is_int8 = False  # which blocks in int8 are: a control says for itself what it trains
 
     def __init__(self, n_items: int, dim: int) -> None:
