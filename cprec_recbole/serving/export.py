@@ -203,8 +203,14 @@ class _ExportedBlock(Int8Block):
         scales = self.rows().scales
         if self.to_onnx:  # runtimes do not fold this into a float table
             inputs = (self.weight, scales, torch.zeros_like(scales, dtype=torch.int8))
-            options = {"dtype": scales.dtype, "shape": self.weight.shape, "version": 13}
-            rows = torch.onnx.ops.symbolic("DequantizeLinear", inputs, {"axis": 0}, **options)
+            rows = torch.onnx.ops.symbolic(
+                "DequantizeLinear",
+                inputs,
+                {"axis": 0},
+                dtype=scales.dtype,
+                shape=self.weight.shape,
+                version=13,
+            )
         else:
             rows = self.weight.to(scales.dtype) * scales.unsqueeze(1)
         return F.linear(self.into_rank(hidden), rows)
