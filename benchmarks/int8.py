@@ -26,7 +26,7 @@ from cprec_recbole import CompressedRecommender, quantize
 from cprec_recbole.compare.results import environment, save
 from cprec_recbole.costs import saved_bytes
 from cprec_recbole.host.library import recbole_config
-from cprec_recbole.int8.rows import Int8Rows, quantized_rows
+from cprec_recbole.int8 import Int8Rows, quantized_rows
 
 MODELS = ("NextItNet", "SASRec", "GRU4Rec")
 N_ROWS, RANKS, BATCHES, LOOK_UPS = 200_000, (4, 16, 64), (1, 32), (50, 3200)

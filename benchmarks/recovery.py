@@ -21,10 +21,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from cprec_recbole.compare.results import environment, save
-from cprec_recbole.compression.distillation import told_softmax
+from cprec_recbole.compression.distillation import teacher_softmax
 from cprec_recbole.config import LOSS_MEMORY
-from cprec_recbole.losses.cross_entropy import Strip
-from cprec_recbole.losses.soft_targets import Room, soft_cross_entropy
+from cprec_recbole.losses import LogitBlock, Workspace, cross_entropy
 
 PREDICTIONS, DIM, SHARE = 128, 64, 0.5
 BLOCKS = ((0.1, 64), (0.2, 16), (0.7, 8))  # share of the items, rank
@@ -42,18 +41,18 @@ class Step:
         ranks = [rank for _, rank in BLOCKS]
         self.rows = [(0.1 * torch.randn(k, r)).requires_grad_() for k, r in zip(sizes, ranks)]
         self.codes = [torch.randn(PREDICTIONS, r).requires_grad_() for r in ranks]
-        self.room = Room(LOSS_MEMORY)
+        self.workspace = Workspace(LOSS_MEMORY)
 
     def ours(self) -> Tensor:
         """The loss as `recover` has it."""
 
-        def mixed(part: slice, logits: Tensor, out: Tensor) -> None:
-            told_softmax(self.wanted[part], self.vectors, logits, out, padded=True)
+        def mixed(group: slice, scratch: Tensor, out: Tensor) -> None:
+            teacher_softmax(self.wanted[group], self.vectors, scratch, out, padded=True)
             out.mul_(SHARE)
-            out[torch.arange(len(out)), self.place[part]] += 1 - SHARE
+            out[torch.arange(len(out)), self.place[group]] += 1 - SHARE
 
-        strips = [Strip(*pair) for pair in zip(self.codes, self.rows)]
-        return soft_cross_entropy(strips, mixed, self.room, padded=True)
+        blocks = [LogitBlock(*pair) for pair in zip(self.codes, self.rows)]
+        return cross_entropy(blocks, mixed, self.workspace, padded=True)
 
     def plain(self) -> Tensor:
         """The same of PyTorch's own parts."""

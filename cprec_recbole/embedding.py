@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cprec_recbole.config import CompressionError
-from cprec_recbole.losses.cross_entropy import Strip, cross_entropy
+from cprec_recbole.int8 import ROWS_AT_A_TIME, Int8Rows, not_trained, quantized_rows
+from cprec_recbole.losses import LogitBlock
 from cprec_recbole.partition import PADDING, Partition
-
-if TYPE_CHECKING:
-    from cprec_recbole.int8.rows import Int8Rows
 
 # A block with fewer rows has a dense gradient: a step over all of them is sooner done
 SPARSE_ROWS = 2**14
@@ -43,7 +41,7 @@ class Block(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The precision that rows are read in."""
-        return self.weight.dtype
+        return self.rows().dtype
 
     def rows(self) -> Tensor | Int8Rows:
         """The rows without a gradient, as a search reads them, `[k, r]`."""
@@ -55,15 +53,7 @@ class Block(nn.Module):
 
     def per_row(self) -> list[nn.Parameter]:
         """The parameters with an entry for each row, in the order of the rows."""
-        return [self.weight]
-
-    def learnt(self) -> Tensor:
-        """The rows as a loss reads them, `[k, r]`.
-
-        Raises:
-            CompressionError: rows that cannot be trained.
-        """
-        return self.weight
+        return [each for each in self.parameters() if each is not self.projection]
 
     def extend(self, rows: Tensor) -> None:
         """Append rows `[n, r]`; those that are there stay as they are."""
@@ -109,22 +99,13 @@ class Block(nn.Module):
         """Products with the block's items, `[..., d] -> [..., k]`, without a `[k, d]` table."""
         return self.into_rank(hidden) @ self.weight.T
 
-    def normal_(self, std: float) -> None:
-        """Draw the rows with a standard deviation."""
-        self.weight.normal_(0.0, std)
+    def logit_block(self, hidden: Tensor) -> LogitBlock:
+        """The block's part of a softmax, as a loss reads it, of hidden states `[N, d]`.
 
-    def cross_entropy(self, hidden: Tensor, rows: Tensor, memory: int) -> Tensor:
-        """Summed negative log-likelihood of rows under the softmax over this block alone.
-
-        Args:
-            hidden: hidden states, `[n, d]`.
-            rows: the row of each one's target, `[n]`.
-            memory: bytes that the logits held at a time may take.
-
-        Returns:
-            `[]`.
+        Raises:
+            CompressionError: rows in int8, which cannot be trained.
         """
-        return cross_entropy([Strip(self.into_rank(hidden), self.weight)], rows, memory)
+        return LogitBlock(self.into_rank(hidden), self.weight)
 
     def squared_norm(self) -> Tensor:
         """Squared Frobenius norm of `weight @ projection`, from the two `[r, r]` Gram matrices."""
@@ -136,7 +117,54 @@ class Block(nn.Module):
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
         size, rank = self.weight.shape
-        return f"{size}, rank={rank}"
+        return f"{size}, rank={rank}" + ("" if self.weight.is_floating_point() else ", int8")
+
+
+class Int8Block(Block):
+    """A block whose rows are in int8; its projection stays in float.
+
+    It is looked up, multiplied and searched as a Block is, and holds no gradient: whole numbers
+    cannot take an optimizer's small steps.
+
+    Attributes:
+        weight: the rows as whole numbers, `[k, r]`, int8.
+        scale: what a row is multiplied by, `[k]`.
+    """
+
+    def __init__(self, size: int, rank: int, dim: int) -> None:
+        super().__init__(0, rank, dim)
+        self.requires_grad_(False)
+        self.put(torch.zeros(size, rank, dtype=torch.int8), torch.ones(size))
+
+    def put(self, values: Tensor, scales: Tensor) -> None:
+        """Replace the rows, `[k, r]` int8 and `[k]`."""
+        self.weight = nn.Parameter(values, requires_grad=False)
+        self.scale = nn.Parameter(scales.detach(), requires_grad=False)
+
+    def rows(self) -> Int8Rows:
+        """See Block.rows."""
+        return Int8Rows(self.weight.detach(), self.scale.detach())
+
+    def whole(self) -> Tensor:
+        """See Block.whole: a copy in float."""
+        return self.rows()[:]
+
+    def extend(self, rows: Tensor) -> None:
+        """See Block.extend; the rows that are there keep their numbers."""
+        values, scales = quantized_rows(rows.to(self.dtype))
+        self.put(torch.cat([self.weight.detach(), values]), torch.cat([self.scale, scales]))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """See Block.logits; rows become float a piece at a time."""
+        codes, pieces = self.into_rank(hidden), self.rows().split(ROWS_AT_A_TIME)
+        return torch.cat([F.linear(codes, piece) for piece in pieces], dim=-1)
+
+    def logit_block(self, hidden: Tensor) -> LogitBlock:
+        """See Block.logit_block; always an error."""
+        raise not_trained()
+
+    def _embed(self, rows: Tensor, padding: int | None) -> Tensor:
+        return self.rows()[rows]
 
 
 class BlockEmbedding(nn.Module):
@@ -150,8 +178,7 @@ class BlockEmbedding(nn.Module):
         partition: which item is where.
         ranks: rank of each block, `[n_blocks]`.
         dim: size `d` of an item vector.
-        make_tail: what makes the blocks after the head, from size, rank and dim.
-        make_head: what makes the head.
+        make_block: what makes the blocks, from size, rank and dim.
 
     Use `blocks[j].weight` and `blocks[j].projection` for a block's own factors.
     """
@@ -161,8 +188,7 @@ class BlockEmbedding(nn.Module):
         partition: Partition,
         ranks: Sequence[int],
         dim: int,
-        make_tail: Callable[[int, int, int], Block] = Block,
-        make_head: Callable[[int, int, int], Block] = Block,
+        make_block: Callable[[int, int, int], Block] = Block,
     ) -> None:
         super().__init__()
         if len(ranks) != len(partition.sizes) or not all(0 < rank <= dim for rank in ranks):
@@ -172,9 +198,8 @@ class BlockEmbedding(nn.Module):
             )
         self.partition = partition
         self.dim = dim
-        kinds = [make_head, *[make_tail] * (len(ranks) - 1)]
         self.factors = nn.ModuleList(
-            kind(size, rank, dim) for kind, size, rank in zip(kinds, partition.sizes, ranks)
+            make_block(size, rank, dim) for size, rank in zip(partition.sizes, ranks)
         )
         self.reset_parameters(std=1 / math.sqrt(dim))
 
@@ -212,8 +237,10 @@ class BlockEmbedding(nn.Module):
         sqrt(d / r). So a block of any rank starts with vectors as long as a full table's, and an
         optimizer that moves every parameter equally (Adam) moves them equally fast.
         """
+        if self.is_int8:  # rows in int8 are made of others
+            return
         for block in self.blocks:
-            block.normal_(std)
+            block.weight.normal_(0.0, std)
             if block.projection is not None:
                 nn.init.orthogonal_(block.projection, gain=self._gain(block))
         self.blocks[0].weight[PADDING] = 0.0

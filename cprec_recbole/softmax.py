@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cprec_recbole.config import LOSS_MEMORY, CompressionError
 from cprec_recbole.embedding import Block, BlockEmbedding
-from cprec_recbole.losses.cross_entropy import Strip, cross_entropy
+from cprec_recbole.losses import LogitBlock, Workspace, cross_entropy
 from cprec_recbole.partition import PADDING
 from cprec_recbole.search.index import Snapshot
 from cprec_recbole.search.pruned import Found, search
@@ -163,8 +163,8 @@ class FullSoftmax(Softmax):
     def loss(self, hidden: Tensor, target: Tensor) -> Tensor:
         """See Softmax.loss."""
         positions = self.table.partition.positions(target)
-        strips = [Strip(block.into_rank(hidden), block.learnt()) for block in self.table.blocks]
-        total = cross_entropy(strips, positions, self.loss_memory, padded=True)
+        blocks = [block.logit_block(hidden) for block in self.table.blocks]
+        total = cross_entropy(blocks, positions, Workspace(self.loss_memory), padded=True)
         return total / max(1, len(target))
 
     def pairwise_loss(self, hidden: Tensor, target: Tensor, negative: Tensor) -> Tensor:
@@ -234,11 +234,13 @@ class TreeSoftmax(Softmax):
         counts = (blocks == numbers).sum(1).tolist()  # the only wait for the device
         hidden, positions, blocks = hidden[order], positions[order], blocks[order]
         branch = torch.where(blocks == 0, positions, len(self.head_block.weight) - 1 + blocks)
-        total = cross_entropy(self._branches(hidden), branch, self.loss_memory, padded=True)
+        workspace = Workspace(self.loss_memory)
+        total = cross_entropy(self._branches(hidden), branch, workspace, padded=True)
         rows = zip(hidden.split(counts), positions.split(counts), partition.starts)
         for block, (own, position, start) in zip(self.table.blocks, rows):
             if start and len(own):
-                total = total + block.cross_entropy(own, position - start, self.loss_memory)
+                logits = [block.logit_block(own)]
+                total = total + cross_entropy(logits, position - start, workspace)
         return total / max(1, len(target))
 
     def log_prob(self, hidden: Tensor) -> Tensor:
@@ -274,10 +276,10 @@ class TreeSoftmax(Softmax):
                 scores = scores.index_add(0, rows, part)
         return scores.masked_fill(items == PADDING, -torch.inf)
 
-    def _branches(self, hidden: Tensor) -> list[Strip]:
+    def _branches(self, hidden: Tensor) -> list[LogitBlock]:
         """Columns of the head's items, padding included, then of the clusters."""
-        items = Strip(self.head_block.into_rank(hidden), self.head_block.learnt())
-        return [items, Strip(hidden, self.clusters)] if self.tails else [items]
+        items = self.head_block.logit_block(hidden)
+        return [items, LogitBlock(hidden, self.clusters)] if self.tails else [items]
 
     def _branch_logits(self, hidden: Tensor) -> Tensor:
         """Logits of the head's items, then of the clusters, `[B, d] -> [B, k_1 - 1 + n - 1]`."""

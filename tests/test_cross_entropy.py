@@ -7,37 +7,60 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import cprec_recbole.losses.cross_entropy as module
+import cprec_recbole.losses as module
 from cprec_recbole import CompressionConfig, CompressionError, FullSoftmax, TreeSoftmax
-from cprec_recbole.losses.cross_entropy import Strip, Sweeps, cross_entropy
+from cprec_recbole.losses import LogitBlock, Workspace, cross_entropy, plan
 from tests.builders import block_embedding
 
 WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "bincount", "unique")
 
 
 def leaves(shapes, n_rows, dtype=torch.float64):
-    """Codes and rows of strips of some (columns, rank)."""
+    """Codes and rows of blocks of some (columns, rank)."""
     found = []
     for k, r in shapes:
         found += [torch.randn(n_rows, r, dtype=dtype), torch.randn(k, r, dtype=dtype)]
     return [tensor.requires_grad_() for tensor in found]
 
 
-def strips_of(tensors):
-    return [Strip(*pair) for pair in zip(tensors[::2], tensors[1::2])]
+def blocks_of(tensors):
+    return [LogitBlock(*pair) for pair in zip(tensors[::2], tensors[1::2])]
 
 
-def plain(tensors, target, padded):
-    logits = torch.cat([codes @ rows.T for codes, rows in strips_of(tensors)], 1)
+def loss_of(tensors, target, memory=2**20, padded=False):
+    return cross_entropy(blocks_of(tensors), target, Workspace(memory), padded=padded)
+
+
+def plain(tensors, target, padded=False):
+    logits = torch.cat([codes @ rows.T for codes, rows in blocks_of(tensors)], 1)
+    if target.ndim == 2:
+        return F.cross_entropy(logits[:, int(padded) :], target[:, int(padded) :], reduction="sum")
     if padded:
         logits = torch.cat([torch.full_like(logits[:, :1], -torch.inf), logits[:, 1:]], 1)
     return F.cross_entropy(logits, target, reduction="sum")
 
 
-def compare(shapes, n_rows, memory, padded, scale=1.0):
+plans = st.tuples(st.integers(1, 40), st.integers(1, 200), st.booleans())
+all_shapes = st.lists(st.tuples(st.integers(2, 40), st.integers(1, 6)), min_size=1, max_size=4)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    shapes=all_shapes,
+    n_rows=st.integers(1, 30),
+    cut=plans,
+    padded=st.booleans(),
+    scale=st.sampled_from([1.0, -0.3, 0.0]),
+)
+def test_value_and_gradients_are_the_plain_ones_however_logits_are_cut(
+    shapes, n_rows, cut, padded, scale
+):
+    torch.manual_seed(0)
     tensors = leaves(shapes, n_rows)
     target = torch.randint(int(padded), sum(k for k, _ in shapes), (n_rows,))
-    found = cross_entropy(strips_of(tensors), target, memory, padded=padded)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "plan", lambda *args, **kwargs: cut)
+        found = loss_of(tensors, target, padded=padded)
     expected = plain(tensors, target, padded)
     torch.testing.assert_close(found, expected)
     gradients = torch.autograd.grad(scale * found, tensors)
@@ -45,33 +68,11 @@ def compare(shapes, n_rows, memory, padded, scale=1.0):
         torch.testing.assert_close(one, other)
 
 
-@settings(max_examples=150, deadline=None)
-@given(
-    shapes=st.lists(st.tuples(st.integers(2, 40), st.integers(1, 6)), min_size=1, max_size=4),
-    n_rows=st.integers(1, 30),
-    memory=st.sampled_from([1, 16, 100, 999, 5_000, 2**20]),
-    padded=st.booleans(),
-    scale=st.sampled_from([1.0, -0.3, 0.0]),
-    sizes=st.sampled_from([(2**18, 2**22, 64, 512), (8, 64, 1, 1), (64, 256, 4, 9), (3, 30, 2, 5)]),
-    caches=st.booleans(),
-)
-def test_value_and_gradients_are_the_plain_ones(
-    shapes, n_rows, memory, padded, scale, sizes, caches
-):
-    torch.manual_seed(0)
-    names = ("_TILE", "_KEPT", "_FEWEST_ROWS", "_MOST_ROWS")
-    with pytest.MonkeyPatch.context() as patch:
-        for name, size in zip(names, sizes):
-            patch.setattr(module, name, size)
-        patch.setattr(module, "_has_caches", lambda device: caches)
-        compare(shapes, n_rows, memory, padded, scale)
-
-
 @pytest.mark.parametrize("memory", [2**12, 2**16, 2**28])
 def test_many_rows_and_columns_in_single_precision(memory):
     tensors = leaves([(3000, 16), (20_000, 4)], 300, torch.float32)
     target = torch.randint(1, 23_000, (300,))
-    found = cross_entropy(strips_of(tensors), target, memory, padded=True)
+    found = loss_of(tensors, target, memory, padded=True)
     exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
     expected = plain(exact, target, True)
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
@@ -80,35 +81,36 @@ def test_many_rows_and_columns_in_single_precision(memory):
         assert float((one - other).norm() / other.norm()) < 1e-5
 
 
-@pytest.mark.parametrize("memory", [100, 2**10, 2**20])
-@pytest.mark.parametrize("n_rows", [1, 7, 500])
+@pytest.mark.parametrize("logits", [1, 25, 2**8, 2**18, 2**26])
+@pytest.mark.parametrize("n_rows", [1, 7, 500, 2048])
+@pytest.mark.parametrize("n_columns", [2, 3050, 400_000])
 @pytest.mark.parametrize("caches", [True, False])
-def test_no_more_logits_than_the_budget_are_held(memory, n_rows, caches, monkeypatch):
-    monkeypatch.setattr(module, "_has_caches", lambda device: caches)
-    strips = strips_of(leaves([(50, 4), (3000, 2)], n_rows, torch.float32))
-    sweeps = Sweeps(strips, memory, True, None, True)
-    held = sweeps._kept.numel() + sweeps._logits.numel()
-    assert 4 * held <= max(2 * memory, 16)  # a piece of logits beside those that are kept
+@pytest.mark.parametrize("differentiated", [True, False])
+def test_no_more_logits_than_the_budget_are_held(logits, n_rows, n_columns, caches, differentiated):
+    options = {"differentiated": differentiated, "caches": caches}
+    rows, columns, keeps = plan(n_rows, n_columns, logits, soft=False, **options)
+    assert rows * columns <= logits
+    assert rows * (n_columns if keeps else columns) <= logits
+    rows, columns, keeps = plan(n_rows, n_columns, logits, soft=True, **options)
+    assert keeps
+    assert rows * columns + 2 * rows * n_columns <= max(logits, 3 * n_columns)
 
 
 @pytest.mark.parametrize("n_columns", [500, 12_000, 100_000, 400_000, 10**6])
 @pytest.mark.parametrize("differentiated", [True, False])
 def test_off_the_cpu_there_are_no_more_pieces_than_the_budget_asks_for(n_columns, differentiated):
-    n_rows, memory = 2048, 2**28
-    sizes = (n_columns // 5, n_columns - n_columns // 5)
-    shapes = [(torch.empty(n_rows, 4, device="meta"), k) for k in sizes]
-    strips = [Strip(codes, torch.empty(k, 4, device="meta")) for codes, k in shapes]
-    sweeps = Sweeps(strips, memory, True, None, differentiated)
-    assert 4 * (sweeps._kept.numel() + sweeps._logits.numel()) <= memory
-    passes = len(list(sweeps.groups())) * len(list(sweeps._pieces()))
-    needed = 4 * n_rows * n_columns / (memory / 2)  # logits, and as much for their softmax
-    assert passes <= needed + 1 + len(sizes)
+    n_rows, logits = 2048, 2**26
+    options = {"soft": False, "differentiated": differentiated, "caches": False}
+    rows, columns, keeps = plan(n_rows, n_columns, logits, **options)
+    assert rows * ((n_columns if keeps else columns) + columns) <= logits
+    passes = -(-n_rows // rows) * -(-n_columns // columns)
+    assert passes <= n_rows * n_columns / (logits / 2) + 2  # logits, and as much for their softmax
 
 
 def test_large_logits_do_not_overflow():
     codes = torch.tensor([[1e4], [-1e4]], requires_grad=True)
     rows = torch.tensor([[1.0], [-1.0], [0.5]])
-    found = cross_entropy([Strip(codes, rows)], torch.tensor([0, 0]), 2**20)
+    found = loss_of([codes, rows], torch.tensor([0, 0]))
     assert found.item() == pytest.approx(2e4)
     found.backward()
     assert codes.grad.tolist() == [[0.0], [-2.0]]
@@ -116,7 +118,7 @@ def test_large_logits_do_not_overflow():
 
 def test_a_second_backward_gives_the_same_gradients():
     tensors = leaves([(9, 3)], 4)
-    loss = cross_entropy(strips_of(tensors), torch.arange(4), 2**20)
+    loss = loss_of(tensors, torch.arange(4))
     first = torch.autograd.grad(2 * loss, tensors, retain_graph=True)
     second = torch.autograd.grad(2 * loss, tensors)
     assert all(torch.equal(one, other) for one, other in zip(first, second))
@@ -125,9 +127,9 @@ def test_a_second_backward_gives_the_same_gradients():
 def test_without_gradients_none_are_kept():
     tensors = leaves([(9, 3), (5, 2)], 4)
     with torch.no_grad():
-        value = cross_entropy(strips_of(tensors), torch.arange(4), 2**20)
+        value = loss_of(tensors, torch.arange(4))
     assert not value.requires_grad
-    torch.testing.assert_close(value, plain(tensors, torch.arange(4), False).detach())
+    torch.testing.assert_close(value, plain(tensors, torch.arange(4)).detach())
 
 
 def test_no_rows_cost_nothing():

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from itertools import repeat
+from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cprec_recbole.config import CompressionError
-from cprec_recbole.embedding import BlockEmbedding
-from cprec_recbole.int8.matrices import float_matrices, round_to_int8
-from cprec_recbole.int8.rows import Int8Block
+from cprec_recbole.embedding import Block, Int8Block
+from cprec_recbole.int8 import float_matrices, quantized_rows, round_to_int8
 from cprec_recbole.models.eval_mode import can_be_trained
 from cprec_recbole.models.recommender import CompressedRecommender
-
-DTYPES = ("int8",)
 
 
 @can_be_trained
@@ -38,15 +36,10 @@ def quantize(small: nn.Module) -> CompressedRecommender:
         The new model, in the mode of the old one. It shares its tokens and counts.
 
     Raises:
-        CompressionError: RecBole's own model, rows in int8 already, another precision, weights that
-            are not finite or are spread over processes.
+        CompressionError: RecBole's own model, rows in int8 already, another precision, or weights
+            that are not finite.
     """
-    result = _copied(_checked(small))
-    for table in _tables(result):
-        for j, block in enumerate(table.blocks):
-            table.factors[j] = Int8Block.of(block)
-    result.int8_scales = {name: round_to_int8(p) for name, p in float_matrices(result)}
-    return result.train(result.training)
+    return _to_int8(copied(_checked(small)), repeat(None), {})
 
 
 @contextmanager
@@ -60,66 +53,70 @@ def in_float(small: CompressedRecommender) -> Iterator[Callable[[], CompressedRe
     if not small.table.is_int8:
         yield lambda: small
         return
-    before = _Numbers(small)
+    blocks = [cast(Int8Block, factors[j]) for factors, j in _places(small)]
+    matrices = {name: p.detach().clone() for name, p in float_matrices(small)}
+    floats = [_float_block(block) for block in blocks]
+    for (factors, j), block in zip(_places(small), floats):
+        factors[j] = block
     try:
-        for table in _tables(small):
-            for j, block in enumerate(table.blocks):
-                table.factors[j] = cast(Int8Block, block).in_float()
-        yield lambda: before.back_in(_copied(small))
+        yield lambda: _to_int8(copied(small), blocks, matrices)
     finally:
-        before.back_in(small)
+        _to_int8(small, blocks, matrices)
 
 
-class _Numbers:
-    """What a model in int8 consists of."""
-
-    def __init__(self, model: CompressedRecommender) -> None:
-        self.blocks = [table.blocks for table in _tables(model)]
-        self.matrices = {name: p.detach().clone() for name, p in float_matrices(model)}
-
-    def back_in(self, model: CompressedRecommender) -> CompressedRecommender:
-        """Bring a model, whose rows are in float meanwhile, back to int8: the model that this is
-        of, or a copy of it."""
-        for table, blocks in zip(_tables(model), self.blocks):
-            for j, (block, trained) in enumerate(zip(blocks, table.blocks)):
-                if trained is block:
-                    continue
-                same = _same(cast(Int8Block, block).in_float(), trained)
-                # a copy of the block, for matrices are rounded where they are
-                table.factors[j] = copy.deepcopy(block) if same else Int8Block.of(trained)
-                table.factors[j].train(trained.training)
-        for name, matrix in float_matrices(model):
-            if not torch.equal(matrix, self.matrices[name]):
-                model.int8_scales = {**model.int8_scales, name: round_to_int8(matrix)}
-        return model
+def _to_int8(
+    model: CompressedRecommender,
+    blocks: Iterable[Int8Block | None],
+    matrices: Mapping[str, Tensor],
+) -> CompressedRecommender:
+    """Put a model's rows in int8 and round its other matrices, in place; what is still as in given
+    blocks and matrices keeps the numbers that it had there."""
+    for (factors, j), before in zip(_places(model), blocks):
+        factors[j] = int8_block(cast(Block, factors[j]), before)
+    for name, matrix in float_matrices(model):
+        if name not in matrices or not torch.equal(matrix, matrices[name]):
+            model.int8_scales = {**model.int8_scales, name: round_to_int8(matrix)}
+    return model
 
 
-def _copied(model: CompressedRecommender) -> CompressedRecommender:
+def _places(model: CompressedRecommender) -> list[tuple[nn.ModuleList, int]]:
+    """Where the blocks are, in the table that is looked up and, if another, the softmax's."""
+    lists = {id(each): each for each in (model.table.factors, model.softmax.table.factors)}.values()
+    return [(factors, j) for factors in lists for j in range(len(factors))]
+
+
+def int8_block(block: Block, before: Int8Block | None = None) -> Int8Block:
+    """A block's rows in int8, those of the block before where nothing changed; it takes over the
+    projection, which is trained no more."""
+    result = Int8Block(0, 0, 0)
+    result.projection = block.projection
+    if before is not None and torch.equal(before.whole(), block.weight):
+        result.put(before.weight.detach(), before.scale)
+    else:
+        result.put(*quantized_rows(block.weight.detach()))
+    return result.requires_grad_(False).train(block.training)
+
+
+def _float_block(block: Int8Block) -> Block:
+    result = Block(0, 0, 0)
+    result.weight, result.projection = nn.Parameter(block.whole()), block.projection
+    return result.requires_grad_().train(block.training)
+
+
+def copied(model: CompressedRecommender) -> CompressedRecommender:
     """A copy that shares tokens and counts."""
     known = (model.vocabulary, model.item_tokens, model.train_item_counts)
-    memo: dict[int, Any] = {id(each): each for each in known if each is not None}
-    return copy.deepcopy(model, memo)
+    return copy.deepcopy(model, {id(each): each for each in known if each is not None})
 
 
 def check_dtype(dtype: object, of_model: torch.dtype) -> None:
     """Raise a CompressionError unless rows can be kept as `dtype`: `"int8"`, or None for float."""
-    if dtype is None:
-        return
-    if dtype not in DTYPES:
+    if dtype not in (None, "int8"):
         raise CompressionError(
             f'Expected `dtype` to be "int8", or left out for float rows, but got {dtype!r}.'
         )
-    _check_precision("model", of_model)
-
-
-def _tables(model: CompressedRecommender) -> list[BlockEmbedding]:
-    """The table that is looked up and, where it is another, the softmax's."""
-    return list({id(table): table for table in (model.table, model.softmax.table)}.values())
-
-
-def _same(one: nn.Module, other: nn.Module) -> bool:
-    pairs = zip(one.state_dict().values(), other.state_dict().values())
-    return all(torch.equal(mine, others) for mine, others in pairs)
+    if dtype is not None:
+        _check_precision("model", of_model)
 
 
 def _checked(small: nn.Module) -> CompressedRecommender:

@@ -18,7 +18,7 @@ from cprec_recbole.data import NEXT_ITEMS
 from cprec_recbole.embedding import BlockEmbedding
 from cprec_recbole.host.numbering import check_numbering, remember
 from cprec_recbole.host.registration import importing_models
-from cprec_recbole.int8.rows import not_trained
+from cprec_recbole.int8 import not_trained
 from cprec_recbole.models.deprecated import renamed
 from cprec_recbole.models.eval_mode import can_be_trained, in_eval_mode
 from cprec_recbole.models.inputs import barred_ids, pad_histories

@@ -25,10 +25,15 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from cprec_recbole.config import CompressionConfig, CompressionError
-from cprec_recbole.embedding import Block, BlockEmbedding
+from cprec_recbole.embedding import Block, BlockEmbedding, Int8Block
 from cprec_recbole.files import flush, held
-from cprec_recbole.int8.matrices import fill_from_int8, float_matrices, kept_scales, whole_numbers
-from cprec_recbole.int8.rows import SCALE_DTYPE, Int8Block
+from cprec_recbole.int8 import (
+    SCALE_DTYPE,
+    fill_from_int8,
+    float_matrices,
+    kept_scales,
+    whole_numbers,
+)
 from cprec_recbole.models.registry import model_class_named
 from cprec_recbole.models.spec import Parts
 from cprec_recbole.models.vocabulary import Vocabulary

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cprec_recbole.config import CompressionError
 from cprec_recbole.embedding import Block
-from cprec_recbole.int8.rows import Int8Rows
+from cprec_recbole.int8 import Int8Rows
 from cprec_recbole.partition import PADDING
 from cprec_recbole.search.bounds import Bounds, group_rows
 

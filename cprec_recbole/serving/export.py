@@ -13,17 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from cprec_recbole.compression.quantize import copied
 from cprec_recbole.config import CompressionError
 from cprec_recbole.costs import part_sizes, saved_bytes
+from cprec_recbole.embedding import Int8Block
 from cprec_recbole.files import write_whole
+from cprec_recbole.int8 import SCALE_DTYPE, Int8Rows
 from cprec_recbole.models.recommender import CompressedRecommender
+from cprec_recbole.partition import PADDING
 from cprec_recbole.search.topk import check_k
-from cprec_recbole.serving.exportable import Exportable, OnnxInt8Block, PlainInt8Block
 
 OPSET = 18
 SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
-INPUTS, OUTPUTS = ("history", "exclude"), ("items", "scores")
 _AXES = {"history": {0: "batch"}, "exclude": {0: "batch", 1: "excluded"}}  # that may differ
 _LARGEST = 2**31 - 2**24  # an ONNX file is one protocol buffer, which ends at 2 GiB
 
@@ -58,13 +62,17 @@ def export(
     """
     file = _checked(small, path, to, k)
     write = _write_onnx if to == "onnx" else _write_torch
-    block = OnnxInt8Block if to == "onnx" else PlainInt8Block
-    exportable = Exportable(small, k, block, sorts=to == "torch")
+    facts = {  # what a caller of the graph has to know, kept in the file
+        "model": type(small).__name__,
+        "max_length": str(small.max_seq_length),
+        "n_items": str(small.n_items),
+        "k": str(k),
+    }
     try:
         with _quietly(), torch.no_grad():
-            program = _traced(exportable, small)
+            program = _traced(small, k, to)
             _write_tokens(small, tokens_path(file))  # first: a catalogue grows at its end
-            write_whole(file, lambda part: write(program, part, _facts(small, k)))
+            write_whole(file, lambda part: write(program, part, facts))
     except OSError as error:
         raise CompressionError(
             f"Expected `path` to be a file that can be written, but got {file}: "
@@ -115,10 +123,6 @@ def _checked(small: Any, path: Any, to: str, k: int) -> Path:
         )
     if to == "onnx":
         _check_packages()
-    return _checked_path(path)
-
-
-def _checked_path(path: Any) -> Path:
     usable = isinstance(path, str | os.PathLike) and os.fspath(path) not in ("", b"")
     if not usable or "\0" in str(path):
         raise CompressionError(f"Expected `path` to be a file, but got {path!r}.")
@@ -145,30 +149,88 @@ def _check_packages() -> None:
         ) from error
 
 
-def _traced(exportable: Exportable, small: CompressedRecommender) -> Any:
+class _Exported(nn.Module):
+    """A copy of a model that recommends without branches that depend on its input: it scores all
+    items and sorts, equal scores by lower id."""
+
+    def __init__(self, small: CompressedRecommender, k: int, to_onnx: bool) -> None:
+        super().__init__()
+        self.k, self.to_onnx = k, to_onnx
+        self.model = copied(small).to("cpu").eval().requires_grad_(False)
+        for table in {id(t): t for t in (self.model.table, self.model.softmax.table)}.values():
+            # the graph reads `position_of` alone, for look-ups and for scores in the order of ids;
+            # of `item_at`, its inverse, an entry is left so that it is not written
+            table.partition.item_at = table.partition.item_at[:1].clone()
+            for j, block in enumerate(table.blocks):
+                if isinstance(block, Int8Block):
+                    table.factors[j] = _ExportedBlock(block, to_onnx)
+
+    def forward(self, history: Tensor, exclude: Tensor) -> tuple[Tensor, Tensor]:
+        """Items `[B, k]` and scores `[B, k]`, of inputs as `export` has them; a score of -inf where
+        fewer than k items are left."""
+        lengths = (history != PADDING).sum(1)
+        if self.model.encoder.has_one_state:
+            hidden = self.model(history, lengths)
+        else:
+            states = self.model.hidden_states(history)
+            last = (lengths - 1).clamp(min=0).view(-1, 1, 1)
+            hidden = states.gather(1, last.expand(-1, 1, states.shape[2])).squeeze(1)
+        scores = self.model.softmax.scores(hidden)
+        never = torch.cat([torch.zeros_like(history[:, :1]), exclude], dim=1)  # padding neither
+        scores = scores.scatter(1, never, -torch.inf)
+        if self.to_onnx:  # its TopK keeps equal scores in order, torch's does not
+            best, items = torch.topk(scores, self.k, dim=1)
+        else:
+            best, items = scores.sort(dim=1, descending=True, stable=True)
+        return items[:, : self.k], best[:, : self.k]
+
+
+class _ExportedBlock(Int8Block):
+    """A block in int8 in plain operations: all of its rows become float at once, for a moment. Its
+    scales are kept in bfloat16."""
+
+    def __init__(self, block: Int8Block, to_onnx: bool) -> None:
+        super().__init__(0, 0, 0)
+        self.put(block.weight.detach(), block.scale.to(SCALE_DTYPE))
+        self.projection, self.to_onnx = block.projection, to_onnx
+
+    def rows(self) -> Int8Rows:
+        """See Block.rows."""
+        return Int8Rows(self.weight, self.scale.to(torch.float32))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """See Block.logits."""
+        scales = self.rows().scales
+        if self.to_onnx:  # runtimes do not fold this into a float table
+            inputs = (self.weight, scales, torch.zeros_like(scales, dtype=torch.int8))
+            rows = torch.onnx.ops.symbolic(
+                "DequantizeLinear",
+                inputs,
+                {"axis": 0},
+                dtype=scales.dtype,
+                shape=self.weight.shape,
+                version=13,
+            )
+        else:
+            rows = self.weight.to(scales.dtype) * scales.unsqueeze(1)
+        return F.linear(self.into_rank(hidden), rows)
+
+
+def _traced(small: CompressedRecommender, k: int, to: str) -> Any:
+    history = torch.zeros(3, small.max_seq_length, dtype=torch.int64)
+    history[:, 0] = 1
+    exclude = torch.zeros(3, 2, dtype=torch.int64)
+    sizes = {name: torch.export.Dim(name) for name in ("batch", "excluded")}
+    shapes = {name: {i: sizes[of] for i, of in axes.items()} for name, axes in _AXES.items()}
+    model = _Exported(small, k, to == "onnx")
     try:
-        return _program(exportable, small)
+        return torch.export.export(model, (history, exclude), dynamic_shapes=shapes, strict=False)
     except Exception as error:  # torch.export raises many kinds
         reason = str(error).strip().splitlines()[0]
         raise CompressionError(
             f"Expected `small` to be of a model that torch.export can follow, but "
             f"{small.spec.name} is none: {reason}"
         ) from error
-
-
-def _program(exportable: Exportable, small: CompressedRecommender) -> Any:
-    history = torch.zeros(3, small.max_seq_length, dtype=torch.int64)
-    history[:, 0] = 1
-    exclude = torch.zeros(3, 2, dtype=torch.int64)
-    sizes = {name: torch.export.Dim(name) for axes in _AXES.values() for name in axes.values()}
-    return torch.export.export(
-        exportable,
-        (history, exclude),
-        dynamic_shapes={
-            name: {axis: sizes[of] for axis, of in axes.items()} for name, axes in _AXES.items()
-        },
-        strict=False,
-    )
 
 
 def _write_torch(program: Any, part: Path, facts: dict[str, str]) -> None:
@@ -185,8 +247,8 @@ def _write_onnx(program: Any, part: Path, facts: dict[str, str]) -> None:
         program,
         dynamo=True,
         opset_version=OPSET,
-        input_names=INPUTS,
-        output_names=OUTPUTS,
+        input_names=("history", "exclude"),
+        output_names=("items", "scores"),
         dynamic_shapes={name: dict(axes) for name, axes in _AXES.items()},  # their names
         optimize=False,
         verbose=False,
@@ -202,16 +264,6 @@ def _write_onnx(program: Any, part: Path, facts: dict[str, str]) -> None:
     model.metadata_props.update(facts)
     model.producer_name = "cprec_recbole"
     result.save(part)
-
-
-def _facts(small: CompressedRecommender, k: int) -> dict[str, str]:
-    """What a caller of the graph has to know, kept in the file."""
-    return {
-        "model": type(small).__name__,
-        "max_length": str(small.max_seq_length),
-        "n_items": str(small.n_items),
-        "k": str(k),
-    }
 
 
 @contextmanager

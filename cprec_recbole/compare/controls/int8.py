@@ -15,7 +15,7 @@ from cprec_recbole.compare.controls.setting import Setting
 from cprec_recbole.compression.compress import compress
 from cprec_recbole.compression.quantize import quantize
 from cprec_recbole.costs import BYTES_PER_FLOAT, Unit
-from cprec_recbole.int8.rows import BYTES_PER_SCALE
+from cprec_recbole.int8 import BYTES_PER_SCALE
 from cprec_recbole.models.recommender import CompressedRecommender
 
 INT8_BYTES = Unit("bytes in int8", entry=1, row=BYTES_PER_SCALE, other=BYTES_PER_FLOAT)

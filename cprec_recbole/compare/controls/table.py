@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cprec_recbole.config import CompressionError
 from cprec_recbole.data.sequences import item_counts
 from cprec_recbole.embedding import BlockEmbedding
-from cprec_recbole.losses.cross_entropy import Strip, cross_entropy
+from cprec_recbole.losses import LogitBlock, Workspace, cross_entropy
 from cprec_recbole.models import MODELS
 from cprec_recbole.models.recommender import CompressedRecommender, compression_of
 from cprec_recbole.models.spec import Parts
@@ -34,7 +34,6 @@ class ItemTable(nn.Module, ABC):
         dim: size `d` of an item vector.
     """
 
-    group = None  # its rows are never spread over processes
     is_int8 = False  # which blocks in int8 are: a control says for itself what it trains
 
     def __init__(self, n_items: int, dim: int) -> None:
@@ -91,8 +90,9 @@ class FlatSoftmax(FullSoftmax):
 
     def loss(self, hidden: Tensor, target: Tensor) -> Tensor:
         """See Softmax.loss."""
-        strips = [Strip(hidden, self.table.dense())]
-        return cross_entropy(strips, target, self.loss_memory, padded=True) / max(1, len(target))
+        blocks = [LogitBlock(hidden, self.table.dense())]
+        total = cross_entropy(blocks, target, Workspace(self.loss_memory), padded=True)
+        return total / max(1, len(target))
 
     @torch.no_grad()
     def search(

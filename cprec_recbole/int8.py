@@ -1,0 +1,150 @@
+"""Rows and matrices in int8, each row with a scale of its own.
+
+A row w is kept as whole numbers q from -127 to 127 and a scale s: `w = s q`, off by at most s / 2.
+Scales are numbers of bfloat16's precision: eight bits times seven are exact in float32, so that
+computations in float32 and float64 read the very same row. A table's rows are in int8 in memory
+too. Every other matrix is small, so it is in int8 in the folder alone, and in memory it holds the
+very products in float.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from operator import itemgetter
+
+import torch
+from torch import Tensor, nn
+
+from cprec_recbole.config import CompressionError
+
+LARGEST = 127  # symmetric: -128 is not used
+SCALE_DTYPE = torch.bfloat16  # as which scales are kept in a folder
+BYTES_PER_SCALE = 2
+ROWS_AT_A_TIME = 2**15  # that are turned into float, or from it
+_NUMBERS = 2**18  # the same in numbers where they are multiplied: 1 MiB in float32
+_SMALLEST_SCALE = 2.0**-126  # so that no product of a scale is below float32's normal numbers
+
+
+def quantized_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest int8 rows and their scales, `[k, r] -> [k, r] int8, [k]`.
+
+    The scale of a row is the smallest number of bfloat16 that brings its longest entry to 127 or
+    below, so no entry is off by more than half of it.
+
+    Args:
+        rows: finite numbers, of float32 or float64.
+    """
+    values = torch.empty_like(rows, dtype=torch.int8)
+    scales = rows.new_empty(len(rows))
+    for start in range(0, len(rows), ROWS_AT_A_TIME):
+        part = slice(start, start + ROWS_AT_A_TIME)
+        exact = rows[part].double()
+        least = (exact.abs().amax(1) / LARGEST).clamp(min=_SMALLEST_SCALE)
+        near = least.to(SCALE_DTYPE)
+        next_up = (near.view(torch.int16) + 1).view(SCALE_DTYPE)
+        scales[part] = torch.where(near.double() < least, next_up, near)
+        values[part] = (exact / scales[part].double().unsqueeze(1)).round()
+    return values, scales
+
+
+class Int8Rows:
+    """Rows in int8 that read as float rows, as much of a tensor `[k, r]` as the search needs: a
+    piece becomes float when it is asked for.
+
+    Args:
+        values: `[k, r]`, int8.
+        scales: `[k]`, in the precision that rows are read in.
+    """
+
+    def __init__(self, values: Tensor, scales: Tensor) -> None:
+        self.values, self.scales = values, scales
+        self.shape, self.device, self.dtype = values.shape, values.device, scales.dtype
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @property
+    def T(self) -> Tensor:
+        """All rows as columns in float, `[r, k]`: a copy."""
+        return self[:].T
+
+    def __getitem__(self, rows: Tensor | slice) -> Tensor:
+        """Some rows in float."""
+        return self.values[rows].to(self.dtype).mul_(self.scales[rows].unsqueeze(-1))
+
+    def split(self, size: int) -> Iterator[Tensor]:
+        """All rows in float, at most `size` at a time."""
+        for start in range(0, len(self), size):
+            yield self[start : start + size]
+
+    def double(self) -> Tensor:
+        """All rows in float64: a copy."""
+        return Int8Rows(self.values, self.scales.double())[:]
+
+    def multiply(self, start: int, end: int, factor: Tensor, out: Tensor | None = None) -> Tensor:
+        """Rows `start` to `end` times a matrix, `[r, B] -> [n, B]`: the whole numbers are
+        multiplied and the products scaled, which are fewer where the batch is thin. A part at a
+        time is in float, which stays in the cache."""
+        if out is None:
+            out = factor.new_empty(end - start, factor.shape[1])
+        size = max(1, _NUMBERS // self.shape[1])
+        for first in range(start, end, size):
+            last = min(first + size, end)
+            part = out[first - start : last - start]
+            torch.mm(self.values[first:last].to(self.dtype), factor, out=part)
+            part.mul_(self.scales[first:last].unsqueeze(1))
+        return out
+
+
+def float_matrices(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters with rows and columns, but for those that are in int8, and their names: by
+    name, so that nothing depends on the order in which a model makes them."""
+    for name, parameter in sorted(model.named_parameters(), key=itemgetter(0)):
+        if parameter.ndim > 1 and parameter.numel() and parameter.is_floating_point():
+            yield name, parameter
+
+
+def round_to_int8(matrix: Tensor) -> Tensor:
+    """Change a matrix `[n, ...]` to the nearest whole numbers times a scale a row, as a block's
+    rows are; returns the scales `[n]`."""
+    return fill_from_int8(matrix, *quantized_rows(matrix.detach().flatten(1)))
+
+
+@torch.no_grad()
+def fill_from_int8(matrix: Tensor, values: Tensor, scales: Tensor) -> Tensor:
+    """Give a matrix what was kept of one; returns the scales as `round_to_int8` does."""
+    scales = scales.to(matrix.dtype)
+    matrix.copy_(_products(values, scales, matrix))
+    return scales
+
+
+@torch.no_grad()
+def whole_numbers(matrix: Tensor, scales: Tensor | None) -> Tensor | None:
+    """What a matrix `[n, ...]` was rounded to, in int8; None where it has been changed since, or
+    never was rounded."""
+    if scales is None:
+        return None
+    scales = scales.to(matrix.device)
+    values = (matrix.flatten(1).double() / scales.double().unsqueeze(1)).round()
+    values = values.clamp(-128, 127).to(torch.int8)
+    same = torch.equal(_products(values, scales, matrix), matrix)
+    return values.view(matrix.shape) if same else None
+
+
+def kept_scales(scales: list[Tensor]) -> Tensor:
+    """The scales of several matrices as one tensor, in as few bits as they have."""
+    return torch.cat([each.to("cpu", SCALE_DTYPE) for each in scales])
+
+
+def _products(values: Tensor, scales: Tensor, like: Tensor) -> Tensor:
+    rows = Int8Rows(values.flatten(1), scales.to(like.dtype))
+    return rows[:].view(like.shape)
+
+
+def not_trained() -> CompressionError:
+    """What is said where a model with rows in int8 is trained."""
+    return CompressionError(
+        "Expected a model in float to train, but its rows are in int8, which cannot take an "
+        "optimizer's small steps; recover() trains such a model in float and brings it back to "
+        "int8, or train first and quantize() afterwards."
+    )

@@ -1,1 +1,0 @@
-"""Matrices in int8: rows of blocks, layers, and `quantize`."""

@@ -1,1 +1,0 @@
-"""Cross-entropies over factorised rows, value and gradient in pieces."""
