@@ -2,9 +2,9 @@ import copy
 
 import pytest
 import torch
-from cprec_recbole.catalogue import size_rows
 
 from cprec_recbole import CompressionConfig, CompressionError
+from cprec_recbole.commands.report import size_rows
 from cprec_recbole.costs import (
     describe_sharing,
     estimate,
@@ -39,13 +39,13 @@ def test_an_estimate_is_what_a_built_model_has(world, host_name, softmax, tied, 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_layers_that_share_already_are_counted_once(world, scheme):
     host = world.model("SASRec", n_layers=3)
-    record = spec_of(host)
-    layers = record.layers(host)
+    spec = spec_of(host)
+    layers = spec.layers(host)
     for (module, name), (other, other_name) in zip(layers[1], layers[0]):
         setattr(module, name, getattr(other, other_name))
-    left = layer_parameters(record, host, scheme)
+    left = layer_parameters(spec, host, scheme)
     copied = copy.deepcopy(host)
-    share(record.layers(copied), sharing_plan(scheme, 3, record.group))
+    share(spec.layers(copied), sharing_plan(scheme, 3, spec.layers_per_block))
     assert len(left) == len({id(p) for p in left}) == sum(1 for _ in copied.parameters()) - 1
     assert sum(p.numel() for p in left) == count(copied) - host.n_items * 16
 

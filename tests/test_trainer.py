@@ -10,7 +10,7 @@ from recbole.utils import get_model, get_trainer, init_seed
 
 from cprec_recbole import softmax
 from cprec_recbole.host.library import recbole_config
-from cprec_recbole.training import collector
+from cprec_recbole.training import evaluation
 from cprec_recbole.training.trainer import CompressedTrainer
 from tests.builders import HOSTS
 
@@ -86,7 +86,7 @@ def test_dense_scores_of_a_few_rows_at_a_time_where_a_metric_needs_them(movielen
 
     options = config(metrics=["GAUC"], valid_metric="GAUC")
     with (
-        mock.patch.object(collector, "_SCORES", 7 * model.n_items),
+        mock.patch.object(evaluation, "_SCORES", 7 * model.n_items),
         mock.patch.object(softmax.Softmax, "scores", scores),
         mock.patch.object(type(model.softmax), "scores", scores),
     ):

@@ -51,7 +51,7 @@ def launch(nproc: int, task: Callable[..., Any], *arguments: Any) -> Any:
         try:
             while not context.join():
                 pass
-        except torch_processes.ProcessException:
+        except torch_processes.spawn.ProcessException:
             codes = [process.exitcode or 0 for process in context.processes]
             raise _first_error(codes, Path(folder)) from None
         finally:
