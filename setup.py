@@ -38,7 +38,14 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["cprec_recbole", "cprec_recbole.*"]),
-    package_data={"cprec_recbole": ["py.typed", "compare/settings.yaml", "compare/page/assets/*"]},
+    package_data={
+        "cprec_recbole": [
+            "py.typed",
+            "__init__.pyi",
+            "compare/settings.yaml",
+            "compare/page/assets/*",
+        ]
+    },
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.4",
@@ -46,6 +53,7 @@ setup(
         "pandas>=2.0",
         "pyyaml>=6.0",
         "rich>=13.0",
+        "lazy_loader>=0.4",  # names of the package are imported when they are used
         "safetensors>=0.4",
         "jinja2>=3.0",  # the page of a comparison
         *RECBOLE_NEEDS,

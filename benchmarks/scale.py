@@ -20,7 +20,8 @@ import numpy as np
 SIZES = (10**6, 10**7, 10**8, 10**9)
 RANKS, HEAD, DIM, TARGETS = (64, 21, 7, 2), 20_000, 64, 2048
 COPIES = 16  # bytes of a parameter with its gradient and Adam's two moments
-ITEM_BYTES = 12  # of the order of the items and its reverse, which every process has
+ITEM_BYTES = 12  # of the order of the items and its reverse
+BUCKETS = 4  # bytes of a parameter in which DistributedDataParallel sends its gradient
 TREE = "ours, tree"
 
 
@@ -101,30 +102,25 @@ def main() -> None:
         f"million items in training.md, {rows['threads']}. Computed from that, under Zipf's law: "
         f"{TARGETS:,} targets a step, tree softmax, ranks {'/'.join(map(str, RANKS))}, a head of "
         f"{HEAD:,}. Memory: {COPIES} bytes a parameter (weights, gradient, Adam) and {ITEM_BYTES} "
-        f"an item on every process. Traffic: what one of {world} processes sends in a step.",
+        f"an item; on several processes {BUCKETS} bytes a parameter more, in which gradients "
+        f"travel. Traffic: what one of {world} processes sends in a step to add all gradients up.",
         "",
         "| items | blocks | parameters | GB on one process "
-        f"| GB on each of {world} | MB a step | seconds a step, {rows['threads']} "
-        f"| of them, {world} machines so |",
-        "|--:|---|--:|--:|--:|--:|--:|--:|",
+        f"| GB on each of {world} | GB a step | seconds a step, {rows['threads']} |",
+        "|--:|---|--:|--:|--:|--:|--:|",
     ]
     for n_items in SIZES:
         blocks = blocks_of(n_items, RANKS)
-        weights, order = COPIES * n_parameters(blocks), ITEM_BYTES * n_items
-        head = COPIES * (blocks[0][0] * DIM)
-        each = head + (weights - head) / world + order
-        # codes of targets and their gradient, look-ups and theirs, to all others; then the head's
-        # gradient around the ring
-        mine = TARGETS / world
-        codes = sum(share * rank * 4 for _, rank, share in blocks[1:])
-        traffic = 4 * mine * codes * (world - 1) + 2 * 4 * blocks[0][0] * DIM
+        parameters = n_parameters(blocks)
+        alone = COPIES * parameters + ITEM_BYTES * n_items
+        traffic = 2 * 4 * parameters * (world - 1) / world  # around the ring
         seconds = 1e-9 * nanoseconds * work_of(blocks)
         ends = np.cumsum([size for size, _, _ in blocks])
         lines.append(
             f"| {n_items:,} | {' / '.join(f'{end:,}' for end in ends)} "
-            f"| {n_parameters(blocks) / 1e6:,.1f} M | {(weights + order) / 1e9:,.1f} "
-            f"| {each / 1e9:,.1f} | {traffic / 1e6:,.1f} | {seconds:,.2f} "
-            f"| {seconds / world:,.2f} |"
+            f"| {parameters / 1e6:,.1f} M | {alone / 1e9:,.1f} "
+            f"| {(alone + BUCKETS * parameters) / 1e9:,.1f} | {traffic / 1e9:,.2f} "
+            f"| {seconds:,.2f} |"
         )
     (arguments.out / "scale.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

@@ -3,12 +3,14 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import cprec_recbole
 from cprec_recbole import CompressionConfig, CompressionError, compress, load_pretrained
 from cprec_recbole.files import held
 from cprec_recbole.models import saving
@@ -309,3 +311,38 @@ def test_nothing_in_a_folder_is_a_pickle(saved):
 def test_an_uncompressed_model_is_kept_too(trained, tmp_path):
     small = compress(trained["NextItNet"], CompressionConfig.uncompressed())
     assert same(small, load_pretrained(small.save_pretrained(tmp_path)))
+
+
+OF_0_1 = Path(__file__).parent / "folder-0.1"  # written by version 0.1; SASRec, untied tree, int8
+
+
+def test_a_folder_of_version_0_1_is_loaded_and_written_again_as_it_was(tmp_path):
+    model = load_pretrained(OF_0_1)
+    best = model.recommend_tokens([["i1", "i5", "i3"], ["i7"]], k=5)
+    assert best.tokens == [["i0", "i1", "i2", "i3", "i5"]] * 2
+    expected = torch.tensor(
+        [
+            [-1.34522, -2.35019, -2.37186, -2.78528, -3.12759],
+            [-1.33251, -2.33661, -2.35677, -2.77259, -3.11555],
+        ]
+    )
+    torch.testing.assert_close(best.scores, expected, atol=1e-4, rtol=0)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "config.json").read_bytes() == (OF_0_1 / "config.json").read_bytes()
+
+
+def test_the_names_of_version_0_1_work_with_a_warning():
+    model = load_pretrained(OF_0_1)
+    for old, new in (("head", "softmax"), ("backbone", "inner"), ("record", "spec")):
+        with pytest.warns(DeprecationWarning, match=f"`{old}` is called `{new}`"):
+            assert getattr(model, old) is getattr(model, new)
+    state = {
+        name.replace("inner.", "backbone.").replace("softmax.", "head."): value
+        for name, value in model.state_dict().items()
+    }
+    model.load_state_dict(state)
+    with pytest.warns(DeprecationWarning, match="`Backbone` is called `ModelSpec`"):
+        old = cprec_recbole.Backbone
+    spec = model.spec
+    made = old(host=spec.model_class, group=2, size_option="n", table_std=len, architecture=())
+    assert (made.model_class, made.layers_per_block) == (spec.model_class, 2)

@@ -194,12 +194,14 @@ class CompressedRecommender(SequentialRecommender):
         """Loss of hidden states and the items that came next, `[N, d], [N] -> []`: the softmax's,
         or with `loss_type: BPR` that of pairs, with negatives drawn where none are given."""
         if self.loss_type == "BPR" and isinstance(self.softmax, FullSoftmax):
-            if negative is None:
-                # uniform over all others, as RecBole's sampler draws them
-                drawn = torch.randint(1, self.n_items - 1, target.shape, device=target.device)
-                negative = drawn + (drawn >= target)
-            return self.softmax.pairwise_loss(hidden, target, negative)
+            drawn = self._negatives(target) if negative is None else negative
+            return self.softmax.pairwise_loss(hidden, target, drawn)
         return self.softmax.loss(hidden, target)
+
+    def _negatives(self, target: Tensor) -> Tensor:
+        """One item for each target, uniform over all others, as RecBole's sampler draws them."""
+        drawn = torch.randint(1, self.n_items - 1, target.shape, device=target.device)
+        return drawn + (drawn >= target)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
