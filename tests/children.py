@@ -86,7 +86,8 @@ def curve(world: World, name: str, options: dict[str, Any]) -> dict[str, Any]:
     init_seed(config["seed"], True)
     train, valid, test = world.loaders(config)
     init_seed(config["seed"], True)
-    model = get_model(name)(config, train._dataset)
+    # rounding alone would tell two processes from one in float32: Adam makes steps of it
+    model = get_model(name)(config, train._dataset).double()
     init_seed(config["seed"] + config["local_rank"], True)
     trainer = get_trainer(config["MODEL_TYPE"], name)(config, model)
     trainer.fit(train, valid, saved=False, verbose=False)

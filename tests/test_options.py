@@ -111,16 +111,6 @@ def test_a_saved_data_set_is_not_read(world, tmp_path, monkeypatch):
     assert not marker.exists()
 
 
-def test_a_comparison_reads_no_saved_data_set_either(world, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("saved").mkdir()
-    evil = pickle.dumps(RunsCode(tmp_path / "ran"))
-    Path(f"saved/{world.name}-SequentialDataset.pth").write_bytes(evil)
-    command = ["compare", *arguments(world, "SASRec")[1:], "--ranks", "8,4", "--out", "out"]
-    assert main(command) == 0
-    assert not Path("ran").exists()
-
-
 def test_the_best_weights_of_an_interrupted_run_are_read_without_running_them(
     world, tmp_path, capsys
 ):
@@ -297,9 +287,3 @@ def test_a_misspelling_in_a_file_is_refused(file, name, capsys):
     Path(file).write_text(Path(file).read_text() + f"{name}: 3\n")
     assert main(["train", "--config", file]) == 2
     assert "did you mean" in capsys.readouterr().err
-
-
-def test_config_file_names_nothing(world, checkpoint, tmp_path, capsys):
-    command = ["compress", checkpoint, "--ranks", "8,4", "--out", str(tmp_path / "small")]
-    assert main([*command, "--config_file=x.yaml"]) == 2
-    assert "but got `config_file`" in capsys.readouterr().err

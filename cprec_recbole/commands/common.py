@@ -24,12 +24,11 @@ from cprec_recbole.models.registry import spec_named
 MODELS = tuple(model.spec.name for model in COMPRESSED)
 TABLE_WIDTH = 140
 # RecBole's options that are texts, whatever they look like in YAML: intervals such as [5,inf) too
-TEXTS = (
-    *("USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD", "RATING_FIELD", "LABEL_FIELD", "NEG_PREFIX"),
-    *("ITEM_LIST_LENGTH_FIELD", "LIST_SUFFIX", "POSITION_FIELD", "encoding", "wandb_project"),
-    *("data_path", "checkpoint_dir", "dataset_save_path", "dataloaders_save_path"),
-    *("user_inter_num_interval", "item_inter_num_interval", "field_separator", "seq_separator"),
-)
+TEXTS = ["USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD", "RATING_FIELD", "LABEL_FIELD"]
+TEXTS += ["ITEM_LIST_LENGTH_FIELD", "POSITION_FIELD", "LIST_SUFFIX", "NEG_PREFIX", "encoding"]
+TEXTS += ["data_path", "checkpoint_dir", "dataset_save_path", "dataloaders_save_path"]
+TEXTS += ["user_inter_num_interval", "item_inter_num_interval", "wandb_project"]
+TEXTS += ["field_separator", "seq_separator"]
 
 
 def console() -> Console:

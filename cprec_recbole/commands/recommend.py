@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby, islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from cprec_recbole.config import CompressionError, reject_unknown
 from cprec_recbole.models.recommender import CompressedRecommender
@@ -18,7 +18,17 @@ from cprec_recbole.models.saving import load_pretrained
 from cprec_recbole.models.vocabulary import UNKNOWN
 
 _BATCH = 64
+_OWN = ("k", "exclude_seen")  # options that a request may have of its own
 _OURS = ("history", "items", "scores", "error", "line")  # of a request, what no answer repeats
+
+
+class _Asked(NamedTuple):
+    """A request, and the object that its answer is written into."""
+
+    answer: dict[str, Any]
+    ids: list[int]
+    k: Any
+    exclude_seen: bool
 
 
 def add_parser(commands: Any) -> None:
@@ -74,6 +84,9 @@ def _answer_lines(model: CompressedRecommender, options: argparse.Namespace) -> 
     one could not be answered. A bad line gets an `error` of its own; the next ones are read."""
     failed = False
     size = 1 if options.input == "-" else _BATCH
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # half a character, which JSON can spell and UTF-8 cannot, comes out as JSON spells it
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     with _opened(options.input) as lines:
         numbered = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
         while batch := list(islice(numbered, size)):
@@ -82,7 +95,7 @@ def _answer_lines(model: CompressedRecommender, options: argparse.Namespace) -> 
                 if "error" in answer:
                     answer["line"] = number
                     failed = True
-                print(_as_json(answer))
+                print(json.dumps(answer, ensure_ascii=False))
             sys.stdout.flush()
     return int(failed)
 
@@ -92,17 +105,29 @@ def _answers(
 ) -> list[dict[str, Any]]:
     """What each line held but its history, with `items` and `scores`, or with `error`."""
     answers: list[dict[str, Any]] = []
-    asked: list[tuple[dict[str, Any], list[int]]] = []
+    asked: list[_Asked] = []
     for line in lines:
         answers.append({})
         try:
             request = _parsed(line)
             answers[-1] |= {name: v for name, v in request.items() if name not in _OURS}
-            asked.append((answers[-1], _history(model, request, options)))
+            k, exclude_seen = (request.get(name, getattr(options, name)) for name in _OWN)
+            if not isinstance(exclude_seen, bool):
+                raise CompressionError(
+                    f"Expected `exclude_seen` to be true or false, but got {exclude_seen!r}."
+                )
+            vocabulary = model.known_vocabulary()
+            ids = vocabulary.ids(request["history"], options.unknown, "the history")
+            if not ids:
+                raise CompressionError(
+                    "Expected every history to hold a token of the catalogue, but this one has "
+                    "none."
+                )
+            asked.append(_Asked(answers[-1], ids, k, exclude_seen))
         except CompressionError as error:
             answers[-1]["error"] = str(error)
-    for _, group in groupby(asked, lambda pair: repr(_own_options(pair[0], options))):
-        _answer(model, list(group), options)
+    for _, group in groupby(asked, lambda each: repr((each.k, each.exclude_seen))):
+        _answer(model, list(group))
     return answers
 
 
@@ -123,59 +148,25 @@ def _parsed(line: str) -> dict[str, Any]:
     return request
 
 
-def _own_options(request: dict[str, Any], options: argparse.Namespace) -> tuple[Any, Any]:
-    """`k` and `exclude_seen` of a request, which may have its own."""
-    return request.get("k", options.k), request.get("exclude_seen", options.exclude_seen)
-
-
-def _history(
-    model: CompressedRecommender, request: dict[str, Any], options: argparse.Namespace
-) -> list[int]:
-    """The ids of a request's history."""
-    _, exclude_seen = _own_options(request, options)
-    if not isinstance(exclude_seen, bool):
-        raise CompressionError(
-            f"Expected `exclude_seen` to be true or false, but got {exclude_seen!r}."
-        )
-    ids = model.known_vocabulary().ids(request["history"], options.unknown, "the history")
-    if not ids:
-        raise CompressionError("Expected `history` to hold a token of the catalogue.")
-    return ids
-
-
-def _answer(
-    model: CompressedRecommender,
-    asked: list[tuple[dict[str, Any], list[int]]],
-    options: argparse.Namespace,
-) -> None:
-    """Answer histories of ids for which the same options hold."""
-    k, exclude_seen = _own_options(asked[0][0], options)
+def _answer(model: CompressedRecommender, asked: list[_Asked]) -> None:
+    """Answer histories for which the same options hold."""
     try:
-        best = model.recommend([ids for _, ids in asked], k, exclude_seen)
+        best = model.recommend([each.ids for each in asked], asked[0].k, asked[0].exclude_seen)
     except CompressionError as error:
         if len(asked) == 1:
-            asked[0][0]["error"] = str(error)
+            asked[0].answer["error"] = str(error)
         else:
             for each in asked:  # not all of them are bad
-                _answer(model, [each], options)
+                _answer(model, [each])
         return
     vocabulary = model.known_vocabulary()
-    for (answer, _), items, scores in zip(asked, best.items.tolist(), best.scores.tolist()):
-        answer["items"] = [vocabulary.token(item) for item in items]
-        answer["scores"] = [round(score, 6) for score in scores]
+    for each, items, scores in zip(asked, best.items.tolist(), best.scores.tolist()):
+        each.answer["items"] = [vocabulary.token(item) for item in items]
+        each.answer["scores"] = [round(score, 6) for score in scores]
 
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
-
-
-def _as_json(answer: dict[str, Any]) -> str:
-    text = json.dumps(answer, ensure_ascii=False)
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # half a character, which JSON can spell and UTF-8 cannot
-        return json.dumps(answer)
-    return text
 
 
 def _opened(name: str) -> AbstractContextManager[Iterable[str]]:

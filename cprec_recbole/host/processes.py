@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import BatchSampler
+from torch.utils.data import BatchSampler, RandomSampler
 
 from cprec_recbole.config import CompressionError
 from cprec_recbole.host.patching import is_ours, replace
 from cprec_recbole.parallel import group
-from cprec_recbole.parallel.batches import GlobalBatches, PartOf
+from cprec_recbole.parallel.batches import PartOf
 from cprec_recbole.parallel.group import Place
 
 # what the collector keeps of evaluation batches, a row for each user or interaction
@@ -112,15 +112,10 @@ def _reading_a_share(original: Callable) -> Callable:
             batches: Any = BatchSampler(rows, self.step, drop_last=False)
         elif is_ours(config):
             self._init_batch_size_and_step()  # RecBole has divided the batch by the processes
-            batches = GlobalBatches(
-                self.sample_size,
-                self.step,
-                shuffle=shuffle,
-                generator=self.generator,
-                number=number,
-                parts=parts,
-            )
-            self.collate_fn = PartOf(self.collate_fn)
+            every = range(self.sample_size)
+            order = RandomSampler(every, generator=self.generator) if shuffle else every
+            batches = BatchSampler(order, self.step, drop_last=False)
+            self.collate_fn = PartOf(self.collate_fn, number, parts)
         else:
             return
         self.__dict__["batch_sampler"] = batches  # which a DataLoader does not let one set

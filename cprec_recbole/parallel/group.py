@@ -142,11 +142,7 @@ def gather(value: T) -> list[T]:
 
 def from_first(value: T) -> T:
     """What the first process gives, on every process."""
-    if not joined():
-        return value
-    box: list[Any] = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+    return gather(value)[0]
 
 
 def part_of(n: int, number: int, parts: int) -> range:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.multiprocessing as torch_processes
+from torch.multiprocessing.spawn import ProcessException, start_processes
 
 from cprec_recbole.config import CompressionError
 from cprec_recbole.parallel import group
@@ -41,7 +41,7 @@ def launch(nproc: int, task: Callable[..., Any], *arguments: Any) -> Any:
         RuntimeError: a process raised any other error; the message has its traceback.
     """
     with tempfile.TemporaryDirectory(prefix="cprec-") as folder:
-        context = torch_processes.start_processes(
+        context = start_processes(
             _process,
             (nproc, folder, task, arguments),
             nprocs=nproc,
@@ -51,7 +51,7 @@ def launch(nproc: int, task: Callable[..., Any], *arguments: Any) -> Any:
         try:
             while not context.join():
                 pass
-        except torch_processes.spawn.ProcessException:
+        except ProcessException:
             codes = [process.exitcode or 0 for process in context.processes]
             raise _first_error(codes, Path(folder)) from None
         finally:
