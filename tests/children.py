@@ -26,7 +26,7 @@ from tests.builders import World
 
 def joined() -> int:
     """Join the group without RecBole; returns the rank."""
-    place = group.expected()
+    place = group.place
     assert place is not None
     group.join(place, gpus=False)
     return place.rank
@@ -117,7 +117,7 @@ def metrics(world: World, cases: list[tuple[str, dict[str, Any]]]) -> list[dict[
 def carry_out(jobs: list[Job], alone: bool = True) -> list[dict[str, Any]]:
     """The results of jobs, one after the other."""
     if alone:
-        group.expect(None)
+        group.place = None
     return [train_here(job) for job in jobs]
 
 
@@ -130,10 +130,10 @@ def carry_out_and_die(job: Job, death: str, alone: bool = True) -> None:
             N-th call of that function.
         alone: whether it is one process's.
     """
-    place = group.expected()
+    place = group.place
     assert place is not None
     if alone:
-        group.expect(None)
+        group.place = None
     name, call = death.split()
     if place.rank == place.size - 1:
         if name == "half":

@@ -45,7 +45,7 @@ def alone(config: Any) -> Any:
 def _joining_a_group(original: Callable) -> Callable:
     def _init_device(self: Any) -> None:
         final = self.final_config_dict
-        place = group.expected()
+        place = group.place
         if place is None and "local_rank" in final:  # RecBole's own `run` says it in options
             local_rank, size, nproc = final["local_rank"], final["world_size"], final["nproc"]
             meeting = f"tcp://{final['ip']}:{final['port']}"
@@ -149,7 +149,7 @@ def _with_one_file(original: Callable) -> Callable:
     def __init__(self: Any, config: Any, model: torch.nn.Module) -> None:
         original(self, config, model)
         if not config["single_spec"]:  # the name holds a time, which need not be the others'
-            self.saved_model_file = group.from_first(self.saved_model_file)
+            self.saved_model_file = group.gather(self.saved_model_file)[0]
 
     return __init__
 

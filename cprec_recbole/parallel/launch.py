@@ -33,7 +33,7 @@ START_METHOD = "spawn"  # a forked process can use no GPU that its parent has us
 def launch(nproc: int, task: Callable[..., Any], *arguments: Any) -> Any:
     """Run `task(*arguments)` in `nproc` processes; returns what the first one returns.
 
-    In each, `group.expected()` is its place. Functions and arguments have to be ones that pickle
+    In each, `group.place` is its place. Functions and arguments have to be ones that pickle
     takes, and a script that calls this needs its `if __name__ == "__main__":`.
 
     Raises:
@@ -73,7 +73,7 @@ def _process(
     # a spawned process spawns; the workers of its loaders should start as in any other process
     multiprocessing.set_start_method(None, force=True)
     end_with_parent()
-    group.expect(Place(number, nproc, number, nproc, f"file://{folder}/meeting"))
+    group.place = Place(number, nproc, number, nproc, f"file://{folder}/meeting")
     try:
         result = task(*arguments)
         if number == 0:

@@ -135,7 +135,7 @@ def train(job: Job, nproc: int | None = None) -> dict[str, Any]:
     place = Place.from_environment()
     _check(job, nproc, place)
     if place is not None:
-        group.expect(place)
+        group.place = place
         result = train_here(job)
         group.leave()
         return result
