@@ -133,23 +133,11 @@ def test_a_reader_that_has_had_enough_is_no_error(unbuffered):
         assert (process.wait(), errors) == (0, b"")
 
 
-def test_the_command_line_wins_over_files(world, tmp_path, monkeypatch):
-    (tmp_path / "mine.yaml").write_text("loss_memory: 64MiB\nranks: [8, 4]\n")
-    jobs = []
-    monkeypatch.setattr("cprec_recbole.commands.train.train", lambda job, n: jobs.append(job) or {})
-    monkeypatch.setattr("cprec_recbole.commands.train._table", lambda *parts: "")
-    more = ["--config", str(tmp_path / "mine.yaml"), "--loss_memory=2MiB", "--data_path=2020,x"]
-    assert main([*arguments(world, "CpSASRec"), *more]) == 0
-    found = jobs[0].options
-    assert (found["loss_memory"], found["ranks"], found["data_path"]) == ("2MiB", [8, 4], "2020,x")
-
-
 @pytest.mark.parametrize(
     ("more", "match"),
     [
         (["--nproc", "0"], "`nproc` to be a whole number, 1 or more, but got 0"),
         (["--resume"], "`resume` with the `out` folder"),
-        (["--rank=8,4"], "did you mean `ranks`"),
         (["--model", "Nothing"], "`model` to be one of CpNextItNet"),
         (["--checkpoint_steps=2"], "`checkpoint_steps` with an `out` folder"),
         (["--checkpoint_step=2"], "did you mean `checkpoint_steps`"),
@@ -159,7 +147,6 @@ def test_the_command_line_wins_over_files(world, tmp_path, monkeypatch):
             "--load_col='{inter: [user_id, item_id, timestamp]}'",
         ),
         (["--out", "/dev/null/x"], "`out` to be a folder that can be written"),
-        (["--learning_rat=0.9"], "did you mean `learning_rate`"),
         (["--shard_tail=true"], "did you mean `shard_tails`"),
         (["--metrics=[NDCG]", "--valid_metric=NDCG@7"], "`valid_metric` to be one of NDCG@"),
         (

@@ -73,7 +73,7 @@ def given_options(options: argparse.Namespace) -> dict[str, Any]:
 
 def dataset_of(options: argparse.Namespace) -> str:
     """The data set that was named: on the command line, else in a file, else the bundled one."""
-    return options.dataset or text_of(from_files(options), "dataset") or "ml-100k"
+    return _name(options, "dataset") or "ml-100k"
 
 
 def model_of(options: argparse.Namespace, names: Sequence[str] | None = None) -> str:
@@ -83,7 +83,7 @@ def model_of(options: argparse.Namespace, names: Sequence[str] | None = None) ->
         options: the command's.
         names: what it has to be one of; any name is taken if left out.
     """
-    model = options.model or text_of(from_files(options), "model")
+    model = _name(options, "model")
     if model is None or (names is not None and model not in names):
         wanted = f"one of {', '.join(names)}" if names else "the name of a model"
         got = "none; use --model, or name it in the file of --config" if model is None else model
@@ -91,12 +91,12 @@ def model_of(options: argparse.Namespace, names: Sequence[str] | None = None) ->
     return model
 
 
-def text_of(options: dict[str, Any], name: str) -> str | None:
-    """An option that is a name; None where it was not given."""
-    value = options.get(name)
-    if value is not None and not isinstance(value, str):
-        raise CompressionError(f"Expected `{name}` to be a name, but got {value!r}.")
-    return value
+def _name(options: argparse.Namespace, option: str) -> str | None:
+    """An option that is a name, of the command line or else of a file; None where none has it."""
+    name = getattr(options, option) or from_files(options).get(option)
+    if name is not None and not isinstance(name, str):
+        raise CompressionError(f"Expected `{option}` to be a name, but got {name!r}.")
+    return name
 
 
 def compression_for(model: str, options: argparse.Namespace) -> CompressionConfig:
