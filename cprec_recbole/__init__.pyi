@@ -16,9 +16,9 @@ from .models import CpSASRec as CpSASRec
 from .models import CpSINE as CpSINE
 from .models import CpSRGNN as CpSRGNN
 from .models import CpSTAMP as CpSTAMP
+from .models import load_pretrained as load_pretrained
 from .models import register as register
 from .models.recommender import CompressedRecommender as CompressedRecommender
-from .models.saving import load_pretrained as load_pretrained
 from .models.spec import ModelSpec as ModelSpec
 from .models.vocabulary import Vocabulary as Vocabulary
 from .partition import Partition as Partition

@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from cprec_recbole.config import BlockPlan, CompressionConfig
 from cprec_recbole.embedding import Int8Block
 from cprec_recbole.int8 import BYTES_PER_SCALE, whole_numbers
+from cprec_recbole.models import spec_of
 from cprec_recbole.models.recommender import CompressedRecommender
-from cprec_recbole.models.registry import spec_of
 from cprec_recbole.models.spec import ModelSpec
 from cprec_recbole.partition import PADDING
 

@@ -18,9 +18,8 @@ from cprec_recbole import (
 from cprec_recbole.cli import main
 from cprec_recbole.compression.original import Original
 from cprec_recbole.costs import estimate, part_sizes, shared_layers
-from cprec_recbole.models import MODELS
+from cprec_recbole.models import MODELS, spec_named
 from cprec_recbole.models.recommender import CompressedRecommender
-from cprec_recbole.models.registry import spec_named
 from cprec_recbole.training.trainer import n_targets
 from tests.builders import HOSTS, MORE_HOSTS, train
 from tests.oracles import best_items

@@ -13,7 +13,7 @@ from cprec_recbole.costs import (
     part_sizes,
     shared_layers,
 )
-from cprec_recbole.models.registry import spec_of
+from cprec_recbole.models import spec_of
 from cprec_recbole.sharing import share, sharing_plan
 from tests.builders import SCHEMES
 

@@ -19,7 +19,7 @@ from cprec_recbole.config import (
 )
 from cprec_recbole.host.library import read_options, read_yaml
 from cprec_recbole.models import MODELS as COMPRESSED
-from cprec_recbole.models.registry import spec_named
+from cprec_recbole.models import spec_named
 
 MODELS = tuple(model.spec.name for model in COMPRESSED)
 TABLE_WIDTH = 140

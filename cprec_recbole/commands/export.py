@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cprec_recbole.config import reject_unknown
-from cprec_recbole.models.saving import load_pretrained
+from cprec_recbole.models import load_pretrained
 from cprec_recbole.serving.export import SUFFIXES, check_format, export, tokens_path
 
 

@@ -13,8 +13,8 @@ from itertools import groupby, islice
 from typing import Any, NamedTuple
 
 from cprec_recbole.config import CompressionError, reject_unknown
+from cprec_recbole.models import load_pretrained
 from cprec_recbole.models.recommender import CompressedRecommender
-from cprec_recbole.models.saving import load_pretrained
 from cprec_recbole.models.vocabulary import UNKNOWN
 
 _BATCH = 64

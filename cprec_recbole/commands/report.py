@@ -29,7 +29,7 @@ from cprec_recbole.host.library import (
     recbole_dataset,
     whole_number,
 )
-from cprec_recbole.models.registry import spec_named
+from cprec_recbole.models import spec_named
 
 _SHOWN_ENDS = 3  # of blocks, in a cell of the table
 REPORT_CAPTION = (

@@ -14,9 +14,9 @@ from cprec_recbole.compression.importance import scoring_importance, tied_import
 from cprec_recbole.config import CompressionConfig, CompressionError
 from cprec_recbole.data.sequences import item_counts as count_items
 from cprec_recbole.embedding import BlockEmbedding
+from cprec_recbole.models import class_of, spec_of
 from cprec_recbole.models.item_tables import RecBoleModel
 from cprec_recbole.models.recommender import CompressedRecommender
-from cprec_recbole.models.registry import compressed_class, spec_of
 from cprec_recbole.models.spec import Encoder, ModelSpec, Parts
 from cprec_recbole.partition import PADDING, Partition
 from cprec_recbole.softmax import TreeSoftmax
@@ -150,7 +150,7 @@ class Original:
             tables.append(table)
         inner, last_column = self._inner_without_table(), self.reads_last_column
         parts = Parts(inner, tables[0], tables[-1], compression, last_column, counts)
-        small = compressed_class(self.spec)(parts=parts)
+        small = class_of(self.spec)(parts=parts)
         small.item_tokens = getattr(self.model, "item_tokens", None)
         small.vocabulary = getattr(self.model, "vocabulary", None)
         small.softmax.to(self.table.device, self.table.dtype)

@@ -80,9 +80,8 @@ def _to_int8(
 
 
 def _places(model: CompressedRecommender) -> list[tuple[nn.ModuleList, int]]:
-    """Where the blocks are, in the table that is looked up and, if another, the softmax's."""
-    lists = {id(each): each for each in (model.table.factors, model.softmax.table.factors)}.values()
-    return [(factors, j) for factors in lists for j in range(len(factors))]
+    """Where the blocks are."""
+    return [(table.factors, j) for table in model.tables for j in range(len(table.factors))]
 
 
 def int8_block(block: Block, before: Int8Block | None = None) -> Int8Block:

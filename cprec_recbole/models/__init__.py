@@ -1,278 +1,103 @@
-"""The compressed models: RecBole's ten, each a class with its spec, and `register` for others."""
+"""The compressed models: the ten of this package, and those that `register` adds."""
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING, Any
+import os
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cprec_recbole.config import CompressionError
 from cprec_recbole.host.registration import importing_models, register_model
-from cprec_recbole.models.item_tables import MaskedTable, RecBoleModel, with_one
-from cprec_recbole.models.recommender import HIDDEN_AT, CompressedRecommender
-from cprec_recbole.models.registry import MODELS
-from cprec_recbole.models.spec import ModelSpec
-from cprec_recbole.sharing import Layer
-
-if TYPE_CHECKING:
-    from recbole.data.interaction import Interaction
-
-with importing_models():
-    from recbole.model import sequential_recommender as recbole_models
-    from recbole.model.abstract_recommender import SequentialRecommender
-
-
-def xavier_std(model: RecBoleModel, n_items: int) -> float:
-    """The spread of `xavier_normal_` for a table `[n_items, embedding_size]`."""
-    return math.sqrt(2 / (n_items + model.embedding_size))
-
-
-def given_std(model: RecBoleModel, n_items: int) -> float:
-    """The spread that RecBole calls `initializer_range`."""
-    return model.initializer_range
-
-
-def transformer_layers(encoder: RecBoleModel) -> list[Layer]:
-    """The layers of one of RecBole's transformer encoders."""
-    return [
-        [
-            (module, name)
-            for module in layer.modules()
-            if not isinstance(module, nn.LayerNorm)
-            for name, _ in module.named_parameters(recurse=False)
-        ]
-        for layer in encoder.layer
-    ]
-
-
-def gru_layers(gru: nn.GRU) -> list[Layer]:
-    """The layers of a GRU without biases."""
-    names = ("weight_ih_l{}", "weight_hh_l{}")
-    return [[(gru, name.format(i)) for name in names] for i in range(gru.num_layers)]
-
-
-TRANSFORMER_OPTIONS = (
-    "n_layers",
-    "n_heads",
-    "hidden_size",
-    "inner_size",
-    "hidden_act",
-    "layer_norm_eps",
-    "hidden_dropout_prob",
-    "attn_dropout_prob",
-    "initializer_range",
-    "loss_type",
-)
-
-
-def _nextitnet_layers(model: RecBoleModel) -> list[Layer]:
-    convolutions = [c for block in model.residual_blocks for c in (block.conv1, block.conv2)]
-    return [[(c, "weight"), (c, "bias")] for c in convolutions]
-
-
-def _nextitnet_hidden(model: RecBoleModel, item_seq: Tensor) -> Tensor:
-    return model.final_layer(model.residual_blocks(model.item_embedding(item_seq)))
-
-
-def _nextitnet_penalty(model: RecBoleModel) -> Tensor:
-    """The L2 term on the whole table, the final layer and the kernels; a shared kernel once."""
-    kernels = [p for n, p in model.residual_blocks.named_parameters() if n.endswith("weight")]
-    norms = [torch.linalg.vector_norm(p) for p in (model.final_layer.weight, *kernels)]
-    return model.reg_weight * (model.item_embedding.norm() + torch.stack(norms).sum())
-
-
-class CpNextItNet(CompressedRecommender):
-    """NextItNet (WSDM 2019), compressed."""
-
-    spec = ModelSpec(
-        model_class=recbole_models.NextItNet,
-        size_option="embedding_size",
-        table_std=lambda model, n_items: math.sqrt(1 / (3 * n_items)),  # uniform in +-sqrt(1/n)
-        architecture=("embedding_size", "dilations", "kernel_size", "reg_weight", "loss_type"),
-        layers=_nextitnet_layers,
-        layers_per_block=2,  # two dilated convolutions to a residual block
-        hidden_states=_nextitnet_hidden,
-        penalty=_nextitnet_penalty,
-        reads_last_column=True,
-    )
-
-
-def _sasrec_hidden(model: RecBoleModel, item_seq: Tensor) -> Tensor:
-    positions = torch.arange(item_seq.shape[1], device=item_seq.device)
-    inputs = model.item_embedding(item_seq) + model.position_embedding(positions)
-    inputs = model.dropout(model.LayerNorm(inputs))
-    mask = model.get_attention_mask(item_seq)
-    return model.trm_encoder(inputs, mask, output_all_encoded_layers=False)[-1]
-
-
-class CpSASRec(CompressedRecommender):
-    """SASRec (ICDM 2018), compressed."""
-
-    spec = ModelSpec(
-        model_class=recbole_models.SASRec,
-        size_option="hidden_size",
-        table_std=given_std,
-        architecture=TRANSFORMER_OPTIONS,
-        layers=lambda model: transformer_layers(model.trm_encoder),
-        hidden_states=_sasrec_hidden,
-    )
-
-
-def _gru4rec_hidden(model: RecBoleModel, item_seq: Tensor) -> Tensor:
-    vectors = model.emb_dropout(model.item_embedding(item_seq))
-    return model.dense(model.gru_layers(vectors)[0])
-
-
-class CpGRU4Rec(CompressedRecommender):
-    """GRU4Rec (DLRS 2016), compressed."""
-
-    spec = ModelSpec(
-        model_class=recbole_models.GRU4Rec,
-        size_option="embedding_size",
-        table_std=xavier_std,
-        architecture=("embedding_size", "hidden_size", "num_layers", "dropout_prob", "loss_type"),
-        layers=lambda model: gru_layers(model.gru_layers),
-        hidden_states=_gru4rec_hidden,
-    )
-
-
-def _bert4rec_last(model: RecBoleModel, item_seq: Tensor, lengths: Tensor) -> Tensor:
-    """The state at a mask after the newest item; as in RecBole, the first column makes way."""
-    longer = torch.nn.functional.pad(item_seq, (0, 1))
-    masked = longer.scatter(1, lengths.unsqueeze(1), model.n_items)[:, 1:]
-    return with_one(model.gather_indexes(model.forward(masked), lengths - 1))
-
-
-def _bert4rec_training(model: RecBoleModel, batch: Interaction) -> tuple[Tensor, Tensor, Tensor]:
-    """The states at the items that RecBole's `mask_itemseq` hid, and these items."""
-    states, index = model.forward(batch["Mask_" + model.ITEM_SEQ]), batch[HIDDEN_AT]
-    row, column = (index > 0).nonzero(as_tuple=True)  # 0 fills the rows up
-    hidden = with_one(states[row, index[row, column]])
-    targets = (batch[name + model.ITEM_ID][row, column] for name in ("Pos_", "Neg_"))
-    return hidden, *targets
-
-
-class CpBERT4Rec(CompressedRecommender):
-    """BERT4Rec (CIKM 2019), compressed."""
-
-    spec = ModelSpec(
-        model_class=recbole_models.BERT4Rec,
-        size_option="hidden_size",
-        table_std=given_std,
-        architecture=(*TRANSFORMER_OPTIONS, "mask_ratio"),
-        layers=lambda model: transformer_layers(model.trm_encoder),
-        last_state=_bert4rec_last,
-        table=MaskedTable(),
-        training_states=_bert4rec_training,
-    )
-
-
-class CpLightSANs(CompressedRecommender):
-    """LightSANs (SIGIR 2021), compressed."""
-
-    spec = ModelSpec(
-        model_class=recbole_models.LightSANs,
-        size_option="hidden_size",
-        table_std=given_std,
-        architecture=(*TRANSFORMER_OPTIONS, "k_interests"),
-        layers=lambda model: transformer_layers(model.trm_encoder),
-    )
-
-
-def _gcsan_penalty(model: RecBoleModel) -> Tensor:
-    """The norm of the whole table, over the number of items."""
-    return model.reg_weight * model.item_embedding.norm() / model.n_items
-
-
-class CpGCSAN(CompressedRecommender):
-    """GC-SAN (IJCAI 2019), compressed."""
-
-    spec = ModelSpec(
-        model_class=recbole_models.GCSAN,
-        size_option="hidden_size",
-        table_std=given_std,
-        architecture=(*TRANSFORMER_OPTIONS, "step", "weight", "reg_weight"),
-        layers=lambda model: transformer_layers(model.self_attention),
-        penalty=_gcsan_penalty,
-    )
-
-
-class CpNARM(CompressedRecommender):
-    """NARM (CIKM 2017), compressed."""
-
-    spec = ModelSpec(
-        model_class=recbole_models.NARM,
-        size_option="embedding_size",
-        table_std=xavier_std,
-        architecture=("embedding_size", "hidden_size", "n_layers", "dropout_probs", "loss_type"),
-        layers=lambda model: gru_layers(model.gru),
-    )
-
-
-class CpSTAMP(CompressedRecommender):
-    """STAMP (KDD 2018), compressed."""
-
-    spec = ModelSpec(
-        model_class=recbole_models.STAMP,
-        size_option="embedding_size",
-        table_std=lambda model, n_items: 0.002,
-        architecture=("embedding_size", "loss_type"),
-    )
-
-
-class CpSRGNN(CompressedRecommender):
-    """SR-GNN (AAAI 2019), compressed."""
-
-    spec = ModelSpec(
-        model_class=recbole_models.SRGNN,
-        size_option="embedding_size",
-        table_std=lambda model, n_items: math.sqrt(1 / (3 * model.embedding_size)),  # uniform
-        architecture=("embedding_size", "step", "loss_type"),
-    )
-
-
-def _sine_penalty(model: RecBoleModel) -> Tensor | float:
-    """With `loss_type: NLL`, the paper's: how alike the concepts are (SINE, equation 12)."""
-    return model.reg_loss_ratio * model.calculate_reg_loss() if model.loss_type == "NLL" else 0.0
-
-
-class CpSINE(CompressedRecommender):
-    """SINE (WSDM 2021), compressed."""
-
-    spec = ModelSpec(
-        model_class=recbole_models.SINE,
-        size_option="embedding_size",
-        table_std=xavier_std,
-        architecture=(
-            "embedding_size",
-            "layer_norm_eps",
-            "reg_loss_ratio",
-            "loss_type",
-            ("prototype_size", "L"),
-            ("interest_size", "k"),
-            ("tau_ratio", "tau"),
-        ),
-        penalty=_sine_penalty,
-        losses=("CE", "BPR", "NLL"),
-    )
-
-
-MODELS += [
+from cprec_recbole.models.known import (
+    TEN,
+    CpBERT4Rec,
+    CpGCSAN,
+    CpGRU4Rec,
+    CpLightSANs,
+    CpNARM,
     CpNextItNet,
     CpSASRec,
-    CpGRU4Rec,
-    CpBERT4Rec,
-    CpLightSANs,
-    CpGCSAN,
-    CpNARM,
-    CpSTAMP,
-    CpSRGNN,
     CpSINE,
+    CpSRGNN,
+    CpSTAMP,
+)
+from cprec_recbole.models.recommender import CompressedRecommender
+from cprec_recbole.models.saving import load_model
+from cprec_recbole.models.spec import ModelSpec
+
+with importing_models():
+    from recbole.model.abstract_recommender import SequentialRecommender
+
+__all__ = [
+    "MODELS",
+    "CpBERT4Rec",
+    "CpGCSAN",
+    "CpGRU4Rec",
+    "CpLightSANs",
+    "CpNARM",
+    "CpNextItNet",
+    "CpSASRec",
+    "CpSINE",
+    "CpSRGNN",
+    "CpSTAMP",
+    "class_of",
+    "load_pretrained",
+    "register",
+    "spec_named",
+    "spec_of",
 ]
+
+MODELS: list[type[CompressedRecommender]] = list(TEN)
 for _model in MODELS:
     register_model(_model)
+
+
+def spec_of(model: nn.Module) -> ModelSpec:
+    """The spec of one of RecBole's own models.
+
+    Raises:
+        CompressionError: not one of the supported models. A subclass may compute something else
+            than its parent, so it is refused too.
+    """
+    for known in MODELS:
+        if type(model) is known.spec.model_class:
+            return known.spec
+    names = ", ".join(known.spec.name for known in MODELS)
+    raise CompressionError(
+        f"Expected `model` to be one of RecBole's {names}, but got {type(model).__name__}; a model "
+        "of your own is made known with cprec_recbole.register()."
+    )
+
+
+def spec_named(name: str) -> ModelSpec:
+    """The spec of a supported model by RecBole's name of it."""
+    return next(known.spec for known in MODELS if known.spec.name == name)
+
+
+def class_of(spec: ModelSpec) -> type[CompressedRecommender]:
+    """The class of the compressed models of a spec."""
+    return next(known for known in MODELS if known.spec is spec)
+
+
+def load_pretrained(
+    folder: str | os.PathLike[str], device: str | torch.device = "cpu"
+) -> CompressedRecommender:
+    """Load a model that `save_pretrained` wrote; no data set and no RecBole configuration needed.
+
+    Args:
+        folder: what `save_pretrained` was given.
+        device: where the model shall be.
+
+    Returns:
+        The model in eval mode, with the scores, item ids and tokens that it was saved with.
+
+    Raises:
+        CompressionError: no model, one of a newer format, or files that are missing, cut short,
+            changed, or do not belong together; the message says which.
+    """
+    return load_model(folder, {model.__name__: model for model in MODELS}).to(device).eval()
 
 
 def register(spec: ModelSpec) -> type[CompressedRecommender]:

@@ -16,7 +16,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -34,13 +34,9 @@ from cprec_recbole.int8 import (
     kept_scales,
     whole_numbers,
 )
-from cprec_recbole.models.registry import model_class_named
 from cprec_recbole.models.spec import Parts
 from cprec_recbole.models.vocabulary import Vocabulary
 from cprec_recbole.partition import Partition
-
-if TYPE_CHECKING:
-    from cprec_recbole.models.recommender import CompressedRecommender
 
 FORMAT = "cprec_recbole"
 # 2: rows in int8, 3: other matrices too; what has neither is written as 1, as older readers know it
@@ -71,9 +67,7 @@ def name_in_model(name: str) -> str:
 # -- saving ----------------------------------------------------------------------------------------
 
 
-def save_model(
-    model: CompressedRecommender, folder: str | os.PathLike[str], vocabulary: Vocabulary
-) -> Path:
+def save_model(model: Any, folder: str | os.PathLike[str], vocabulary: Vocabulary) -> Path:
     """Write a model; see `CompressedRecommender.save_pretrained`."""
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
@@ -105,7 +99,7 @@ def save_model(
     return out
 
 
-def _weights_of(model: CompressedRecommender) -> tuple[dict[str, Tensor], bool]:
+def _weights_of(model: Any) -> tuple[dict[str, Tensor], bool]:
     """What is written of the parameters, by name, and whether matrices of layers are in int8.
 
     Rows are in the order of item ids, with the block of each item beside them.
@@ -147,7 +141,7 @@ def _orders_by_id(tables: list[BlockEmbedding]) -> tuple[dict[int, Tensor], set[
     return orders, scales
 
 
-def _layer_buffers(model: CompressedRecommender) -> dict[str, Tensor]:
+def _layer_buffers(model: Any) -> dict[str, Tensor]:
     """What the layers keep beside their parameters, such as running means, by name."""
     of_tables = {id(b) for part in (model.table, model.softmax) for b in part.buffers()}
     kept = model.state_dict()
@@ -225,25 +219,12 @@ def folder_bytes(folder: Path) -> int:
 # -- loading ---------------------------------------------------------------------------------------
 
 
-def load_pretrained(
-    folder: str | os.PathLike[str], device: str | torch.device = "cpu"
-) -> CompressedRecommender:
-    """Load a model that `save_pretrained` wrote; no data set and no RecBole configuration needed.
-
-    Args:
-        folder: what `save_pretrained` was given.
-        device: where the model shall be.
-
-    Returns:
-        The model in eval mode, with the scores, item ids and tokens that it was saved with.
-
-    Raises:
-        CompressionError: no model, one of a newer format, or files that are missing, cut short,
-            changed, or do not belong together; the message says which.
-    """
+def load_model(folder: str | os.PathLike[str], known: Mapping[str, type[Any]]) -> Any:
+    """The model in a folder, out of the classes of compressed models by name; see
+    `load_pretrained`."""
     header, weights, tokens = read_folder(folder)
     try:
-        model = _built(header, weights)
+        model = _built(header, weights, known)
         model.vocabulary = tokens
         _fill(model, weights, header.get("matrices"))
     except CompressionError:
@@ -257,7 +238,7 @@ def load_pretrained(
         raise CompressionError(
             f"Expected {model.n_items - 1} tokens in {os.fspath(folder)}, but got {len(tokens)}."
         )
-    return model.to(device).eval()
+    return model
 
 
 def read_folder(
@@ -322,9 +303,15 @@ class _Catalogue:
         return 1
 
 
-def _built(header: dict[str, Any], weights: dict[str, Tensor]) -> CompressedRecommender:
+def _built(
+    header: dict[str, Any], weights: dict[str, Tensor], known: Mapping[str, type[Any]]
+) -> Any:
     """The model that the options describe, its weights not filled in."""
-    model_class = model_class_named(header["model"])
+    if header["model"] not in known:
+        raise CompressionError(
+            f"Expected `model` to be one of {', '.join(known)}, but got {header['model']!r}."
+        )
+    model_class = known[header["model"]]
     spec = model_class.spec
     compression = CompressionConfig.from_options(header["compression"])
     options = _Options(block_num=1, device="cpu", **header["architecture"])
@@ -370,7 +357,7 @@ def unpacked_blocks(planes: Tensor, n_blocks: int, n_items: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def _fill(model: CompressedRecommender, weights: dict[str, Tensor], matrices: object) -> None:
+def _fill(model: Any, weights: dict[str, Tensor], matrices: object) -> None:
     if matrices not in (None, "int8"):
         raise CompressionError(f"Expected `matrices` to be int8 or left out, but got {matrices!r}.")
     places = {**dict(model.named_parameters()), **_layer_buffers(model)}

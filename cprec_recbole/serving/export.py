@@ -157,7 +157,7 @@ class _Exported(nn.Module):
         super().__init__()
         self.k, self.to_onnx = k, to_onnx
         self.model = copied(small).to("cpu").eval().requires_grad_(False)
-        for table in {id(t): t for t in (self.model.table, self.model.softmax.table)}.values():
+        for table in self.model.tables:
             # the graph reads `position_of` alone, for look-ups and for scores in the order of ids;
             # of `item_at`, its inverse, an entry is left so that it is not written
             table.partition.item_at = table.partition.item_at[:1].clone()

@@ -23,8 +23,7 @@ from cprec_recbole.host.library import (
     recbole_model,
 )
 from cprec_recbole.host.numbering import check_checkpoint_numbering
-from cprec_recbole.models import MODELS
-from cprec_recbole.models.registry import spec_named
+from cprec_recbole.models import MODELS, spec_named
 from cprec_recbole.models.spec import ModelSpec
 
 # beside those of the model, the data set and the evaluation: what batches and random draws need

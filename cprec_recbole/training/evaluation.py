@@ -116,8 +116,7 @@ def evaluate(model: nn.Module, data: Any) -> dict[str, float]:
                 scores = predict(rows.to(device)).view(len(rows), -1)
                 scores[:, 0] = -torch.inf
                 if history is not None:
-                    seen_by, seen = history
-                    scores[_of_rows(seen_by, seen, start, ROWS)] = -torch.inf
+                    scores[_of_rows(history[0], history[1], start, ROWS)] = -torch.inf
                 users, items = _of_rows(positive_u, positive_i, start, ROWS)
                 collector.eval_batch_collect(scores, rows, users, items)
     return plain(Evaluator(data.config).evaluate(collector.get_data_struct()))
