@@ -1,14 +1,12 @@
 import copy
 
 import pytest
-import torch
-from cprec_recbole.catalogue import size_rows
 
 from cprec_recbole import CompressionConfig, CompressionError
+from cprec_recbole.commands.report import size_rows
 from cprec_recbole.costs import (
     describe_sharing,
     estimate,
-    layer_flops,
     layer_parameters,
     part_sizes,
     shared_layers,
@@ -39,13 +37,13 @@ def test_an_estimate_is_what_a_built_model_has(world, host_name, softmax, tied, 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_layers_that_share_already_are_counted_once(world, scheme):
     host = world.model("SASRec", n_layers=3)
-    record = spec_of(host)
-    layers = record.layers(host)
+    spec = spec_of(host)
+    layers = spec.layers(host)
     for (module, name), (other, other_name) in zip(layers[1], layers[0]):
         setattr(module, name, getattr(other, other_name))
-    left = layer_parameters(record, host, scheme)
+    left = layer_parameters(spec, host, scheme)
     copied = copy.deepcopy(host)
-    share(record.layers(copied), sharing_plan(scheme, 3, record.group))
+    share(spec.layers(copied), sharing_plan(scheme, 3, spec.layers_per_block))
     assert len(left) == len({id(p) for p in left}) == sum(1 for _ in copied.parameters()) - 1
     assert sum(p.numel() for p in left) == count(copied) - host.n_items * 16
 
@@ -104,9 +102,3 @@ def test_an_option_that_recbole_does_not_know_is_named():
 def test_no_items_are_refused():
     with pytest.raises(CompressionError, match="`items` to be 1 or more, but got 0"):
         size_rows("SASRec", CompressionConfig(), items=0)
-
-
-def test_flops_of_the_layers_grow_with_the_history(world):
-    model = world.model("CpNextItNet", ranks=[16])
-    short, long = (layer_flops(model, torch.ones(1, n, dtype=torch.int64)) for n in (4, 8))
-    assert long == 2 * short > 0
