@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from cprec_recbole.config import BlockPlan, CompressionConfig
 from cprec_recbole.embedding import Int8Block
@@ -16,7 +14,6 @@ from cprec_recbole.int8 import BYTES_PER_SCALE, whole_numbers
 from cprec_recbole.models import spec_of
 from cprec_recbole.models.recommender import CompressedRecommender
 from cprec_recbole.models.spec import ModelSpec
-from cprec_recbole.partition import PADDING
 
 BYTES_PER_FLOAT = 4
 
@@ -62,19 +59,19 @@ class TableCost:
 
     Attributes:
         copies: tables of a plan: two where the softmax is untied.
-        cluster: parameters for each block after the head.
+        each_cluster: what a block after the head costs besides its rows and projection.
         unit: what is counted.
     """
 
     copies: int
-    cluster: int
+    each_cluster: int
     unit: Unit = PARAMETERS
 
     @classmethod
     def under(cls, options: CompressionConfig, dim: int, unit: Unit) -> TableCost:
         """With the softmax of some options, for item vectors of size `dim`."""
-        cluster = dim if options.softmax == "tree" else 0
-        return cls(copies=1 if options.tied else 2, cluster=cluster, unit=unit)
+        each_cluster = unit.matrix(1, dim) if options.softmax == "tree" else 0
+        return cls(1 if options.tied else 2, each_cluster, unit)
 
     def of(self, plan: BlockPlan) -> int:
         """What table and softmax cost with the ranks and cutoffs of a plan."""
@@ -85,22 +82,11 @@ class TableCost:
         )
         return int(self.copies * table + (len(plan.ranks) - 1) * self.each_cluster)
 
-    @property
-    def each_cluster(self) -> int:
-        """What a block after the head costs besides its rows and projection."""
-        return int(self.unit.matrix(1, self.cluster)) if self.cluster else 0
-
 
 @dataclass(frozen=True)
 class PartSizes:
-    """Parameters of each part, or what they cost in another unit; what several places use is
-    counted once, where it is first used.
-
-    Attributes:
-        table: the item table, which a tied softmax reads too.
-        layers: everything between the table and the softmax.
-        softmax: what the softmax has of its own: clusters, untied factors.
-    """
+    """Parameters of each part, or what they cost in another unit; what several parts use is counted
+    once: a tied softmax has nothing of its own but clusters."""
 
     table: int
     layers: int
@@ -194,19 +180,11 @@ def estimate(
     dim: int,
     unit: Unit = PARAMETERS,
 ) -> Estimate:
-    """Count what a compression of a model would leave; exact, and as cheap for any catalogue.
-
-    Args:
-        spec: the model's.
-        inner: RecBole's model, built for a catalogue of any size.
-        compression: the options.
-        n_items: items of the catalogue, padding included.
-        dim: size of an item vector.
-        unit: what is counted.
-    """
+    """Count what a compression of a model would leave; exact, and as cheap for any catalogue: the
+    inner model may be built for one of another size than `n_items`, padding included."""
     plan = compression.plan(dim, n_items)
     layers = sum(unit.parameter(p) for p in layer_parameters(spec, inner, compression.sharing))
-    table = TableCost(copies=1, cluster=0, unit=unit).of(plan)
+    table = TableCost(copies=1, each_cluster=0, unit=unit).of(plan)
     softmax = TableCost.under(compression, dim, unit).of(plan) - table
     n_clusters = len(plan.ranks) - 1 if compression.softmax == "tree" else 0
     flops = 2 * (plan.n_parameters + n_clusters * dim)
@@ -216,21 +194,7 @@ def estimate(
 def layer_parameters(spec: ModelSpec, inner: Any, sharing: str) -> list[Tensor]:
     """What a model has between table and softmax, with its layers shared by a scheme."""
     layers, sets = spec.sharing(inner, sharing)
-
-    def parameters_of(numbers: Iterable[int]) -> set[int]:
-        return {id(getattr(module, name)) for i in numbers for module, name in layers[i]}
-
-    kept = parameters_of(members[0] for members in sets)
-    gone = parameters_of(i for members in sets for i in members[1:]) - kept
-    gone |= {id(p) for p in spec.table.parameters(inner)}
+    slots = [{id(getattr(*slot)) for slot in layer} for layer in layers]
+    kept = set().union(*(slots[members[0]] for members in sets))
+    gone = set().union(*slots) - kept | {id(p) for p in spec.table.parameters(inner)}
     return [*(p for p in inner.parameters() if id(p) not in gone), *spec.table.remaining(inner)]
-
-
-def layer_flops(model: CompressedRecommender, item_seq: Tensor) -> int:
-    """Floating point operations from a history to its hidden state, `item_seq [1, L]`."""
-    was_training = model.training
-    model.eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(item_seq, (item_seq != PADDING).sum(1))
-    model.train(was_training)
-    return int(counter.get_total_flops())

@@ -69,6 +69,12 @@ class Recovery:
     losses: list[float] = field(default_factory=list)
     kept: int = 0
 
+    def last_is_best(self) -> bool:
+        """Whether no earlier epoch was as good as the latest, nor the start; always, where nothing
+        was measured."""
+        scores = [found[self.metric] for found in [self.start, *self.epochs]] if self.metric else []
+        return all(scores[-1] > score for score in scores[:-1])
+
     def scores_before(self) -> str:
         """A line about the quality before the first epoch."""
         found = {"original": self.original, "compressed": self.start}

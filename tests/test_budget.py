@@ -2,7 +2,6 @@
 
 import itertools
 import re
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,12 +9,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cprec_recbole import BlockEmbedding, CompressionConfig, CompressionError, Partition, compress
-from cprec_recbole.compression.budget import Budget, OptionSearch, checked_bytes
+from cprec_recbole import (
+    BlockEmbedding,
+    CompressionConfig,
+    CompressionError,
+    Partition,
+    compress,
+    evaluate,
+)
+from cprec_recbole.compression.budget import OptionSearch, checked_bytes
+from cprec_recbole.compression.histories import drawn_histories
 from cprec_recbole.compression.original import Original
 from cprec_recbole.compression.spectra import Spectra, block_ends
 from cprec_recbole.config import BlockPlan
-from cprec_recbole.costs import PARAMETERS, TableCost, part_sizes
+from cprec_recbole.costs import TableCost, part_sizes
 from tests.builders import HOSTS, SCHEMES
 
 
@@ -91,6 +98,12 @@ def test_the_plan_for_a_budget_fits_and_nothing_more_would(parameters, seed):
     assert plan.ranks.count(5) <= 1  # blocks that lose nothing are one
 
 
+def search_for(original, base, sharing=None):
+    counts = original.counts()
+    histories = drawn_histories(counts, 9, 8, torch.Generator())
+    return OptionSearch(original, counts, histories, base, sharing)
+
+
 @given(
     ratio=st.floats(2, 50),
     host=st.sampled_from(HOSTS),
@@ -108,18 +121,14 @@ def test_every_ratio_is_met_or_refused_with_the_smallest_size(
     whole = sum(p.numel() for p in original.model.parameters())
     limit = int(whole / ratio)
     base = CompressionConfig(softmax=softmax, tied=tied)
-
-    def chosen(limit):
-        error = (lambda options: 0.1) if use_trained else None
-        search = OptionSearch(original, counts, base, sharing, hidden_error=error)
-        return search.best(replace(Budget.of_ratio(1, original, PARAMETERS), limit=limit))
-
+    search = search_for(original, base, sharing)
+    search._hidden_error = lambda options: 0.1  # which takes time
     try:
-        choice = chosen(limit)
+        choice = search.best(limit)
     except CompressionError as error:
         smallest = int(re.search(r"of ([\d,]+) parameters", str(error))[1].replace(",", ""))
         assert smallest > limit
-        choice = chosen(smallest)
+        choice = search.best(smallest)
         assert choice.parameters == smallest
         limit = smallest
     small = original.compressed(choice.compression, counts)
@@ -170,8 +179,6 @@ def test_more_popular_blocks_get_more_of_the_budget():
 
 
 def test_max_loss_is_measured_on_the_validation_data(world, host_name, trained, capsys):
-    from cprec_recbole import evaluate
-
     options = {"metrics": ["NDCG"], "topk": [10], "valid_metric": "NDCG@10"}
     _, valid, _ = world.loaders(world.config(host_name, **options))
     model = trained[host_name]
@@ -191,7 +198,7 @@ def test_max_loss_may_end_at_the_smallest_model(world):
         model = world.model("SASRec", inner_size=width, n_layers=1)
         whole = sum(p.numel() for p in model.parameters())
         original = Original.of(model)
-        smallest = OptionSearch(original, original.counts(), CompressionConfig()).smallest
+        smallest = search_for(original, CompressionConfig()).smallest
         if int(whole / (whole / smallest)) < smallest:
             break
     small = compress(model, max_loss=0.999, valid_data=valid, verbose=False)

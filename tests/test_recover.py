@@ -12,7 +12,7 @@ from cprec_recbole import CompressionConfig, CompressionError, compress, evaluat
 from cprec_recbole.compression import distillation
 from cprec_recbole.compression.distillation import Teacher
 from cprec_recbole.compression.original import Original
-from cprec_recbole.compression.recover import WeightAverage, _rate_at, _Recovery
+from cprec_recbole.compression.recover import _rate_at, averages_of, take_in
 from cprec_recbole.models.eval_mode import without_dropout
 from tests.builders import HOSTS
 
@@ -218,25 +218,17 @@ def test_rows_that_do_not_fit_the_memory_are_taught_in_parts(trained, monkeypatc
 @pytest.mark.parametrize(
     ("taught", "share", "dropped"), [(True, 0.5, False), (True, 0.0, True), (False, 0.5, True)]
 )
-def test_nothing_is_dropped_where_the_original_teaches(
-    trained, data, taught, share, dropped, monkeypatch
-):
+def test_nothing_is_dropped_where_the_original_teaches(trained, data, taught, share, dropped):
     small = squeezed(trained, "SASRec").train()
     dropouts = [m for m in small.modules() if isinstance(m, nn.Dropout)]
-    rates = [m.p for m in dropouts]
-    assert set(rates) == {0.5}
-    seen, loss = set(), _Recovery.loss
-
-    def watched(self, *batch):
-        assert all(m.training for m in dropouts)
-        seen.update(m.p for m in dropouts)
-        return loss(self, *batch)
-
-    monkeypatch.setattr(_Recovery, "loss", watched)
+    assert {m.p for m in dropouts} == {0.5}
+    seen = set()
+    for dropout in dropouts:
+        dropout.register_forward_pre_hook(lambda module, _: seen.add((module.training, module.p)))
     teacher = trained["SASRec"] if taught else None
     recover(small, teacher, data["SASRec"][0], 1, distillation=share, progress=False)
-    assert seen == ({0.5} if dropped else {0.0})
-    assert [m.p for m in dropouts] == rates  # as before
+    assert seen == {(True, 0.5 if dropped else 0.0)}
+    assert {m.p for m in dropouts} == {0.5}  # as before
 
 
 @pytest.mark.parametrize("n_steps", [1, 3, 20, 1000])
@@ -265,19 +257,41 @@ def test_the_teacher_the_modes_and_the_random_state_are_left_alone(trained, data
 
 
 def test_what_is_kept_is_the_average_of_the_latest_weights(trained, monkeypatch):
-    made = []
+    latest = {}
 
-    class Seen(WeightAverage):
-        def __init__(self, parameters):
-            super().__init__(parameters)
-            made.append(self)
+    def watched(parameters, averages, step):
+        take_in(parameters, averages, step)
+        latest.update(step=step, averages=averages)
 
-    monkeypatch.setattr(import_module("cprec_recbole.compression.recover"), "WeightAverage", Seen)
+    monkeypatch.setattr(import_module("cprec_recbole.compression.recover"), "take_in", watched)
     small = squeezed(trained, "SASRec")
     histories = [[1, 2, 3, 4], [5, 6]] * 8
     recover(small, trained["SASRec"], histories, 3, batch_size=4, progress=False)
-    assert made[0].steps > 20
-    assert all(torch.equal(p, a) for p, a in zip(small.parameters(), made[0].averages))
+    assert latest["step"] > 20
+    assert all(torch.equal(p, a) for p, a in zip(small.parameters(), latest["averages"]))
+
+
+@pytest.mark.parametrize("n_steps", [1, 2, 7, 100])
+def test_a_step_counts_in_the_average_by_the_share_that_later_ones_left_of_it(n_steps):
+    visited = torch.randn(n_steps, 3, 2, dtype=torch.float64)
+    averages = averages_of([torch.randn(3, 2, dtype=torch.float64)])
+    for step, value in enumerate(visited, start=1):
+        take_in([value], averages, step)
+    rates = 9 / (8 + torch.arange(1, n_steps + 1, dtype=torch.float64))
+    later = torch.cat([(1 - rates).flip(0).cumprod(0).flip(0)[1:], torch.ones(1)])
+    assert float((rates * later).sum()) == pytest.approx(1)
+    expected = (rates * later).view(-1, 1, 1) * visited
+    torch.testing.assert_close(averages[0], expected.sum(0))
+
+
+def test_half_precision_does_not_stop_the_average():
+    """A share of 9/508 of a step of 1% is less than bfloat16 can add to 1."""
+    before = torch.ones(1, dtype=torch.bfloat16)
+    after = torch.full((1,), 1.0078125, dtype=torch.bfloat16)
+    averages = averages_of([before])
+    for step in range(1, 1001):
+        take_in([before if step <= 500 else after], averages, step)
+    assert averages[0].to(torch.bfloat16) == after
 
 
 def test_histories_as_lists_serve_too(trained):

@@ -1,14 +1,12 @@
 import copy
 
 import pytest
-import torch
 
 from cprec_recbole import CompressionConfig, CompressionError
 from cprec_recbole.commands.report import size_rows
 from cprec_recbole.costs import (
     describe_sharing,
     estimate,
-    layer_flops,
     layer_parameters,
     part_sizes,
     shared_layers,
@@ -104,9 +102,3 @@ def test_an_option_that_recbole_does_not_know_is_named():
 def test_no_items_are_refused():
     with pytest.raises(CompressionError, match="`items` to be 1 or more, but got 0"):
         size_rows("SASRec", CompressionConfig(), items=0)
-
-
-def test_flops_of_the_layers_grow_with_the_history(world):
-    model = world.model("CpNextItNet", ranks=[16])
-    short, long = (layer_flops(model, torch.ones(1, n, dtype=torch.int64)) for n in (4, 8))
-    assert long == 2 * short > 0

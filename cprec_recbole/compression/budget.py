@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 
+from cprec_recbole.compression.clusters import fit_clusters_to
+from cprec_recbole.compression.importance import hidden_moment, importance_of
 from cprec_recbole.compression.original import Original
-from cprec_recbole.compression.spectra import Spectra, block_ends
+from cprec_recbole.compression.spectra import Spectra, block_ends, looks_trained
+from cprec_recbole.compression.warm_start import warm_start
 from cprec_recbole.config import (
     SHARING_SCHEMES,
     BlockPlan,
@@ -21,8 +24,10 @@ from cprec_recbole.config import (
     size_in_bytes,
 )
 from cprec_recbole.costs import PARAMETERS, TableCost, Unit, describe_sharing, layer_parameters
+from cprec_recbole.models.recommender import CompressedRecommender
 from cprec_recbole.results import ChosenOptions
 
+_LOOK_HISTORIES = 64  # on which ways of sharing are compared
 # Items are weighted by these powers of their counts. By the counts themselves the tail would get
 # rank 1, from which training cannot bring it back; flatter ranks lose more at once and come back
 # further. SASRec on amazon-beauty in int8 at ratio 8, validation / test at once with a quarter, a
@@ -58,182 +63,167 @@ def checked_bytes(size: object) -> int:
     return found
 
 
-@dataclass(frozen=True)
-class Budget:
-    """The most that a compressed model of an original may cost.
-
-    Attributes:
-        limit: the most, in `unit`.
-        whole: what the original costs, in `unit`.
-        unit: parameters; bytes where matrices are kept in int8.
-        bytes_per_parameter: of the original.
-        size: the bytes that were asked for; None for a ratio.
-    """
-
-    limit: int
-    whole: int
-    unit: Unit
-    bytes_per_parameter: int
-    size: int | None = None
-
-    @classmethod
-    def of_ratio(cls, ratio: float, original: Original, unit: Unit) -> Budget:
-        """A model that costs at least `ratio` times less than the original."""
-        whole = unit.other * original.n_parameters
-        return cls(int(whole / ratio), whole, unit, original.dtype.itemsize)
-
-    @classmethod
-    def of_size(cls, size: int, original: Original, unit: Unit) -> Budget:
-        """A model whose weights take at most `size` bytes."""
-        whole, itemsize = unit.other * original.n_parameters, original.dtype.itemsize
-        return cls(size * unit.other // itemsize, whole, unit, itemsize, size)
-
-    def check(self, smallest: int, reason: str) -> None:
-        """Raise a CompressionError where the smallest possible model costs more."""
-        if self.limit >= smallest:
-            return
-        least, got = f"a budget of {smallest:,} {self.unit.name}", f"{self.limit:,}"
-        if self.size is not None:
-            n_bytes = smallest * self.bytes_per_parameter // self.unit.other
-            least, got = f"`size` to be {n_bytes:,} bytes", f"{self.size:,}"
-        raise CompressionError(
-            f"Expected {least} or more (ratio {math.floor(100 * self.whole / smallest) / 100:.2f} "
-            f"at most), which is the smallest possible model, but got {got}: {reason}."
-        )
-
-
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(NamedTuple):
     """The best table for one way of sharing layers.
 
     Attributes:
         options: with ranks and cutoffs.
+        cost: of the whole model.
         sharing: the scheme, in words.
         table: share of the table that is lost.
         hidden: relative error of the hidden states.
     """
 
     options: CompressionConfig
+    cost: int
     sharing: str
     table: float
     hidden: float
 
 
 class OptionSearch:
-    """Looks for the options of an original that lose least within a budget.
+    """An original on its way to compressed models, under options that are given or found.
 
     Args:
         original: what is compressed.
         counts: training interactions of each item id, `[n_items]`.
-        base: the other options, without ranks and cutoffs.
+        histories: what is fitted on, `[N, L]`.
+        base: the options, or those besides ranks and cutoffs.
         sharing: the scheme, or None to choose one.
         unit: what models are counted in.
-        hidden_error: relative error of the hidden states under given options; None for an original
-            that is not trained, of which only the counts say anything.
-        importance: of the directions of a trained table, `[d, d]`; None: all are equal.
     """
 
     def __init__(
         self,
         original: Original,
         counts: np.ndarray,
+        histories: Tensor,
         base: CompressionConfig,
         sharing: str | None = None,
         unit: Unit = PARAMETERS,
-        hidden_error: Callable[[CompressionConfig], float] | None = None,
-        importance: Tensor | None = None,
     ) -> None:
-        self.original, self.counts, self.base = original, counts, base
-        self.schemes = (sharing,) if sharing else SHARING_SCHEMES
-        self.unit, self.hidden_error, self.importance = unit, hidden_error, importance
+        self.original, self.counts, self.histories = original, counts, histories
+        self.base, self.unit = base, unit
+        self.is_trained = looks_trained(original.table)
+        self.moment = hidden_moment(original, histories) if self.is_trained else None
         self.cost = TableCost.under(base, original.dim, unit)
-        rank_one = BlockPlan((1,), (original.n_items,), original.dim)
-        self.least_table = self.cost.of(rank_one)
-        self.least_layers = min(self._layer_cost(scheme) for scheme in self.schemes)
+        self.least_table = self.cost.of(BlockPlan((1,), (original.n_items,), original.dim))
+        # what everything but the table and the softmax costs under each scheme
+        self.layer_costs = {}
+        for scheme in (sharing,) if sharing else SHARING_SCHEMES:
+            parameters = layer_parameters(original.spec, original.inner, scheme)
+            self.layer_costs[scheme] = sum(unit.parameter(p) for p in parameters)
+        self.least_layers = min(self.layer_costs.values())
+        self.whole = unit.other * original.n_parameters
+        self.smallest = self.least_table + self.least_layers
 
-    @property
-    def smallest(self) -> int:
-        """What the smallest model costs: one block of rank 1, as much shared as may be."""
-        return self.least_table + self.least_layers
+    def compressed(self, options: CompressionConfig) -> CompressedRecommender:
+        """The compressed model for given options, as near to a trained original as it gets."""
+        small = self.original.compressed(options, self.counts, self.moment)
+        if self.is_trained:
+            small.warm_start = warm_start(small, self.original, self.histories)
+            fit_clusters_to(small, self.original, self.histories)
+        return small
 
-    def best(self, budget: Budget) -> ChosenOptions:
-        """The options that lose least within a budget.
+    def within(self, limit: int) -> CompressedRecommender:
+        """The best compressed model that costs at most `limit`."""
+        choice = self.best(limit)
+        small = self.compressed(choice.compression)
+        small.choice = choice
+        return small
+
+    def limit_of_size(self, size: int) -> int:
+        """What a model may cost whose weights take at most `size` bytes; a CompressionError where
+        there is none."""
+        itemsize = self.original.dtype.itemsize
+        limit = size * self.unit.other // itemsize
+        if limit < self.smallest:
+            n_bytes = self.smallest * itemsize // self.unit.other
+            raise self._too_small(f"`size` to be {n_bytes:,} bytes", f"{size:,}")
+        return limit
+
+    def best(self, limit: int) -> ChosenOptions:
+        """The options that lose least and cost at most `limit`.
 
         For each way of sharing layers that leaves room for a table, the best table is found; then
         what the table loses is added to what the hidden states lose, both as relative squared
         errors, and the least sum wins.
 
         Raises:
-            CompressionError: the budget is below the smallest possible model.
+            CompressionError: the limit is below the smallest possible model.
         """
-        budget.check(
-            self.smallest,
-            f"{self.least_layers:,} are in the layers, shared as far as they can be, "
-            f"{self.least_table:,} in a table of rank 1",
-        )
-        found: list[Candidate] = []
-        crowded: list[str] = []
-        for scheme, in_words, freedom in self._different_schemes():
-            layers = self._layer_cost(scheme)
-            plan = self._spectra.best_plan(budget.limit - layers, self.cost)
+        if limit < self.smallest:
+            least = f"a budget of {self.smallest:,} {self.unit.name}"
+            raise self._too_small(least, f"{limit:,}")
+        candidates: list[Candidate] = []
+        impossible: list[str] = []
+        seen: list[list[list[int]]] = []
+        for scheme, layer_cost in self.layer_costs.items():
+            layers, sets = self.original.spec.sharing(self.original.inner, scheme)
+            if sets in seen:
+                continue  # on this model the same as another scheme
+            seen.append(sets)
+            in_words = describe_sharing(scheme, len(layers), len(sets))
+            plan = self._spectra.best_plan(limit - layer_cost, self.cost)
             if plan is None:
-                crowded.append(f"{in_words} leaves no room for a table ({layers:,} in the layers)")
+                why = f"{in_words} leaves no room for a table ({layer_cost:,} in the layers)"
+                impossible.append(f"not possible: {why}")
                 continue
-            ranks, cutoffs = plan.ranks, plan.cutoffs
-            options = replace(self.base, sharing=scheme, ranks=ranks, cutoffs=cutoffs)
-            if self.hidden_error is None:
-                hidden = _FRESH_SHARING * (1 - freedom)
+            options = replace(self.base, sharing=scheme, ranks=plan.ranks, cutoffs=plan.cutoffs)
+            if self.is_trained:
+                hidden = self._hidden_error(options)
             else:
-                hidden = self.hidden_error(options)
-            found.append(Candidate(options, in_words, self._spectra.loss(plan), hidden))
-        best = min(found, key=lambda candidate: candidate.table + candidate.hidden)
-        plan = best.options.plan(self.original.dim, self.original.n_items)
-        total = self.cost.of(plan) + self._layer_cost(best.options.sharing)
-        others = [candidate for candidate in found if candidate is not best]
-        reasons = self._reasons(best, others, crowded)
-        return ChosenOptions(best.options, total, budget.limit, reasons, self.unit.name)
+                freedom = (len(sets) - 1) / (len(layers) - 1) if len(layers) > 1 else 1.0
+                hidden = _FRESH_SHARING * (1 - freedom)
+            cost, table = self.cost.of(plan) + layer_cost, self._spectra.loss(plan)
+            candidates.append(Candidate(options, cost, in_words, table, hidden))
+        best = min(candidates, key=lambda candidate: candidate.table + candidate.hidden)
+        reasons = (*self._reasons(best, candidates), *impossible)
+        return ChosenOptions(best.options, best.cost, limit, reasons, self.unit.name)
 
     @cached_property
     def _spectra(self) -> Spectra:
         ends = block_ends(self.original.n_items)
-        if self.hidden_error is None:
+        if not self.is_trained:
             return Spectra.of_counts(self.counts**_FRESH_POWER, self.original.dim, ends)
-        weights = self.counts**_TRAINED_POWER
-        return Spectra.of_table(self.original.table, weights, ends, self.importance)
+        importance = importance_of(self.moment, tied=True)
+        return Spectra.of_table(self.original.table, self.counts**_TRAINED_POWER, ends, importance)
 
-    def _layer_cost(self, scheme: str) -> int:
-        """What everything but the table and the softmax costs."""
-        layers = layer_parameters(self.original.spec, self.original.inner, scheme)
-        return sum(self.unit.parameter(p) for p in layers)
+    def _hidden_error(self, options: CompressionConfig) -> float:
+        """Relative error of the hidden states under some options."""
+        small = self.original.compressed(options, self.counts, self.moment)
+        start = warm_start(
+            small, self.original, self.histories, descend=False, look_at=_LOOK_HISTORIES
+        )
+        return start.refitted
 
-    def _different_schemes(self) -> list[tuple[str, str, float]]:
-        """Schemes that differ on this model: name, in words, and the share of free sets left."""
-        seen: dict[tuple[tuple[int, ...], ...], tuple[str, str, float]] = {}
-        for scheme in self.schemes:
-            layers, sets = self.original.spec.sharing(self.original.inner, scheme)
-            freedom = (len(sets) - 1) / (len(layers) - 1) if len(layers) > 1 else 1.0
-            entry = (scheme, describe_sharing(scheme, len(layers), len(sets)), freedom)
-            seen.setdefault(tuple(tuple(members) for members in sets), entry)
-        return list(seen.values())
-
-    def _reasons(
-        self, best: Candidate, others: list[Candidate], crowded: list[str]
-    ) -> tuple[str, ...]:
+    def _reasons(self, best: Candidate, candidates: list[Candidate]) -> list[str]:
         ranks, cutoffs = best.options.ranks or (), best.options.cutoffs or ()
         blocks = zip(ranks, (0, *cutoffs), cutoffs)
         table = ", ".join(f"rank {rank} for {end - start:,.0f}" for rank, start, end in blocks)
-        basis = (
-            f"untrained: by the fourth root of the counts, an expected loss of {best.table:.1%}"
-            if self.hidden_error is None
-            else "by the spectra of the trained table, items weighted by the cube root of their "
-            f"counts and directions by how they are scored, it loses {best.table:.1%}"
-        )
-        error = "taken to cost" if self.hidden_error is None else "error of the hidden states"
-        reasons = [f"items from head to tail: {table}; {basis}"]
-        reasons.append(f"sharing {best.sharing}: {error} {best.hidden:.1%}")
-        reasons += [
-            f"not {other.sharing}: table {other.table:.1%} and {error} {other.hidden:.1%}"
-            for other in others
+        if self.is_trained:
+            basis = (
+                "by the spectra of the trained table, items weighted by the cube root of their "
+                "counts and directions by how they are scored, it loses"
+            )
+            error = "error of the hidden states"
+        else:
+            basis = "untrained: by the fourth root of the counts, an expected loss of"
+            error = "taken to cost"
+        return [
+            f"items from head to tail: {table}; {basis} {best.table:.1%}",
+            f"sharing {best.sharing}: {error} {best.hidden:.1%}",
+            *(
+                f"not {other.sharing}: table {other.table:.1%} and {error} {other.hidden:.1%}"
+                for other in candidates
+                if other is not best
+            ),
         ]
-        reasons += [f"not possible: {reason}" for reason in crowded]
-        return tuple(reasons)
+
+    def _too_small(self, least: str, got: str) -> CompressionError:
+        ratio = math.floor(100 * self.whole / self.smallest) / 100
+        return CompressionError(
+            f"Expected {least} or more (ratio {ratio:.2f} at most), which is the smallest possible "
+            f"model, but got {got}: {self.least_layers:,} are in the layers, shared as far as they "
+            f"can be, {self.least_table:,} in a table of rank 1."
+        )

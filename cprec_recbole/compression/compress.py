@@ -7,30 +7,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from cprec_recbole.compression.budget import (
-    Budget,
-    OptionSearch,
-    checked_bytes,
-    checked_ratio,
-)
-from cprec_recbole.compression.clusters import fit_clusters_to
-from cprec_recbole.compression.histories import Histories, drawn_histories, histories_of
-from cprec_recbole.compression.importance import moment_of, tied_importance
+from cprec_recbole.compression.budget import OptionSearch, checked_bytes, checked_ratio
+from cprec_recbole.compression.histories import drawn_histories, histories_of
 from cprec_recbole.compression.original import Original
-from cprec_recbole.compression.quantize import check_dtype, quantize
-from cprec_recbole.compression.spectra import looks_trained
-from cprec_recbole.compression.warm_start import FIT_HISTORIES, warm_start
+from cprec_recbole.compression.quantize import check_precision, quantize
+from cprec_recbole.compression.warm_start import FIT_HISTORIES
 from cprec_recbole.config import CompressionConfig, CompressionError, is_number, reject_unknown
 from cprec_recbole.costs import PARAMETERS, Unit
 from cprec_recbole.host.numbering import check_numbering
-from cprec_recbole.models.eval_mode import can_be_trained, in_eval_mode
+from cprec_recbole.models.eval_mode import can_be_trained
 from cprec_recbole.models.recommender import CompressedRecommender
 from cprec_recbole.training.evaluation import check_validation_data, evaluate, valid_metric
 
-_QUICK_LOOK = 64  # histories on which ways of sharing are compared
-_MOMENT_HISTORIES, _MOMENT_BATCH = 2048, 128  # for the moment of the hidden states
 _N_RATIOS = 24  # between which max_loss is searched: five evaluations find one of them
 _LEAST_RATIO = 1.25
 
@@ -103,122 +93,70 @@ def compress(
     size = None if size is None else checked_bytes(size)
     _check_max_loss(max_loss, valid_data)
     original = Original.of(model).in_float()
-    check_dtype(dtype, original.dtype)
+    if dtype not in (None, "int8"):
+        raise CompressionError(
+            f'Expected `dtype` to be "int8", or left out for float rows, but got {dtype!r}.'
+        )
+    if dtype is not None:
+        check_precision("model", original.dtype)
     original.spec.check_loss(base, str(original.inner.loss_type))
     base.plan(original.dim, original.n_items)
     given = {"data": data, "item_counts": item_counts, "valid_data": valid_data}
     for name, each in given.items():
         check_numbering(original.model, each, name)
-    counts = original.counts(item_counts if item_counts is not None else _dataset_of(data))
+    counts = original.counts(_dataset_of(data) if item_counts is None else item_counts)
     histories = _histories(data, item_counts, original, counts)
     unit = PARAMETERS if dtype is None else Unit.int8_bytes(original.dtype)
     with torch.random.fork_rng(devices=[]):  # fresh factors are drawn, and written over
-        work = _Compression(original, counts, histories, base, sharing, unit)
+        search = OptionSearch(original, counts, histories, base, sharing, unit)
         if max_loss is not None:
-            small = work.within_loss(float(max_loss), valid_data, dtype)
+            small = _within_loss(search, float(max_loss), valid_data, dtype)
         elif ratio is not None:
-            small = work.within(Budget.of_ratio(ratio, original, unit))
+            small = search.within(int(search.whole / ratio))
         elif size is not None:
-            small = work.within(Budget.of_size(size, original, unit))
+            small = search.within(search.limit_of_size(size))
         else:
-            small = work.with_options(base)
+            small = search.compressed(base)
     if verbose and small.choice is not None:
         print(small.choice)
     small.to(original.dtype).train(model.training)
     return small if dtype is None else quantize(small)
 
 
-class _Compression:
-    """One original on its way to one or several compressed models, whose rows are in float."""
-
-    def __init__(
-        self,
-        original: Original,
-        counts: np.ndarray,
-        histories: Histories,
-        base: CompressionConfig,
-        sharing: str | None,
-        unit: Unit,
-    ) -> None:
-        self.original, self.counts, self.histories = original, counts, histories
-        self.is_trained = looks_trained(original.table)
-        self.moment = hidden_moment(original, histories) if self.is_trained else None
-        self.search = OptionSearch(
-            original,
-            counts,
-            base,
-            sharing,
-            unit,
-            self._hidden_error if self.is_trained else None,
-            None if self.moment is None else tied_importance(self.moment),
+def _within_loss(
+    search: OptionSearch, max_loss: float, valid_data: Any, dtype: str | None
+) -> CompressedRecommender:
+    """The smallest compressed model that loses at most a share of the validation metric, by
+    bisection over ratios: a smaller model is taken to be no better."""
+    metric = valid_metric(valid_data)
+    whole = evaluate(search.original.model, valid_data)[metric]
+    if not whole > 0:
+        raise CompressionError(
+            f"Expected a `model` whose {metric} on `valid_data` is above 0, to measure `max_loss` "
+            f"by, but got {whole:.4f}."
         )
-
-    def with_options(self, compression: CompressionConfig) -> CompressedRecommender:
-        """The compressed model for given options, as near to a trained original as it gets."""
-        small = self.original.compressed(compression, self.counts, self.moment)
-        if self.is_trained:
-            small.warm_start = warm_start(small, self.original, self.histories)
-            fit_clusters_to(small, self.original, self.histories)
-        return small
-
-    def within(self, budget: Budget) -> CompressedRecommender:
-        """The best compressed model within a budget."""
-        choice = self.search.best(budget)
-        small = self.with_options(choice.compression)
-        small.choice = choice
-        return small
-
-    def within_loss(
-        self, max_loss: float, valid_data: Any, dtype: str | None
-    ) -> CompressedRecommender:
-        """The smallest compressed model that loses at most a share of the validation metric, by
-        bisection over ratios: a smaller model is taken to be no better."""
-        metric = valid_metric(valid_data)
-        whole = evaluate(self.original.model, valid_data)[metric]
-        if not whole > 0:
-            raise CompressionError(
-                f"Expected a `model` whose {metric} on `valid_data` is above 0, to measure "
-                f"`max_loss` by, but got {whole:.4f}."
-            )
-        budget = Budget.of_ratio(1.0, self.original, self.search.unit)
-        largest = budget.whole / self.search.smallest
-        ratios = np.geomspace(min(_LEAST_RATIO, largest), largest, _N_RATIOS)
-        found: CompressedRecommender | None = None
-        tried: list[str] = []
-        low, high = -1, len(ratios)  # ratios[low] is good enough, ratios[high] is not
-        while high - low > 1:
-            middle = (low + high) // 2
-            limit = max(self.search.smallest, int(budget.whole / ratios[middle]))
-            small = self.within(replace(budget, limit=limit))
-            score = evaluate(small if dtype is None else quantize(small), valid_data)[metric]
-            tried.append(f"ratio {ratios[middle]:.2f}: {metric} {score:.4f}, {score / whole:.1%}")
-            if score >= (1 - max_loss) * whole:
-                low, found = middle, small
-            else:
-                high = middle
-        if found is None or found.choice is None:
-            raise CompressionError(
-                f"Expected `max_loss` to be reachable without training, but got {max_loss}: "
-                f"{'; '.join(tried)} of {whole:.4f}. Use ratio=... and recover()."
-            )
-        reasons = (f"measured, of {whole:.4f} on the validation data: {'; '.join(tried)}",)
-        found.choice = replace(found.choice, reasons=found.choice.reasons + reasons)
-        return found
-
-    def _hidden_error(self, compression: CompressionConfig) -> float:
-        small = self.original.compressed(compression, self.counts, self.moment)
-        start = warm_start(small, self.original, self.histories, descend=False, look_at=_QUICK_LOOK)
-        return start.refitted
-
-
-@torch.no_grad()
-def hidden_moment(original: Original, histories: Histories) -> torch.Tensor | None:
-    """Second moment of the original's hidden states over some histories, `[d, d]`."""
-    sample = histories.sample(_MOMENT_HISTORIES, torch.Generator().manual_seed(0))
-    device = original.table.device
-    with in_eval_mode(original.model):
-        batches = sample.batches(_MOMENT_BATCH)
-        return moment_of(original.encoder.all_states(b.items.to(device)) for b in batches)
+    largest = search.whole / search.smallest
+    ratios = np.geomspace(min(_LEAST_RATIO, largest), largest, _N_RATIOS)
+    best: CompressedRecommender | None = None
+    tried: list[str] = []
+    low, high = -1, len(ratios)  # ratios[low] is good enough, ratios[high] is not
+    while high - low > 1:
+        middle = (low + high) // 2
+        small = search.within(max(search.smallest, int(search.whole / ratios[middle])))
+        score = evaluate(small if dtype is None else quantize(small), valid_data)[metric]
+        tried.append(f"ratio {ratios[middle]:.2f}: {metric} {score:.4f}, {score / whole:.1%}")
+        if score >= (1 - max_loss) * whole:
+            low, best = middle, small
+        else:
+            high = middle
+    if best is None or best.choice is None:
+        raise CompressionError(
+            f"Expected `max_loss` to be reachable without training, but got {max_loss}: "
+            f"{'; '.join(tried)} of {whole:.4f}. Use ratio=... and recover()."
+        )
+    reason = f"measured, of {whole:.4f} on the validation data: {'; '.join(tried)}"
+    best.choice = replace(best.choice, reasons=(*best.choice.reasons, reason))
+    return best
 
 
 def _dataset_of(data: Any) -> Any:
@@ -227,15 +165,15 @@ def _dataset_of(data: Any) -> Any:
     return dataset if hasattr(dataset, "inter_feat") else None
 
 
-def _histories(data: Any, item_counts: Any, original: Original, counts: np.ndarray) -> Histories:
-    length = original.inner.max_seq_length
-    source, name = data, "data"
-    if source is None:
-        source, name = _dataset_of(item_counts), "item_counts"
-    if source is not None:
-        return histories_of(source, original.n_items, length, name)
-    generator = torch.Generator().manual_seed(0)
-    return Histories(drawn_histories(counts, FIT_HISTORIES, length, generator))
+def _histories(data: Any, item_counts: Any, original: Original, counts: np.ndarray) -> Tensor:
+    """What table and layers are fitted on, `[N, L]`."""
+    length, name = original.inner.max_seq_length, "data"
+    if data is None:
+        data, name = _dataset_of(item_counts), "item_counts"
+    if data is None:
+        generator = torch.Generator().manual_seed(0)
+        return drawn_histories(counts, FIT_HISTORIES, length, generator)
+    return histories_of(data, original.n_items, length, name).items
 
 
 def _check_one_budget(base: CompressionConfig, **budgets: Any) -> None:

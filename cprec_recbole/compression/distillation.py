@@ -30,13 +30,8 @@ class Teacher:
 
     def loss(self, hidden: Tensor, taught: Tensor, target: Tensor) -> Tensor:
         """The model's own loss mixed with the divergence from the original: within blocks, or where
-        the model's softmax is flat over all items, less the original's entropy, a constant.
-
-        Args:
-            hidden: the model's hidden states, `[N, d]`.
-            taught: the original's, `[N, d]`.
-            target: the items that came next, `[N]`.
-        """
+        the model's softmax is flat over all items, less the original's entropy, a constant. Of the
+        model's hidden states, the original's, and the next items, `[N, d], [N, d], [N] -> []`."""
         small = self.small
         if not isinstance(small.softmax, FullSoftmax) or small.loss_type == "BPR":
             own = small.position_loss(hidden, target)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,49 +20,28 @@ from cprec_recbole.partition import PADDING
 _ROWS = 2**14  # of a data set that are gathered together
 
 
-@dataclass(frozen=True)
-class Histories:
+class Histories(NamedTuple):
     """Windows of item ids, padded with 0 on the right.
 
     Attributes:
         items: what was read, `[N, L]`.
-        targets: the next item at each position, `[N, L]`; None where it is not known.
+        targets: the next item at each position, `[N, L]`.
     """
 
     items: Tensor
-    targets: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def sample(self, n: int, generator: torch.Generator) -> Histories:
-        """At most n windows, drawn without replacement."""
-        return self if len(self) <= n else self[torch.randperm(len(self), generator=generator)[:n]]
-
-    def batches(self, size: int, generator: torch.Generator | None = None) -> Iterator[Histories]:
-        """Windows in batches: in their order, or shuffled where a generator is given."""
-        order = torch.arange(len(self))
-        if generator is not None:
-            order = torch.randperm(len(self), generator=generator)
-        for rows in order.split(size):
-            yield self[rows]
-
-    def __getitem__(self, rows: Tensor) -> Histories:
-        return Histories(self.items[rows], None if self.targets is None else self.targets[rows])
-
-    def required_targets(self) -> Tensor:
-        """The targets, `[N, L]`; a CompressionError where there are none."""
-        if self.targets is None:
-            raise CompressionError("Expected histories with targets, but these have none.")
-        return self.targets
+    targets: Tensor
 
     def prefixes(self) -> tuple[Tensor, Tensor]:
         """Each target with the items before it in its window, `[M, L], [M]`; for models that read
         one position only."""
-        targets = self.required_targets()
-        row, column = (targets != PADDING).nonzero(as_tuple=True)
+        row, column = (self.targets != PADDING).nonzero(as_tuple=True)
         later = torch.arange(self.items.shape[1]) > column.unsqueeze(1)
-        return self.items[row].masked_fill(later, PADDING), targets[row, column]
+        return self.items[row].masked_fill(later, PADDING), self.targets[row, column]
+
+
+def sample(items: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    """At most n histories out of `[N, L]`, drawn without replacement."""
+    return items if len(items) <= n else items[torch.randperm(len(items), generator=generator)[:n]]
 
 
 def histories_of(data: Any, n_items: int, max_length: int, name: str = "data") -> Histories:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cprec_recbole.compression.importance import scoring_importance, tied_importance
+from cprec_recbole.compression.importance import importance_of
 from cprec_recbole.config import CompressionConfig, CompressionError
 from cprec_recbole.data.sequences import item_counts as count_items
 from cprec_recbole.embedding import BlockEmbedding
@@ -46,32 +46,23 @@ class Original:
 
     @classmethod
     def of(cls, model: nn.Module) -> Original:
-        """See a model as an original.
-
-        Raises:
-            CompressionError: a model that is not supported, is compressed, is a part of another,
-                or has weights that are not finite.
-        """
+        """See a model as an original; a CompressionError where it is not supported, is compressed,
+        is a part of another, or has weights that are not finite."""
         if isinstance(model, CompressedRecommender):
             _check_uncompressed(model)
-            table, last_column = model.table.dense().detach(), model.reads_last_column
-            original = cls(model, model.inner, model.spec, table, last_column, table.dtype)
+            inner, spec, last_column = model.inner, model.spec, model.reads_last_column
+            table = model.table.dense().detach()
         else:
-            spec = spec_of(model)
-            if not isinstance(model.item_embedding, nn.Embedding):
+            inner, spec = model, spec_of(model)
+            if not isinstance(inner.item_embedding, nn.Embedding):
                 raise CompressionError(
                     f"Expected `model` to have its own item table, but this {type(model).__name__} "
                     f"has a {type(model.item_embedding).__name__}: it is a part of a compressed "
                     "model."
                 )
-            table = spec.table.vectors(model)
-            original = cls(model, model, spec, table, spec.reads_last_column, table.dtype)
-        for name, parameter in model.named_parameters():
-            if not torch.isfinite(parameter).all():
-                raise CompressionError(
-                    f"Expected `model` to have finite weights, but {name} has NaN or inf."
-                )
-        return original
+            table, last_column = spec.table.vectors(inner), spec.reads_last_column
+        check_finite("model", model)
+        return cls(model, inner, spec, table, last_column, table.dtype)
 
     def in_float(self) -> Original:
         """Of a model in half precision, a copy in float32: RecBole's layers mix types there, and
@@ -101,22 +92,16 @@ class Original:
         return Encoder(self.spec, self.inner, self.reads_last_column)
 
     def counts(self, item_counts: Any = None) -> np.ndarray:
-        """Training interactions of each item id, `[n_items]`.
-
-        Args:
-            item_counts: a RecBole dataset, numbers `[n_items]`, or None for what the model knows.
-
-        Raises:
-            CompressionError: none are known, or they do not fit.
-        """
+        """Training interactions of each item id, `[n_items]`: those of a RecBole dataset or of
+        numbers `[n_items]`, or what the model knows; a CompressionError where they do not fit."""
         if item_counts is None:
             item_counts = getattr(self.model, "train_item_counts", None)
-            if item_counts is None:
-                raise CompressionError(
-                    "Expected `item_counts` for a model that was loaded from a folder, or "
-                    "built before `import cprec_recbole`, but got none; pass the training dataset "
-                    "or an array [n_items]."
-                )
+        if item_counts is None:
+            raise CompressionError(
+                "Expected `item_counts` for a model that was loaded from a folder, or built before "
+                "`import cprec_recbole`, but got none; pass the training dataset or an array "
+                "[n_items]."
+            )
         return _checked_counts(item_counts, self.n_items)
 
     def compressed(
@@ -124,32 +109,33 @@ class Original:
     ) -> CompressedRecommender:
         """A compressed model with the original's weights, before anything is fitted.
 
-        Factors come from the SVD of each block, shared layers are the first of each set, clusters
-        the mean of their items; everything else is copied.
-
-        Args:
-            compression: the options.
-            counts: training interactions of each item id, `[n_items]`.
-            moment: of the original's hidden states, `[d, d]`; None: all directions are equal.
+        Factors come from the SVD of each block, rows weighted by counts `[n_items]` and directions
+        by the moment of the hidden states, `[d, d]`. Shared layers are the first of each set,
+        clusters the mean of their items; everything else is copied.
         """
         if compression.training not in self.spec.objectives:
             compression = replace(compression, training=self.spec.objectives[0])
         plan = compression.plan(self.dim, self.n_items)
         partition = Partition.from_counts(counts, plan.cutoffs)
         weights = torch.from_numpy(counts).to(self.table.device)
-        importances: list[Tensor | None] = [None]
-        if moment is not None and compression.tied:
-            importances = [tied_importance(moment)]
-        if not compression.tied:
-            importances.append(None if moment is None else scoring_importance(moment))
-        tables = []
-        for importance in importances:
+
+        def table_for(importance: Tensor | None) -> BlockEmbedding:
             table = BlockEmbedding(partition, plan.ranks, plan.dim)
             table.to(self.table.device, self.table.dtype)
             table.approximate(self.table, weights, importance)
-            tables.append(table)
-        inner, last_column = self._inner_without_table(), self.reads_last_column
-        parts = Parts(inner, tables[0], tables[-1], compression, last_column, counts)
+            return table
+
+        if compression.tied:
+            table = softmax_table = table_for(importance_of(moment, tied=True))
+        else:  # what only the layers read may be read along any direction
+            table, softmax_table = table_for(None), table_for(importance_of(moment, tied=False))
+        # a deep copy without its item table and what is known of its items
+        known = (*self.spec.table.holds, "train_item_counts", "item_tokens", "vocabulary")
+        left_out = [getattr(self.inner, name, None) for name in known]
+        inner = copy.deepcopy(self.inner, memo={id(each): None for each in left_out})
+        inner.item_embedding = self.spec.table.look_up(self.inner, None)
+        inner.requires_grad_(True)  # also what was frozen in the original
+        parts = Parts(inner, table, softmax_table, compression, self.reads_last_column, counts)
         small = class_of(self.spec)(parts=parts)
         small.item_tokens = getattr(self.model, "item_tokens", None)
         small.vocabulary = getattr(self.model, "vocabulary", None)
@@ -158,15 +144,14 @@ class Original:
             small.softmax.average_clusters(weights)
         return small
 
-    def _inner_without_table(self) -> RecBoleModel:
-        """A deep copy of RecBole's model without its item table and what is known of its items; all
-        of it can be trained, also what was frozen in the original."""
-        known = (*self.spec.table.holds, "train_item_counts", "item_tokens", "vocabulary")
-        left_out = [getattr(self.inner, name, None) for name in known]
-        inner = copy.deepcopy(self.inner, memo={id(each): None for each in left_out})
-        inner.item_embedding = self.spec.table.look_up(self.inner, None)
-        inner.requires_grad_(True)
-        return inner
+
+def check_finite(name: str, model: nn.Module) -> None:
+    """Raise a CompressionError for a model, given as `name`, with NaN or inf among its weights."""
+    for parameter_name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise CompressionError(
+                f"Expected `{name}` to have finite weights, but {parameter_name} has NaN or inf."
+            )
 
 
 def _check_uncompressed(model: CompressedRecommender) -> None:
@@ -177,10 +162,9 @@ def _check_uncompressed(model: CompressedRecommender) -> None:
             "that it was made from."
         )
     options = model.compression
-    plain = CompressionConfig.uncompressed()
     layers, sets = model.spec.sharing(model.inner, options.sharing)
     is_whole = set(model.table.ranks) == {model.table.dim} and len(sets) == len(layers)
-    if not is_whole or (options.softmax, options.tied) != (plain.softmax, plain.tied):
+    if not is_whole or options.softmax != "full" or not options.tied:
         raise CompressionError(
             f"Expected `model` to be uncompressed, but got {type(model).__name__}, which is "
             "compressed; compress the original model with the new options."

@@ -11,6 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from cprec_recbole.compression.original import check_finite
 from cprec_recbole.config import CompressionError
 from cprec_recbole.embedding import Block, Int8Block
 from cprec_recbole.int8 import float_matrices, quantized_rows, round_to_int8
@@ -39,7 +40,20 @@ def quantize(small: nn.Module) -> CompressedRecommender:
         CompressionError: RecBole's own model, rows in int8 already, another precision, or weights
             that are not finite.
     """
-    return _to_int8(copied(_checked(small)), repeat(None), {})
+    if not isinstance(small, CompressedRecommender):
+        raise CompressionError(
+            f"Expected `small` to be a compressed model, but got {type(small).__name__}; use "
+            'compress(model, ..., dtype="int8"), or compress(model, '
+            'CompressionConfig.uncompressed(), dtype="int8") for int8 rows and nothing else.'
+        )
+    if small.table.is_int8:
+        raise CompressionError(
+            "Expected `small` to have float rows, but its rows are in int8 already; quantize the "
+            "model that it was made from."
+        )
+    check_precision("small", small.table.dtype)
+    check_finite("small", small)
+    return _to_int8(copied(small), repeat(None), {})
 
 
 @contextmanager
@@ -108,38 +122,8 @@ def copied(model: CompressedRecommender) -> CompressedRecommender:
     return copy.deepcopy(model, {id(each): each for each in known if each is not None})
 
 
-def check_dtype(dtype: object, of_model: torch.dtype) -> None:
-    """Raise a CompressionError unless rows can be kept as `dtype`: `"int8"`, or None for float."""
-    if dtype not in (None, "int8"):
-        raise CompressionError(
-            f'Expected `dtype` to be "int8", or left out for float rows, but got {dtype!r}.'
-        )
-    if dtype is not None:
-        _check_precision("model", of_model)
-
-
-def _checked(small: nn.Module) -> CompressedRecommender:
-    if not isinstance(small, CompressedRecommender):
-        raise CompressionError(
-            f"Expected `small` to be a compressed model, but got {type(small).__name__}; use "
-            'compress(model, ..., dtype="int8"), or compress(model, '
-            'CompressionConfig.uncompressed(), dtype="int8") for int8 rows and nothing else.'
-        )
-    if small.table.is_int8:
-        raise CompressionError(
-            "Expected `small` to have float rows, but its rows are in int8 already; quantize the "
-            "model that it was made from."
-        )
-    _check_precision("small", small.table.dtype)
-    for name, parameter in small.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise CompressionError(
-                f"Expected `small` to have finite weights, but {name} has NaN or inf."
-            )
-    return small
-
-
-def _check_precision(name: str, dtype: torch.dtype) -> None:
+def check_precision(name: str, dtype: torch.dtype) -> None:
+    """Raise a CompressionError for a model, given as `name`, whose rows no int8 row stands for."""
     if dtype not in (torch.float32, torch.float64):
         raise CompressionError(
             f"Expected `{name}` to be in float32 or float64 to put its rows in int8, but got "

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from cprec_recbole.compression.distillation import Teacher
 from cprec_recbole.compression.histories import Histories, histories_of
 from cprec_recbole.compression.original import Original
 from cprec_recbole.compression.quantize import in_float
+from cprec_recbole.compression.warm_start import fill
 from cprec_recbole.config import CompressionError, is_number, is_whole
 from cprec_recbole.host.numbering import check_numbering
 from cprec_recbole.models.eval_mode import in_eval_mode, with_dense_gradients, without_dropout
@@ -58,7 +59,7 @@ def recover(
     items where the model's softmax is flat; in a tree over the head's items and those of each
     target's own block, which it reads for those targets, so that the original's opinion costs no
     more than that. Adam, its rate rising over the first twentieth of the steps, then falling
-    evenly. What counts is the average of the weights over the latest steps (see `WeightAverage`).
+    evenly. What counts is the average of the weights over the latest steps.
     With validation data the best epoch's average is kept, which may be the start.
     A model in int8 is trained in float, measured in int8 and in int8 again afterwards.
 
@@ -105,233 +106,174 @@ def recover(
         for model in (small, teacher):
             check_numbering(model, given, name)
     histories = histories_of(data, small.n_items, small.max_seq_length)
-    # What the original says of every item keeps the model from learning its few labels by heart,
-    # and dropout would hide from a small model what it is to repeat (SASRec as above: loss 5.868
-    # without, 5.923 with 0.4 of it, 5.972 with all of it).
-    teaches = original is not None and distillation > 0
+    as_teacher = None
+    if original is not None and distillation > 0:
+        as_teacher = Teacher(small, original, float(distillation))
     device = small.table.partition.item_at.device
-    forked = [device] if device.type == "cuda" else []
     was_training = small.training
+    result = Recovery()
     with (
-        torch.random.fork_rng(devices=forked),
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         in_eval_mode(teacher),
         in_float(small) as as_kept,
         with_dense_gradients(small),
-        without_dropout(small) if teaches else nullcontext(),
+        # What the original says of every item keeps the model from learning its few labels by
+        # heart, and dropout would hide from a small model what it is to repeat (SASRec as above:
+        # loss 5.868 without, 5.923 with 0.4 of it, 5.972 with all of it).
+        nullcontext() if as_teacher is None else without_dropout(small),
     ):
         torch.manual_seed(seed)
-        recovery = _Recovery(small, original, histories, float(distillation), valid_data, as_kept)
+        best = copy.deepcopy(small.state_dict())
+        if valid_data is not None:
+            result.metric = valid_metric(valid_data)
+            if original is not None:
+                result.original = evaluate(original.model, valid_data)
+            result.start = evaluate(as_kept(), valid_data)
+            if progress:
+                tqdm.write(f"recover: {result.scores_before()}")
+        options = (epochs, batch_size, learning_rate, seed, progress)
         try:
-            recovery.run(epochs, batch_size, learning_rate, seed, progress)
+            with closing(_train(small, as_teacher, histories, *options)) as mean_losses:
+                for epoch, mean_loss in enumerate(mean_losses, start=1):
+                    result.losses.append(mean_loss)
+                    if valid_data is not None:
+                        result.epochs.append(evaluate(as_kept(), valid_data))
+                    if result.last_is_best():
+                        result.kept, best = epoch, copy.deepcopy(small.state_dict())
+                    if progress:
+                        tqdm.write(f"recover: {result.last_epoch()}")
         finally:
-            recovery.keep_best()
+            small.load_state_dict(best)
             small.zero_grad(set_to_none=True)
             small.train(was_training)
-    return recovery.result
+    return result
 
 
-class WeightAverage:
-    """The average of weights along a training: better than where its last step happened to end.
+def _train(
+    small: CompressedRecommender,
+    teacher: Teacher | None,
+    histories: Histories,
+    epochs: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+    progress: bool,
+) -> Generator[float, None, None]:
+    """Train for some epochs. Gives the mean loss of each, and meanwhile the parameters are the
+    averages of what they were after the steps."""
+    # a model with one state for a history is asked for each target by itself
+    items, targets = histories.prefixes() if small.encoder.has_one_state else histories
+    n_targets = int((targets != PADDING).sum())
+    size = max(1, round(batch_size * len(items) / n_targets))
+    n_batches = -(-len(items) // size)
+    if small.table.dtype == torch.bfloat16:
+        generator = torch.Generator().manual_seed(seed)
+        try:
+            with torch.no_grad():
+                _loss(small, teacher, *next(_batches(items, targets, size, generator)))
+        except RuntimeError as error:
+            raise CompressionError(
+                f"Expected `small` to be in float32 or float64, but got {small.table.dtype}, in "
+                f"which the layers of {small.spec.name} do not run; use small.float()."
+            ) from error
+    optimizer = build_optimizer(small, "adam", learning_rate, weight_decay=0.0)
+    n_steps = epochs * n_batches
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: _rate_at((i + 1) / n_steps))
+    parameters = list(small.parameters())
+    averages, step = averages_of(parameters), 0
+    generator = torch.Generator().manual_seed(seed)
+    # `disable=None` shows the bar on a terminal alone
+    with tqdm(total=n_steps, desc="recover", disable=None if progress else True) as bar:
+        for epoch in range(1, epochs + 1):
+            small.train()
+            total = 0.0
+            for batch in _batches(items, targets, size, generator):
+                loss = _loss(small, teacher, *batch)
+                if not torch.isfinite(loss):
+                    raise _diverged(f"it became {loss.item()}", learning_rate, epoch)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                step += 1
+                take_in(parameters, averages, step)
+                schedule.step()
+                total += loss.item()
+                bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+                bar.update()
+            if not all(torch.isfinite(parameter).all() for parameter in parameters):
+                raise _diverged("weights became NaN or inf", learning_rate, epoch)
+            latest = [parameter.detach().clone() for parameter in parameters]
+            fill(parameters, averages)
+            yield total / n_batches
+            fill(parameters, latest)
+
+
+def averages_of(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Copies of parameters to average them in: in single precision at least, since in half
+    precision the later, smaller shares would round to nothing, as in torch's AveragedModel."""
+    types = [torch.promote_types(each.dtype, torch.float32) for each in parameters]
+    return [each.detach().to(kind, copy=True) for each, kind in zip(parameters, types)]
+
+
+@torch.no_grad()
+def take_in(parameters: Sequence[Tensor], averages: Sequence[Tensor], step: int) -> None:
+    """Take the parameters after a step, counted from 1, into their averages along the training.
 
     Polynomial-decay averaging (Shamir and Zhang, Stochastic gradient descent for non-smooth
     optimization, ICML 2013, section 4): it follows a training of any length, with no horizon to
-    set. It is kept in single precision at least, since in half precision the later, smaller shares
-    would round to nothing; torch's AveragedModel has the model's own.
-
-    Args:
-        parameters: what a training changes in place.
+    set.
     """
-
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        self.parameters = list(parameters)
-        self.averages = [
-            p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True)
-            for p in self.parameters
-        ]
-        self.steps = 0
-
-    @torch.no_grad()
-    def update(self) -> None:
-        """Take in the parameters after a step."""
-        self.steps += 1
-        weight = (_ETA + 1) / (_ETA + self.steps)
-        for average, parameter in zip(self.averages, self.parameters):
-            average.lerp_(parameter.to(average.dtype), weight)
-
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Within, the parameters are the averages, to be read only; afterwards they are what they
-        were, and the training can go on."""
-        latest = [parameter.data for parameter in self.parameters]
-        for average, parameter in zip(self.averages, self.parameters):
-            parameter.data = average.to(parameter.dtype)
-        try:
-            yield
-        finally:
-            for parameter, value in zip(self.parameters, latest):
-                parameter.data = value
+    weight = (_ETA + 1) / (_ETA + step)
+    for average, parameter in zip(averages, parameters):
+        average.lerp_(parameter.to(average.dtype), weight)
 
 
-class _Recovery:
-    def __init__(
-        self,
-        small: CompressedRecommender,
-        original: Original | None,
-        histories: Histories,
-        distillation: float,
-        valid_data: Any,
-        as_kept: Callable[[], CompressedRecommender],
-    ) -> None:
-        self.small, self.original = small, original
-        self.histories, self.valid_data, self.as_kept = histories, valid_data, as_kept
-        self.teacher: Teacher | None = None
-        if original is not None and distillation > 0:
-            self.teacher = Teacher(small, original, distillation)
-        self.result = Recovery()
-        self.best = copy.deepcopy(small.state_dict())
-        if valid_data is not None:
-            self.result.metric = valid_metric(valid_data)
-            if original is not None:
-                self.result.original = evaluate(original.model, valid_data)
-            self.result.start = self.measure()
-            self.best_score = self.result.start[self.result.metric]
-
-    def run(
-        self, epochs: int, batch_size: int, learning_rate: float, seed: int, progress: bool
-    ) -> None:
-        """Train for some epochs; `result` and `best` are up to date after each."""
-        optimizer = build_optimizer(self.small, "adam", learning_rate, weight_decay=0.0)
-        average = WeightAverage(self.small.parameters())
-        generator = torch.Generator().manual_seed(seed)
-        batches = _Batches(self.histories, batch_size, self.small.encoder.has_one_state)
-        if self.small.table.dtype == torch.bfloat16:
-            self.check_layers(next(batches.shuffled(torch.Generator().manual_seed(seed))))
-        n_steps = epochs * len(batches)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda i: _rate_at((i + 1) / n_steps)
-        )
-        say = tqdm.write if progress else _say_nothing
-        if self.result.metric:
-            say(f"recover: {self.result.scores_before()}")
-        # `disable=None` shows the bar on a terminal alone
-        with tqdm(total=n_steps, desc="recover", disable=None if progress else True) as bar:
-            for epoch in range(1, epochs + 1):
-                self.small.train()
-                total = 0.0
-                for items, targets in batches.shuffled(generator):
-                    loss = self.loss(items, targets)
-                    _check_finite([loss], f"it became {loss.item()}", learning_rate, epoch)
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
-                    average.update()
-                    schedule.step()
-                    total += loss.item()
-                    bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
-                    bar.update()
-                parameters = self.small.parameters()
-                _check_finite(parameters, "weights became NaN or inf", learning_rate, epoch)
-                self.result.losses.append(total / len(batches))
-                with average.in_place():
-                    self.judge(epoch)
-                say(f"recover: {self.result.last_epoch()}")
-
-    @torch.no_grad()
-    def check_layers(self, batch: tuple[Tensor, Tensor]) -> None:
-        """Raise a CompressionError where RecBole's layers mix types with another than float32."""
-        try:
-            self.loss(*batch)
-        except RuntimeError as error:
-            raise CompressionError(
-                f"Expected `small` to be in float32 or float64, but got {self.small.table.dtype}, "
-                f"in which the layers of {self.small.spec.name} do not run; use "
-                "small.float()."
-            ) from error
-
-    def measure(self) -> dict[str, float]:
-        """Validation metrics of the model as it will be, in int8 if it was."""
-        return evaluate(self.as_kept(), self.valid_data)
-
-    def judge(self, epoch: int) -> None:
-        """Evaluate, and remember the weights if they are the best so far, or if nothing tells."""
-        result = self.result
-        if self.valid_data is not None:
-            result.epochs.append(self.measure())
-            score = result.epochs[-1][result.metric]
-            if not score > self.best_score:
-                return
-            self.best_score = score
-        result.kept = epoch
-        self.best = copy.deepcopy(self.small.state_dict())
-
-    def keep_best(self) -> None:
-        """Give the model the weights that were remembered."""
-        self.small.load_state_dict(self.best)
-
-    def loss(self, items: Tensor, targets: Tensor) -> Tensor:
-        """Training loss of windows `[B, L]` and the next item at each position `[B, L]`; or, for
-        models that read one position, of prefixes `[B, L]` and their targets `[B]`, `[]`."""
-        small, device = self.small, self.small.table.partition.item_at.device
-        items, targets = items.to(device), targets.to(device)
-        hidden = _read(small.encoder, items, targets)
-        target = targets[targets != PADDING]
-        if self.teacher is None:
-            loss = small.position_loss(hidden, target)
-        else:
-            with torch.no_grad():
-                wanted = _read(self.teacher.original.encoder, items, targets)
-            loss = self.teacher.loss(hidden, wanted, target)
-        return loss if small.spec.penalty is None else loss + small.spec.penalty(small.inner)
+def _batches(
+    items: Tensor, targets: Tensor, size: int, generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Shuffled batches: windows without columns of padding, or prefixes."""
+    for rows in torch.randperm(len(items), generator=generator).split(size):
+        batch, wanted = items[rows], targets[rows]
+        if wanted.ndim == 2:
+            longest = int((batch != PADDING).sum(1).max())
+            batch, wanted = batch[:, :longest], wanted[:, :longest]
+        yield batch, wanted
 
 
-def _read(encoder: Encoder, items: Tensor, targets: Tensor) -> Tensor:
+def _loss(
+    small: CompressedRecommender, teacher: Teacher | None, items: Tensor, targets: Tensor
+) -> Tensor:
+    """Training loss of windows `[B, L]` and the next item at each position `[B, L]`; or, for models
+    that read one position, of prefixes `[B, L]` and their targets `[B]`, `[]`."""
+    device = small.table.partition.item_at.device
+    items, targets = items.to(device), targets.to(device)
+    hidden, target = _hidden(small.encoder, items, targets), targets[targets != PADDING]
+    if teacher is None:
+        loss = small.position_loss(hidden, target)
+    else:
+        with torch.no_grad():
+            taught = _hidden(teacher.original.encoder, items, targets)
+        loss = teacher.loss(hidden, taught, target)
+    return loss if small.spec.penalty is None else loss + small.spec.penalty(small.inner)
+
+
+def _hidden(encoder: Encoder, items: Tensor, targets: Tensor) -> Tensor:
     """Hidden states that have targets, `[B, L], [B, L] or [B] -> [N, d]`."""
     if targets.ndim == 1:
         return encoder.last_state(items, (items != PADDING).sum(1))
     return encoder.every_position(items)[targets != PADDING]
 
 
-def _say_nothing(line: str) -> None:
-    """For a recovery that shows no progress."""
-
-
-def _check_finite(
-    numbers: Iterable[Tensor], what_came: str, learning_rate: float, epoch: int
-) -> None:
-    if not all(torch.isfinite(each).all() for each in numbers):
-        raise CompressionError(
-            f"Expected `learning_rate` to let the loss fall, but with {learning_rate} {what_came} "
-            f"in epoch {epoch}; use a smaller one."
-        )
+def _diverged(what_came: str, learning_rate: float, epoch: int) -> CompressionError:
+    return CompressionError(
+        f"Expected `learning_rate` to let the loss fall, but with {learning_rate} {what_came} in "
+        f"epoch {epoch}; use a smaller one."
+    )
 
 
 def _rate_at(progress: float) -> float:
     """Share of the learning rate after a share of all steps: up evenly, then down evenly."""
     return min(progress / _WARM_UP, 1 - (1 - _LAST_RATE) * progress)
-
-
-class _Batches:
-    """Windows with about as many targets a step as asked for, without columns of padding; prefixes
-    for models that have one state for a history."""
-
-    def __init__(self, histories: Histories, batch_size: int, prefixes: bool) -> None:
-        self.items, self.targets = histories.items, histories.required_targets()
-        if prefixes:
-            self.items, self.targets = histories.prefixes()
-        self.prefixes = prefixes
-        n_targets = int((self.targets != PADDING).sum())
-        self.size = max(1, round(batch_size * len(self.items) / n_targets))
-
-    def __len__(self) -> int:
-        return -(-len(self.items) // self.size)
-
-    def shuffled(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        for rows in torch.randperm(len(self.items), generator=generator).split(self.size):
-            items, targets = self.items[rows], self.targets[rows]
-            if not self.prefixes:
-                longest = int((items != PADDING).sum(1).max())
-                items, targets = items[:, :longest], targets[:, :longest]
-            yield items, targets
 
 
 def _check_pair(small: CompressedRecommender, original: Original) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 import torch
@@ -78,7 +78,7 @@ class Spectra:
         order = Partition.from_counts(counts, [len(counts)]).item_at.long()
         weights = torch.from_numpy(counts).clamp(min=1).to(table.device)
         dim = table.shape[1]
-        pieces = [order[start:end].to(table.device) for start, end in zip((0, *ends), ends)]
+        pieces = order.to(table.device).split([b - a for a, b in pairwise((0, *ends))])
         grams = [_gram(table[piece], weights[piece]) for piece in pieces]
         if importance is not None:
             root = torch.linalg.cholesky(importance)  # any root has the same eigenvalues
@@ -129,16 +129,13 @@ class Spectra:
         best = self._filled(best, limit, cost)
         while (other := self._with_one_more(best, limit, cost)) is not None:
             best = self._filled(other, limit, cost)
-        full = best.ranks.count(self.dim)  # blocks that lose nothing are one
-        if full > 1:
-            best = BlockPlan(best.ranks[full - 1 :], best.cutoffs[full - 1 :], self.dim)
-        return best
+        full = max(1, best.ranks.count(self.dim))  # blocks that lose nothing are one
+        return BlockPlan(best.ranks[full - 1 :], best.cutoffs[full - 1 :], self.dim)
 
     def loss(self, plan: BlockPlan) -> float:
         """The share of the table that a plan loses."""
         places = [self.ends.index(end) for end in (0, *plan.cutoffs)]
-        pairs = zip(places, places[1:], plan.ranks)
-        return float(sum(self.lost[a, b, rank] for a, b, rank in pairs))
+        return float(sum(self.lost[a, b, r] for (a, b), r in zip(pairwise(places), plan.ranks)))
 
     def _priced(self, price: float, cost: TableCost) -> BlockPlan:
         """The plan of least loss plus price times cost; ranks never rise.
@@ -146,9 +143,8 @@ class Spectra:
         `value[b, e, r]` is the least for the items before end e in b blocks, the last of rank r;
         `before[b, e, r]` are the end and the rank of the block before that one.
         """
-        n, dim = len(self.ends), self.dim
+        n, dim, unit = len(self.ends), self.dim, cost.unit
         ranks = np.arange(dim + 1)
-        unit = cost.unit
         projections = np.where(ranks == dim, 0, unit.matrix(ranks, dim))
         sizes = np.subtract.outer(self.ends, self.ends).T[..., None]  # [start, end, 1]
         block = self.lost + price * cost.copies * (unit.matrix(sizes, ranks) + projections)
@@ -169,28 +165,26 @@ class Spectra:
                 value[blocks, end] = total[start, ranks]
                 before[blocks, end, :, 0] = start + 1
                 before[blocks, end, :, 1] = source[start + 1, ranks]
-        at_end = value[:, n - 1]
-        blocks, rank = (int(i) for i in np.unravel_index(int(at_end.argmin()), at_end.shape))
-        found: list[tuple[int, int]] = []
+        blocks, rank = np.unravel_index(value[:, -1].argmin(), value[:, -1].shape)
         end = n - 1
+        plan_ranks: list[int] = []
+        cutoffs: list[int] = []
         for left in range(blocks, 0, -1):
-            found.append((rank, self.ends[end]))
-            end, rank = (int(i) for i in before[left, end, rank])
-        found.reverse()
-        return BlockPlan(tuple(r for r, _ in found), tuple(e for _, e in found), dim)
+            plan_ranks.insert(0, int(rank))
+            cutoffs.insert(0, self.ends[end])
+            end, rank = before[left, end, rank]
+        return BlockPlan(tuple(plan_ranks), tuple(cutoffs), dim)
 
     def _filled(self, plan: BlockPlan, limit: int, cost: TableCost) -> BlockPlan:
         """Spend what is left of the budget on the ranks that gain most for a parameter."""
         while True:
             steps = []
-            for j, rank in enumerate(plan.ranks):
-                ceiling = plan.ranks[j - 1] if j else self.dim
+            for j, (rank, ceiling) in enumerate(zip(plan.ranks, (self.dim, *plan.ranks))):
                 for higher in range(rank + 1, ceiling + 1):
                     other = replace(plan, ranks=(*plan.ranks[:j], higher, *plan.ranks[j + 1 :]))
                     gain = self.loss(plan) - self.loss(other)
-                    more = cost.of(other) - cost.of(plan)
                     if gain > 0 and cost.of(other) <= limit:
-                        steps.append((gain / max(more, 1), other))
+                        steps.append((gain / max(cost.of(other) - cost.of(plan), 1), other))
             if not steps:
                 return plan
             plan = max(steps, key=lambda step: step[0])[1]
@@ -202,28 +196,24 @@ class Spectra:
             return None
         best, least = None, self.loss(plan) - _WORTH_A_BLOCK
         places = [self.ends.index(end) for end in (0, *plan.cutoffs)]
+        around = (self.dim, *plan.ranks, 1)
+
+        def split(j: int, middle: int, first: int, second: int) -> BlockPlan:
+            ranks = (*plan.ranks[:j], first, second, *plan.ranks[j + 1 :])
+            cutoffs = (*plan.cutoffs[:j], self.ends[middle], *plan.cutoffs[j:])
+            return BlockPlan(ranks, cutoffs, self.dim)
+
         for j, (start, end) in enumerate(pairwise(places)):
-            highest = plan.ranks[j - 1] if j else self.dim
-            lowest = plan.ranks[j + 1] if j + 1 < len(plan.ranks) else 1
-            ranks = range(lowest, highest + 1)
-            rest = self.loss(plan) - self.lost[start, end, plan.ranks[j]]
-            for middle in range(start + 1, end):
-                for first in ranks:
-                    # the second rank costs more the higher it is, and loses less
-                    low, high = lowest - 1, first
-                    while low < high:
-                        rank = (low + high + 1) // 2
-                        split = _split(plan, j, self.ends[middle], first, rank)
-                        low, high = (rank, high) if cost.of(split) <= limit else (low, rank - 1)
-                    if low < lowest:
-                        continue
-                    lost = rest + self.lost[start, middle, first] + self.lost[middle, end, low]
-                    if lost < least:
-                        best, least = _split(plan, j, self.ends[middle], first, low), lost
+            highest, rank, lowest = around[j : j + 3]
+            rest = self.loss(plan) - self.lost[start, end, rank]
+            for middle, first in product(range(start + 1, end), range(lowest, highest + 1)):
+                # the second rank costs more the higher it is, and loses less
+                low, high = lowest - 1, first
+                while low < high:
+                    second = (low + high + 1) // 2
+                    fits = cost.of(split(j, middle, first, second)) <= limit
+                    low, high = (second, high) if fits else (low, second - 1)
+                lost = rest + self.lost[start, middle, first] + self.lost[middle, end, low]
+                if low >= lowest and lost < least:
+                    best, least = split(j, middle, first, low), lost
         return best
-
-
-def _split(plan: BlockPlan, j: int, end: int, first: int, second: int) -> BlockPlan:
-    """A plan whose block j ends earlier, the rest of it in a block of its own."""
-    ranks = (*plan.ranks[:j], first, second, *plan.ranks[j + 1 :])
-    return BlockPlan(ranks, (*plan.cutoffs[:j], end, *plan.cutoffs[j:]), plan.dim)

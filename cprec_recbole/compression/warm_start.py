@@ -7,19 +7,17 @@ over a few histories: no softmax, and no label, is needed for that.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cprec_recbole.compression.histories import Histories
+from cprec_recbole.compression.histories import sample
 from cprec_recbole.compression.original import Original
 from cprec_recbole.models.eval_mode import in_eval_mode, with_gradients
-from cprec_recbole.models.item_tables import RecBoleModel
 from cprec_recbole.models.recommender import CompressedRecommender
 from cprec_recbole.partition import PADDING
 from cprec_recbole.results import WarmStart
@@ -35,11 +33,10 @@ _RIDGE = 1e-3  # of a feature's mean square: how strongly a refit clings to what
 def warm_start(
     small: CompressedRecommender,
     original: Original,
-    histories: Histories,
+    histories: Tensor,
     *,
     descend: bool = True,
     look_at: int = LOOK_HISTORIES,
-    seed: int = 0,
 ) -> WarmStart:
     """Fit the layers of a compressed model to the hidden states of the original.
 
@@ -51,149 +48,151 @@ def warm_start(
     Args:
         small: the compressed model; its layers hold the original's weights, shared or not.
         original: what it was made from.
-        histories: what to fit on; a few thousand are enough.
+        histories: what to fit on, `[N, L]`; a few thousand are enough.
         descend: whether to do the last step, which takes longest.
         look_at: histories on which starts are compared and norms are refitted.
-        seed: of the order of the batches. The process's own random state is not touched.
     """
-    generator = torch.Generator().manual_seed(seed)
-    look = histories.sample(look_at, generator)
-    fit = Fit(small, original)
+    generator = torch.Generator().manual_seed(0)
+    look = trimmed(small, sample(histories, look_at, generator))
     with in_eval_mode(small, original.model):
-        kept, copied, refitted = fit.choose_start(look)
-        if fit.shares and descend:
-            fit.descend(histories.sample(FIT_HISTORIES, generator), look, generator)
-        return WarmStart(kept, copied, refitted, fit.error(look))
+        fit = _Fit(small, original, look)
+        kept, copied, refitted = fit.choose_start()
+        if fit.sets and descend:
+            fit.descend(sample(histories, FIT_HISTORIES, generator), generator)
+        return WarmStart(kept, copied, refitted, fit.error())
 
 
-class Fit:
-    """A compressed model and its original on the same histories."""
+class _Fit:
+    """A compressed model and its original on the same histories, `look` `[N, L]`."""
 
-    def __init__(self, small: CompressedRecommender, original: Original) -> None:
-        self.small, self.original = small, original
+    def __init__(self, small: CompressedRecommender, original: Original, look: Tensor) -> None:
+        self.small, self.original, self.look = small, original, look
+        with torch.no_grad():
+            self.wanted = original.encoder.all_states(look)
         self.layers, sets = small.spec.sharing(small.inner, small.compression.sharing)
-        self.originals = small.spec.layers(original.inner)
         self.sets = [members for members in sets if len(members) > 1]
-        self.shares = bool(self.sets)
-        shared = {
-            id(getattr(module, name))
-            for members in self.sets
-            for module, name in self.layers[members[0]]
-        }
-        self.affine = {
-            name: module
-            for name, module in small.inner.named_modules()
-            if isinstance(module, nn.LayerNorm | nn.Linear)
-            and module.weight is not None  # of a norm without parameters of its own
-            and not any(id(p) in shared for p in module.parameters())
-        }
-        own = {id(p) for p in small.table.parameters()}
-        self.free = [p for p in small.inner.parameters() if id(p) not in own]
-
-    def read(self, histories: Histories) -> Tensor:
-        """Histories on the model's device, without columns that are padding for all."""
-        items = histories.items.to(self.small.table.partition.item_at.device)
-        if self.small.reads_last_column:
-            return items
-        return items[:, : int((items != PADDING).sum(1).max())]
+        of_table = {id(p) for p in small.table.parameters()}
+        self.free = [p for p in small.inner.parameters() if id(p) not in of_table]
 
     @torch.no_grad()
-    def error(self, histories: Histories) -> float:
+    def error(self) -> float:
         """Relative squared error of the hidden states."""
-        items = self.read(histories)
-        target = self.original.encoder.all_states(items)
-        return float(_relative_error(self.small.encoder.all_states(items), target))
+        return float(_relative_error(self.small.encoder.all_states(self.look), self.wanted))
 
     @torch.no_grad()
-    def choose_start(self, look: Histories) -> tuple[int | None, float, float]:
-        """Take the best parameters for each set, then refit what is not shared."""
+    def choose_start(self) -> tuple[int | None, float, float]:
+        """Take the best parameters for each set, then refit what is not shared. Gives the member
+        that was taken, and the error with its parameters and after the refit."""
         copied = [p.clone() for p in self.free]
-        starts: list[int | None] = [None]
-        if self.shares:
-            starts += range(max(len(members) for members in self.sets))
-        found = []
-        for start in starts:
-            self._restore(copied)
-            self._take(start)
-            before = self.error(look)
-            plain = [p.clone() for p in self.free]
-            self._refit(look)
-            after = self.error(look)
+        members: list[int | None] = [None]
+        if self.sets:
+            members += range(max(map(len, self.sets)))
+        starts = []
+        for member in members:
+            fill(self.free, copied)
+            self._take(member)
+            before, plain = self.error(), [p.clone() for p in self.free]
+            self._refit()
+            after = self.error()
             if not after < before:  # also where a refit met numbers that it could not solve
-                self._restore(plain)
+                fill(self.free, plain)
                 after = before
-            found.append((after, before, start, [p.clone() for p in self.free]))
-        after, before, start, parameters = min(found, key=lambda each: each[0])
-        self._restore(parameters)
-        return start, before, after
+            starts.append((after, before, member, [p.clone() for p in self.free]))
+        after, before, member, best = min(starts, key=lambda start: start[0])
+        fill(self.free, best)
+        return member, before, after
 
-    def descend(self, histories: Histories, look: Histories, generator: torch.Generator) -> None:
+    def descend(self, histories: Tensor, generator: torch.Generator) -> None:
         """A few passes of gradient descent on the error of the hidden states."""
-        before, plain = self.error(look), [p.detach().clone() for p in self.free]
+        before, plain = self.error(), [p.detach().clone() for p in self.free]
         optimizer = torch.optim.Adam(self.free, lr=_LEARNING_RATE)
         n_steps = _PASSES * -(-len(histories) // _BATCH)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, n_steps)
         for _ in range(_PASSES):
-            for batch in histories.batches(_BATCH, generator):
-                items = self.read(batch)
+            order = torch.randperm(len(histories), generator=generator)
+            for rows in order.split(_BATCH):
+                items = trimmed(self.small, histories[rows])
                 with torch.no_grad():
-                    target = self.original.encoder.all_states(items)
+                    wanted = self.original.encoder.all_states(items)
                 with torch.enable_grad(), with_gradients(self.small):
-                    error = _relative_error(self.small.encoder.all_states(items), target)
+                    error = _relative_error(self.small.encoder.all_states(items), wanted)
                     gradients = torch.autograd.grad(error, self.free, allow_unused=True)
                 for parameter, gradient in zip(self.free, gradients):
                     parameter.grad = gradient
                 optimizer.step()
                 schedule.step()
-        for parameter in self.free:
-            parameter.grad = None
-        if not self.error(look) < before:
-            self._restore(plain)
+        optimizer.zero_grad()
+        if not self.error() < before:
+            fill(self.free, plain)
 
-    @torch.no_grad()
-    def _restore(self, values: Sequence[Tensor]) -> None:
-        for parameter, value in zip(self.free, values):
-            parameter.copy_(value)
-
-    def _take(self, start: int | None) -> None:
+    def _take(self, member: int | None) -> None:
         """Set shared parameters to those of one member of each set, or to the mean of them."""
+        originals = self.small.spec.layers(self.original.inner)
         for members in self.sets:
-            shared = [getattr(module, name) for module, name in self.layers[members[0]]]
-            for parameter, *slots in zip(shared, *(self.originals[i] for i in members)):
-                values = [getattr(module, name) for module, name in slots]
-                value = torch.stack(values).mean(0) if start is None else values[start % len(slots)]
-                parameter.copy_(value)
+            layers = [originals[i] for i in members]
+            for (module, name), *slots in zip(self.layers[members[0]], *layers):
+                values = [getattr(*slot) for slot in slots]
+                mean = torch.stack(values).mean(0)
+                value = mean if member is None else values[member % len(values)]
+                getattr(module, name).copy_(value)
 
-    def _refit(self, look: Histories) -> None:
+    def _refit(self) -> None:
         """Solve for each free norm and linear map, in the order in which they run, so that it gives
         what it gave in the original; each sees what those before it now give. One that runs more
         than once, or whose input comes by name, stays as it is."""
-        items = self.read(look)
-        real = torch.ones_like(items, dtype=torch.bool)
+        real = torch.ones_like(self.look, dtype=torch.bool)
         if not self.small.reads_last_column:
-            real = items != PADDING
-        wanted: dict[str, Tensor] = {}
-        runs: Counter[str] = Counter()
+            real = self.look != PADDING
+        outputs: dict[str, list[Tensor | None]] = {}
 
         def keep(name: str) -> Any:
             def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-                runs[name] += 1
-                if inputs:
-                    wanted[name] = _rows(output, real)
+                outputs.setdefault(name, []).append(_rows(output, real) if inputs else None)
 
             return hook
 
-        def solve(name: str) -> Any:
+        def solve(wanted: Tensor) -> Any:
             def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-                _solve(module, _rows(inputs[0], real), _rows(output, real), wanted[name])
-                return _apply(module, inputs[0])
+                _solve(module, _rows(inputs[0], real), _rows(output, real), wanted)
+                return type(module).forward(module, inputs[0])  # without this hook
 
             return hook
 
-        with _hooked(self.original.inner, list(self.affine), keep):
-            self.original.encoder.all_states(items)
-        with _hooked(self.small.inner, [n for n in wanted if runs[n] == 1], solve):
-            self.small.encoder.all_states(items)
+        free = self._affine_layers()
+        modules = dict(self.original.inner.named_modules())
+        with ExitStack() as hooks:
+            for name in free:
+                hooks.enter_context(modules[name].register_forward_hook(keep(name)))
+            self.original.encoder.all_states(self.look)
+        with ExitStack() as hooks:
+            for name, (wanted, *others) in outputs.items():
+                if wanted is not None and not others:
+                    hooks.enter_context(free[name].register_forward_hook(solve(wanted)))
+            self.small.encoder.all_states(self.look)
+
+    def _affine_layers(self) -> dict[str, nn.Module]:
+        """Norms and linear maps that are not shared, by name."""
+        shared = {id(getattr(*slot)) for members in self.sets for slot in self.layers[members[0]]}
+        return {
+            name: module
+            for name, module in self.small.inner.named_modules()
+            if isinstance(module, nn.LayerNorm | nn.Linear)
+            and module.weight is not None  # of a norm without parameters of its own
+            and not any(id(p) in shared for p in module.parameters())
+        }
+
+
+def trimmed(small: CompressedRecommender, histories: Tensor) -> Tensor:
+    """Histories on the model's device, without columns that are padding for all."""
+    items = histories.to(small.table.partition.item_at.device)
+    return items if small.reads_last_column else items[:, : int((items != PADDING).sum(1).max())]
+
+
+@torch.no_grad()
+def fill(parameters: Iterable[Tensor], values: Iterable[Tensor]) -> None:
+    """Copy values into parameters."""
+    for parameter, value in zip(parameters, values):
+        parameter.copy_(value)
 
 
 def _rows(states: Tensor, real: Tensor) -> Tensor:
@@ -202,26 +201,10 @@ def _rows(states: Tensor, real: Tensor) -> Tensor:
     return states[real] if states.shape[:-1] == real.shape else states.flatten(0, -2)
 
 
-def _relative_error(hidden: Tensor, target: Tensor) -> Tensor:
+def _relative_error(hidden: Tensor, wanted: Tensor) -> Tensor:
     """Squared error over the variance of what was wanted, `[N, d], [N, d] -> []`."""
-    spread = (target - target.mean(0)).square().sum()
-    return (hidden - target).square().sum() / spread.clamp(min=torch.finfo(target.dtype).tiny)
-
-
-@contextmanager
-def _hooked(model: RecBoleModel, names: Sequence[str], make: Any) -> Iterator[None]:
-    modules = dict(model.named_modules())
-    handles = [modules[name].register_forward_hook(make(name)) for name in names]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _apply(module: nn.Module, inputs: Tensor) -> Tensor:
-    """A norm or linear layer without its hooks."""
-    return type(module).forward(module, inputs)
+    variance = (wanted - wanted.mean(0)).square().sum()
+    return (hidden - wanted).square().sum() / variance.clamp(min=torch.finfo(wanted.dtype).tiny)
 
 
 def _solve(module: Any, inputs: Tensor, output: Tensor, wanted: Tensor) -> None:
