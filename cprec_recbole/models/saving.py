@@ -345,7 +345,7 @@ def _built(header: dict[str, Any], weights: dict[str, Tensor]) -> CompressedReco
     with torch.random.fork_rng(devices=[]):  # fresh weights are drawn, and written over
         partition = Partition(item_at, plan.cutoffs)
         tables = [
-            BlockEmbedding(partition, plan.ranks, plan.dim, kind, kind)
+            BlockEmbedding(partition, plan.ranks, plan.dim, kind)
             for _ in range(1 if compression.tied else 2)
         ]
         inner = spec.build_inner(options, _Catalogue(options["ITEM_ID_FIELD"]))
