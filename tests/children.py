@@ -16,7 +16,8 @@ from recbole.utils import get_model, get_trainer, init_seed
 
 from cprec_recbole import CompressionError
 from cprec_recbole.embedding import BlockEmbedding
-from cprec_recbole.parallel import group, processes
+from cprec_recbole.parallel import group
+from cprec_recbole.parallel import launch as processes
 from cprec_recbole.training.run import Job, train_here
 from cprec_recbole.training.state import Journal
 from cprec_recbole.training.trainer import CompressedTrainer

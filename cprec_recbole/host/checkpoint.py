@@ -34,8 +34,7 @@ _DTYPES = {  # torch.FloatStorage and so on
     for dtype in (*_FLOATS, *_OTHERS, torch.uint8, torch.bool)
 }
 _LEFT_OUT = ("recbole.utils.enum_type", "cprec_recbole.models")
-_LONGEST_PATH = 4096
-_DEEPEST = 8  # of the options; RecBole's are lists in dicts in dicts
+_DEEPEST = 8  # RecBole's options are lists in dicts in dicts
 
 
 @dataclass(frozen=True)
@@ -72,10 +71,10 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
         with zipfile.ZipFile(path) as archive:
             return _read(archive, os.path.getsize(path))
     except Exception as error:  # damage to a zip or a pickle may raise any
-        kind = "" if type(error) is UnpicklingError else f"{type(error).__name__}: "
+        kind = "" if isinstance(error, UnpicklingError) else f"{type(error).__name__}: "
         problem = f"is damaged or not RecBole's: {shown(f'{kind}{error}')}"
         if isinstance(error, _Refused):
-            problem = f"asks for {error}; it was not run. Do not trust this file."
+            problem = f"asks for {shown(str(error))}; it was not run. Do not trust this file."
         raise CompressionError(
             f"Expected `checkpoint` to hold what RecBole writes, but {path} {problem}"
         ) from error
@@ -115,7 +114,7 @@ def _number(dtype: _Named, data: bytes) -> object:
     """A number of NumPy's: the same of Python's."""
     kind = dtype.arguments[0]
     if not re.fullmatch("[fiub][1248]", kind):
-        raise _Refused(f"numpy.dtype({shown(kind)})")
+        raise _Refused(f"numpy.dtype({kind})")
     return np.frombuffer(data, f"<{kind}").item()
 
 
@@ -128,7 +127,7 @@ _ALLOWED: dict[str, Callable[..., object] | None] = {
     "numpy.dtype": None,
     "numpy.core.multiarray.scalar": _number,  # NumPy 1
     "numpy._core.multiarray.scalar": _number,
-    "pathlib": lambda *parts: posixpath.join("", *parts)[:_LONGEST_PATH],  # its text
+    "pathlib": lambda *parts: posixpath.join("", *parts)[:4096],  # as text; none is longer
     "torch.device": None,
     "torch._utils._rebuild_parameter": lambda tensor, requires_grad, hooks: tensor,
     "torch._utils._rebuild_tensor_v2": None,  # see _tensors
@@ -147,7 +146,7 @@ class _Unpickler(pickle.Unpickler):
             return _Named("pathlib")
         if whole in _ALLOWED or module in _LEFT_OUT or module.startswith("recbole.model."):
             return _Named(whole)
-        raise _Refused(shown(whole))
+        raise _Refused(whole)
 
     def persistent_load(self, pid: object) -> object:
         return pid  # a storage; see _tensors
@@ -217,11 +216,8 @@ def _tensors(
 
 
 def _is_plain(value: object, depth: int = 0) -> bool:
-    """Whether a value is plain through and through."""
-    if depth > _DEEPEST:
-        raise UnpicklingError("its options have no end")
-    if isinstance(value, dict):
-        return all(_is_plain(part, depth + 1) for part in (*value, *value.values()))
-    if isinstance(value, list | tuple):
-        return all(_is_plain(part, depth + 1) for part in value)
+    """Whether a value is plain through and through, and has an end."""
+    if isinstance(value, dict | list | tuple):
+        parts = (*value, *value.values()) if isinstance(value, dict) else value
+        return depth < _DEEPEST and all(_is_plain(part, depth + 1) for part in parts)
     return isinstance(value, str | int | float | None)

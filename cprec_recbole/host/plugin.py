@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -37,22 +37,6 @@ _REMOVED_FROM_NUMPY = {
     "str": np.str_,
     "unicode": np.str_,
 }
-
-
-class _NoRay(ModuleType):
-    """Stands where `ray.tune` will not import; RecBole needs it for hyper-parameter search only."""
-
-    @staticmethod
-    def report(**metrics: Any) -> None:
-        """What RecBole's `objective_function` ends with, also under hyperopt: nothing is told."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        raise ImportError(
-            f"ray.tune.{name} needs ray, which does not import here; RecBole uses it for "
-            "hyper-parameter search only."
-        )
 
 
 def _trusting_load(file: Any, *args: Any, **kwargs: Any) -> Any:
@@ -97,23 +81,25 @@ def _adapt_libraries() -> None:
 
 @contextmanager
 def ray_if_possible() -> Iterator[None]:
-    """Within: `from ray import tune` works. Afterwards: sys.modules knows no stand-in."""
-    before = set(sys.modules)
+    """Within: `from ray import tune` works. Afterwards: sys.modules knows no stand-in.
+
+    The stand-in's `report`, with which RecBole's `objective_function` ends, tells nobody; RecBole
+    needs ray for its own search of hyper-parameters only, and none with hyperopt.
+    """
+    before, ray = set(sys.modules), None
     try:
         importlib.import_module("ray.tune")
     except Exception:  # whatever a broken ray raises: missing modules, removed NumPy names
         for name in set(sys.modules) - before:
             if name.split(".")[0] == "ray":
                 del sys.modules[name]
-        ray = ModuleType("ray")
-        ray.tune = _NoRay("ray.tune")  # type: ignore[attr-defined]
-        sys.modules["ray"], sys.modules["ray.tune"] = ray, ray.tune
-        try:
-            yield
-        finally:
-            del sys.modules["ray"], sys.modules["ray.tune"]
-    else:
+        ray = sys.modules["ray"] = ModuleType("ray")
+        ray.tune = SimpleNamespace(report=lambda **metrics: None)  # type: ignore[attr-defined]
+    try:
         yield
+    finally:
+        if ray is not None:
+            del sys.modules["ray"]
 
 
 @replaces("recbole.config.Config.compatibility_settings")
@@ -305,11 +291,12 @@ def _trainer_by_name(name: str) -> Any:
     """The `__getattr__` of `recbole.trainer`, where RecBole looks for the trainer of a model."""
     from recbole.utils import get_model
 
-    model = name.removesuffix("Trainer")
-    if not name.startswith("__") and model != name:
+    model = None
+    if name.endswith("Trainer"):
         with suppress(ValueError, ImportError, AttributeError):
-            if hasattr(get_model(model), "spec"):
-                return registration.provider.trainer()
+            model = get_model(name.removesuffix("Trainer"))
+    if hasattr(model, "spec"):
+        return registration.provider.trainer()
     raise AttributeError(f"module 'recbole.trainer' has no attribute {name!r}")
 
 
