@@ -308,7 +308,7 @@ def attack(good, folder, opcodes):
 
 UNLISTED = """
     os.system posix.system torch.load pickle.loads numpy.load builtins.eval __builtin__.eval
-    importlib.import_module _codecs.decode collections.OrderedDict.fromkeys this.s
+    builtins.getattr importlib.import_module _codecs.decode collections.OrderedDict.fromkeys this.s
     torch.storage._load_from_bytes recbole.quick_start.run_recbole recbole.config.configurator.os
     recbole.modelling.Evil cprec_recbole.modelsx.Cp numpy._core.multiarray._reconstruct
 """

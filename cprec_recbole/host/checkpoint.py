@@ -34,6 +34,7 @@ _DTYPES = {  # torch.FloatStorage and so on
     for dtype in (*_FLOATS, *_OTHERS, torch.uint8, torch.bool)
 }
 _LEFT_OUT = ("recbole.utils.enum_type", "cprec_recbole.models")
+_PATHS = "(Pure)?(Posix|Windows)Path"
 _DEEPEST = 8  # RecBole's options are lists in dicts in dicts
 
 
@@ -118,12 +119,19 @@ def _number(dtype: _Named, data: bytes) -> object:
     return np.frombuffer(data, f"<{kind}").item()
 
 
+def _getattr(owner: object, name: object) -> object:
+    """By which Python 3.11.2, Debian 12's, pickles an enum."""
+    if not (isinstance(owner, _Named) and owner.name.startswith(_LEFT_OUT[0])):
+        raise _Refused("builtins.getattr")
+    return owner
+
+
 # where there is a function, a call returns what it does
 _ALLOWED: dict[str, Callable[..., object] | None] = {
     **dict.fromkeys(_DTYPES),
     "_codecs.encode": lambda text, encoding: text.encode("latin1"),  # bytes, in protocol 2
-    "__builtin__.getattr": None,  # by which Python 3.11.2, Debian 12's, pickles an enum
-    "builtins.getattr": None,
+    "__builtin__.getattr": _getattr,
+    "builtins.getattr": _getattr,
     "numpy.dtype": None,
     "numpy.core.multiarray.scalar": _number,  # NumPy 1
     "numpy._core.multiarray.scalar": _number,
@@ -142,7 +150,7 @@ class _Unpickler(pickle.Unpickler):
             return OrderedDict
         if whole == "recbole.config.configurator.Config":
             return _Config
-        if module in ("pathlib", "pathlib._local") and name.endswith("Path"):
+        if module in ("pathlib", "pathlib._local") and re.fullmatch(_PATHS, name):
             return _Named("pathlib")
         if whole in _ALLOWED or module in _LEFT_OUT or module.startswith("recbole.model."):
             return _Named(whole)
