@@ -30,8 +30,8 @@ class TopK(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Barred:
-    """Items that a row must not get, as pairs sorted by row, then position; no pair twice.
+class Excluded:
+    """Items that rows must not get, as pairs sorted by row, then position; no pair twice.
 
     Attributes:
         rows: row of the batch, `[M]`.
@@ -42,13 +42,13 @@ class Barred:
     positions: Tensor
 
     @classmethod
-    def nothing(cls, device: torch.device) -> Barred:
+    def nothing(cls, device: torch.device) -> Excluded:
         """Every item may be returned."""
         none = torch.empty(0, dtype=torch.int64, device=device)
         return cls(none, none)
 
     @classmethod
-    def from_ids(cls, exclude: Ids | None, n_rows: int, partition: Partition) -> Barred:
+    def from_ids(cls, exclude: Ids | None, n_rows: int, partition: Partition) -> Excluded:
         """Check ids to exclude, `[B, m]` or `[m]` for all rows; 0 excludes nothing.
 
         Raises:
@@ -77,27 +77,16 @@ class Barred:
             return left
         return left - int(torch.bincount(rows, minlength=n_rows).max())
 
-    def pick(self, rows: Tensor, n_rows: int) -> Barred:
-        """Those of some rows out of `n_rows`, numbered as they come; of a row that comes more than
-        once, the first is meant."""
-        if not len(self.rows):
-            return self
-        number = rows.new_full((n_rows,), len(rows))
-        number.scatter_reduce_(0, rows, torch.arange(len(rows), device=rows.device), "amin")
-        numbers = number[self.rows]
-        here = numbers < len(rows)
-        return Barred(numbers[here], self.positions[here])
-
-    def of_rows(self, start: int, end: int) -> Barred:
+    def of_rows(self, start: int, end: int) -> Excluded:
         """Those of rows `start` to `end`, numbered from 0."""
         if not len(self.rows):
             return self
         bounds = torch.tensor([start, end], device=self.rows.device)
         first, last = torch.searchsorted(self.rows, bounds).tolist()
-        return Barred(self.rows[first:last] - start, self.positions[first:last])
+        return Excluded(self.rows[first:last] - start, self.positions[first:last])
 
     def hit(self, rows: Tensor, positions: Tensor, n_items: int) -> Tensor:
-        """Which of some (row, position) pairs are barred, `[C], [C] -> [C]`."""
+        """Which of some (row, position) pairs are excluded, `[C], [C] -> [C]`."""
         if not len(self.rows):
             return torch.zeros_like(rows, dtype=torch.bool)
         keys, wanted = self.rows * n_items + self.positions, rows * n_items + positions
