@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import increment_version
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop, SparseAdam
 
 from cprec_recbole.config import CompressionError
@@ -66,7 +65,6 @@ def build_optimizer(
     dense = [p for p in model.parameters() if p.requires_grad and id(p) not in looked_up]
     options: dict[str, Any] = {"lr": learning_rate, "weight_decay": weight_decay}
     main = _DENSE[name](_groups(dense, name), **options)
-    main.register_step_post_hook(_count)
     if not looked_up:
         return main
     return Both(main, _SPARSE[name](list(looked_up.values()), lr=learning_rate))  # type: ignore[call-arg]
@@ -110,15 +108,6 @@ class Both(Optimizer):
         for name, part in self.parts.items():
             part.load_state_dict(state_dict[name])
         self.param_groups = [group for part in self.parts.values() for group in part.param_groups]
-
-
-def _count(optimizer: Optimizer, *_: Any) -> None:
-    """Count a fused step among the changes of its parameters, which PyTorch does not: what was made
-    from them (a head's index) has to be made again."""
-    for group in optimizer.param_groups:
-        if group.get("fused"):
-            for parameter in group["params"]:
-                increment_version(parameter)
 
 
 def _groups(parameters: Iterable[Tensor], learner: str) -> list[dict[str, Any]]:

@@ -14,9 +14,9 @@ from cprec_recbole.embedding import Block, BlockEmbedding
 from cprec_recbole.losses.cross_entropy import Strip, cross_entropy
 from cprec_recbole.parallel.shards import full_loss
 from cprec_recbole.partition import PADDING
-from cprec_recbole.search.exact import Found, search, search_one
+from cprec_recbole.search.exact import Found, search
 from cprec_recbole.search.table import SearchTable
-from cprec_recbole.search.topk import Excluded, Ids, TopK, allowed_positions, check_k
+from cprec_recbole.search.topk import Ids, TopK, check_limits
 
 
 class SoftmaxHead(nn.Module, ABC):
@@ -107,15 +107,8 @@ class SoftmaxHead(nn.Module, ABC):
                 f"Expected `hidden` to be real numbers of shape [B, {self.table.dim}], but got "
                 f"{hidden.dtype} of {list(hidden.shape)}."
             )
-        partition, table = self.table.partition, self._current()
-        if exclude is None and allowed is None:
-            quick = search_one(table, hidden, check_k(k, partition.n_items - 1))
-            if quick is not None:
-                return Found(quick, 1.0)
-        excluded = Excluded.from_ids(exclude, len(hidden), partition)
-        places = None if allowed is None else allowed_positions(allowed, partition)
-        k = check_k(k, excluded.least_left(len(hidden), partition.n_items, places))
-        return search(table, hidden, k, excluded, places)
+        limits = check_limits(len(hidden), k, exclude, allowed, self.table.partition)
+        return search(self._current(), hidden, limits)
 
     def build_index(self) -> None:
         """Prepare `topk` to skip most of the tail: sort its rows into groups with bounds.
@@ -128,7 +121,7 @@ class SoftmaxHead(nn.Module, ABC):
         Raises:
             CompressionError: weights that are not finite numbers.
         """
-        self._search_table = self._new_search_table(indexed=True)
+        self._search_table = self._new_search_table(is_indexed=True)
 
     @property
     def is_indexed(self) -> bool:
@@ -147,10 +140,10 @@ class SoftmaxHead(nn.Module, ABC):
     def _current(self) -> SearchTable:
         table = self._search_table
         if table is None or not table.is_current(self._watched()):
-            self._search_table = table = self._new_search_table(indexed=False)
+            self._search_table = table = self._new_search_table(is_indexed=False)
         return table
 
-    def _new_search_table(self, *, indexed: bool) -> SearchTable:
+    def _new_search_table(self, *, is_indexed: bool) -> SearchTable:
         blocks = self.table.blocks
         return SearchTable(
             self.table.partition,
@@ -158,7 +151,7 @@ class SoftmaxHead(nn.Module, ABC):
             [block.projection for block in blocks],
             None if self._tree is None else self._tree.clusters,
             self._watched(),
-            indexed,
+            is_indexed,
         )
 
     def _watched(self) -> list[Tensor]:
