@@ -7,7 +7,9 @@ model's precision and sorted, equal ones by lower item id.
 
 from __future__ import annotations
 
+import copy
 import math
+from operator import sub
 from typing import NamedTuple
 
 import torch
@@ -27,13 +29,7 @@ _MOST = 2**21  # candidates of several rows that are kept together
 
 
 class Found(NamedTuple):
-    """A search's result, and what it took.
-
-    Attributes:
-        topk: the result.
-        tail_share: rows of the tail that were read for a row of the batch, on average, as a share
-            of all.
-    """
+    """A search's result, and the share of the tail's rows that were read, a row of the batch."""
 
     topk: TopK
     tail_share: float
@@ -59,28 +55,46 @@ def search(table: SearchTable, hidden: Tensor, limits: Limits) -> Found:
         CompressionError: hidden states that are not finite numbers, or scores that overflow.
     """
     n_rows, size = len(hidden), max(1, min(_BATCH, 2**18 // limits.k))
+    if n_rows == 1 and table.vectors is not None and table.clusters is None and limits.is_open:
+        topk = _sort_one(table, hidden.double(), limits.k)
+        if topk is not None:
+            return Found(topk, 1.0)
     if not n_rows:
         scores = hidden.new_empty(0, limits.k, dtype=table.dtype)
         return Found(TopK(scores.long(), scores), 0.0)
-    if n_rows <= size:
-        parts = [_Part(table, hidden.double(), limits)]
-    else:
-        pieces = torch.arange(n_rows, device=hidden.device).split(size)
-        parts = [_Part(table, hidden[rows].double(), limits.of_rows(rows)) for rows in pieces]
+    whole = _Part(table, hidden.double(), limits)
+    rows = torch.arange(n_rows, device=hidden.device).split(size)
+    parts = [whole] if n_rows <= size else [whole.take(some) for some in rows]
     topk = _joined([part.topk() for part in parts])
     return Found(topk, sum(part.tail_rows for part in parts) / max(1, n_rows * table.n_tail))
+
+
+def _sort_one(table: SearchTable, hidden: Tensor, k: int) -> TopK | None:
+    """One row in a small catalogue under a flat softmax, where a step costs as much as all of the
+    arithmetic: in as few steps as it takes. None where two places are too close to be sure."""
+    queries = torch.mm(hidden, table.basis).to(table.dtype).split_with_sizes(table.ranks, 1)
+    logits = [torch.mm(query, columns) for query, columns in zip(queries, table.columns())]
+    best, at = torch.cat(logits, 1).topk(min(k + 1, len(table.items)))
+    values = best[0].tolist()
+    slack = table.rounding * float(torch.linalg.vector_norm(hidden))
+    if not min(map(sub, values, values[1:]), default=0) > slack or not math.isfinite(values[0]):
+        return None
+    at = at[:, :k]
+    scores = (table.vectors_of(at[0]) * hidden).sum(1)
+    return TopK(table.items.take(at), scores.to(table.dtype).unsqueeze(0))
 
 
 class _Part:
     """Some rows of a batch that are searched together.
 
-    Arrays of logits have the batch last. In a block, score = logit + offset. A flat softmax has no
-    offsets; a tree's are minus the head's normaliser, and a cluster's log-probability minus its
-    block's normaliser.
+    In a block, score = logit + offset. A flat softmax has no offsets; a tree's are minus the head's
+    normaliser, and a cluster's log-probability minus its block's normaliser.
 
     Attributes:
         slack: scores that are closer than this may be in either order, `[B]`.
-        offsets: of each block, `[n_blocks, B]`, float64; zeros without a tree.
+        best: the k best scores so far of different items, `[k, B]`.
+        offsets: of each block, `[B, n_blocks]`, float64.
+        found: rows, positions and scores of candidates.
         tail_rows: products of a row of the tail and a row of the batch.
     """
 
@@ -89,186 +103,180 @@ class _Part:
         self.is_tree = table.clusters is not None
         lengths = torch.linalg.vector_norm(hidden, dim=1)
         slack = lengths * table.rounding
+        self.offsets = hidden.new_zeros(len(hidden), len(table.blocks))
         if table.clusters is not None:
-            self.branches = (hidden.unsqueeze(1) * table.clusters).sum(2)  # logits of clusters
-            self.offsets = hidden.new_zeros(len(table.blocks), len(hidden))
             # normalisers are off by as much as logits, and by what rounding does to their sums
             scale = lengths * table.longest + math.log(table.partition.n_items)
             slack = 2 * slack + 16 * torch.finfo(table.dtype).eps * scale
         self.slack = slack.to(table.dtype)
-        self.everyone = torch.arange(len(hidden), device=hidden.device)
+        self.best = self.slack.new_full((self.k, len(hidden)), -torch.inf)
+        self.found: list[tuple[Tensor, Tensor, Tensor]] = []
         self.tail_rows = 0
+
+    def take(self, rows: Tensor) -> _Part:
+        """Some of the rows as a part of their own, with nothing found."""
+        part = copy.copy(self)
+        part.hidden, part.limits = self.hidden[rows], self.limits.of_rows(rows)
+        part.slack, part.best = self.slack[rows], self.best[:, rows]
+        part.offsets, part.found, part.tail_rows = self.offsets[rows], [], 0
+        return part
+
+    def give(self, part: _Part, rows: Tensor) -> None:
+        """Add what was found for some of the rows."""
+        self.best[:, rows], self.offsets[rows] = part.best, part.offsets
+        self.found += [(rows[number], *others) for number, *others in part.found]
+        self.tail_rows += part.tail_rows
 
     def topk(self) -> TopK:
         """The result."""
-        if self.table.vectors is None:
-            n_scores = len(self.hidden) * self.table.partition.n_items
-            if n_scores > _FEW_SCORES or self.limits.allowed is not None:
-                return self._search()
-        return self._sort_all()
+        n_scores = len(self.hidden) * self.table.partition.n_items
+        if self.table.vectors is None and (n_scores > _FEW_SCORES or self.limits.allowed is not None):
+            return self.search()
+        return self.sort_all()
 
-    def _sort_all(self) -> TopK:
-        """Sort all scores, in as few steps as it takes; search where two places are too close."""
+    def sort_all(self) -> TopK:
+        """Sort the scores of all items."""
         table, k, allowed = self.table, self.k, self.limits.allowed
         queries = (self.hidden @ table.basis).to(table.dtype).split_with_sizes(table.ranks, 1)
         logits = [torch.mm(query, columns) for query, columns in zip(queries, table.columns())]
         if self.is_tree:
             for j, part in enumerate(logits):
-                self.offsets[j] = self._offset(j, slice(None), part.logsumexp(1))
-                part += self.offsets[j].to(part.dtype).unsqueeze(1)
+                self.offsets[:, j] = self.offset(j, part.logsumexp(1))
+                part += self.offsets[:, j, None].to(part.dtype)
         scores = torch.cat(logits, 1)
         if len(self.limits.excluded):
             rows, positions = self.limits.pairs()
             scores[rows, positions - 1] = -torch.inf
-        if allowed is not None:
-            scores = scores[:, allowed - 1]
+        scores = scores if allowed is None else scores[:, allowed - 1]
+        self.tail_rows = len(self.hidden) * table.n_tail
         best, at = scores.topk(min(k + 1, scores.shape[1]), dim=1)
         gap = best[:, :-1] - best[:, 1:]
         sure = (gap > self.slack.unsqueeze(1)) & (gap < torch.inf)
+        sure = sure.all(1) & (best[:, 0] - best[:, -1] > 0)  # two or more are no NaN or infinity
         at = at[:, :k] if allowed is None else allowed[at[:, :k]] - 1
-        if table.vectors is not None:
-            exact = (table.vectors[at] * self.hidden.unsqueeze(1)).sum(2)
-        else:
-            columns = self.everyone.repeat_interleave(k)
-            exact = self._exact_logits(columns, at.flatten() + 1).view_as(at)
-        exact = self._with_offsets(exact, self.everyone.unsqueeze(1), at + 1)
+        numbers = torch.arange(len(at), device=at.device).repeat_interleave(k)
+        exact = self.exact_scores(numbers, at.flatten() + 1).view_as(at)
         topk = TopK(table.items[at].long(), exact.to(table.dtype))
-        self.tail_rows = len(self.hidden) * self.table.n_tail
-        if sure.all() and sure.shape[1]:
-            return topk
-        close = (~sure).any(1).nonzero().squeeze(1) if sure.shape[1] else self.everyone
-        rest = _Part(table, self.hidden[close], self.limits.of_rows(close))._search()
-        topk.items[close], topk.scores[close] = rest
+        if not sure.all():
+            close = (~sure).nonzero().squeeze(1)
+            floor = best[close, k - 1] - self.slack[close]
+            numbers, at = (scores[close] >= floor.unsqueeze(1)).nonzero().unbind(1)
+            part, positions = self.take(close), at + 1 if allowed is None else allowed[at]
+            few = len(at) <= _MOST
+            topk.items[close], topk.scores[close] = (
+                part.sort(numbers, positions) if few else part.search()
+            )
         return topk
 
-    def _search(self) -> TopK:
-        """Read what may hold one of the best, and sort the candidates."""
-        if not self.hidden.isfinite().all():
-            raise CompressionError(
-                "Expected `hidden` to hold finite numbers, but found NaN or infinity; the model "
-                "diverged in training, or its input is damaged."
-            )
-        allowed = self.limits.allowed
-        self.queries = [block.query(self.hidden) for block in self.table.blocks]  # [B, r], float64
-        self.best = self.slack.new_full((self.k, len(self.hidden)), -torch.inf)  # of other items
-        self.found: list[tuple[Tensor, Tensor, Tensor]] = []  # columns, positions, scores
+    def search(self) -> TopK:
+        """Read what may hold one of the best, and sort it."""
         try:
-            for j, block in enumerate(self.table.indexed):
-                if allowed is not None:
-                    self._read(j, self.table.blocks[j].pick(allowed), self.everyone)
-                elif block.bounds is not None:
-                    self._read_groups(j, block, *block.bounds)
+            for j, block in enumerate(self.table.blocks):
+                indexed = self.table.indexed[j]
+                if self.limits.allowed is not None:
+                    self.read_all(j, block.pick(self.limits.allowed))
+                elif indexed.bounds is not None:
+                    self.read_groups(j, indexed, *indexed.bounds)
                 else:
-                    self._read(j, block, self.everyone)
-            return self._sort_candidates()
+                    self.read_all(j, block)
         except TooManyCandidates:
-            halves = [
-                _Part(self.table, self.hidden[rows], self.limits.of_rows(rows))
-                for rows in self.everyone.chunk(2)
-            ]
-            topk = _joined([half._search() for half in halves])
-            self.tail_rows = sum(half.tail_rows for half in halves)
+            rows = torch.arange(len(self.hidden), device=self.hidden.device)
+            fresh = _Part(self.table, self.hidden, self.limits)
+            parts = [fresh.take(half) for half in rows.chunk(2)]
+            topk = _joined([part.search() for part in parts])
+            self.tail_rows = sum(part.tail_rows for part in parts)
             return topk
+        numbers, positions, scores = (torch.cat(part) for part in zip(*self.found))
+        real = (scores >= self.floor()[numbers]) & ~self.limits.excludes(numbers, positions)
+        return self.sort(numbers[real], positions[real])
 
     # -- the first pass ----------------------------------------------------------------------------
 
-    def _read(self, j: int, block: Rows, columns: Tensor) -> None:
-        """Read all of a block for some rows of the batch."""
-        whole = self.table.blocks[j]
-        query = self.queries[j][columns].to(self.table.dtype).T.contiguous()
-        n_rows, rank = block.values.shape
+    def read_all(self, j: int, block: Rows) -> None:
+        """Read all rows of a block."""
+        whole, (n_rows, rank) = self.table.blocks[j], block.values.shape
         size = 1
-        if n_rows * len(columns) > _FEW_LOGITS:
+        if n_rows * len(self.hidden) > _FEW_LOGITS:
             # larger groups mean fewer maxima to sort, and more rows to read again for each
             size = min(round((2 * n_rows / (self.k * rank)) ** 0.5), n_rows // (8 * self.k))
-        maxima, log_sum = self._maxima(j, block, query, columns, max(1, size), self.is_tree)
+        size = max(1, size)
+        query = block.query(self.hidden, self.table.dtype)
+        maxima, log_sum = self.maxima(j, block, query, size, with_sums=self.is_tree)
         if self.is_tree:
             if block is not whole:
                 log_sum = group_maxima(whole.values, query, 64, with_sums=True)[1]
-            self.offsets[j, columns] = self._offset(j, columns, log_sum)
-            maxima = maxima + self.offsets[j, columns].to(maxima.dtype)
-        self._raise_floor(columns, maxima)
-        self._keep(j, block, columns, query, maxima, max(1, size))
+            self.offsets[:, j] = self.offset(j, log_sum)
+            maxima = maxima + self.offsets[:, j].to(maxima.dtype)
+        self.raise_floor(maxima)
+        self.keep(j, block, query, maxima, size)
 
-    def _read_groups(self, j: int, block: Rows, groups: Bounds, branches: Bounds) -> None:
+    def read_groups(self, j: int, block: Rows, groups: Bounds, branches: Bounds) -> None:
         """Read those groups of a block that may hold one of the best.
 
         In a tree scores have the block's normaliser, and that takes all of the block: it is read
         for those rows where, for all that bounds say of the normaliser, an item may do.
         """
-        query = (self.hidden @ block.basis).to(self.table.dtype).T.contiguous()
-        floor = self._floor(self.everyone) - self._offset_above(j, self.everyone, branches, query)
+        query = block.query(self.hidden, self.table.dtype)
         upper = branches.above(query)
-        columns = (upper.amax(0) >= floor).nonzero().squeeze(1)
-        # rows that look for near items beside each other, to read the same groups
-        columns = columns[upper[:, columns].argmax(0).argsort()]
-        parts = columns.split(_SHARED) if len(columns) else ()
-        opened = [self._read_near(j, block, groups, some, query[:, some]) for some in parts]
-        columns = torch.cat([columns[:0], *opened])
-        if len(columns):
-            self._read(j, self.table.blocks[j], columns)
+        rows = (upper.amax(0) >= self.floor_of_logits(j, branches, query)).nonzero().squeeze(1)
+        # those that look for near items beside each other, to read the same groups
+        rows = rows[upper[:, rows].argmax(0).argsort()]
+        opened = [rows[:0]]
+        for some in rows.split(_SHARED) if len(rows) else ():
+            part = self.take(some)
+            opened.append(some[part.read_near(j, block, groups, query[:, some])])
+            self.give(part, some)
+        rows = torch.cat(opened)
+        if len(rows):
+            part = self.take(rows)
+            part.read_all(j, self.table.blocks[j])
+            self.give(part, rows)
 
-    def _read_near(
-        self, j: int, block: Rows, groups: Bounds, columns: Tensor, query: Tensor
-    ) -> Tensor:
-        """Read the groups that any of some rows needs; returns those for which all of a tree's
-        block has to be read."""
-        upper = groups.above(query)
-        floor = self._floor(columns) - self._offset_above(j, columns, groups, query)
+    def read_near(self, j: int, block: Rows, groups: Bounds, query: Tensor) -> Tensor:
+        """Read the groups that any of the rows needs; returns for which of them all of a tree's
+        block has to be read, `[B]`."""
+        upper, floor = groups.above(query), self.floor_of_logits(j, groups, query)
         if self.is_tree:
             chosen = _reaching(upper, floor)
-            maxima, _ = self._maxima(j, block, query, columns, groups.size, False, chosen)
-            return columns[(maxima >= floor).any(0)]
+            return (self.maxima(j, block, query, groups.size, chosen)[0] >= floor).any(0)
         lowest = torch.where(floor == -torch.inf, upper.amin(0), floor)
+        first = torch.maximum(floor, (3 * upper.amax(0) + lowest) / 4)
         read = []
-        # the most promising first, to raise the floor
-        for least in ((3 * upper.amax(0) + lowest) / 4, None):
-            floor = self._floor(columns)
-            chosen = _reaching(upper, floor if least is None else torch.maximum(floor, least))
-            maxima, _ = self._maxima(j, block, query, columns, groups.size, False, chosen)
-            self._raise_floor(columns, maxima)
+        for least in (first, floor):  # the most promising first, to raise the floor
+            chosen = _reaching(upper, torch.maximum(least, self.floor()))
+            maxima, _ = self.maxima(j, block, query, groups.size, chosen)
             upper[chosen] = torch.nan  # which reaches nothing: no group is read twice
+            self.raise_floor(maxima)
             read.append((maxima, chosen))
         for maxima, chosen in read:
-            self._keep(j, block, columns, query, maxima, groups.size, chosen)
-        return columns[:0]
+            self.keep(j, block, query, maxima, groups.size, chosen)
+        return torch.zeros_like(floor, dtype=torch.bool)
 
-    def _maxima(
+    def maxima(
         self,
         j: int,
         block: Rows,
         query: Tensor,
-        columns: Tensor,
         size: int,
-        with_sums: bool,
         groups: Tensor | None = None,
+        *,
+        with_sums: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """See group_maxima; without what is excluded, and counted."""
+        """See group_maxima; without what is excluded."""
         n_rows = len(block.values) if groups is None else len(groups) * size
-        self.tail_rows += n_rows * len(columns) if j else 0
+        self.tail_rows += n_rows * len(self.hidden) if j else 0
         excluded = None
         if len(self.limits.excluded):
-            numbers, positions = self.limits.of_rows(columns).pairs()
-            rows = block.find(positions)
-            numbers, rows = numbers[rows >= 0], rows[rows >= 0]
-            rows, order = rows.sort()
-            excluded = rows, numbers[order]
+            numbers, positions = self.limits.pairs()
+            rows, order = block.find(positions).sort()
+            here = rows >= 0
+            excluded = rows[here], numbers[order][here]
         return group_maxima(block.values, query, size, groups, excluded, with_sums=with_sums)
 
-    def _floor(self, columns: Tensor) -> Tensor:
-        """What an item must reach to be among the k best, but for rounding, `[B]`."""
-        return self.best[-1, columns] - self.slack[columns]
-
-    def _raise_floor(self, columns: Tensor, scores: Tensor) -> None:
-        """Scores of items that none of the best so far stands for, `[m, B]`."""
-        best = torch.cat([self.best[:, columns], scores])
-        self.best[:, columns] = best.topk(self.k, dim=0).values
-
-    def _keep(
+    def keep(
         self,
         j: int,
         block: Rows,
-        columns: Tensor,
         query: Tensor,
         maxima: Tensor,
         size: int,
@@ -279,73 +287,80 @@ class _Part:
         Raises:
             TooManyCandidates: more than can be kept, of more than one row.
         """
-        floor = self._floor(columns)
+        floor = self.floor()
         group, number = (maxima >= floor).nonzero().unbind(1)
         group = group if groups is None else groups[group]
         slots = torch.arange(size, device=group.device)
+        offsets = self.offsets[:, j].to(floor.dtype)
         n_pairs = max(1, _NUMBERS // (size * len(query)))
         for some, here in zip(group.split(n_pairs), number.split(n_pairs)):
             rows = some.unsqueeze(1) * size + slots  # [P, s]
-            codes = block.values[rows.clamp(max=block.n_items - 1)]
+            codes = block.values[rows.clamp(max=max(0, block.n_items - 1))]
             scores = torch.bmm(codes, query.T[here].unsqueeze(2)).squeeze(2)
-            if self.is_tree:
-                scores += self.offsets[j, columns[here]].to(scores.dtype).unsqueeze(1)
+            scores += offsets[here].unsqueeze(1)
             reaches = (scores >= floor[here].unsqueeze(1)) & (rows < block.n_items)
             pair, slot = reaches.nonzero().unbind(1)
             positions = block.positions(rows[pair, slot])
-            self.found.append((columns[here[pair]], positions, scores[pair, slot]))
+            self.found.append((here[pair], positions, scores[pair, slot]))
             if len(self.hidden) > 1 and sum(len(part[0]) for part in self.found) > _MOST:
                 raise TooManyCandidates
 
+    def floor(self) -> Tensor:
+        """What an item must reach to be among the k best, but for rounding, `[B]`."""
+        return self.best[-1] - self.slack
+
+    def floor_of_logits(self, j: int, bounds: Bounds, query: Tensor) -> Tensor:
+        """The same for logits of a block of which only bounds are known, `[B]`."""
+        if not self.is_tree:
+            return self.floor()
+        return self.floor() - self.offset(j, bounds.log_sum_below(query)).to(query.dtype)
+
+    def raise_floor(self, scores: Tensor) -> None:
+        """Take scores of items that none of the best so far stands for, `[m, B]`."""
+        self.best = torch.cat([self.best, scores]).topk(self.k, dim=0).values
+
     # -- offsets of a tree -------------------------------------------------------------------------
 
-    def _offset(self, j: int, columns: Tensor, log_sum: Tensor) -> Tensor:
-        """A block's offset for some rows, given the log of its summed exponentials, `[B]`."""
+    def offset(self, j: int, log_sum: Tensor) -> Tensor:
+        """A block's offset, given the log of its summed exponentials, `[B]`."""
+        clusters = (self.hidden.unsqueeze(1) * self.table.clusters).sum(2)  # their logits
         log_sum = log_sum.double()
         if j == 0:
-            return -torch.cat([log_sum.unsqueeze(1), self.branches[columns]], 1).logsumexp(1)
-        return self.branches[columns, j - 1] + self.offsets[0, columns] - log_sum
+            return -torch.cat([log_sum.unsqueeze(1), clusters], 1).logsumexp(1)
+        return clusters[:, j - 1] + self.offsets[:, 0] - log_sum
 
-    def _offset_above(self, j: int, columns: Tensor, bounds: Bounds, query: Tensor) -> Tensor:
-        """A number that the offset does not exceed; zeros without a tree."""
-        if not self.is_tree:
-            return torch.zeros_like(query[0])
-        return self._offset(j, columns, bounds.log_sum_below(query)).to(query.dtype)
-
-    def _refine_offsets(self, columns: Tensor) -> None:
-        """Compute the offsets of some rows in float64, each row on its own."""
+    def exact_offsets(self) -> Tensor:
+        """All offsets in float64, each row's on its own, `[B, n_blocks]`."""
         for j, block in enumerate(self.table.blocks):
-            queries = self.queries[j][columns]
-            parts = block.values.split(max(1, _NUMBERS // block.values.shape[1]))
+            queries = block.exact_query(self.hidden)
             sums = [
-                torch.stack([(codes @ query).logsumexp(0) for query in queries])
-                for codes in (part.double() for part in parts)
+                torch.stack([(codes.double() @ query).logsumexp(0) for query in queries])
+                for codes in block.values.split(max(1, _NUMBERS // block.values.shape[1]))
             ]
-            self.offsets[j, columns] = self._offset(j, columns, torch.stack(sums).logsumexp(0))
+            self.offsets[:, j] = self.offset(j, torch.stack(sums).logsumexp(0))
+        return self.offsets
 
     # -- into order --------------------------------------------------------------------------------
 
-    def _sort_candidates(self) -> TopK:
-        """The k best of the items that were kept."""
-        columns, positions, scores = (torch.cat(part) for part in zip(*self.found))
-        real = scores >= self._floor(self.everyone)[columns]
-        real &= ~self.limits.excludes(columns, positions)
-        columns, positions = columns[real], positions[real]
+    def sort(self, numbers: Tensor, positions: Tensor) -> TopK:
+        """The k best of candidates: rows of the batch and positions, `[C], [C]`."""
         items = self.table.items[positions - 1].long()
         by_id = items.argsort()
-        columns, positions, items = columns[by_id], positions[by_id], items[by_id]
-        logits = self._exact_logits(columns, positions)
-        scores = self._with_offsets(logits, columns, positions)
-        order = _in_order(columns, scores.to(self.table.dtype))
+        numbers, positions, items = numbers[by_id], positions[by_id], items[by_id]
+        scores, order = self.scores_in_order(numbers, positions)
         if self.is_tree:
-            unsure = self._unsure(columns[order], positions[order], scores[order])
+            unsure = self.unsure(numbers[order], positions[order], scores[order])
             if len(unsure):
-                self._refine_offsets(unsure)
-                scores = self._with_offsets(logits, columns, positions)
-                order = _in_order(columns, scores.to(self.table.dtype))
-        counts = torch.bincount(columns, minlength=len(self.hidden))
+                self.offsets[unsure] = self.take(unsure).exact_offsets()
+                scores, order = self.scores_in_order(numbers, positions)
         scores = scores.to(self.table.dtype)
+        counts = torch.bincount(numbers, minlength=len(self.hidden))
         if int(counts.min()) < self.k or not scores.isfinite().all():
+            if not self.hidden.isfinite().all():
+                raise CompressionError(
+                    "Expected `hidden` to hold finite numbers, but found NaN or infinity; the "
+                    "model diverged in training, or its input is damaged."
+                )
             raise CompressionError(
                 "Expected scores to be finite numbers, but they overflow; the hidden states or the "
                 "weights of the item table are far too large."
@@ -354,40 +369,37 @@ class _Part:
         best = order[first + torch.arange(self.k, device=order.device)]
         return TopK(items[best], scores[best])
 
-    def _exact_logits(self, columns: Tensor, positions: Tensor) -> Tensor:
-        """Logits in float64, `[C], [C] -> [C]`: sums of products, not products of matrices, in
+    def scores_in_order(self, numbers: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores in float64, `[C], [C] -> [C]`, and how to sort them by row of the batch, then by
+        what they are when rounded."""
+        scores = self.exact_scores(numbers, positions)
+        order = scores.to(self.table.dtype).argsort(descending=True, stable=True)
+        return scores, order[numbers[order].argsort(stable=True)]
+
+    def exact_scores(self, numbers: Tensor, positions: Tensor) -> Tensor:
+        """Scores in float64, `[C], [C] -> [C]`: sums of products, not products of matrices, in
         which a result's last digit depends on how many there are."""
-        if self.table.vectors is not None:
-            return (self.table.vectors[positions - 1] * self.hidden[columns]).sum(1)
-        logits = self.hidden.new_empty(len(positions))
-        for block in self.table.blocks:
-            query, rows = block.query(self.hidden), block.find(positions)
-            for here in (rows >= 0).nonzero().squeeze(1).split(_NUMBERS // query.shape[1]):
+        table, scores = self.table, self.hidden.new_empty(len(positions))
+        if table.vectors is not None:
+            scores = (table.vectors_of(positions - 1) * self.hidden[numbers]).sum(1)
+        for block in table.blocks if table.vectors is None else ():
+            query, rows = block.exact_query(self.hidden), block.find(positions)
+            for here in (rows >= 0).nonzero().squeeze(1).split(max(1, _NUMBERS // query.shape[1])):
                 codes = block.values[rows[here]].double()
-                logits[here] = (codes * query[columns[here]]).sum(1)
-        return logits
+                scores[here] = (codes * query[numbers[here]]).sum(1)
+        if self.is_tree:
+            scores += self.offsets[numbers, table.partition.blocks(positions)]
+        return scores
 
-    def _with_offsets(self, logits: Tensor, columns: Tensor, positions: Tensor) -> Tensor:
-        """Scores, given logits."""
-        if not self.is_tree:
-            return logits
-        return logits + self.offsets[self.table.partition.blocks(positions), columns]
-
-    def _unsure(self, columns: Tensor, positions: Tensor, scores: Tensor) -> Tensor:
+    def unsure(self, numbers: Tensor, positions: Tensor, scores: Tensor) -> Tensor:
         """Rows whose order errors of the offsets could change, given sorted candidates: that of two
         blocks, or in one where it decides to which numbers scores are rounded."""
         blocks = self.table.partition.blocks(positions)
         gap = (scores[:-1] - scores[1:]).abs()
         digits = 4 * torch.finfo(self.table.dtype).eps * scores[1:].abs()
-        across = (blocks[:-1] != blocks[1:]) & (gap <= self.slack[columns[1:]])
+        across = (blocks[:-1] != blocks[1:]) & (gap <= self.slack[numbers[1:]])
         unsure = across | (gap > 0) & (gap <= digits)
-        return columns[1:][unsure & (columns[:-1] == columns[1:])].unique()
-
-
-def _in_order(columns: Tensor, scores: Tensor) -> Tensor:
-    """How to sort candidates by row of the batch, then by falling score, `[C]`."""
-    order = scores.argsort(descending=True, stable=True)
-    return order[columns[order].argsort(stable=True)]
+        return numbers[1:][unsure & (numbers[:-1] == numbers[1:])].unique()
 
 
 def _reaching(upper: Tensor, floor: Tensor) -> Tensor:

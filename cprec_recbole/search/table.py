@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from operator import is_
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -137,9 +137,13 @@ class Rows:
         longest *= float(torch.linalg.matrix_norm(basis, 2))
         return cls(values, basis, longest, start + skip, len(values))
 
-    def query(self, hidden: Tensor) -> Tensor:
-        """Hidden states in the space of a block's own rows, `[B, d] -> [B, r]`, in float64; each
-        computed on its own, so that it does not depend on the others."""
+    def query(self, hidden: Tensor, dtype: torch.dtype) -> Tensor:
+        """Hidden states in the space of the rows, `[B, d] -> [r, B]`."""
+        return (hidden @ self.basis).to(dtype).T.contiguous()
+
+    def exact_query(self, hidden: Tensor) -> Tensor:
+        """The same in float64, `[B, d] -> [B, r]`, each computed on its own, so that it does not
+        depend on the others."""
         if self.basis.shape[0] == self.basis.shape[1]:  # no projection
             return hidden
         parts = hidden.split(max(1, _NUMBERS // self.basis.numel()))
@@ -276,6 +280,10 @@ class SearchTable:
             vectors = [block.values.double() @ block.basis.T for block in self.blocks]
             self.vectors = torch.cat(vectors)
             self._columns = [block.values.T.contiguous() for block in self.blocks]
+
+    def vectors_of(self, places: Tensor) -> Tensor:
+        """Item vectors of a small catalogue, `[M] -> [M, d]`."""
+        return cast(Tensor, self.vectors).index_select(0, places)
 
     def is_current(self, watched: Sequence[Tensor]) -> bool:
         """Whether the weights are those that this was made from."""

@@ -46,6 +46,11 @@ class Limits(NamedTuple):
     excluded: Tensor
     allowed: Tensor | None
 
+    @property
+    def is_open(self) -> bool:
+        """Whether every item may be returned."""
+        return self.allowed is None and not len(self.excluded)
+
     def pairs(self) -> tuple[Tensor, Tensor]:
         """The excluded rows and positions, `[M], [M]`."""
         return self.excluded // self.n_items, self.excluded % self.n_items
