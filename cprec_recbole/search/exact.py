@@ -25,6 +25,7 @@ _SHARED = 32  # of those, rows that read the same groups
 _FEW_SCORES = 2**18  # that are sooner computed all
 _FEW_LOGITS = 2**14  # that are sooner looked at one by one than in groups
 _NUMBERS = 2**20  # to work on at a time
+_FEW_NUMBERS = 2**15  # the same where memory for them should stay in the cache
 _MOST = 2**21  # candidates of several rows that are kept together
 
 
@@ -138,12 +139,13 @@ class _Part:
         """Sort the scores of all items."""
         table, k, allowed = self.table, self.k, self.limits.allowed
         queries = (self.hidden @ table.basis).to(table.dtype).split_with_sizes(table.ranks, 1)
-        logits = [torch.mm(query, columns) for query, columns in zip(queries, table.columns())]
-        if self.is_tree:
-            for j, part in enumerate(logits):
+        scores = queries[0].new_empty(len(self.hidden), len(table.items))
+        logits = scores.split_with_sizes([block.n_items for block in table.blocks], 1)
+        for j, (query, columns, part) in enumerate(zip(queries, table.columns(), logits)):
+            torch.mm(query, columns, out=part)
+            if self.is_tree:
                 self.offsets[:, j] = self.offset(j, part.logsumexp(1))
                 part += self.offsets[:, j, None].to(part.dtype)
-        scores = torch.cat(logits, 1)
         if len(self.limits.excluded):
             rows, positions = self.limits.pairs()
             scores[rows, positions - 1] = -torch.inf
@@ -295,7 +297,10 @@ class _Part:
         n_pairs = max(1, _NUMBERS // (size * len(query)))
         for some, here in zip(group.split(n_pairs), number.split(n_pairs)):
             rows = some.unsqueeze(1) * size + slots  # [P, s]
-            codes = block.values[rows.clamp(max=max(0, block.n_items - 1))]
+            if groups is None:
+                codes = block.values[rows.clamp(max=len(block.values) - 1)]
+            else:
+                codes = block.values.view(-1, size, len(query))[some]
             scores = torch.bmm(codes, query.T[here].unsqueeze(2)).squeeze(2)
             scores += offsets[here].unsqueeze(1)
             reaches = (scores >= floor[here].unsqueeze(1)) & (rows < block.n_items)
@@ -379,16 +384,20 @@ class _Part:
     def exact_scores(self, numbers: Tensor, positions: Tensor) -> Tensor:
         """Scores in float64, `[C], [C] -> [C]`: sums of products, not products of matrices, in
         which a result's last digit depends on how many there are."""
-        table, scores = self.table, self.hidden.new_empty(len(positions))
+        table, blocks = self.table, self.table.partition.blocks(positions)
+        scores = self.offsets[numbers, blocks]
         if table.vectors is not None:
-            scores = (table.vectors_of(positions - 1) * self.hidden[numbers]).sum(1)
-        for block in table.blocks if table.vectors is None else ():
-            query, rows = block.exact_query(self.hidden), block.find(positions)
-            for here in (rows >= 0).nonzero().squeeze(1).split(max(1, _NUMBERS // query.shape[1])):
-                codes = block.values[rows[here]].double()
-                scores[here] = (codes * query[numbers[here]]).sum(1)
-        if self.is_tree:
-            scores += self.offsets[numbers, table.partition.blocks(positions)]
+            everything = torch.arange(len(positions), device=positions.device)
+            parts = [(everything, table.vectors, self.hidden, 1)]
+        else:
+            parts = [
+                ((blocks == j).nonzero().squeeze(1), block.values, block.exact_query(self.hidden), block.start)
+                for j, block in enumerate(table.blocks)
+            ]
+        for here, values, queries, start in parts:
+            for some in here.split(max(1, _FEW_NUMBERS // queries.shape[1])):
+                rows = values[positions[some] - start].double()
+                scores[some] += (rows * queries[numbers[some]]).sum(1)
         return scores
 
     def unsure(self, numbers: Tensor, positions: Tensor, scores: Tensor) -> Tensor:
@@ -404,7 +413,7 @@ class _Part:
 
 def _reaching(upper: Tensor, floor: Tensor) -> Tensor:
     """Groups with a bound that reaches the floor of some row, `[G, B], [B] -> [G']`."""
-    return (upper >= floor).any(1).nonzero().squeeze(1)
+    return ((upper - floor).amax(1) >= 0).nonzero().squeeze(1)
 
 
 def _joined(parts: list[TopK]) -> TopK:

@@ -273,13 +273,16 @@ class SearchTable:
         self.ranks = [block.values.shape[1] for block in self.blocks]
         self.rounding = 2 * unit * (max(self.ranks) + 4) * self.longest
         self.basis = torch.cat([block.basis for block in self.blocks], 1)
+        self._columns = [
+            block.values.T.contiguous() if block.n_items <= FEW_ITEMS else None
+            for block in self.blocks
+        ]
         self.items = partition.item_at[1:]
         self.vectors: Tensor | None = None
         if partition.n_items <= FEW_ITEMS:
             self.items = self.items.long()
             vectors = [block.values.double() @ block.basis.T for block in self.blocks]
             self.vectors = torch.cat(vectors)
-            self._columns = [block.values.T.contiguous() for block in self.blocks]
 
     def vectors_of(self, places: Tensor) -> Tensor:
         """Item vectors of a small catalogue, `[M] -> [M, d]`."""
@@ -292,9 +295,8 @@ class SearchTable:
 
     def columns(self) -> list[Tensor]:
         """Rows of each block as columns, `[r, n]`: a copy where there are few."""
-        if self.vectors is not None:
-            return self._columns
-        return [block.values.T for block in self.blocks]
+        pairs = zip(self._columns, self.blocks)
+        return [block.values.T if columns is None else columns for columns, block in pairs]
 
 
 def _is_worth_it(block: Rows) -> bool:
