@@ -22,6 +22,7 @@ from cprec_recbole.search.topk import Limits, TopK
 
 _BATCH = 256  # rows of a batch that are searched together
 _SHARED = 32  # of those, rows that read the same groups
+_SPARE = 8  # items beyond the k-th that are looked at
 _FEW_SCORES = 2**18  # that are sooner computed all
 _FEW_LOGITS = 2**14  # that are sooner looked at one by one than in groups
 _NUMBERS = 2**20  # to work on at a time
@@ -56,7 +57,7 @@ def search(table: SearchTable, hidden: Tensor, limits: Limits) -> Found:
         CompressionError: hidden states that are not finite numbers, or scores that overflow.
     """
     n_rows, size = len(hidden), max(1, min(_BATCH, 2**18 // limits.k))
-    if n_rows == 1 and table.vectors is not None and table.clusters is None and limits.is_open:
+    if n_rows == 1 and table.is_small and table.clusters is None and limits.is_open:
         topk = _sort_one(table, hidden.double(), limits.k)
         if topk is not None:
             return Found(topk, 1.0)
@@ -81,7 +82,7 @@ def _sort_one(table: SearchTable, hidden: Tensor, k: int) -> TopK | None:
     if not min(map(sub, values, values[1:]), default=0) > slack or not math.isfinite(values[0]):
         return None
     at = at[:, :k]
-    scores = (table.vectors_of(at[0]) * hidden).sum(1)
+    scores = (table.exact[0].values[at[0]] * hidden).sum(1)
     return TopK(table.items.take(at), scores.to(table.dtype).unsqueeze(0))
 
 
@@ -131,7 +132,7 @@ class _Part:
     def topk(self) -> TopK:
         """The result."""
         n_scores = len(self.hidden) * self.table.partition.n_items
-        if self.table.vectors is None and (n_scores > _FEW_SCORES or self.limits.allowed is not None):
+        if not self.table.is_small and (n_scores > _FEW_SCORES or self.limits.allowed is not None):
             return self.search()
         return self.sort_all()
 
@@ -151,24 +152,17 @@ class _Part:
             scores[rows, positions - 1] = -torch.inf
         scores = scores if allowed is None else scores[:, allowed - 1]
         self.tail_rows = len(self.hidden) * table.n_tail
-        best, at = scores.topk(min(k + 1, scores.shape[1]), dim=1)
-        gap = best[:, :-1] - best[:, 1:]
-        sure = (gap > self.slack.unsqueeze(1)) & (gap < torch.inf)
-        sure = sure.all(1) & (best[:, 0] - best[:, -1] > 0)  # two or more are no NaN or infinity
-        at = at[:, :k] if allowed is None else allowed[at[:, :k]] - 1
-        numbers = torch.arange(len(at), device=at.device).repeat_interleave(k)
-        exact = self.exact_scores(numbers, at.flatten() + 1).view_as(at)
-        topk = TopK(table.items[at].long(), exact.to(table.dtype))
-        if not sure.all():
-            close = (~sure).nonzero().squeeze(1)
-            floor = best[close, k - 1] - self.slack[close]
-            numbers, at = (scores[close] >= floor.unsqueeze(1)).nonzero().unbind(1)
-            part, positions = self.take(close), at + 1 if allowed is None else allowed[at]
-            few = len(at) <= _MOST
-            topk.items[close], topk.scores[close] = (
-                part.sort(numbers, positions) if few else part.search()
-            )
-        return topk
+        n_best = min(k + _SPARE, scores.shape[1])
+        best, at = scores.topk(n_best, dim=1)
+        floor = best[:, k - 1 : k] - self.slack.unsqueeze(1)
+        reaches = best >= floor
+        if n_best < scores.shape[1] and reaches[:, -1].any():  # there may be more
+            numbers, at = (scores >= floor).nonzero().unbind(1)
+        else:
+            numbers, at = reaches.nonzero()[:, 0], at[reaches]
+        if len(at) > _MOST:
+            return self.search()
+        return self.sort(numbers, at + 1 if allowed is None else allowed[at])
 
     def search(self) -> TopK:
         """Read what may hold one of the best, and sort it."""
@@ -245,13 +239,17 @@ class _Part:
         first = torch.maximum(floor, (3 * upper.amax(0) + lowest) / 4)
         read = []
         for least in (first, floor):  # the most promising first, to raise the floor
-            chosen = _reaching(upper, torch.maximum(least, self.floor()))
-            maxima, _ = self.maxima(j, block, query, groups.size, chosen)
+            chosen, size = _reaching(upper, torch.maximum(least, self.floor())), groups.size
             upper[chosen] = torch.nan  # which reaches nothing: no group is read twice
+            if len(chosen) * size * len(floor) <= _FEW_SCORES:  # row by row, for a higher floor
+                slots = torch.arange(size, device=chosen.device)
+                chosen, size = (chosen.unsqueeze(1) * size + slots).flatten(), 1
+                chosen = chosen[chosen < block.n_items]
+            maxima, _ = self.maxima(j, block, query, size, chosen)
             self.raise_floor(maxima)
-            read.append((maxima, chosen))
-        for maxima, chosen in read:
-            self.keep(j, block, query, maxima, groups.size, chosen)
+            read.append((maxima, size, chosen))
+        for maxima, size, chosen in read:
+            self.keep(j, block, query, maxima, size, chosen)
         return torch.zeros_like(floor, dtype=torch.bool)
 
     def maxima(
@@ -384,20 +382,13 @@ class _Part:
     def exact_scores(self, numbers: Tensor, positions: Tensor) -> Tensor:
         """Scores in float64, `[C], [C] -> [C]`: sums of products, not products of matrices, in
         which a result's last digit depends on how many there are."""
-        table, blocks = self.table, self.table.partition.blocks(positions)
-        scores = self.offsets[numbers, blocks]
-        if table.vectors is not None:
-            everything = torch.arange(len(positions), device=positions.device)
-            parts = [(everything, table.vectors, self.hidden, 1)]
-        else:
-            parts = [
-                ((blocks == j).nonzero().squeeze(1), block.values, block.exact_query(self.hidden), block.start)
-                for j, block in enumerate(table.blocks)
-            ]
-        for here, values, queries, start in parts:
-            for some in here.split(max(1, _FEW_NUMBERS // queries.shape[1])):
-                rows = values[positions[some] - start].double()
-                scores[some] += (rows * queries[numbers[some]]).sum(1)
+        scores = self.offsets[numbers, self.table.partition.blocks(positions)]
+        for block in self.table.exact:
+            query, rows = block.exact_query(self.hidden), block.find(positions)
+            size = max(1, _FEW_NUMBERS // query.shape[1])
+            for here in (rows >= 0).nonzero().squeeze(1).split(size):
+                codes = block.values[rows[here]].double()
+                scores[here] += (codes * query[numbers[here]]).sum(1)
         return scores
 
     def unsure(self, numbers: Tensor, positions: Tensor, scores: Tensor) -> Tensor:

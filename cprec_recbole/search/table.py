@@ -235,7 +235,8 @@ class SearchTable:
         rounding: twice what rounding may change in a logit, for hidden states of length one.
         basis: those of all blocks beside each other, `[d, sum r]`.
         items: ids in popularity order without padding, `[n_items - 1]`.
-        vectors: of a small catalogue those of all items, `[n_items - 1, d]`, float64; else None.
+        is_small: whether the catalogue is; then copies of its item vectors are kept.
+        exact: what scores of candidates are computed from: the blocks, or all vectors as one.
 
     Raises:
         CompressionError: weights that are not finite numbers.
@@ -277,16 +278,13 @@ class SearchTable:
             block.values.T.contiguous() if block.n_items <= FEW_ITEMS else None
             for block in self.blocks
         ]
-        self.items = partition.item_at[1:]
-        self.vectors: Tensor | None = None
-        if partition.n_items <= FEW_ITEMS:
+        self.items, self.exact = partition.item_at[1:], self.blocks
+        self.is_small = partition.n_items <= FEW_ITEMS
+        if self.is_small:
             self.items = self.items.long()
             vectors = [block.values.double() @ block.basis.T for block in self.blocks]
-            self.vectors = torch.cat(vectors)
-
-    def vectors_of(self, places: Tensor) -> Tensor:
-        """Item vectors of a small catalogue, `[M] -> [M, d]`."""
-        return cast(Tensor, self.vectors).index_select(0, places)
+            everything = torch.cat(vectors)
+            self.exact = [Rows(everything, torch.eye(everything.shape[1]), 0.0, 1, len(everything))]
 
     def is_current(self, watched: Sequence[Tensor]) -> bool:
         """Whether the weights are those that this was made from."""
