@@ -106,7 +106,9 @@ class _Part:
         lengths = torch.linalg.vector_norm(hidden, dim=1)
         slack = lengths * table.rounding
         self.offsets = hidden.new_zeros(len(hidden), len(table.blocks))
+        self.clusters = self.offsets[:, 1:]  # their logits
         if table.clusters is not None:
+            self.clusters = (hidden.unsqueeze(1) * table.clusters).sum(2)
             # normalisers are off by as much as logits, and by what rounding does to their sums
             scale = lengths * table.longest + math.log(table.partition.n_items)
             slack = 2 * slack + 16 * torch.finfo(table.dtype).eps * scale
@@ -120,7 +122,8 @@ class _Part:
         part = copy.copy(self)
         part.hidden, part.limits = self.hidden[rows], self.limits.of_rows(rows)
         part.slack, part.best = self.slack[rows], self.best[:, rows]
-        part.offsets, part.found, part.tail_rows = self.offsets[rows], [], 0
+        part.offsets, part.clusters = self.offsets[rows], self.clusters[rows]
+        part.found, part.tail_rows = [], 0
         return part
 
     def give(self, part: _Part, rows: Tensor) -> None:
@@ -282,14 +285,14 @@ class _Part:
         size: int,
         groups: Tensor | None = None,
     ) -> None:
-        """Collect the items of groups that may be among the best.
-
-        Raises:
-            TooManyCandidates: more than can be kept, of more than one row.
-        """
+        """Take the items of groups that may be among the best."""
         floor = self.floor()
         group, number = (maxima >= floor).nonzero().unbind(1)
+        scores = maxima[group, number]
         group = group if groups is None else groups[group]
+        if size == 1:
+            self.add(number, block.positions(group), scores)
+            return
         slots = torch.arange(size, device=group.device)
         offsets = self.offsets[:, j].to(floor.dtype)
         n_pairs = max(1, _NUMBERS // (size * len(query)))
@@ -304,9 +307,17 @@ class _Part:
             reaches = (scores >= floor[here].unsqueeze(1)) & (rows < block.n_items)
             pair, slot = reaches.nonzero().unbind(1)
             positions = block.positions(rows[pair, slot])
-            self.found.append((here[pair], positions, scores[pair, slot]))
-            if len(self.hidden) > 1 and sum(len(part[0]) for part in self.found) > _MOST:
-                raise TooManyCandidates
+            self.add(here[pair], positions, scores[pair, slot])
+
+    def add(self, numbers: Tensor, positions: Tensor, scores: Tensor) -> None:
+        """Take candidates.
+
+        Raises:
+            TooManyCandidates: more than can be kept, of more than one row.
+        """
+        self.found.append((numbers, positions, scores))
+        if len(self.hidden) > 1 and sum(len(part[0]) for part in self.found) > _MOST:
+            raise TooManyCandidates
 
     def floor(self) -> Tensor:
         """What an item must reach to be among the k best, but for rounding, `[B]`."""
@@ -326,11 +337,10 @@ class _Part:
 
     def offset(self, j: int, log_sum: Tensor) -> Tensor:
         """A block's offset, given the log of its summed exponentials, `[B]`."""
-        clusters = (self.hidden.unsqueeze(1) * self.table.clusters).sum(2)  # their logits
         log_sum = log_sum.double()
         if j == 0:
-            return -torch.cat([log_sum.unsqueeze(1), clusters], 1).logsumexp(1)
-        return clusters[:, j - 1] + self.offsets[:, 0] - log_sum
+            return -torch.cat([log_sum.unsqueeze(1), self.clusters], 1).logsumexp(1)
+        return self.clusters[:, j - 1] + self.offsets[:, 0] - log_sum
 
     def exact_offsets(self) -> Tensor:
         """All offsets in float64, each row's on its own, `[B, n_blocks]`."""
