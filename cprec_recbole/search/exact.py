@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cprec_recbole.config import CompressionError
+from cprec_recbole.partition import PADDING
 from cprec_recbole.search.maxima import group_maxima
 from cprec_recbole.search.table import Bounds, Rows, SearchTable
 from cprec_recbole.search.topk import Limits, TopK
@@ -76,14 +77,14 @@ def _sort_one(table: SearchTable, hidden: Tensor, k: int) -> TopK | None:
     arithmetic: in as few steps as it takes. None where two places are too close to be sure."""
     queries = torch.mm(hidden, table.basis).to(table.dtype).split_with_sizes(table.ranks, 1)
     logits = [torch.mm(query, columns) for query, columns in zip(queries, table.columns())]
-    best, at = torch.cat(logits, 1).topk(min(k + 1, len(table.items)))
+    best, at = torch.cat(logits, 1).topk(min(k + 1, table.partition.n_items - 1))
     values = best[0].tolist()
     slack = table.rounding * float(torch.linalg.vector_norm(hidden))
     if not min(map(sub, values, values[1:]), default=0) > slack or not math.isfinite(values[0]):
         return None
     at = at[:, :k]
     scores = (table.exact[0].values[at[0]] * hidden).sum(1)
-    return TopK(table.items.take(at), scores.to(table.dtype).unsqueeze(0))
+    return TopK(table.item_at.take(at + 1), scores.to(table.dtype).unsqueeze(0))
 
 
 class _Part:
@@ -135,15 +136,22 @@ class _Part:
     def topk(self) -> TopK:
         """The result."""
         n_scores = len(self.hidden) * self.table.partition.n_items
-        if not self.table.is_small and (n_scores > _FEW_SCORES or self.limits.allowed is not None):
-            return self.search()
-        return self.sort_all()
+        is_small = self.table.is_small or (n_scores <= _FEW_SCORES and self.limits.allowed is None)
+        try:
+            return self.sort_all() if is_small else self.search()
+        except TooManyCandidates:
+            rows = torch.arange(len(self.hidden), device=self.hidden.device)
+            fresh = _Part(self.table, self.hidden, self.limits)
+            parts = [fresh.take(half) for half in rows.chunk(2)]
+            topk = _joined([part.topk() for part in parts])
+            self.tail_rows = sum(part.tail_rows for part in parts)
+            return topk
 
     def sort_all(self) -> TopK:
         """Sort the scores of all items."""
         table, k, allowed = self.table, self.k, self.limits.allowed
         queries = (self.hidden @ table.basis).to(table.dtype).split_with_sizes(table.ranks, 1)
-        scores = queries[0].new_empty(len(self.hidden), len(table.items))
+        scores = queries[0].new_empty(len(self.hidden), table.partition.n_items - 1)
         logits = scores.split_with_sizes([block.n_items for block in table.blocks], 1)
         for j, (query, columns, part) in enumerate(zip(queries, table.columns(), logits)):
             torch.mm(query, columns, out=part)
@@ -161,33 +169,24 @@ class _Part:
         reaches = best >= floor
         if n_best < scores.shape[1] and reaches[:, -1].any():  # there may be more
             numbers, at = (scores >= floor).nonzero().unbind(1)
-        else:
-            numbers, at = reaches.nonzero()[:, 0], at[reaches]
-        if len(at) > _MOST:
-            return self.search()
-        return self.sort(numbers, at + 1 if allowed is None else allowed[at])
+            return self.sort_found(numbers, at + 1 if allowed is None else allowed[at])
+        return self.sort(at + 1 if allowed is None else allowed[at], reaches)
 
     def search(self) -> TopK:
         """Read what may hold one of the best, and sort it."""
-        try:
-            for j, block in enumerate(self.table.blocks):
-                indexed = self.table.indexed[j]
-                if self.limits.allowed is not None:
-                    self.read_all(j, block.pick(self.limits.allowed))
-                elif indexed.bounds is not None:
-                    self.read_groups(j, indexed, *indexed.bounds)
-                else:
-                    self.read_all(j, block)
-        except TooManyCandidates:
-            rows = torch.arange(len(self.hidden), device=self.hidden.device)
-            fresh = _Part(self.table, self.hidden, self.limits)
-            parts = [fresh.take(half) for half in rows.chunk(2)]
-            topk = _joined([part.search() for part in parts])
-            self.tail_rows = sum(part.tail_rows for part in parts)
-            return topk
+        for j, block in enumerate(self.table.blocks):
+            indexed = self.table.indexed[j]
+            if self.limits.allowed is not None:
+                self.read_all(j, block.pick(self.limits.allowed))
+            elif indexed.bounds is not None:
+                self.read_groups(j, indexed, *indexed.bounds)
+            else:
+                self.read_all(j, block)
         numbers, positions, scores = (torch.cat(part) for part in zip(*self.found))
-        real = (scores >= self.floor()[numbers]) & ~self.limits.excludes(numbers, positions)
-        return self.sort(numbers[real], positions[real])
+        real = scores >= self.floor()[numbers]
+        if len(self.limits.excluded):
+            real &= ~self.limits.excludes(numbers, positions)
+        return self.sort_found(numbers[real], positions[real])
 
     # -- the first pass ----------------------------------------------------------------------------
 
@@ -355,20 +354,36 @@ class _Part:
 
     # -- into order --------------------------------------------------------------------------------
 
-    def sort(self, numbers: Tensor, positions: Tensor) -> TopK:
-        """The k best of candidates: rows of the batch and positions, `[C], [C]`."""
-        items = self.table.items[positions - 1].long()
-        by_id = items.argsort()
-        numbers, positions, items = numbers[by_id], positions[by_id], items[by_id]
-        scores, order = self.scores_in_order(numbers, positions)
+    def sort_found(self, numbers: Tensor, positions: Tensor) -> TopK:
+        """The k best of candidates: rows of the batch and positions, `[C], [C]`.
+
+        Raises:
+            TooManyCandidates: as many, in one row, as several rows cannot have together.
+        """
+        counts = torch.bincount(numbers, minlength=len(self.hidden))
+        width = max(self.k, int(counts.max()))
+        if len(counts) > 1 and len(counts) * width > _MOST:
+            raise TooManyCandidates
+        numbers, order = numbers.sort()
+        first = (counts.cumsum(0) - counts)[numbers]
+        table = positions.new_full((len(counts), width), PADDING)
+        table[numbers, torch.arange(len(first), device=first.device) - first] = positions[order]
+        return self.sort(table, table != PADDING)
+
+    def sort(self, positions: Tensor, real: Tensor) -> TopK:
+        """The k best of candidates: positions, and which of them count, `[B, m], [B, m]`."""
+        items = self.table.item_at[positions].long()
+        by_id = items.argsort(dim=1)
+        items, positions, real = (part.gather(1, by_id) for part in (items, positions, real))
+        exact, order = self.in_order(positions, real)
         if self.is_tree:
-            unsure = self.unsure(numbers[order], positions[order], scores[order])
+            unsure = self.unsure(positions.gather(1, order), exact.gather(1, order))
             if len(unsure):
                 self.offsets[unsure] = self.take(unsure).exact_offsets()
-                scores, order = self.scores_in_order(numbers, positions)
-        scores = scores.to(self.table.dtype)
-        counts = torch.bincount(numbers, minlength=len(self.hidden))
-        if int(counts.min()) < self.k or not scores.isfinite().all():
+                exact, order = self.in_order(positions, real)
+        order = order[:, : self.k]
+        scores = exact.gather(1, order).to(self.table.dtype)
+        if not scores.isfinite().all():
             if not self.hidden.isfinite().all():
                 raise CompressionError(
                     "Expected `hidden` to hold finite numbers, but found NaN or infinity; the "
@@ -378,38 +393,38 @@ class _Part:
                 "Expected scores to be finite numbers, but they overflow; the hidden states or the "
                 "weights of the item table are far too large."
             )
-        first = (counts.cumsum(0) - counts).unsqueeze(1)
-        best = order[first + torch.arange(self.k, device=order.device)]
-        return TopK(items[best], scores[best])
+        return TopK(items.gather(1, order), scores)
 
-    def scores_in_order(self, numbers: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores in float64, `[C], [C] -> [C]`, and how to sort them by row of the batch, then by
-        what they are when rounded."""
-        scores = self.exact_scores(numbers, positions)
-        order = scores.to(self.table.dtype).argsort(descending=True, stable=True)
-        return scores, order[numbers[order].argsort(stable=True)]
+    def in_order(self, positions: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores in float64, `[B, m]`, and how to sort them by what they are when rounded."""
+        size = max(1, _FEW_NUMBERS // (positions.shape[1] * self.hidden.shape[1]))
+        rows = zip(*(part.split(size) for part in (self.hidden, self.offsets, positions)))
+        scores = torch.cat([self.exact_scores(*some) for some in rows])
+        scores = torch.where(real, scores, -torch.inf)
+        order = scores.to(self.table.dtype).argsort(dim=1, descending=True, stable=True)
+        return scores, order
 
-    def exact_scores(self, numbers: Tensor, positions: Tensor) -> Tensor:
-        """Scores in float64, `[C], [C] -> [C]`: sums of products, not products of matrices, in
-        which a result's last digit depends on how many there are."""
-        scores = self.offsets[numbers, self.table.partition.blocks(positions)]
+    def exact_scores(self, hidden: Tensor, offsets: Tensor, positions: Tensor) -> Tensor:
+        """Scores in float64, `[B, d], [B, n_blocks], [B, m] -> [B, m]`: sums of products, not
+        products of matrices, in which a result's last digit depends on how many there are."""
+        scores = torch.zeros_like(positions, dtype=torch.float64)
         for block in self.table.exact:
-            query, rows = block.exact_query(self.hidden), block.find(positions)
-            size = max(1, _FEW_NUMBERS // query.shape[1])
-            for here in (rows >= 0).nonzero().squeeze(1).split(size):
-                codes = block.values[rows[here]].double()
-                scores[here] += (codes * query[numbers[here]]).sum(1)
-        return scores
+            rows = block.find(positions)
+            codes = block.values[rows.clamp(min=0)].double()
+            logits = (codes * block.exact_query(hidden).unsqueeze(1)).sum(2)
+            scores = torch.where(rows >= 0, logits, scores)
+        if not self.is_tree:
+            return scores
+        return scores + offsets.gather(1, self.table.partition.blocks(positions))
 
-    def unsure(self, numbers: Tensor, positions: Tensor, scores: Tensor) -> Tensor:
+    def unsure(self, positions: Tensor, scores: Tensor) -> Tensor:
         """Rows whose order errors of the offsets could change, given sorted candidates: that of two
         blocks, or in one where it decides to which numbers scores are rounded."""
-        blocks = self.table.partition.blocks(positions)
-        gap = (scores[:-1] - scores[1:]).abs()
-        digits = 4 * torch.finfo(self.table.dtype).eps * scores[1:].abs()
-        across = (blocks[:-1] != blocks[1:]) & (gap <= self.slack[numbers[1:]])
-        unsure = across | (gap > 0) & (gap <= digits)
-        return numbers[1:][unsure & (numbers[:-1] == numbers[1:])].unique()
+        gap = scores.diff(dim=1).abs()
+        digits = 4 * torch.finfo(self.table.dtype).eps * scores[:, 1:].abs()
+        across = self.table.partition.blocks(positions).diff(dim=1) != 0
+        unsure = (gap > 0) & (gap <= digits) | across & (gap <= self.slack.unsqueeze(1))
+        return unsure.any(1).nonzero().squeeze(1)
 
 
 def _reaching(upper: Tensor, floor: Tensor) -> Tensor:

@@ -234,7 +234,7 @@ class SearchTable:
         longest: no item vector and no cluster is longer.
         rounding: twice what rounding may change in a logit, for hidden states of length one.
         basis: those of all blocks beside each other, `[d, sum r]`.
-        items: ids in popularity order without padding, `[n_items - 1]`.
+        item_at: item id at each position, `[n_items]`.
         is_small: whether the catalogue is; then copies of its item vectors are kept.
         exact: what scores of candidates are computed from: the blocks, or all vectors as one.
 
@@ -278,13 +278,13 @@ class SearchTable:
             block.values.T.contiguous() if block.n_items <= FEW_ITEMS else None
             for block in self.blocks
         ]
-        self.items, self.exact = partition.item_at[1:], self.blocks
+        self.item_at, self.exact = partition.item_at, self.blocks
         self.is_small = partition.n_items <= FEW_ITEMS
         if self.is_small:
-            self.items = self.items.long()
+            self.item_at = self.item_at.long()
             vectors = [block.values.double() @ block.basis.T for block in self.blocks]
             everything = torch.cat(vectors)
-            self.exact = [Rows(everything, torch.eye(everything.shape[1]), 0.0, 1, len(everything))]
+            self.exact = [Rows(everything, torch.eye(everything.shape[1], device=everything.device), 0.0, 1, len(everything))]
 
     def is_current(self, watched: Sequence[Tensor]) -> bool:
         """Whether the weights are those that this was made from."""
