@@ -421,7 +421,7 @@ class _Part:
         """Rows whose order errors of the offsets could change, given sorted candidates: that of two
         blocks, or in one where it decides to which numbers scores are rounded."""
         gap = scores.diff(dim=1).abs()
-        digits = 4 * torch.finfo(self.table.dtype).eps * scores[:, 1:].abs()
+        digits = 4 * torch.finfo(self.table.dtype).eps * scores[:, :-1].abs()
         across = self.table.partition.blocks(positions).diff(dim=1) != 0
         unsure = (gap > 0) & (gap <= digits) | across & (gap <= self.slack.unsqueeze(1))
         return unsure.any(1).nonzero().squeeze(1)
