@@ -192,21 +192,26 @@ class _Part:
 
     def read_all(self, j: int, block: Rows) -> None:
         """Read all rows of a block."""
-        whole, (n_rows, rank) = self.table.blocks[j], block.values.shape
+        n_rows, rank = block.values.shape
         size = 1
         if n_rows * len(self.hidden) > _FEW_LOGITS:
             # larger groups mean fewer maxima to sort, and more rows to read again for each
             size = min(round((2 * n_rows / (self.k * rank)) ** 0.5), n_rows // (8 * self.k))
-        size = max(1, size)
-        query = block.query(self.hidden, self.table.dtype)
-        maxima, log_sum = self.maxima(j, block, query, size, with_sums=self.is_tree)
+        self.read(j, block, block.query(self.hidden, self.table.dtype), max(1, size))
+
+    def read(
+        self, j: int, block: Rows, query: Tensor, size: int, groups: Tensor | None = None
+    ) -> None:
+        """Read groups of a block, all of them for a tree."""
+        maxima, log_sum = self.maxima(j, block, query, size, groups, with_sums=self.is_tree)
         if self.is_tree:
+            whole = self.table.blocks[j]
             if block is not whole:
                 log_sum = group_maxima(whole.values, query, 64, with_sums=True)[1]
             self.offsets[:, j] = self.offset(j, log_sum)
             maxima = maxima + self.offsets[:, j].to(maxima.dtype)
-        self.raise_floor(maxima)
-        self.keep(j, block, query, maxima, size)
+        self.best = torch.cat([self.best, maxima]).topk(self.k, dim=0).values
+        self.keep(j, block, query, maxima, size, groups)
 
     def read_groups(self, j: int, block: Rows, groups: Bounds, branches: Bounds) -> None:
         """Read those groups of a block that may hold one of the best.
@@ -234,25 +239,25 @@ class _Part:
         """Read the groups that any of the rows needs; returns for which of them all of a tree's
         block has to be read, `[B]`."""
         upper, floor = groups.above(query), self.floor_of_logits(j, groups, query)
+        chosen = _reaching(upper, floor)
         if self.is_tree:
-            chosen = _reaching(upper, floor)
             return (self.maxima(j, block, query, groups.size, chosen)[0] >= floor).any(0)
-        lowest = torch.where(floor == -torch.inf, upper.amin(0), floor)
-        first = torch.maximum(floor, (3 * upper.amax(0) + lowest) / 4)
-        read = []
-        for least in (first, floor):  # the most promising first, to raise the floor
-            chosen, size = _reaching(upper, torch.maximum(least, self.floor())), groups.size
-            upper[chosen] = torch.nan  # which reaches nothing: no group is read twice
-            if len(chosen) * size * len(floor) <= _FEW_SCORES:  # row by row, for a higher floor
-                slots = torch.arange(size, device=chosen.device)
-                chosen, size = (chosen.unsqueeze(1) * size + slots).flatten(), 1
-                chosen = chosen[chosen < block.n_items]
-            maxima, _ = self.maxima(j, block, query, size, chosen)
-            self.raise_floor(maxima)
-            read.append((maxima, size, chosen))
-        for maxima, size, chosen in read:
-            self.keep(j, block, query, maxima, size, chosen)
+        if len(chosen) * groups.size * len(floor) > _FEW_SCORES:
+            upper = upper[chosen]  # the most promising first, to raise the floor
+            lowest = torch.where(floor == -torch.inf, upper.amin(0), floor)
+            first = _reaching(upper, torch.maximum(floor, (3 * upper.amax(0) + lowest) / 4))
+            self.read_rows(j, block, query, groups.size, chosen[first])
+            upper[first] = torch.nan  # which reaches nothing: no group is read twice
+            chosen = chosen[_reaching(upper, self.floor())]
+        self.read_rows(j, block, query, groups.size, chosen)
         return torch.zeros_like(floor, dtype=torch.bool)
+
+    def read_rows(self, j: int, block: Rows, query: Tensor, size: int, groups: Tensor) -> None:
+        """Read groups, row by row if there are few: that makes for a higher floor."""
+        if len(groups) * size * len(self.hidden) <= _FEW_SCORES:
+            rows = groups.unsqueeze(1) * size + torch.arange(size, device=groups.device)
+            groups, size = rows[rows < block.n_items], 1
+        self.read(j, block, query, size, groups)
 
     def maxima(
         self,
@@ -327,10 +332,6 @@ class _Part:
         if not self.is_tree:
             return self.floor()
         return self.floor() - self.offset(j, bounds.log_sum_below(query)).to(query.dtype)
-
-    def raise_floor(self, scores: Tensor) -> None:
-        """Take scores of items that none of the best so far stands for, `[m, B]`."""
-        self.best = torch.cat([self.best, scores]).topk(self.k, dim=0).values
 
     # -- offsets of a tree -------------------------------------------------------------------------
 
