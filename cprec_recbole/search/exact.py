@@ -199,11 +199,9 @@ class _Part:
             size = min(round((2 * n_rows / (self.k * rank)) ** 0.5), n_rows // (8 * self.k))
         self.read(j, block, block.query(self.hidden, self.table.dtype), max(1, size))
 
-    def read(
-        self, j: int, block: Rows, query: Tensor, size: int, groups: Tensor | None = None
-    ) -> None:
-        """Read groups of a block, all of them for a tree."""
-        maxima, log_sum = self.maxima(j, block, query, size, groups, with_sums=self.is_tree)
+    def read(self, j: int, block: Rows, query: Tensor, size: int) -> None:
+        """Find the best of some rows of a block, of all of them for a tree."""
+        maxima, log_sum = self.maxima(j, block, query, size, with_sums=self.is_tree)
         if self.is_tree:
             whole = self.table.blocks[j]
             if block is not whole:
@@ -211,7 +209,7 @@ class _Part:
             self.offsets[:, j] = self.offset(j, log_sum)
             maxima = maxima + self.offsets[:, j].to(maxima.dtype)
         self.best = torch.cat([self.best, maxima]).topk(self.k, dim=0).values
-        self.keep(j, block, query, maxima, size, groups)
+        self.keep(j, block, query, maxima, size)
 
     def read_groups(self, j: int, block: Rows, groups: Bounds, branches: Bounds) -> None:
         """Read those groups of a block that may hold one of the best.
@@ -241,74 +239,52 @@ class _Part:
         upper, floor = groups.above(query), self.floor_of_logits(j, groups, query)
         chosen = _reaching(upper, floor)
         if self.is_tree:
-            return (self.maxima(j, block, query, groups.size, chosen)[0] >= floor).any(0)
+            maxima, _ = self.maxima(j, block.of_groups(chosen), query, groups.size)
+            return (maxima >= floor).any(0)
         if len(chosen) * groups.size * len(floor) > _FEW_SCORES:
             upper = upper[chosen]  # the most promising first, to raise the floor
             lowest = torch.where(floor == -torch.inf, upper.amin(0), floor)
             first = _reaching(upper, torch.maximum(floor, (3 * upper.amax(0) + lowest) / 4))
-            self.read_rows(j, block, query, groups.size, chosen[first])
+            self.read_some(j, block.of_groups(chosen[first]), query, groups.size)
             upper[first] = torch.nan  # which reaches nothing: no group is read twice
             chosen = chosen[_reaching(upper, self.floor())]
-        self.read_rows(j, block, query, groups.size, chosen)
+        self.read_some(j, block.of_groups(chosen), query, groups.size)
         return torch.zeros_like(floor, dtype=torch.bool)
 
-    def read_rows(self, j: int, block: Rows, query: Tensor, size: int, groups: Tensor) -> None:
+    def read_some(self, j: int, block: Rows, query: Tensor, size: int) -> None:
         """Read groups, row by row if there are few: that makes for a higher floor."""
-        if len(groups) * size * len(self.hidden) <= _FEW_SCORES:
-            rows = groups.unsqueeze(1) * size + torch.arange(size, device=groups.device)
-            groups, size = rows[rows < block.n_items], 1
-        self.read(j, block, query, size, groups)
+        is_few = len(block.values) * len(self.hidden) <= _FEW_SCORES
+        self.read(j, block, query, 1 if is_few else size)
 
     def maxima(
-        self,
-        j: int,
-        block: Rows,
-        query: Tensor,
-        size: int,
-        groups: Tensor | None = None,
-        *,
-        with_sums: bool = False,
+        self, j: int, block: Rows, query: Tensor, size: int, *, with_sums: bool = False
     ) -> tuple[Tensor, Tensor]:
         """See group_maxima; without what is excluded."""
-        n_rows = len(block.values) if groups is None else len(groups) * size
-        self.tail_rows += n_rows * len(self.hidden) if j else 0
+        self.tail_rows += len(block.values) * len(self.hidden) if j else 0
         excluded = None
         if len(self.limits.excluded):
             numbers, positions = self.limits.pairs()
             rows, order = block.find(positions).sort()
             here = rows >= 0
             excluded = rows[here], numbers[order][here]
-        return group_maxima(block.values, query, size, groups, excluded, with_sums=with_sums)
+        return group_maxima(block.values, query, size, excluded, with_sums=with_sums)
 
-    def keep(
-        self,
-        j: int,
-        block: Rows,
-        query: Tensor,
-        maxima: Tensor,
-        size: int,
-        groups: Tensor | None = None,
-    ) -> None:
+    def keep(self, j: int, block: Rows, query: Tensor, maxima: Tensor, size: int) -> None:
         """Take the items of groups that may be among the best."""
         floor = self.floor()
         group, number = (maxima >= floor).nonzero().unbind(1)
-        scores = maxima[group, number]
-        group = group if groups is None else groups[group]
         if size == 1:
-            self.add(number, block.positions(group), scores)
+            self.add(number, block.positions(group), maxima[group, number])
             return
         slots = torch.arange(size, device=group.device)
-        offsets = self.offsets[:, j].to(floor.dtype)
+        offsets, n_rows = self.offsets[:, j].to(floor.dtype), len(block.values)
         n_pairs = max(1, _NUMBERS // (size * len(query)))
         for some, here in zip(group.split(n_pairs), number.split(n_pairs)):
             rows = some.unsqueeze(1) * size + slots  # [P, s]
-            if groups is None:
-                codes = block.values[rows.clamp(max=len(block.values) - 1)]
-            else:
-                codes = block.values.view(-1, size, len(query))[some]
+            codes = block.values[rows.clamp(max=n_rows - 1)]
             scores = torch.bmm(codes, query.T[here].unsqueeze(2)).squeeze(2)
             scores += offsets[here].unsqueeze(1)
-            reaches = (scores >= floor[here].unsqueeze(1)) & (rows < block.n_items)
+            reaches = (scores >= floor[here].unsqueeze(1)) & (rows < n_rows)
             pair, slot = reaches.nonzero().unbind(1)
             positions = block.positions(rows[pair, slot])
             self.add(here[pair], positions, scores[pair, slot])

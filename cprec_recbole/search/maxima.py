@@ -19,7 +19,6 @@ def group_maxima(
     rows: Tensor | Int8Rows,
     query: Tensor,
     size: int,
-    groups: Tensor | None = None,
     excluded: tuple[Tensor, Tensor] | None = None,
     *,
     with_sums: bool = False,
@@ -33,7 +32,6 @@ def group_maxima(
         rows: `[n, r]`; a group is a run of `size` of them, and the last one may be shorter.
         query: `[r, B]`.
         size: rows to a group.
-        groups: which groups to read, rising, `[G]`, all of them whole; None for every group.
         excluded: logits that do not count, as rows, rising, and queries, `[M], [M]`.
         with_sums: whether the second result is wanted.
 
@@ -43,7 +41,7 @@ def group_maxima(
     """
     n_queries = query.shape[1]
     query = F.pad(query, (0, -n_queries % _LANES)) if n_queries > 1 else query
-    n_groups = -(-len(rows) // size) if groups is None else len(groups)
+    n_groups = -(-len(rows) // size)
     per_piece = max(1, min(n_groups, _PIECE // (size * query.shape[1])))
     maxima = query.new_empty(n_groups, query.shape[1])
     buffer = query.new_empty(per_piece * size, query.shape[1])
@@ -52,16 +50,12 @@ def group_maxima(
     firsts = list(range(0, n_groups, per_piece))
     cuts = [0] * (len(firsts) + 1)
     if excluded is not None and n_groups:
-        out, columns = _among(groups, size, *excluded) if groups is not None else excluded
+        out, columns = excluded
         ends = torch.tensor([*firsts, n_groups], device=out.device) * size
         cuts = torch.searchsorted(out, ends).tolist()
     for i, first in enumerate(firsts):
         start, end = first * size, min(len(rows), (first + per_piece) * size)
-        if groups is not None and isinstance(rows, Tensor):
-            some = groups[first : first + per_piece]
-            part = rows.view(-1, size, rows.shape[1])[some].flatten(0, 1)
-            logits = torch.mm(part, query, out=buffer[: len(part)])
-        elif isinstance(rows, Int8Rows):
+        if isinstance(rows, Int8Rows):
             logits = rows.multiply(start, end, query, buffer[: end - start])
         else:
             logits = torch.mm(rows[start:end], query, out=buffer[: end - start])
@@ -89,9 +83,3 @@ def _maxima(logits: Tensor, size: int, into: Tensor) -> Tensor:
         torch.amax(logits[n_whole * size :], 0, out=into[n_whole])
     return into
 
-
-def _among(groups: Tensor, size: int, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows numbered as they come where only these groups are read, and their columns."""
-    at = torch.searchsorted(groups, rows // size).clamp(max=len(groups) - 1)
-    inside = groups[at] == rows // size
-    return (at * size + rows % size)[inside], columns[inside]

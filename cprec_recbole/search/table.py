@@ -88,9 +88,11 @@ class Rows:
         longest: no item vector is longer.
         start: position of the block's first item.
         n_items: rows that are items; those from there on are copies that fill up the last group.
-        order: place of each row in the block, `[n]`; None where rows are in the block's order.
-        row_at: row of each place, -1 where there is none, `[k]`; None likewise.
+        order: place of each row in the block, `[k]`; None where rows are in the block's order.
+        row_at: row of each place, `[k]`; None likewise.
         bounds: of groups of rows, and of runs of such groups; None without an index.
+        parent: of a copy of some rows all of them.
+        taken: and which they are, rising, `[n]`.
     """
 
     values: Tensor | Int8Rows
@@ -101,6 +103,8 @@ class Rows:
     order: Tensor | None = None
     row_at: Tensor | None = None
     bounds: tuple[Bounds, Bounds] | None = None
+    parent: Rows | None = None
+    taken: Tensor | None = None
 
     @classmethod
     def of(
@@ -151,27 +155,34 @@ class Rows:
 
     def positions(self, rows: Tensor) -> Tensor:
         """Positions in popularity order of some rows, `[M] -> [M]`."""
+        if self.parent is not None and self.taken is not None:
+            return self.parent.positions(self.taken[rows])
         return self.start + (rows if self.order is None else self.order[rows])
 
     def find(self, positions: Tensor) -> Tensor:
-        """Rows of some positions, -1 where they are not here, `[M] -> [M]`."""
+        """Rows of some positions, -1 where they are not here, `[...] -> [...]`."""
+        if self.parent is not None and self.taken is not None:
+            rows = self.parent.find(positions)
+            at = torch.searchsorted(self.taken, rows)
+            return torch.where(F.pad(self.taken, (0, 1), value=-2)[at] == rows, at, -1)
         places = positions - self.start
-        size = self.n_items if self.row_at is None else len(self.row_at)
-        here = (places >= 0) & (places < size)
-        rows = places if self.row_at is None else self.row_at[places.clamp(0, size - 1)]
+        here = (places >= 0) & (places < self.n_items)
+        rows = places if self.row_at is None else self.row_at[places.clamp(0, self.n_items - 1)]
         return torch.where(here, rows, -1)
 
     def pick(self, positions: Tensor) -> Rows:
         """A copy of some rows, given rising positions, also of other blocks."""
         rows = self.find(positions)
-        return self._sorted(rows[rows >= 0])
+        rows = rows[rows >= 0]
+        return replace(self, values=self.values[rows], parent=self, taken=rows)
 
-    def _sorted(self, order: Tensor, fill: int = 0) -> Rows:
-        """A copy of some rows in another order, and at the end copies of the last."""
-        row_at = torch.full((self.n_items,), -1, device=order.device)
-        row_at[order] = torch.arange(len(order), device=order.device)
-        values = self.values[torch.cat([order, order[-1:].expand(fill)])]
-        return replace(self, values=values, n_items=len(order), order=order, row_at=row_at)
+    def of_groups(self, groups: Tensor) -> Rows:
+        """A copy of the rows of some groups, rising."""
+        size = self.bounds[0].size if self.bounds else 1
+        rows = groups.unsqueeze(1) * size + torch.arange(size, device=groups.device)
+        rows = rows[rows < self.n_items]  # the last group may be filled up
+        values = self.values.view(-1, size, self.values.shape[1])[groups].flatten(0, 1)
+        return replace(self, values=values[: len(rows)], parent=self, taken=rows)
 
     def grouped(self) -> Rows:
         """A copy of the rows in float, sorted into groups of near ones, with bounds.
@@ -184,12 +195,18 @@ class Rows:
         vectors = self.values.double() @ triangular.T
         centred = vectors - vectors.mean(0)
         axes = torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(1)
-        values = (vectors @ axes).to(self.values.dtype)
-        order, size = sort_by_nearness(values, _GROUP_VALUES // max(4, values.shape[1]))
-        moved = replace(self, values=values, basis=orthonormal @ axes)
-        rows = moved._sorted(order, fill=-len(order) % size)
-        both = [Bounds.of(rows.values, n, self.n_items) for n in (size, size * _BRANCH)]
-        return replace(rows, bounds=(both[0], both[1]))
+        moved = (vectors @ axes).to(self.values.dtype)
+        order, size = sort_by_nearness(moved, _GROUP_VALUES // max(4, moved.shape[1]))
+        values = moved[torch.cat([order, order[-1:].expand(-len(order) % size)])]
+        bounds = [Bounds.of(values, n, self.n_items) for n in (size, size * _BRANCH)]
+        return replace(
+            self,
+            values=values,
+            basis=orthonormal @ axes,
+            order=order,
+            row_at=order.argsort(),
+            bounds=(bounds[0], bounds[1]),
+        )
 
 
 def sort_by_nearness(rows: Tensor, most: int) -> tuple[Tensor, int]:
