@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import increment_version
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop, SparseAdam
 
 from cprec_recbole.config import CompressionError
@@ -67,7 +66,6 @@ def build_optimizer(
     if name != "rmsprop" and known:
         options["fused"] = True
     main = _DENSE[name](dense, **options)
-    main.register_step_post_hook(_count_step)
     if not looked_up:
         return main
     return Both(main, _SPARSE[name](looked_up, lr=learning_rate))  # type: ignore[call-arg]
@@ -124,14 +122,3 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float, **options: A
         else:
             clipped.append(parameter)
     return nn.utils.clip_grad_norm_(clipped, max_norm, **options)
-
-
-def _count_step(optimizer: Optimizer, *_: Any) -> None:
-    """Count a fused step among the changes of its parameters, which PyTorch does not do.
-
-    What was made from them, such as a softmax's index, has to be made again.
-    """
-    for group in optimizer.param_groups:
-        if group.get("fused"):
-            for parameter in group["params"]:
-                increment_version(parameter)
