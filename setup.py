@@ -77,7 +77,7 @@ setup(
             *DOCS,  # the tests build the site
         ],
     },
-    entry_points={"console_scripts": ["cprec = cprec_recbole.cli:main"]},
+    entry_points={"console_scripts": ["cprec = cprec_recbole.commands.cli:main"]},
     classifiers=[
         "License :: OSI Approved :: MIT License",
         "Programming Language :: Python :: 3.10",

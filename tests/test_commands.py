@@ -8,7 +8,7 @@ import pytest
 from recbole.utils import get_model, get_trainer, init_seed
 
 from cprec_recbole import CompressionError, load_pretrained
-from cprec_recbole.cli import main
+from cprec_recbole.commands.cli import main
 from cprec_recbole.costs import part_sizes
 from cprec_recbole.training.checkpoint import load_trained
 from tests.builders import HOSTS, World

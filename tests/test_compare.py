@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from cprec_recbole import CompressionConfig, CompressionError
-from cprec_recbole.cli import main, recbole_options
+from cprec_recbole.commands.cli import main, recbole_options
 from cprec_recbole.compare import Contender, Experiment, as_markdown, as_table, contenders, save
 from cprec_recbole.compare.controls import find_controls
 from cprec_recbole.compare.results import Comparison, Run, as_json

@@ -15,7 +15,7 @@ from cprec_recbole import (
     recover,
     run_recbole,
 )
-from cprec_recbole.cli import main
+from cprec_recbole.commands.cli import main
 from cprec_recbole.compression.original import Original
 from cprec_recbole.costs import estimate, part_sizes, shared_layers
 from cprec_recbole.models import MODELS, spec_named

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cprec_recbole import compress, evaluate, load_pretrained, recover, run_recbole
-from cprec_recbole.cli import main
+from cprec_recbole.commands.cli import main
 from cprec_recbole.compare.fitting import Data, fit
 from tests.oracles import best_items
 from tests.test_contract import HEADS, no_dropout

@@ -12,7 +12,7 @@ from recbole.data import create_dataset, data_preparation
 from recbole.utils import get_model
 
 from cprec_recbole import compress, load_pretrained, recover
-from cprec_recbole.cli import _parser, recbole_options
+from cprec_recbole.commands.cli import _parser, recbole_options
 from cprec_recbole.host.library import recbole_config
 from cprec_recbole.models import MODELS
 from tests.studies import grid, write_study

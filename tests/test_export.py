@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cprec_recbole import CompressionError, compress, export, load_pretrained, quantize
-from cprec_recbole.cli import main
+from cprec_recbole.commands.cli import main
 from cprec_recbole.models.inputs import pad_histories
 from tests.builders import SMALL, train
 

@@ -19,7 +19,7 @@ from cprec_recbole import (
     quantize,
     recover,
 )
-from cprec_recbole.cli import main
+from cprec_recbole.commands.cli import main
 from cprec_recbole.compression.quantize import in_float, int8_block
 from cprec_recbole.costs import saved_bytes
 from cprec_recbole.int8 import (

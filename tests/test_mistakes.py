@@ -15,7 +15,7 @@ from recbole.utils import get_trainer
 
 import cprec_recbole
 from cprec_recbole import CompressionError, evaluate, run
-from cprec_recbole.cli import main
+from cprec_recbole.commands.cli import main
 from tests.builders import World
 from tests.test_checkpoint import trained
 from tests.test_train_command import arguments

@@ -9,7 +9,7 @@ from recbole.quick_start import load_data_and_model
 from recbole.utils import get_trainer
 
 from cprec_recbole import CompressionError, compress, evaluate, load_pretrained, recover
-from cprec_recbole.cli import main
+from cprec_recbole.commands.cli import main
 from cprec_recbole.training.checkpoint import load_trained
 from tests.builders import World
 from tests.test_checkpoint import trained

@@ -11,7 +11,7 @@ import yaml
 from recbole.config import Config
 
 from cprec_recbole import CompressionError, run
-from cprec_recbole.cli import main
+from cprec_recbole.commands.cli import main
 from cprec_recbole.host.library import recbole_config
 from cprec_recbole.training.checkpoint import load_trained
 from tests.test_checkpoint import trained

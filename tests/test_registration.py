@@ -80,7 +80,7 @@ assert not set({RUNS}) & set(sys.modules), set({RUNS}) & set(sys.modules)
 """
 COMMAND = f"""
 import sys
-from cprec_recbole.cli import main
+from cprec_recbole.commands.cli import main
 assert main(["recommend", sys.argv[1], "--history", "i1,i2", "-k", "1"]) == 0
 assert not set({RUNS}) & set(sys.modules)
 """

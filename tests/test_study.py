@@ -16,7 +16,7 @@ from rich.console import Console
 from safetensors.torch import load_model
 
 from cprec_recbole import CompressionConfig, CompressionError
-from cprec_recbole.cli import main
+from cprec_recbole.commands.cli import main
 from cprec_recbole.compare import fitting
 from cprec_recbole.compare.findings import findings_of
 from cprec_recbole.compare.findings.searches import Searches

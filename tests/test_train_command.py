@@ -9,7 +9,7 @@ from urllib.error import URLError
 import pytest
 import yaml
 
-from cprec_recbole.cli import main
+from cprec_recbole.commands.cli import main
 from tests.builders import World
 
 pytestmark = pytest.mark.usefixtures("ready_processes")
@@ -59,7 +59,7 @@ def test_two_processes_write_and_print_once(world, how, tmp_path, capfd):
     else:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
         done = subprocess.run(
-            [sys.executable, *launcher, "-m", "cprec_recbole.cli", *command, "--out=out"],
+            [sys.executable, *launcher, "-m", "cprec_recbole.commands.cli", *command, "--out=out"],
             cwd=tmp_path,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
             capture_output=True,

@@ -21,10 +21,10 @@ import scipy.sparse
 import torch
 
 from cprec_recbole.config import CompressionConfig, CompressionError, is_near, reject_unknown
-from cprec_recbole.host import registration
+from cprec_recbole.host import provider
 from cprec_recbole.host.numbering import check_checkpoint_numbering, remember
 from cprec_recbole.host.patching import Values, View, is_ours, replace_all, replaces
-from cprec_recbole.host.registration import importing_models, register_model
+from cprec_recbole.host.provider import importing_models, register_model
 
 _PLAIN = (str, int, float, list, tuple, dict, bool, type(None))
 _REMOVED_FROM_NUMPY = {
@@ -277,7 +277,7 @@ def _run(
         return original(*same, *others, **named)
     reader = Config.__new__(Config)  # its `run` reads the command line, and texts as values
     options = reader._convert_config_dict(config_dict or {}) | reader._load_cmd_line()
-    return registration.provider.run(
+    return provider.current().run(
         model or options.get("model", ""),
         dataset or options.get("dataset", ""),
         nproc=nproc,
@@ -296,7 +296,7 @@ def _trainer_by_name(name: str) -> Any:
         with suppress(ValueError, ImportError, AttributeError):
             model = get_model(name.removesuffix("Trainer"))
     if hasattr(model, "spec"):
-        return registration.provider.trainer()
+        return provider.current().trainer()
     raise AttributeError(f"module 'recbole.trainer' has no attribute {name!r}")
 
 
@@ -326,4 +326,4 @@ def prepare() -> None:
         dataset_arguments += ["training", "eval_args", "data_path"]
         training_arguments.append("checkpoint_steps")
     trainer.__getattr__ = _trainer_by_name
-    registration.provider.register_models()
+    provider.current().register_models()

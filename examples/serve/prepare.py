@@ -21,7 +21,7 @@ from recbole.data import create_dataset, data_preparation
 from recbole.utils import get_model, get_trainer, init_seed
 
 from cprec_recbole import CompressionConfig, compress, evaluate, quantize, recover
-from cprec_recbole.cli import recbole_options
+from cprec_recbole.commands.cli import recbole_options
 from cprec_recbole.costs import part_sizes, saved_bytes
 from cprec_recbole.data.sequences import item_counts
 from cprec_recbole.host.library import recbole_config, working_directory
