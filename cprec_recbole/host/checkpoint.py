@@ -165,7 +165,9 @@ def _read(archive: zipfile.ZipFile, size: int) -> Checkpoint:
     entries = _entries(archive, size)
     data = archive.read(entries["data.pkl"])
     for opcode, argument, _ in pickletools.genops(data):  # raises where a length is beyond the end
-        if opcode.name.startswith("EXT") or (opcode.name.endswith("PUT") and argument > len(data)):
+        # the unpickler makes room for as many objects as a PUT counts
+        counted = argument or 0 if opcode.name.endswith("PUT") else 0
+        if opcode.name.startswith("EXT") or counted > len(data):
             raise UnpicklingError("its pickle uses an opcode as RecBole's does not")
     match _Unpickler(io.BytesIO(data)).load():
         case {

@@ -201,7 +201,10 @@ def _ensure_dir(original: Callable, dir_path: str) -> None:
 
 
 def adapt() -> None:
-    """What RecBole asks by `if not valid_data`; where this process has no rows, others have."""
+    """Give RecBole's loaders a truth value, which it asks by `if not valid_data`.
+
+    It is that of all processes: where this one has no rows, others have.
+    """
     from recbole.data.dataloader.abstract_dataloader import AbstractDataLoader
 
     AbstractDataLoader.__bool__ = lambda loader: loader.sample_size > 0

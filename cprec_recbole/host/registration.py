@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from importlib.abc import Loader, MetaPathFinder
+from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
@@ -39,31 +39,24 @@ class _Finder(MetaPathFinder):
         if name not in _RUNS_RECBOLE:
             return None
         spec = PathFinder.find_spec(name, path)
-        if spec is not None and spec.loader is not None:
-            sys.meta_path.remove(self)
-            spec.loader = _PreparingLoader(spec.loader, self)
+        if spec is None or spec.loader is None:
+            return None
+        sys.meta_path.remove(self)
+        load = spec.loader.exec_module
+
+        def load_and_prepare(module: ModuleType) -> None:
+            from cprec_recbole.host import plugin
+
+            try:
+                with plugin.ray_if_possible():
+                    load(module)
+                plugin.prepare()
+            except BaseException:
+                sys.meta_path.insert(0, self)  # the next import tries again
+                raise
+
+        spec.loader.exec_module = load_and_prepare  # type: ignore[method-assign]
         return spec
-
-
-class _PreparingLoader(Loader):
-    """Loads a module of RecBole as another loader does, then prepares all of RecBole."""
-
-    def __init__(self, loader: Loader, finder: _Finder) -> None:
-        self.loader, self.finder = loader, finder
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        from cprec_recbole.host import plugin
-
-        try:
-            with plugin.ray_if_possible():
-                self.loader.exec_module(module)
-            plugin.prepare()
-        except BaseException:
-            sys.meta_path.insert(0, self.finder)  # the next import tries again
-            raise
 
 
 def activate(of_package: Provider) -> None:
