@@ -16,7 +16,7 @@ from recbole.utils import get_model, get_trainer, init_seed
 
 from cprec_recbole.compare.results import environment, save
 from cprec_recbole.host.library import recbole_config
-from cprec_recbole.search import index, sorting
+from cprec_recbole.search import table
 
 N_USERS, K = 500, 20
 
@@ -80,8 +80,8 @@ def measure(arguments: argparse.Namespace, softmax: str) -> str:
         hidden = model.last_hidden(users)
     exact = model.softmax.topk(hidden, K)
     with (
-        mock.patch.multiple(sorting, MOST_ITEMS=0, MOST_SCORES=0),
-        mock.patch.object(index, "_MIN_ROWS", 1),
+        mock.patch.object(exact, "_FEW_SCORES", 0),
+        mock.patch.multiple(table, FEW_ITEMS=0, _MIN_ROWS=1),
     ):
         model.build_index()
         found = [model.softmax.search(row.unsqueeze(0), K) for row in hidden]

@@ -13,10 +13,9 @@ from cprec_recbole.config import LOSS_MEMORY, CompressionError
 from cprec_recbole.embedding import Block, BlockEmbedding
 from cprec_recbole.losses import LogitBlock, Workspace, cross_entropy
 from cprec_recbole.partition import PADDING
-from cprec_recbole.search.index import Snapshot
-from cprec_recbole.search.pruned import Found, search
-from cprec_recbole.search.sorting import sort_one
-from cprec_recbole.search.topk import Barred, Ids, TopK, allowed_positions, check_k
+from cprec_recbole.search.exact import Found, search
+from cprec_recbole.search.table import SearchTable
+from cprec_recbole.search.topk import Ids, TopK, check_limits
 
 
 class Softmax(nn.Module, ABC):
@@ -33,7 +32,7 @@ class Softmax(nn.Module, ABC):
         super().__init__()
         self.table = table
         self.loss_memory = loss_memory
-        self._snapshot: Snapshot | None = None
+        self._search_table: SearchTable | None = None
 
     @property
     def head_block(self) -> Block:
@@ -107,50 +106,62 @@ class Softmax(nn.Module, ABC):
                 f"Expected `hidden` to be real numbers of shape [B, {self.table.dim}], but got "
                 f"{hidden.dtype} of {list(hidden.shape)}."
             )
-        partition = self.table.partition
-        weights = self._current().weights
-        if exclude is None and allowed is None:
-            quick = sort_one(weights, hidden, check_k(k, partition.n_items - 1))
-            if quick is not None:
-                return Found(quick, 1.0)
-        barred = Barred.from_ids(exclude, len(hidden), partition)
-        places = None if allowed is None else allowed_positions(allowed, partition)
-        k = check_k(k, barred.least_left(len(hidden), partition.n_items, places))
-        return search(weights, hidden, k, barred, places)
+        limits = check_limits(len(hidden), k, exclude, allowed, self.table.partition)
+        return search(self._current(), hidden, limits)
 
     def build_index(self) -> None:
         """Prepare `topk` to skip most of the tail: sort its rows into groups with bounds.
 
         It takes seconds for a million items and about as much memory as the tail. It is no part of
         the model's state, and dropped when weights change; then `topk` reads all rows again.
+        Changes through `.data` or another view without a version count are not noticed: build the
+        index again after them, or drop it.
 
         Raises:
             CompressionError: weights that are not finite numbers.
         """
-        self._snapshot = Snapshot(self.table, self._tree, indexed=True)
+        self._search_table = self._new_search_table(is_indexed=True)
 
     @property
     def is_indexed(self) -> bool:
         """Whether there is an index of the weights as they are."""
-        snapshot = self._snapshot
-        return snapshot is not None and snapshot.indexed and snapshot.is_current(self.table)
+        table = self._search_table
+        return table is not None and table.is_indexed and table.is_current(self._watched())
 
     def drop_index(self) -> None:
         """Forget the index and free its memory."""
-        self._snapshot = None
+        self._search_table = None
 
     @property
     def _tree(self) -> TreeSoftmax | None:
         return None
 
-    def _current(self) -> Snapshot:
-        snapshot = self._snapshot
-        if snapshot is None or not snapshot.is_current(self.table):
-            self._snapshot = snapshot = Snapshot(self.table, self._tree, indexed=False)
-        return snapshot
+    def _current(self) -> SearchTable:
+        table = self._search_table
+        if table is None or not table.is_current(self._watched()):
+            self._search_table = table = self._new_search_table(is_indexed=False)
+        return table
+
+    def _new_search_table(self, *, is_indexed: bool) -> SearchTable:
+        blocks = self.table.blocks
+        return SearchTable(
+            self.table.partition,
+            [block.rows() for block in blocks],
+            [block.projection for block in blocks],
+            None if self._tree is None else self._tree.clusters,
+            self._watched(),
+            is_indexed,
+        )
+
+    def _watched(self) -> list[Tensor]:
+        """The tensors that a search table is made from."""
+        tensors = [self.table.partition.item_at, *self._parameters.values()]
+        for block in self.table.blocks:
+            tensors += block._parameters.values()
+        return [tensor for tensor in tensors if tensor is not None]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_snapshot": None}  # copies and pickles start without an index
+        return {**self.__dict__, "_search_table": None}  # copies and pickles have no index
 
 
 class FullSoftmax(Softmax):

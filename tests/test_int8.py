@@ -109,10 +109,9 @@ def test_look_ups_and_logits_are_those_of_the_float_block_with_the_same_rows():
 @pytest.mark.parametrize("n_rows", [1, 3, 40])
 @pytest.mark.parametrize("indexed", [False, True])
 def test_top_k_is_that_of_a_sort_of_its_own_scores(kind, n_rows, indexed, monkeypatch):
-    monkeypatch.setattr("cprec_recbole.search.sorting.MOST_ITEMS", 8)  # so that it is searched
-    monkeypatch.setattr("cprec_recbole.search.sorting.MOST_SCORES", 8)
-    monkeypatch.setattr("cprec_recbole.search.index._MIN_ROWS", 64)
-    monkeypatch.setattr("cprec_recbole.search.strips._FEW_ROWS", 100)
+    monkeypatch.setattr("cprec_recbole.search.table.FEW_ITEMS", 100)  # so that it is searched
+    monkeypatch.setattr("cprec_recbole.search.table._MIN_ROWS", 64)
+    monkeypatch.setattr("cprec_recbole.search.exact._FEW_SCORES", 8)
     head = head_in_int8(kind, (20, 300, 2000))
     hidden = torch.randn(n_rows, 8)
     exclude = torch.randint(1, 2320, (n_rows, 5))

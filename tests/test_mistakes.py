@@ -9,7 +9,9 @@ from pkgutil import walk_packages
 import pytest
 import recbole.trainer.hyper_tuning
 import torch
+from recbole.config import Config
 from recbole.evaluator import Collector
+from recbole.utils import get_trainer
 
 import cprec_recbole
 from cprec_recbole import CompressionError, evaluate, run
@@ -102,19 +104,13 @@ def test_options_that_recbole_cannot_have(world, capsys, more, message, model):
 
 @pytest.mark.parametrize("model", ["SASRec", "CpSASRec"])
 def test_every_metric_ends_in_a_result(world, tmp_path, model):
-    ranking = ["NDCG", "MAP", "GAUC", "ItemCoverage", "AveragePopularity", "ShannonEntropy"]
-    options = world.options(model, metrics=[*ranking, "GiniIndex", "TailPercentage"])
-    found = run(
-        model,
-        world.name,
-        config_dict={**options, "valid_metric": "NDCG@10"},
-        out=tmp_path / "out",
-    )
-    assert {name.split("@")[0] for name in found["test_result"]} == {
-        name.lower() for name in options["metrics"]
-    }
-    kept = json.loads((tmp_path / "out" / "result.json").read_text())
-    assert kept == found
+    metrics = ["NDCG", "MAP", "GAUC", "ItemCoverage", "AveragePopularity", "ShannonEntropy"]
+    metrics += ["GiniIndex", "TailPercentage"]
+    options = world.options(model, metrics=metrics, valid_metric="NDCG@10")
+    found = run(model, world.name, config_dict=options, out=tmp_path / "out")
+    names = {name.split("@")[0] for name in found["test_result"]}
+    assert names == {name.lower() for name in metrics}
+    assert json.loads((tmp_path / "out" / "result.json").read_text()) == found
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", "NaN", '{"best_valid_result": 3}', "{"])
@@ -126,20 +122,18 @@ def test_a_damaged_result_is_named(world, tmp_path, capsys, text):
     assert "to hold the result of a run, but it is damaged" in capsys.readouterr().err
 
 
+LAST_POSITION = {"training": "last_position"}
+
+
 def test_metrics_of_popularity_count_the_same_interactions_as_recboles(world):
     metrics = {"metrics": ["NDCG", "AveragePopularity", "ItemCoverage"], "valid_metric": "NDCG@10"}
     counts = []
-    for name, options in (
-        ("SASRec", {}),
-        ("CpSASRec", {}),
-        ("CpSASRec", {"training": "last_position"}),
-    ):
-        config = world.config(name, **metrics, **options)
+    for name, training in (("SASRec", {}), ("CpSASRec", {}), ("CpSASRec", LAST_POSITION)):
+        config = world.config(name, **metrics, **training)
         collector = Collector(config)
         collector.data_collect(world.loaders(config)[0])
-        counts.append(
-            [collector.data_struct.get(f"data.{n}") for n in ("count_items", "num_items")]
-        )
+        struct = collector.data_struct
+        counts.append([struct.get("data.count_items"), struct.get("data.num_items")])
     assert counts[0] == counts[1] == counts[2]
 
 
@@ -183,20 +177,16 @@ def test_compare_says_that_it_needs_both_before_it_trains(world, tmp_path, capsy
 # models and modules of one's own
 
 
-def test_a_subclass_is_trained_as_its_options_say(world):
-    from recbole.config import Config
-    from recbole.utils import get_trainer
-
+def test_a_subclass_is_trained_as_its_options_say(world, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["script"])
     mine = type("MySASRec", (cprec_recbole.CpSASRec,), {"__module__": __name__})
     for training in ("all_positions", "last_position"):
-        options = {**world.options("CpSASRec", training=training)}
+        options = world.options("CpSASRec", training=training)
         batches = []
         for model in (cprec_recbole.CpSASRec, mine):
-            sys.argv = sys.argv[:1]
             config = Config(model=model, dataset=world.name, config_dict=options)
-            assert (
-                get_trainer(config["MODEL_TYPE"], config["model"]).__name__ == "CompressedTrainer"
-            )
+            trainer = get_trainer(config["MODEL_TYPE"], config["model"])
+            assert trainer.__name__ == "CompressedTrainer"
             batches.append([batch["item_id_list"] for batch in world.loaders(config)[0]])
         assert all(torch.equal(a, b) for a, b in zip(*batches))
     taken = type("SASRec", (cprec_recbole.CpSASRec,), {})

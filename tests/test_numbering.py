@@ -5,12 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from recbole.utils import get_model, get_trainer
+from recbole.quick_start import load_data_and_model
+from recbole.utils import get_trainer
 
 from cprec_recbole import CompressionError, compress, evaluate, load_pretrained, recover
 from cprec_recbole.cli import main
 from cprec_recbole.training.checkpoint import load_trained
 from tests.builders import World
+from tests.test_checkpoint import trained
 
 HEADER = "user_id:token\titem_id:token\ttimestamp:float\n"
 ROWS = [
@@ -55,29 +57,23 @@ OTHER = "item 1 is 'i\\d+' in the model and 'i\\d+' in the data"
 def test_the_same_interactions_in_another_order_are_refused(here, reversed_rows, folder, name):
     train, valid, test = loaders(reversed_rows)
     small, fresh = load_pretrained(folder), here.model(name)
-    calls = {
-        "data": [
-            lambda: evaluate(small, test),
-            lambda: evaluate(fresh, test),
-            lambda: recover(small, None, train, epochs=1),
-            lambda: recover(small, here.model("SASRec"), train._dataset, epochs=1),
-            lambda: compress(here.model("SASRec"), data=train, ranks=[8, 4]),
-        ],
-        "item_counts": [
-            lambda: compress(here.model("SASRec"), item_counts=train._dataset, ranks=[8, 4])
-        ],
-        "valid_data": [
+    calls = [
+        ("data", lambda: evaluate(small, test)),
+        ("data", lambda: evaluate(fresh, test)),
+        ("data", lambda: recover(small, None, train, epochs=1)),
+        ("data", lambda: recover(small, here.model("SASRec"), train._dataset, epochs=1)),
+        ("data", lambda: compress(here.model("SASRec"), data=train, ranks=[8, 4])),
+        ("item_counts", lambda: compress(here.model("SASRec"), item_counts=train._dataset)),
+        ("valid_data", lambda: compress(here.model("SASRec"), max_loss=0.9, valid_data=valid)),
+        (
+            "valid_data",
             lambda: recover(small, None, loaders(here)[0], epochs=1, valid_data=valid),
-            lambda: compress(here.model("SASRec"), max_loss=0.9, valid_data=valid),
-        ],
-    }
+        ),
+    ]
     before = {name: tensor.clone() for name, tensor in small.state_dict().items()}
-    for argument, several in calls.items():
-        for call in several:
-            with pytest.raises(
-                CompressionError, match=f"Expected `{argument}` to number .*{OTHER}"
-            ):
-                call()
+    for argument, call in calls:
+        with pytest.raises(CompressionError, match=f"Expected `{argument}` to number .*{OTHER}"):
+            call()
     assert all(torch.equal(before[name], tensor) for name, tensor in small.state_dict().items())
 
 
@@ -141,35 +137,21 @@ def test_new_items_are_trained_on_where_they_were_added_in_the_order_of_their_id
 
 
 def test_a_checkpoint_of_a_general_model_is_of_its_data(tmp_path):
-    from recbole.quick_start import load_data_and_model
-
     world = written(tmp_path, ROWS)
-    config = world.config("BPR", checkpoint_dir=str(tmp_path), state="ERROR")
-    train, valid, _ = world.loaders(config)
-    model = get_model("BPR")(config, train._dataset)
-    trainer = get_trainer(config["MODEL_TYPE"], "BPR")(config, model)
-    trainer.fit(train, valid, verbose=False)
-    assert load_data_and_model(trainer.saved_model_file)
+    file = trained(world, "BPR", tmp_path)
+    assert load_data_and_model(file)
     written(tmp_path, ROWS[::-1])
     with pytest.raises(CompressionError, match="have other numbers"):
-        load_data_and_model(trainer.saved_model_file)
+        load_data_and_model(file)
 
 
 @pytest.mark.parametrize("name", ["SASRec", "CpSASRec"])
 def test_a_checkpoint_is_of_the_data_that_it_was_trained_on(
     here, reversed_rows, tmp_path, name, capsys
 ):
-    from recbole.quick_start import load_data_and_model
-
     world = written(tmp_path / "mine", ROWS)
     options = {"ranks": [16], "cutoffs": [], "sharing": "none"} if name == "CpSASRec" else {}
-    config = world.config(name, checkpoint_dir=str(tmp_path), state="ERROR", **options)
-    train, valid, _ = world.loaders(config)
-    model = get_model(name)(config, train._dataset)
-    trainer = get_trainer(config["MODEL_TYPE"], name)(config, model)
-    trainer.fit(train, valid, verbose=False)
-    file = trainer.saved_model_file
-
+    file = trained(world, name, tmp_path, **options)
     assert load_trained(file, {"data_path": here.data_path})
     assert load_data_and_model(file)
     command = ["compress", file, "--ranks", "8,4", "--out", str(tmp_path / "out")]
@@ -177,10 +159,9 @@ def test_a_checkpoint_is_of_the_data_that_it_was_trained_on(
     assert f"the items of {world.name} in" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     written(tmp_path / "mine", ROWS[::-1])
-    with pytest.raises(CompressionError, match="have other numbers"):
-        load_data_and_model(file)
-    with pytest.raises(CompressionError, match="have other numbers"):
-        load_trained(file)
+    for load in (load_data_and_model, load_trained):
+        with pytest.raises(CompressionError, match="have other numbers"):
+            load(file)
 
 
 def test_a_saved_data_set_is_not_read_once_its_files_have_changed(tmp_path):
@@ -219,7 +200,7 @@ def test_a_saved_data_set_is_not_read_once_its_files_have_changed(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["SASRec", "CpSASRec", "BPR"])
-@pytest.mark.parametrize("step", [1e-3, 1, 60, 1e6])
+@pytest.mark.parametrize("step", [1e-3, 60])
 def test_times_are_ordered_in_full_precision(tmp_path, name, step):
     """Unix times of today; a float32 tells two apart that differ by 128 seconds."""
     rng = np.random.default_rng(0)

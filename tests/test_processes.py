@@ -8,9 +8,10 @@ import torch
 
 import cprec_recbole
 from cprec_recbole import CompressionError
+from cprec_recbole.embedding import BlockEmbedding
 from cprec_recbole.host.checkpoint import read_checkpoint
 from cprec_recbole.parallel import launch as processes
-from cprec_recbole.parallel.group import Place, part_of
+from cprec_recbole.parallel.group import Place
 from cprec_recbole.parallel.launch import launch
 from cprec_recbole.training.run import Job
 from tests import children
@@ -71,20 +72,14 @@ def test_a_run_that_loses_a_process_ends(world, tmp_path):
     assert not (tmp_path / "out" / "result.json").exists()
 
 
-def close(one, other, but=()):
+def close(one, other):
     """Whether two trainings are the same, but for rounding."""
-    assert one["losses"] == pytest.approx(other["losses"], rel=1e-5)
+    assert one["losses"] == pytest.approx(other["losses"], rel=1e-9)
     assert one["weights"].keys() == other["weights"].keys()
     for name, value in one["weights"].items():
-        if not name.endswith(but):
-            torch.testing.assert_close(value, other["weights"][name], rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(value, other["weights"][name], rtol=1e-6, atol=1e-9)
     assert one["valid"] == other["valid"]
     assert one["test"] == other["test"]
-
-
-# The softmax of attention does not change with a key's bias: its gradient is zero but for
-# rounding, of which Adam makes steps of a full length.
-WITHOUT_GRADIENT = ("key.bias",)
 
 
 def test_two_processes_take_the_steps_of_one(world):
@@ -106,7 +101,7 @@ def test_two_processes_take_the_steps_of_one(world):
     ]
     alone, together = children.curves(world, cases), launch(2, children.curves, world, cases)
     for one, other in zip(alone, together):
-        close(one, other, WITHOUT_GRADIENT)
+        close(one, other)
         assert one["losses"][-1] < one["losses"][0]
 
 
@@ -117,10 +112,12 @@ def test_looked_up_rows_have_sparse_gradients_on_several_processes_too(world, mo
         ("CpSASRec", {**options, "learner": "sgd", "learning_rate": 0.1}),
         ("CpSASRec", {**options, "learner": "sparse_adam", "clip_grad_norm": {"max_norm": 0.5}}),
     ]
-    alone = children.curves(world, cases, sparse=True)
+    monkeypatch.setattr(BlockEmbedding.look_up_sparsely, "__defaults__", (1,))
+    assert all(world.model(name, **more).table.blocks[1].sparse for name, more in cases)
+    alone = children.curves(world, cases)
     together = launch(2, children.curves, world, cases, True)
     for one, other in zip(alone, together):
-        close(one, other, WITHOUT_GRADIENT)
+        close(one, other)
 
 
 def test_tails_spread_over_processes_are_refused(world):
@@ -221,16 +218,12 @@ def test_recboles_own_run_starts_processes_that_know_the_models(world, tmp_path,
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ({"nproc": 0}, "`nproc` to be a whole number, 1 or more, but got 0"),
         ({"nproc": "two"}, "`nproc`"),
         ({"nproc": True}, "`nproc`"),
-        ({"model": "CpSasRec"}, "`model` to be one of CpNextItNet, .* but got 'CpSasRec'"),
         ({"model": None}, "`model`"),
         ({"dataset": "nothing"}, "`dataset`"),
         ({"config_dict": {"sharing": "all"}}, "`sharing` to be one of"),
         ({"config_dict": {"checkpoint_steps": -1}}, "`checkpoint_steps`"),
-        ({"config_dict": {"checkpoint_steps": 5}}, "`checkpoint_steps` with an `out` folder"),
-        ({"resume": True}, "`resume` with the `out` folder"),
         ({"resume": True, "out": "x", "model": "BPR"}, "`resume` with one of CpNextItNet"),
         ({"config_file_list": ["none.yaml"]}, "`config_file_list` to be a YAML file"),
     ],
@@ -240,12 +233,6 @@ def test_bad_arguments_start_nothing(arguments, match, tmp_path, monkeypatch):
     with pytest.raises(CompressionError, match=match):
         cprec_recbole.run(**{"model": "CpSASRec", "dataset": "ml-100k", "nproc": 2, **arguments})
     assert not list(tmp_path.iterdir())
-
-
-def test_an_error_in_the_data_is_every_processs(world, tmp_path):
-    options = world.options("CpGRU4Rec", load_col={"inter": ["user_id", "item_id"]})
-    with pytest.raises((CompressionError, RuntimeError), match=r"\[time_field\]|timestamp"):
-        cprec_recbole.run("CpGRU4Rec", world.name, nproc=2, config_dict=options)
 
 
 TORCHRUN = {
@@ -276,10 +263,3 @@ def test_nproc_under_torchrun_is_refused(monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(CompressionError, match=r"no `nproc` under torchrun, .* 4 processes"):
         cprec_recbole.run("CpSASRec", "ml-100k", nproc=2)
-
-
-@pytest.mark.parametrize("n", [0, 1, 2, 7, 8])
-def test_the_parts_of_processes_are_every_row_once_and_in_order(n):
-    parts = [list(part_of(n, number, 3)) for number in range(3)]
-    assert [row for part in parts for row in part] == list(range(n))
-    assert max(map(len, parts)) - min(map(len, parts)) <= 1

@@ -71,7 +71,8 @@ except AttributeError as error:
 LIGHT = f"""
 import importlib, pkgutil, sys
 import cprec_recbole, cprec_recbole.embedding, cprec_recbole.softmax, cprec_recbole.costs
-for name in ("models", "search", "losses", "serving"):
+import cprec_recbole.losses
+for name in ("models", "search", "serving"):
     package = importlib.import_module("cprec_recbole." + name)
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(package.__name__ + "." + module.name)

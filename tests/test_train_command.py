@@ -92,10 +92,9 @@ def test_data_that_cannot_be_downloaded_are_one_line(world, tmp_path, capsys, mo
 
 
 def test_options_of_ours_for_a_model_of_recboles_are_refused(world, capsys):
-    assert main([*arguments(world, "SASRec"), "--ranks=8,4"]) == 2
-    assert "`ranks` with one of CpNextItNet" in capsys.readouterr().err
-    assert main([*arguments(world, "SASRec"), "--shard_tails=true"]) == 2
-    assert "`shard_tails` with one of CpNextItNet" in capsys.readouterr().err
+    for name, value in (("ranks", "8,4"), ("shard_tails", "true")):
+        assert main([*arguments(world, "SASRec"), f"--{name}={value}"]) == 2
+        assert f"`{name}` with one of CpNextItNet" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -118,36 +117,20 @@ def test_what_recbole_takes_is_taken(world, model, more, capsys):
 def test_a_reader_that_has_had_enough_is_no_error(unbuffered):
     script = (
         "import argparse, sys\n"
+        "from unittest.mock import Mock\n"
         "from cprec_recbole import cli\n"
-        "class P:\n"
-        "    def parse_known_args(self, argv):\n"
-        "        return argparse.Namespace(run=run), []\n"
-        "def run(*arguments):\n"
-        "    for _ in range(100_000):\n"
-        "        print('an answer')\n"
-        "cli._parser = lambda argv: P()\n"
+        "run = lambda *_: print('an answer\\n' * 100_000, flush=True)\n"
+        "cli._parser = lambda argv: Mock(parse_known_args=lambda _: (Mock(run=run), []))\n"
         "sys.exit(cli.main([]))\n"
     )
     environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
     command = [sys.executable, "-c", script]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
-    ) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, env=environment) as process:
         process.stdout.readline()
         process.stdout.close()
         errors = process.stderr.read()
         assert (process.wait(), errors) == (0, b"")
-
-
-def test_the_command_line_wins_over_files(world, tmp_path, monkeypatch):
-    (tmp_path / "mine.yaml").write_text("loss_memory: 64MiB\nranks: [8, 4]\n")
-    jobs = []
-    monkeypatch.setattr("cprec_recbole.commands.train.train", lambda job, n: jobs.append(job) or {})
-    monkeypatch.setattr("cprec_recbole.commands.train._table", lambda *parts: "")
-    more = ["--config", str(tmp_path / "mine.yaml"), "--loss_memory=2MiB", "--data_path=2020,x"]
-    assert main([*arguments(world, "CpSASRec"), *more]) == 0
-    found = jobs[0].options
-    assert (found["loss_memory"], found["ranks"], found["data_path"]) == ("2MiB", [8, 4], "2020,x")
 
 
 @pytest.mark.parametrize(
@@ -155,7 +138,6 @@ def test_the_command_line_wins_over_files(world, tmp_path, monkeypatch):
     [
         (["--nproc", "0"], "`nproc` to be a whole number, 1 or more, but got 0"),
         (["--resume"], "`resume` with the `out` folder"),
-        (["--rank=8,4"], "did you mean `ranks`"),
         (["--model", "Nothing"], "`model` to be one of CpNextItNet"),
         (["--checkpoint_steps=2"], "`checkpoint_steps` with an `out` folder"),
         (["--checkpoint_step=2"], "did you mean `checkpoint_steps`"),
@@ -165,7 +147,6 @@ def test_the_command_line_wins_over_files(world, tmp_path, monkeypatch):
             "--load_col='{inter: [user_id, item_id, timestamp]}'",
         ),
         (["--out", "/dev/null/x"], "`out` to be a folder that can be written"),
-        (["--learning_rat=0.9"], "did you mean `learning_rate`"),
         (["--shard_tail=true"], "did you mean `shard_tails`"),
         (["--metrics=[NDCG]", "--valid_metric=NDCG@7"], "`valid_metric` to be one of NDCG@"),
         (
@@ -175,9 +156,6 @@ def test_the_command_line_wins_over_files(world, tmp_path, monkeypatch):
         (["--loss_type=BPR", "--train_neg_sample_args=null"], "`train_neg_sample_args`"),
         (["--field_separator=,"], "`dataset` to be one that RecBole reads and splits"),
         (["--epochs=ten"], "`epochs` to be a whole number, 0 or more, but got 'ten'"),
-        (["--train_batch_size=0"], "`train_batch_size` to be a whole number, 1 or more, but got 0"),
-        (["--stopping_step=x"], "`stopping_step` to be a whole number"),
-        (["--seed=x"], "`seed` to be a whole number"),
         (["--learning_rate=-1"], "`learning_rate` to be a number above 0, but got -1"),
         (["--weight_decay=x"], "`weight_decay` to be a number, 0 or more, but got 'x'"),
         (["--hidden_size=15"], "options that a CpSASRec can have, but RecBole says: The hidden"),

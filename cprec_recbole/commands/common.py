@@ -24,12 +24,11 @@ from cprec_recbole.models import spec_named
 MODELS = tuple(model.spec.name for model in COMPRESSED)
 TABLE_WIDTH = 140
 # RecBole's options that are texts, whatever they look like in YAML: intervals such as [5,inf) too
-TEXTS = (
-    *("USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD", "RATING_FIELD", "LABEL_FIELD", "NEG_PREFIX"),
-    *("ITEM_LIST_LENGTH_FIELD", "LIST_SUFFIX", "POSITION_FIELD", "encoding", "wandb_project"),
-    *("data_path", "checkpoint_dir", "dataset_save_path", "dataloaders_save_path"),
-    *("user_inter_num_interval", "item_inter_num_interval", "field_separator", "seq_separator"),
-)
+TEXTS = ["USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD", "RATING_FIELD", "LABEL_FIELD"]
+TEXTS += ["ITEM_LIST_LENGTH_FIELD", "POSITION_FIELD", "LIST_SUFFIX", "NEG_PREFIX", "encoding"]
+TEXTS += ["data_path", "checkpoint_dir", "dataset_save_path", "dataloaders_save_path"]
+TEXTS += ["user_inter_num_interval", "item_inter_num_interval", "wandb_project"]
+TEXTS += ["field_separator", "seq_separator"]
 
 
 def console() -> Console:
@@ -74,7 +73,7 @@ def given_options(options: argparse.Namespace) -> dict[str, Any]:
 
 def dataset_of(options: argparse.Namespace) -> str:
     """The data set that was named: on the command line, else in a file, else the bundled one."""
-    return options.dataset or text_of(from_files(options), "dataset") or "ml-100k"
+    return _name(options, "dataset") or "ml-100k"
 
 
 def model_of(options: argparse.Namespace, names: Sequence[str] | None = None) -> str:
@@ -84,7 +83,7 @@ def model_of(options: argparse.Namespace, names: Sequence[str] | None = None) ->
         options: the command's.
         names: what it has to be one of; any name is taken if left out.
     """
-    model = options.model or text_of(from_files(options), "model")
+    model = _name(options, "model")
     if model is None or (names is not None and model not in names):
         wanted = f"one of {', '.join(names)}" if names else "the name of a model"
         got = "none; use --model, or name it in the file of --config" if model is None else model
@@ -92,12 +91,12 @@ def model_of(options: argparse.Namespace, names: Sequence[str] | None = None) ->
     return model
 
 
-def text_of(options: dict[str, Any], name: str) -> str | None:
-    """An option that is a name; None where it was not given."""
-    value = options.get(name)
-    if value is not None and not isinstance(value, str):
-        raise CompressionError(f"Expected `{name}` to be a name, but got {value!r}.")
-    return value
+def _name(options: argparse.Namespace, option: str) -> str | None:
+    """An option that is a name, of the command line or else of a file; None where none has it."""
+    name = getattr(options, option) or from_files(options).get(option)
+    if name is not None and not isinstance(name, str):
+        raise CompressionError(f"Expected `{option}` to be a name, but got {name!r}.")
+    return name
 
 
 def compression_for(model: str, options: argparse.Namespace) -> CompressionConfig:

@@ -18,8 +18,11 @@ from cprec_recbole.compression.recover import recover
 from cprec_recbole.config import CompressionError
 from cprec_recbole.costs import part_sizes, saved_bytes
 from cprec_recbole.models.saving import folder_bytes
-from cprec_recbole.training.checkpoint import load_trained
+from cprec_recbole.training.checkpoint import TrainedModel, load_trained
 from cprec_recbole.training.evaluation import evaluate
+
+# RecBole's options that recover() takes, by its names for them
+_RECOVER = {"learning_rate": "learning_rate", "train_batch_size": "batch_size", "seed": "seed"}
 
 
 def add_parser(commands: Any) -> None:
@@ -56,12 +59,10 @@ def run(options: argparse.Namespace, passed_on: dict[str, Any], command: str) ->
     if options.recover < 0:
         raise CompressionError(f"Expected `recover` to be 0 or more, but got {options.recover}.")
     _check_out(Path(options.out))
-    recovery = {"learning_rate": "learning_rate", "train_batch_size": "batch_size", "seed": "seed"}
-    for name in ("learning_rate", "train_batch_size") if not options.recover else ():
-        if name in passed_on:
+    for name in passed_on:
+        if name in ("learning_rate", "train_batch_size") and not options.recover:
             raise CompressionError(f"Expected `{name}` with --recover, which alone reads it.")
-    for name in ("epochs", "stopping_step", "learner", "weight_decay"):
-        if name in passed_on:
+        if name in ("epochs", "stopping_step", "learner", "weight_decay"):
             raise CompressionError(
                 f"Expected no `{name}`, as nothing here trains by it; --recover EPOCHS fine-tunes."
             )
@@ -81,7 +82,7 @@ def run(options: argparse.Namespace, passed_on: dict[str, Any], command: str) ->
     made = "compressed" if options.dtype is None else f"compressed, {options.dtype}"
     rows.append((made, small, _quality(small, found)))
     if options.recover:
-        given = {ours: passed_on[name] for name, ours in recovery.items() if name in passed_on}
+        given = {_RECOVER[name]: value for name, value in passed_on.items() if name in _RECOVER}
         valid = found.valid if len(found.valid) else None
         recover(small, found.model, found.train, options.recover, valid_data=valid, **given)
         rows.append(("recovered", small, _quality(small, found)))
@@ -102,37 +103,34 @@ def _check_out(out: Path) -> None:
         )
 
 
-def _quality(model: nn.Module, found: Any) -> dict[str, float]:
+def _quality(model: nn.Module, found: TrainedModel) -> dict[str, float]:
     """Every metric on validation and test data, or on that of the two which there is."""
-    data = {"valid": found.valid, "test": found.test}
-    return {
-        f"{part} {name}": score
-        for part, each in data.items()
-        if len(each)
-        for name, score in evaluate(model, each).items()
-    }
+    parts = {"valid": found.valid, "test": found.test}
+    scores = {part: evaluate(model, data) for part, data in parts.items() if len(data)}
+    return {f"{part} {name}": each[name] for part, each in scores.items() for name in each}
 
 
 def _table(rows: list[tuple[str, nn.Module, dict[str, float]]]) -> Table:
     """One column a model: sizes by part, then quality."""
-    table = Table()
-    table.add_column("")
+    table = Table("")
     for name, _, _ in rows:
         table.add_column(name, justify="right")
     sizes = [part_sizes(model) for _, model, _ in rows]
-    table.add_row("parameters", *(f"{size.total:,}" for size in sizes))
-    table.add_row("  item table", *(f"{size.table:,}" for size in sizes))
-    table.add_row("  layers", *(f"{size.layers:,}" for size in sizes))
-    table.add_row("  softmax", *(f"{size.softmax:,}" for size in sizes))
+    for name, part in (
+        ("parameters", "total"),
+        ("  item table", "table"),
+        ("  layers", "layers"),
+        ("  softmax", "softmax"),
+    ):
+        table.add_row(name, *(f"{getattr(size, part):,}" for size in sizes))
     n_bytes = [saved_bytes(model) for _, model, _ in rows]
     table.add_row("MB", *(f"{size / 1e6:,.3f}" for size in n_bytes))
     table.add_row("smaller", *(f"{n_bytes[0] / size:.2f}x" for size in n_bytes))
     table.add_section()
-    whole = rows[0][2]
-    for metric in whole:
-        cells = [f"{whole[metric]:.4f}"]
+    for metric, whole in rows[0][2].items():
+        cells = [f"{whole:.4f}"]
         for _, _, scores in rows[1:]:
-            share = f" ({scores[metric] / whole[metric]:.1%})" if whole[metric] else ""
+            share = f" ({scores[metric] / whole:.1%})" if whole else ""
             cells.append(f"{scores[metric]:.4f}{share}")
         table.add_row(metric, *cells)
     return table

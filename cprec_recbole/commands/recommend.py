@@ -7,10 +7,10 @@ import io
 import json
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack
-from itertools import islice
-from typing import Any, TextIO
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from itertools import groupby, islice
+from typing import Any, NamedTuple
 
 from cprec_recbole.config import CompressionError, reject_unknown
 from cprec_recbole.models import load_pretrained
@@ -19,6 +19,16 @@ from cprec_recbole.models.vocabulary import UNKNOWN
 
 _BATCH = 64
 _OWN = ("k", "exclude_seen")  # options that a request may have of its own
+_OURS = ("history", "items", "scores", "error", "line")  # of a request, what no answer repeats
+
+
+class _Asked(NamedTuple):
+    """A request, and the object that its answer is written into."""
+
+    answer: dict[str, Any]
+    ids: list[int]
+    k: Any
+    exclude_seen: bool
 
 
 def add_parser(commands: Any) -> None:
@@ -58,130 +68,114 @@ def run(options: argparse.Namespace, passed_on: dict[str, Any], command: str) ->
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = _on_one_line
-        return _answer(model, options)
-
-
-def _answer(model: CompressedRecommender, options: argparse.Namespace) -> int:
-    if options.history is not None:
+        if options.history is None:
+            return _answer_lines(model, options)
         history = [token.strip() for token in options.history.split(",") if token.strip()]
-        tokens, scores = _answers(model, [history], options)[0]
-        for place, (token, score) in enumerate(zip(tokens, scores), start=1):
-            print(f"{place:>3}  {token}  {score:.4f}")
-        return 0
-    with ExitStack() as stack:
-        failed = _stream(model, _opened(options.input, stack), options)
-    return 1 if failed else 0
-
-
-def _stream(model: CompressedRecommender, lines: TextIO, options: argparse.Namespace) -> int:
-    """Answer every line, a batch at a time (one by one from a person or a pipe); returns how many
-    could not be answered. A bad line gets an `error` of its own, and the next ones are read."""
-    failed = 0
-    numbered = enumerate(lines, start=1)
-    size = 1 if options.input == "-" else _BATCH
-    while batch := list(islice(numbered, size)):
-        for answer in _batch_answers(model, batch, options):
-            failed += "error" in answer
-            print(_as_json(answer))
-        sys.stdout.flush()
-    return failed
-
-
-def _batch_answers(
-    model: CompressedRecommender, batch: list[tuple[int, str]], options: argparse.Namespace
-) -> Iterator[dict[str, Any]]:
-    asked = [(number, _parsed(line)) for number, line in batch if line.strip()]
-    found = _at_once(model, [request for _, request in asked if "error" not in request], options)
-    for number, request in asked:
-        rest = {k: v for k, v in request.items() if k != "history"}
-        if "error" in request:
-            yield {**rest, "line": number}
-            continue
-        try:
-            one = next(found) if found else _answer_to(model, request, options)
-        except CompressionError as error:
-            yield {**rest, "error": str(error), "line": number}
-            continue
-        yield {**rest, "items": one[0], "scores": one[1]}
-
-
-def _at_once(
-    model: CompressedRecommender, requests: list[dict[str, Any]], options: argparse.Namespace
-) -> Iterator[tuple[list[str], list[float]]] | None:
-    """The answers to a batch; None where they have to be asked for one by one, since some have
-    options of their own or one of them is bad."""
-    if any(name in request for request in requests for name in _OWN):
-        return None
-    histories = [request["history"] for request in requests]
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always", UserWarning)
-        try:
-            found = _answers(model, histories, options) if histories else []
-        except CompressionError:
-            return None
-    for warning in said:
-        _on_one_line(warning.message)
-    return iter(found)
-
-
-def _answer_to(
-    model: CompressedRecommender, request: dict[str, Any], options: argparse.Namespace
-) -> tuple[list[str], list[float]]:
-    """The answer to one request, with its own options."""
-    own = {name: request[name] for name in _OWN if name in request}
-    if not isinstance(own.get("exclude_seen", True), bool):
-        raise CompressionError(
-            f"Expected `exclude_seen` to be true or false, but got {own['exclude_seen']!r}."
+        best = model.recommend_tokens(
+            [history], options.k, unknown=options.unknown, exclude_seen=options.exclude_seen
         )
-    (answer,) = _answers(model, [request["history"]], argparse.Namespace(**vars(options) | own))
-    return answer
+    for place, (token, score) in enumerate(zip(best.tokens[0], best.scores[0].tolist()), start=1):
+        print(f"{place:>3}  {token}  {score:.4f}")
+    return 0
+
+
+def _answer_lines(model: CompressedRecommender, options: argparse.Namespace) -> int:
+    """Answer every line, a batch at a time (one by one from a person or a pipe); returns 1 where
+    one could not be answered. A bad line gets an `error` of its own; the next ones are read."""
+    failed = False
+    size = 1 if options.input == "-" else _BATCH
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # half a character, which JSON can spell and UTF-8 cannot, comes out as JSON spells it
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+    with _opened(options.input) as lines:
+        numbered = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
+        while batch := list(islice(numbered, size)):
+            answers = _answers(model, [line for _, line in batch], options)
+            for (number, _), answer in zip(batch, answers):
+                if "error" in answer:
+                    answer["line"] = number
+                    failed = True
+                print(json.dumps(answer, ensure_ascii=False))
+            sys.stdout.flush()
+    return int(failed)
 
 
 def _answers(
-    model: CompressedRecommender, histories: list[Any], options: argparse.Namespace
-) -> list[tuple[list[str], list[float]]]:
-    best = model.recommend_tokens(
-        histories, options.k, unknown=options.unknown, exclude_seen=options.exclude_seen
-    )
-    return list(zip(best.tokens, [[round(x, 6) for x in row] for row in best.scores.tolist()]))
+    model: CompressedRecommender, lines: list[str], options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """What each line held but its history, with `items` and `scores`, or with `error`."""
+    answers: list[dict[str, Any]] = []
+    asked: list[_Asked] = []
+    for line in lines:
+        answers.append({})
+        try:
+            request = _parsed(line)
+            answers[-1] |= {name: v for name, v in request.items() if name not in _OURS}
+            k, exclude_seen = (request.get(name, getattr(options, name)) for name in _OWN)
+            if not isinstance(exclude_seen, bool):
+                raise CompressionError(
+                    f"Expected `exclude_seen` to be true or false, but got {exclude_seen!r}."
+                )
+            vocabulary = model.known_vocabulary()
+            ids = vocabulary.ids(request["history"], options.unknown, "the history")
+            if not ids:
+                raise CompressionError(
+                    "Expected every history to hold a token of the catalogue, but this one has "
+                    "none."
+                )
+            asked.append(_Asked(answers[-1], ids, k, exclude_seen))
+        except CompressionError as error:
+            answers[-1]["error"] = str(error)
+    for _, group in groupby(asked, lambda each: repr((each.k, each.exclude_seen))):
+        _answer(model, list(group))
+    return answers
 
 
 def _parsed(line: str) -> dict[str, Any]:
-    """A line as an object with `history`, or with `error`."""
+    """A line as an object with `history`."""
+    shown = repr(line.strip()[:60])
     try:
         request = json.loads(line, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        return {"error": f"Expected a line of JSON, but got {line.strip()[:60]!r}: {error}."}
+        raise CompressionError(f"Expected a line of JSON, but got {shown}: {error}.") from error
     if isinstance(request, list):
         request = {"history": request}
     if not isinstance(request, dict) or not isinstance(request.get("history"), list):
-        return {
-            "error": "Expected a list of tokens or an object with `history`, a list of tokens, but "
-            f"got {line.strip()[:60]!r}."
-        }
-    return {k: v for k, v in request.items() if k not in ("items", "scores", "error", "line")}
+        raise CompressionError(
+            "Expected a list of tokens or an object with `history`, a list of tokens, but got "
+            f"{shown}."
+        )
+    return request
+
+
+def _answer(model: CompressedRecommender, asked: list[_Asked]) -> None:
+    """Answer histories for which the same options hold."""
+    try:
+        best = model.recommend([each.ids for each in asked], asked[0].k, asked[0].exclude_seen)
+    except CompressionError as error:
+        if len(asked) == 1:
+            asked[0].answer["error"] = str(error)
+        else:
+            for each in asked:  # not all of them are bad
+                _answer(model, [each])
+        return
+    vocabulary = model.known_vocabulary()
+    for each, items, scores in zip(asked, best.items.tolist(), best.scores.tolist()):
+        each.answer["items"] = [vocabulary.token(item) for item in items]
+        each.answer["scores"] = [round(score, 6) for score in scores]
 
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def _as_json(answer: dict[str, Any]) -> str:
-    text = json.dumps(answer, ensure_ascii=False)
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # half a character, which JSON can spell and UTF-8 cannot
-        return json.dumps(answer)
-    return text
-
-
-def _opened(name: str, stack: ExitStack) -> TextIO:
+def _opened(name: str) -> AbstractContextManager[Iterable[str]]:
     if name == "-":
         if isinstance(sys.stdin, io.TextIOWrapper):
             sys.stdin.reconfigure(encoding="utf-8-sig", errors="replace")  # a bad line is one line
-        return sys.stdin
+        return nullcontext(sys.stdin)
     try:
-        return stack.enter_context(open(name, encoding="utf-8-sig", errors="replace"))
+        return open(name, encoding="utf-8-sig", errors="replace")
     except OSError as error:
         raise CompressionError(
             f"Expected `input` to be a file that can be read, but got {name}: {error.strerror}."

@@ -65,8 +65,8 @@ def run(options: argparse.Namespace, passed_on: dict[str, Any], command: str) ->
         options.config,
     )
     table = Table(title=title, title_justify="left", caption=REPORT_CAPTION, caption_justify="left")
-    for index, name in enumerate(rows[0]):
-        table.add_column(name, justify="left" if index == 0 else "right")
+    for name in rows[0]:
+        table.add_column(name, justify="left" if name == "softmax" else "right")
     for row in rows:
         table.add_row(*row.values())
     console().print(table)
@@ -156,12 +156,11 @@ def _choices(base: CompressionConfig, dim: int, n_items: int) -> list[Compressio
 
 def _row(kind: str, found: Estimate, uncompressed: Estimate, sharing: str) -> dict[str, str]:
     plan, sizes = found.plan, found.sizes
+    ends = "/".join(f"{end:,}" for end in plan.cutoffs)
     return {
         "softmax": kind,
         "ranks": "/".join(map(str, plan.ranks)),
-        "block ends": "/".join(f"{end:,}" for end in plan.cutoffs)
-        if len(plan.cutoffs) <= _SHOWN_ENDS
-        else f"{len(plan.cutoffs)} blocks",
+        "block ends": ends if len(plan.cutoffs) <= _SHOWN_ENDS else f"{len(plan.cutoffs)} blocks",
         "sharing": sharing,
         "table": f"{sizes.table:,}",
         "layers": f"{sizes.layers:,}",

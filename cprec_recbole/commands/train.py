@@ -26,8 +26,8 @@ def add_parser(commands: Any) -> None:
         help="train and test a model, on one process or several",
         description="Train and test a model, one of ours or one of RecBole's own, on one process "
         "or several (--nproc, or under torchrun). Any further --name=value is passed on to "
-        "RecBole, as --data_path=DATA or --learning_rate=0.003; our loss_memory and shard_tails "
-        "are such options too (docs/scale.md).",
+        "RecBole, as --data_path=DATA or --learning_rate=0.003; our loss_memory is such an "
+        "option too (docs/scale.md).",
         allow_abbrev=False,
     )
     parser.set_defaults(run=run)
@@ -49,17 +49,10 @@ def run(options: argparse.Namespace, passed_on: dict[str, Any], command: str) ->
     job = Job(
         model,
         dataset,
-        {
-            "show_progress": False,
-            **from_files(options),
-            **given_options(options),
-            **passed_on,
-        },
+        {"show_progress": False, **from_files(options), **given_options(options), **passed_on},
         out=options.out,
         resume=options.resume,
-        on_epoch=print_epoch,
         say=print_line,
-        logs=False,
         named=tuple(passed_on),
     )
     result = train(job, options.nproc)
@@ -70,11 +63,6 @@ def run(options: argparse.Namespace, passed_on: dict[str, Any], command: str) ->
         if options.out is not None:
             screen.print(f"Written: {options.out}", highlight=False, soft_wrap=True)
     return 0
-
-
-def print_epoch(epoch: int, loss: float, score: float) -> None:
-    """A line for an epoch, from 0: the sum of its steps' losses, and RecBole's `valid_metric`."""
-    print_line(f"epoch {epoch + 1}: training loss {loss:.4f}, valid {score:.4f}")
 
 
 def print_line(text: str) -> None:

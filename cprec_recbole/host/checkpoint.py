@@ -1,7 +1,7 @@
 """RecBole's checkpoints, read without running any code that is in them.
 
-A checkpoint is a zip of one pickle and of the bytes of each storage. Where the pickle names a
-function or a class, the unpickler gets a stand-in of ours, which only describes.
+A checkpoint is a zip of one pickle and of the bytes of each storage. Whatever function or class the
+pickle names, the unpickler gets a stand-in of ours, which only describes.
 """
 
 from __future__ import annotations
@@ -9,14 +9,17 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import pickletools
 import posixpath
+import re
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import count
+from functools import cache
 from pickle import UnpicklingError
-from typing import IO, Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,16 +27,15 @@ from torch import Tensor
 
 from cprec_recbole.config import CompressionError
 
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_OTHERS = (torch.complex128, torch.complex64, torch.int64, torch.int32, torch.int16, torch.int8)
+_DTYPES = {  # torch.FloatStorage and so on
+    torch.empty(0, dtype=dtype).type().replace("Tensor", "Storage"): dtype
+    for dtype in (*_FLOATS, *_OTHERS, torch.uint8, torch.bool)
+}
 _LEFT_OUT = ("recbole.utils.enum_type", "cprec_recbole.models")
-_PATHS = ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")
-_NUMBERS = ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "b1")  # of NumPy
-_SCALARS = (str, int, float, bool, type(None))
-_MOST_DIMENSIONS = 16  # of a tensor; RecBole's have four at most
-_LONGEST = 4096  # of a text that is copied, so that few bytes of a file do not fill the memory
-_MOST_VALUES = 100_000  # of the options; lists of one list, many times over, never end
-# opcodes that hash what they take, know objects without a name, or reserve memory before they read
-_REFUSED = pickle.DICT + pickle.FROZENSET + pickle.ADDITEMS
-_REFUSED += pickle.EXT1 + pickle.EXT2 + pickle.EXT4 + pickle.BYTEARRAY8
+_PATHS = "(Pure)?(Posix|Windows)Path"
+_DEEPEST = 8  # RecBole's options are lists in dicts in dicts
 
 
 @dataclass(frozen=True)
@@ -66,20 +68,17 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
         raise CompressionError(
             f"Expected `checkpoint` to be a file that can be read, but {path} is none."
         )
-    expected = f"Expected `checkpoint` to hold what RecBole writes, but {path}"
-    damaged = f"{expected} is damaged or not RecBole's"
     try:
-        with open(path, "rb") as file:
-            return _read(file)
-    except _Refused as refused:
-        raise CompressionError(
-            f"{expected} asks for {refused}; it was not run. Do not trust this file."
-        ) from None
-    except UnpicklingError as error:
-        raise CompressionError(f"{damaged}: {shown(str(error))}") from error
+        with zipfile.ZipFile(path) as archive:
+            return _read(archive, os.path.getsize(path))
     except Exception as error:  # damage to a zip or a pickle may raise any
-        reason = f"{type(error).__name__}: {error}"
-        raise CompressionError(f"{damaged}: {shown(reason)}") from error
+        kind = "" if isinstance(error, UnpicklingError) else f"{type(error).__name__}: "
+        problem = f"is damaged or not RecBole's: {shown(f'{kind}{error}')}"
+        if isinstance(error, _Refused):
+            problem = f"asks for {shown(str(error))}; it was not run. Do not trust this file."
+        raise CompressionError(
+            f"Expected `checkpoint` to hold what RecBole writes, but {path} {problem}"
+        ) from error
 
 
 def shown(text: str) -> str:
@@ -91,154 +90,92 @@ class _Refused(Exception):
     """The name of what a checkpoint asks for and must not get."""
 
 
-class _Config:
-    """RecBole's Config; the state holds its attributes."""
+class _Config(dict):
+    """RecBole's Config: its attributes by name."""
 
-    state: object = None
+    __setstate__ = dict.update
 
 
-def _left_out(*args: object) -> object:
-    """A class whose objects do not matter, and each of them."""
-    return _left_out
+@dataclass
+class _Named:
+    """A function or a class that the pickle names, or what a call of it returns."""
+
+    name: str
+    arguments: tuple = ()
+
+    def __call__(self, *arguments: Any) -> object:
+        make = _ALLOWED.get(self.name)
+        return make(*arguments) if make else _Named(self.name, arguments)
+
+    def __setstate__(self, state: object) -> None:
+        """Without this method the unpickler would set attributes."""
+
+
+def _number(dtype: _Named, data: bytes) -> object:
+    """A number of NumPy's: the same of Python's."""
+    kind = dtype.arguments[0]
+    if not re.fullmatch("[fiub][1248]", kind):
+        raise _Refused(f"numpy.dtype({kind})")
+    return np.frombuffer(data, f"<{kind}").item()
 
 
 def _getattr(owner: object, name: object) -> object:
     """By which Python 3.11.2, Debian 12's, pickles an enum."""
-    if owner is not _left_out:
+    if not (isinstance(owner, _Named) and owner.name.startswith(_LEFT_OUT[0])):
         raise _Refused("builtins.getattr")
-    return _left_out
+    return owner
 
 
-def _path(*parts: str) -> str:
-    """A path, which RecBole takes for a folder: its text."""
-    if sum(map(len, parts)) > _LONGEST:
-        raise UnpicklingError("a path of it is too long")
-    return posixpath.join("", *parts)
-
-
-def _encode(text: str, encoding: object) -> bytes:
-    """By which protocol 2 spells the bytes of NumPy's numbers."""
-    if len(text) > _LONGEST:
-        raise UnpicklingError("bytes of it are too long")
-    return text.encode("latin1")
-
-
-def _dtype(name: str, align: object, copy: object) -> np.dtype:
-    """A number's type in NumPy."""
-    if name not in _NUMBERS:
-        raise _Refused(f"numpy.dtype({shown(name)})")
-    return np.dtype(f"<{name}")
-
-
-def _scalar(dtype: object, data: bytes) -> object:
-    """A number of NumPy's: the same of Python's."""
-    if not isinstance(dtype, np.dtype):  # NumPy would make one of nested lists
-        raise UnpicklingError("a number of it has no type")
-    return np.frombuffer(data, dtype).item()
-
-
-_STAND_INS: dict[str, object] = {
-    "_codecs.encode": _encode,
+# where there is a function, a call returns what it does
+_ALLOWED: dict[str, Callable[..., object] | None] = {
+    **dict.fromkeys(_DTYPES),
+    "_codecs.encode": lambda text, encoding: text.encode("latin1"),  # bytes, in protocol 2
     "__builtin__.getattr": _getattr,
     "builtins.getattr": _getattr,
-    "collections.OrderedDict": lambda: {},
-    "numpy.dtype": _dtype,
-    "numpy.core.multiarray.scalar": _scalar,  # NumPy 1
-    "numpy._core.multiarray.scalar": _scalar,
-    "recbole.config.configurator.Config": _Config,
-    "torch.device": _left_out,
+    "numpy.dtype": None,
+    "numpy.core.multiarray.scalar": _number,  # NumPy 1
+    "numpy._core.multiarray.scalar": _number,
+    "pathlib": lambda *parts: posixpath.join("", *parts)[:4096],  # as text; none is longer
+    "torch.device": None,
     "torch._utils._rebuild_parameter": lambda tensor, requires_grad, hooks: tensor,
-    "torch._utils._rebuild_tensor_v2": lambda *arguments: arguments,  # see _tensors
-    "torch.DoubleStorage": torch.float64,
-    "torch.FloatStorage": torch.float32,
-    "torch.HalfStorage": torch.float16,
-    "torch.BFloat16Storage": torch.bfloat16,
-    "torch.ComplexDoubleStorage": torch.complex128,
-    "torch.ComplexFloatStorage": torch.complex64,
-    "torch.LongStorage": torch.int64,
-    "torch.IntStorage": torch.int32,
-    "torch.ShortStorage": torch.int16,
-    "torch.CharStorage": torch.int8,
-    "torch.ByteStorage": torch.uint8,
-    "torch.BoolStorage": torch.bool,
-    "yaml.loader.FullLoader": _left_out,
+    "torch._utils._rebuild_tensor_v2": None,  # see _tensors
+    "yaml.loader.FullLoader": None,
 }
 
 
-class _Unpickler(pickle._Unpickler):
-    """Makes the description of a checkpoint, and runs nothing.
-
-    It is Python's own unpickler and not its C twin, in which a memo index of ten bytes takes
-    gigabytes, and nothing stops a dict from hashing nested tuples for ever.
-    """
-
-    stack: list[Any]
-    pop_mark: Callable[[], list[Any]]
-
+class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> object:
-        if module.startswith("recbole.model.") or module in _LEFT_OUT:
-            return _left_out
-        if module in ("pathlib", "pathlib._local") and name in _PATHS:
-            return _path
-        if f"{module}.{name}" not in _STAND_INS:
-            raise _Refused(shown(f"{module}.{name}"))
-        return _STAND_INS[f"{module}.{name}"]
+        whole = f"{module}.{name}"
+        if whole == "collections.OrderedDict":
+            return OrderedDict
+        if whole == "recbole.config.configurator.Config":
+            return _Config
+        if module in ("pathlib", "pathlib._local") and re.fullmatch(_PATHS, name):
+            return _Named("pathlib")
+        if whole in _ALLOWED or module in _LEFT_OUT or module.startswith("recbole.model."):
+            return _Named(whole)
+        raise _Refused(whole)
 
     def persistent_load(self, pid: object) -> object:
-        return pid  # see _tensors
-
-    def load_build(self) -> None:
-        """Give an object its state: only a Config keeps it, and no attribute is set by its name."""
-        state = self.stack.pop()
-        made = self.stack[-1]
-        if isinstance(made, _Config):
-            made.state = state
-        elif not isinstance(made, dict | np.dtype):  # whose states say nothing more
-            raise UnpicklingError("its pickle gives a state to what has none")
-
-    def load_setitem(self) -> None:
-        value, key = self.stack.pop(), self.stack.pop()
-        self._update([key, value])
-
-    def load_setitems(self) -> None:
-        self._update(self.pop_mark())
-
-    def _update(self, items: list[Any]) -> None:
-        keys, values = items[::2], items[1::2]
-        if any(type(key) not in _SCALARS for key in keys) or type(self.stack[-1]) is not dict:
-            raise UnpicklingError("its pickle adds to what is no dict, or by an unusual key")
-        self.stack[-1].update(zip(keys, values, strict=True))
-
-    def _refuse(self) -> None:
-        raise UnpicklingError("its pickle uses an opcode that RecBole's does not")
-
-    dispatch: ClassVar[dict[int, Any]] = {
-        **pickle._Unpickler.dispatch,
-        **dict.fromkeys(_REFUSED, _refuse),
-        pickle.BUILD[0]: load_build,
-        pickle.SETITEM[0]: load_setitem,
-        pickle.SETITEMS[0]: load_setitems,
-    }
+        return pid  # a storage; see _tensors
 
 
-def _read(file: IO[bytes]) -> Checkpoint:
-    """The checkpoint in an open file; raises anything if it is damaged."""
-    with zipfile.ZipFile(file) as archive:
-        entries = _entries(archive, os.fstat(file.fileno()).st_size)
-        match _Unpickler(io.BytesIO(archive.read(entries["data.pkl"]))).load():
-            case {
-                "config": _Config(
-                    state={
-                        "final_config_dict": {"model": str(model), "dataset": str(name)} as final
-                    }
-                ),
-                "state_dict": dict(state),
-                "epoch": int(epoch),
-            }:
-                seen = count()
-                options = {k: v for k, v in final.items() if type(k) is str and _is_plain(v, seen)}
-                return Checkpoint(model, name, options, _tensors(state, archive, entries), epoch)
-        raise UnpicklingError("it lacks a config, a state_dict or an epoch")
+def _read(archive: zipfile.ZipFile, size: int) -> Checkpoint:
+    """The checkpoint in a zip of `size` bytes; raises anything if it is damaged."""
+    entries = _entries(archive, size)
+    data = archive.read(entries["data.pkl"])
+    for opcode, argument, _ in pickletools.genops(data):  # raises where a length is beyond the end
+        if opcode.name.startswith("EXT") or (opcode.name.endswith("PUT") and argument > len(data)):
+            raise UnpicklingError("its pickle uses an opcode as RecBole's does not")
+    match _Unpickler(io.BytesIO(data)).load():
+        case {
+            "config": {"final_config_dict": {"model": str(model), "dataset": str(name)} as final},
+            "state_dict": dict(state),
+            "epoch": int(epoch),
+        }:
+            options = {k: v for k, v in final.items() if isinstance(k, str) and _is_plain(v)}
+            return Checkpoint(model, name, options, _tensors(state, archive, entries), epoch)
+    raise UnpicklingError("it lacks a config, a state_dict or an epoch")
 
 
 def _entries(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:
@@ -251,52 +188,44 @@ def _entries(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:
     if "constants.pkl" in entries:
         raise UnpicklingError("it is a TorchScript archive")
     # torch compresses nothing; and so nothing here takes more memory than the file has bytes
-    if any(f.compress_type != zipfile.ZIP_STORED or f.file_size != f.compress_size for f in files):
-        raise UnpicklingError("it is compressed")
-    if len(entries) != len(files) or sum(f.file_size for f in files) > size:
-        raise UnpicklingError("its entries overlap")
+    if sum(f.file_size for f in files) > size or len(entries) < len(files):
+        raise UnpicklingError("it is compressed, or its entries overlap")
     if "byteorder" in entries and archive.read(entries["byteorder"]) != sys.byteorder.encode():
         raise UnpicklingError(f"its numbers are not {sys.byteorder}-endian")
     return entries
 
 
 def _tensors(
-    state: dict[str, Any], archive: zipfile.ZipFile, entries: dict[str, zipfile.ZipInfo]
+    state: dict[Any, Any], archive: zipfile.ZipFile, entries: dict[str, zipfile.ZipInfo]
 ) -> dict[str, Tensor]:
-    """The tensors of a state_dict; those that look at one storage share it.
+    """The tensors of a state_dict; those that look at one storage share it."""
 
-    A tensor is the arguments of `_rebuild_tensor_v2`: its storage as torch names it, offset, size,
-    stride, whether it takes gradients, and hooks.
-    """
-    storages: dict[tuple[str, torch.dtype], Tensor] = {}
-    tensors = {}
-    for name, value in state.items():
-        match name, value:
-            case str(), [["storage", torch.dtype() as dtype, str(key), str(), int(n)], *view, _, _]:
-                offset, size, stride = view
-            case _:
-                raise UnpicklingError("its state_dict holds what is no tensor")
+    @cache
+    def storage(dtype: torch.dtype, key: str, n: int) -> Tensor:
         entry = entries.get(f"data/{key}")
         if entry is None or entry.file_size != n * dtype.itemsize:
             raise UnpicklingError("a storage of it is missing, or has another size than it should")
-        if (key, dtype) not in storages:
-            data = np.frombuffer(bytearray(archive.read(entry)), np.uint8)  # writable
-            storages[key, dtype] = torch.from_numpy(data).view(dtype)
-        tensor = storages[key, dtype].as_strided(size, stride, offset)  # raises outside of it
+        data = np.frombuffer(bytearray(archive.read(entry)), np.uint8)  # writable
+        return torch.from_numpy(data).view(dtype)
+
+    tensors = {}
+    for name, value in state.items():
+        match name, value:
+            case str(), _Named("torch._utils._rebuild_tensor_v2", (stored, *view, _, _)):
+                (_, kind, key, _, n), (offset, size, stride) = stored, view
+            case _:
+                raise UnpicklingError("its state_dict holds what is no tensor")
+        tensor = storage(_DTYPES[kind.name], key, n).as_strided(size, stride, offset)
         # torch takes sizes below 0, and views that repeat numbers, of which one fills the memory
-        sizes = tensor.shape
-        if tensor.numel() > n or len(sizes) > _MOST_DIMENSIONS or min(sizes, default=0) < 0:
+        if tensor.numel() > n or min(tensor.shape, default=0) < 0:
             raise UnpicklingError("a tensor of it does not lie within its storage")
         tensors[name] = tensor
     return tensors
 
 
-def _is_plain(value: object, seen: Iterator[int]) -> bool:
-    """Whether a value is plain through and through; `seen` counts the values of all options."""
-    if next(seen) > _MOST_VALUES:
-        raise UnpicklingError("its options have no end")
-    if type(value) is dict:
-        return all(_is_plain(part, seen) for part in value.values())
-    if type(value) is list or type(value) is tuple:
-        return all(_is_plain(part, seen) for part in value)
-    return type(value) in _SCALARS
+def _is_plain(value: object, depth: int = 0) -> bool:
+    """Whether a value is plain through and through, and has an end."""
+    if isinstance(value, dict | list | tuple):
+        parts = (*value, *value.values()) if isinstance(value, dict) else value
+        return depth < _DEEPEST and all(_is_plain(part, depth + 1) for part in parts)
+    return isinstance(value, str | int | float | None)

@@ -13,18 +13,15 @@ from typing import Any
 
 import pandas as pd
 
-from cprec_recbole.host.patching import View, replace
+from cprec_recbole.host.patching import View, replace, replaces
 
 _SAVED = ("dataset_save_path", "dataloaders_save_path")
 
 
 def adapt() -> None:
     """Mend RecBole's data sets; a second call is harmless."""
-    from recbole import data
-    from recbole.data import utils
     from recbole.data.dataset import Dataset, SequentialDataset, dataset, kg_dataset
     from recbole.data.dataset import sequential_dataset as sequential
-    from recbole.quick_start import quick_start
 
     from cprec_recbole.data import interactions, sequences, splits
 
@@ -32,7 +29,6 @@ def adapt() -> None:
         module.len = _len
     dataset.pd = View(pd, read_csv=interactions.quickly_read(_read_csv))
     replace(Dataset, "_load_inter_feat", interactions.with_ids)
-    replace(Dataset, "_fill_nan", _with_working_fillna)
     replace(Dataset, "_change_feat_format", interactions.in_full_precision)
     replace(Dataset, "sort", interactions.quickly_sorted)
     replace(Dataset, "leave_one_out", splits.by_leaving_out)
@@ -41,10 +37,6 @@ def adapt() -> None:
     replace(SequentialDataset, "data_augmentation", sequences.of_prefixes)
     replace(SequentialDataset, "build", sequences.with_targets)
     replace(SequentialDataset, "_benchmark_presets", interactions.with_lists)
-    replace(utils, "save_split_dataloaders", _with_generators_kept)
-    replace(utils, "load_split_dataloaders", _unless_stale)
-    for module in (utils, data, quick_start):
-        replace(module, "create_dataset", _unless_stale)
 
 
 @contextmanager
@@ -59,24 +51,26 @@ def without_saved_data(config: Any) -> Iterator[None]:
         config.final_config_dict.update(before)
 
 
-def _unless_stale(original: Callable) -> Callable:
+@replaces(
+    "recbole.data.create_dataset",
+    "recbole.data.utils.create_dataset",
+    "recbole.quick_start.quick_start.create_dataset",
+    "recbole.data.utils.load_split_dataloaders",
+)
+def _unless_stale(original: Callable, config: Any) -> Any:
     """RecBole's functions that read saved data sets and loaders; none that is older than a file of
     the data set, whose changes RecBole does not see."""
-
-    def read(config: Any) -> Any:
-        saved = Path(config["checkpoint_dir"]).glob(f"{glob.escape(config['dataset'])}-*.pth")
-        paths = [*saved, *(Path(config[name]) for name in _SAVED if config[name])]
-        written = [path.stat().st_mtime_ns for path in paths if path.is_file()]
-        folder = Path(config["data_path"])
-        files = [folder, *folder.glob("*")]
-        links = [each for each in (*files, *folder.parents) if each.is_symlink()]
-        seen = [each.stat() for each in files if each.exists()] + [each.lstat() for each in links]
-        changed = [each.st_ctime_ns for each in seen]
-        is_stale = bool(written and changed) and max(changed) >= min(written)
-        with without_saved_data(config) if is_stale else nullcontext():
-            return original(config)
-
-    return read
+    saved = Path(config["checkpoint_dir"]).glob(f"{glob.escape(config['dataset'])}-*.pth")
+    paths = [*saved, *(Path(config[name]) for name in _SAVED if config[name])]
+    written = [path.stat().st_mtime_ns for path in paths if path.is_file()]
+    folder = Path(config["data_path"])
+    files = [folder, *folder.glob("*")]
+    links = [each for each in (*files, *folder.parents) if each.is_symlink()]
+    seen = [each.stat() for each in files if each.exists()] + [each.lstat() for each in links]
+    changed = [each.st_ctime_ns for each in seen]
+    is_stale = bool(written and changed) and max(changed) >= min(written)
+    with without_saved_data(config) if is_stale else nullcontext():
+        return original(config)
 
 
 def _len(found: Any) -> Any:
@@ -91,31 +85,27 @@ def _read_csv(*args: Any, **options: Any) -> pd.DataFrame:
     return frame.fillna(dict.fromkeys(lists, ""))
 
 
-def _with_working_fillna(original: Callable) -> Callable:
-    def _fill_nan(self: Any) -> None:
-        # RecBole fills a column in place, which changes nothing since pandas 3
-        kinds = self.field2type
-        for feat_name in self.feat_name_list:
-            feat = getattr(self, feat_name)
-            fill = {f: 0 for f in feat if kinds[f].name == "TOKEN"}
-            fill |= {f: feat[f].mean() for f in feat if kinds[f].name == "FLOAT"}
-            setattr(self, feat_name, feat.fillna(fill))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            original(self)
-
-    return _fill_nan
+@replaces("recbole.data.dataset.Dataset._fill_nan")
+def _fill_nan(original: Callable, self: Any) -> None:
+    # RecBole fills a column in place, which changes nothing since pandas 3
+    kinds = self.field2type
+    for feat_name in self.feat_name_list:
+        feat = getattr(self, feat_name)
+        fill = {f: 0 for f in feat if kinds[f].name == "TOKEN"}
+        fill |= {f: feat[f].mean() for f in feat if kinds[f].name == "FLOAT"}
+        setattr(self, feat_name, feat.fillna(fill))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        original(self)
 
 
-def _with_generators_kept(original: Callable) -> Callable:
-    def save_split_dataloaders(config: Any, dataloaders: Any) -> None:
-        # RecBole takes them away to pickle the loaders, and trains with those
-        holders = [part for loader in dataloaders for part in (loader, loader.sampler)]
-        kept = [(holder, getattr(holder, "generator", None)) for holder in holders]
-        try:
-            original(config, dataloaders)
-        finally:
-            for holder, generator in kept:
-                holder.generator = generator
-
-    return save_split_dataloaders
+@replaces("recbole.data.utils.save_split_dataloaders")
+def _save_split_dataloaders(original: Callable, config: Any, dataloaders: Any) -> None:
+    # RecBole takes the generators away to pickle the loaders, and trains with those
+    holders = [part for loader in dataloaders for part in (loader, loader.sampler)]
+    kept = [(holder, getattr(holder, "generator", None)) for holder in holders]
+    try:
+        original(config, dataloaders)
+    finally:
+        for holder, generator in kept:
+            holder.generator = generator

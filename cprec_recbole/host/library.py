@@ -71,7 +71,7 @@ def recbole_config(
             )
     # RecBole looks for files of its own by the name of a data set
     if dataset in ("", "..") or Path(dataset).name != dataset:
-        raise _expected("dataset", "the name of a folder in `data_path`", dataset)
+        raise _expected("dataset", "be the name of a folder in `data_path`", dataset)
     argv = sys.argv
     sys.argv = argv[:1] or [""]
     try:
@@ -79,9 +79,7 @@ def recbole_config(
             config = Config(model, dataset, config_dict=Values(given))
     finally:
         sys.argv = argv
-    _check_numbers(config)
-    _check_choices(config)
-    _check_dataset(config)
+    _check(config)
     return config
 
 
@@ -194,12 +192,12 @@ def whole_number(config: Config, name: str, lowest: int = 1) -> int:
     """An option that has to be a whole number, `lowest` or more; else a CompressionError."""
     value = config[name]
     if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
-        raise _expected(name, f"a whole number, {lowest} or more", value)
+        raise _expected(name, f"be a whole number, {lowest} or more", value)
     return value
 
 
 def _expected(name: str, what: str, value: object) -> CompressionError:
-    return CompressionError(f"Expected `{name}` to be {what}, but got {value!r}.")
+    return CompressionError(f"Expected `{name}` to {what}, but got {value!r}.")
 
 
 def known_options(config: Config) -> list[str]:
@@ -214,34 +212,25 @@ def model_options(model: str | None = None) -> set[str]:
     return {name for file in files for name in read_yaml(file.read_text(encoding="utf-8")) or ()}
 
 
-def _check_numbers(config: Config) -> None:
-    """RecBole takes anything, and fails once it computes with it."""
+def _check(config: Config) -> None:
+    """What RecBole takes, or knows to be wrong only once it gets there, perhaps after an epoch."""
     for name, lowest in _LOWEST.items():
         whole_number(config, name, lowest)
     rate, decay = config["learning_rate"], config["weight_decay"]
     if rate is not None and not (is_number(rate) and rate > 0):
-        raise _expected("learning_rate", "a number above 0", rate)
+        raise _expected("learning_rate", "be a number above 0", rate)
     if decay is not None and not (is_number(decay) and decay >= 0):
-        raise _expected("weight_decay", "a number, 0 or more", decay)
-
-
-def _check_choices(config: Config) -> None:
-    """What RecBole knows to be wrong only once it gets there, perhaps after an epoch."""
+        raise _expected("weight_decay", "be a number, 0 or more", decay)
     split = config["eval_args"]["split"]
     ways = ("valid_and_test", "valid_only", "test_only")
     if isinstance(split, dict) and split.get("LS", "test_only") not in ways:
-        raise CompressionError(
-            f"Expected `eval_args` to leave one out by {', '.join(ways)}, but got {split['LS']!r}."
-        )
+        raise _expected("eval_args", f"leave one out by {', '.join(ways)}", split["LS"])
     if config["log_wandb"] and importlib.util.find_spec("wandb") is None:
         raise CompressionError(
             "Expected `log_wandb` with the package wandb, but it is not installed; install it, or "
             "leave the option out."
         )
-
-
-def _check_dataset(config: Config) -> None:
-    """RecBole offers to download a data set that it does not find, where it knows the name."""
+    # RecBole offers to download a data set that it does not find, where it knows the name
     folder, name = config["data_path"], config["dataset"]
     known = read_yaml((_PROPERTIES / "dataset" / "url.yaml").read_text(encoding="utf-8"))
     if name not in known and not os.path.isdir(folder):

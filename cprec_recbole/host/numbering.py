@@ -15,10 +15,7 @@ from cprec_recbole.config import CompressionError
 
 def check_numbering(model: Any, data: Any, argument: str) -> None:
     """Raise a CompressionError where a model and data call an item by different ids, or a user, of
-    models that know users.
-
-    RecBole numbers both by their first appearance, so the same interactions in another order of
-    rows have other ids. Nothing is compared where either does not know its tokens.
+    models that know users. Nothing is compared where either does not know its tokens.
 
     Args:
         model: one of ours, or one of RecBole's that was built after `import cprec_recbole`.

@@ -1,11 +1,14 @@
-"""Replacing names of RecBole's: the one way in which this package changes its host."""
+"""Replacing functions of RecBole's: the one way in which this package changes RecBole."""
 
 from __future__ import annotations
 
 import functools
+import pkgutil
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
+
+_REPLACEMENTS: list[tuple[str, Callable[[Callable], Callable]]] = []
 
 
 class View(ModuleType):
@@ -17,6 +20,33 @@ class View(ModuleType):
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_viewed"], name)
+
+
+def replaces(*places: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Have `replace_all` put a function in the place of some of RecBole's.
+
+    Args:
+        places: their full names, such as `recbole.config.Config._init_device`.
+
+    Returns:
+        A decorator. The function gets the original one first, then what that is called with.
+    """
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        def make(original: Callable) -> Callable:
+            return lambda *args, **kwargs: function(original, *args, **kwargs)
+
+        _REPLACEMENTS.extend((place, make) for place in places)
+        return function
+
+    return register
+
+
+def replace_all() -> None:
+    """Make all replacements that are registered; a second time changes nothing."""
+    for place, make in _REPLACEMENTS:
+        owner, _, name = place.rpartition(".")
+        replace(pkgutil.resolve_name(owner), name, make)
 
 
 def replace(owner: Any, name: str, make: Callable[[Callable], Callable]) -> None:

@@ -12,9 +12,8 @@ import importlib
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
-from types import ModuleType
+from contextlib import contextmanager, suppress
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,9 +21,10 @@ import scipy.sparse
 import torch
 
 from cprec_recbole.config import CompressionConfig, CompressionError, is_near, reject_unknown
+from cprec_recbole.host import registration
 from cprec_recbole.host.numbering import check_checkpoint_numbering, remember
-from cprec_recbole.host.patching import Values, View, is_ours, replace
-from cprec_recbole.host.registration import Provider, importing_models, register_model
+from cprec_recbole.host.patching import Values, View, is_ours, replace_all, replaces
+from cprec_recbole.host.registration import importing_models, register_model
 
 _PLAIN = (str, int, float, list, tuple, dict, bool, type(None))
 _REMOVED_FROM_NUMPY = {
@@ -39,35 +39,14 @@ _REMOVED_FROM_NUMPY = {
 }
 
 
-class _NoRay(ModuleType):
-    """Stands where `ray.tune` will not import; RecBole needs it for hyper-parameter search only."""
-
-    @staticmethod
-    def report(**metrics: Any) -> None:
-        """What RecBole's `objective_function` ends with, also under hyperopt: nothing is told."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        raise ImportError(
-            f"ray.tune.{name} needs ray, which does not import here; RecBole uses it for "
-            "hyper-parameter search only."
-        )
-
-
 def _trusting_load(file: Any, *args: Any, **kwargs: Any) -> Any:
     """torch.load as RecBole means it: its checkpoints are pickles that hold its Config."""
-    kwargs.setdefault("weights_only", False)
-    return torch.load(file, *args, **kwargs)
+    return torch.load(file, *args, **{"weights_only": False, **kwargs})
 
 
 def _load_numbers(file: Any, **options: Any) -> Any:
     """np.load without pickle: LDiffRec lets a file of the data set run code."""
     return np.load(file, **{**options, "allow_pickle": False})
-
-
-_NUMPY_FOR_RECBOLE = View(np, load=_load_numbers, **_REMOVED_FROM_NUMPY)
-_TORCH_FOR_RECBOLE = View(torch, load=_trusting_load)
 
 
 class _DokMatrix(scipy.sparse.dok_matrix):
@@ -77,57 +56,65 @@ class _DokMatrix(scipy.sparse.dok_matrix):
         self._dict.update(data)
 
 
-_SCIPY_FOR_RECBOLE = View(scipy.sparse, dok_matrix=_DokMatrix)
+# by the name that RecBole's modules give a library: the library, and what they see in its place
+_LIBRARIES = {
+    "np": (np, View(np, load=_load_numbers, **_REMOVED_FROM_NUMPY)),
+    "torch": (torch, View(torch, load=_trusting_load)),
+    "sp": (scipy.sparse, View(scipy.sparse, dok_matrix=_DokMatrix)),
+}
+_WARNINGS = (
+    "The given NumPy array is not writable",
+    r".*GradScaler\(args",
+    "The inplace keyword in DataFrame",
+    "A value is being set on a copy of a DataFrame",
+)
 
 
-def adapt_recbole_modules() -> None:
+def _adapt_libraries() -> None:
     """Give every RecBole module imported so far its own view of NumPy, SciPy and torch."""
-    for name, module in list(sys.modules.items()):
-        if name.startswith("recbole.") and module is not None:
-            if module.__dict__.get("np") is np:
-                module.__dict__["np"] = _NUMPY_FOR_RECBOLE
-            if module.__dict__.get("torch") is torch:
-                module.__dict__["torch"] = _TORCH_FOR_RECBOLE
-            if module.__dict__.get("sp") is scipy.sparse:
-                module.__dict__["sp"] = _SCIPY_FOR_RECBOLE
+    for module_name, module in list(sys.modules.items()):
+        if module_name.startswith("recbole."):
+            for name, (library, view) in _LIBRARIES.items():
+                if getattr(module, name, None) is library:
+                    setattr(module, name, view)
 
 
 @contextmanager
 def ray_if_possible() -> Iterator[None]:
-    """Within: `from ray import tune` works. Afterwards: sys.modules knows no stand-in."""
-    before = set(sys.modules)
+    """Within: `from ray import tune` works. Afterwards: sys.modules knows no stand-in.
+
+    The stand-in's `report`, with which RecBole's `objective_function` ends, tells nobody; RecBole
+    needs ray for its own search of hyper-parameters only, and none with hyperopt.
+    """
+    before, ray = set(sys.modules), None
     try:
         importlib.import_module("ray.tune")
     except Exception:  # whatever a broken ray raises: missing modules, removed NumPy names
         for name in set(sys.modules) - before:
             if name.split(".")[0] == "ray":
                 del sys.modules[name]
-        ray = ModuleType("ray")
-        ray.tune = _NoRay("ray.tune")  # type: ignore[attr-defined]
-        sys.modules["ray"], sys.modules["ray.tune"] = ray, ray.tune
-        try:
-            yield
-        finally:
-            del sys.modules["ray"], sys.modules["ray.tune"]
-    else:
+        ray = sys.modules["ray"] = ModuleType("ray")
+        ray.tune = SimpleNamespace(report=lambda **metrics: None)  # type: ignore[attr-defined]
+    try:
         yield
+    finally:
+        if ray is not None:
+            del sys.modules["ray"]
 
 
-def _without_numpy_patching(original: Callable) -> Callable:
-    def compatibility_settings(self: Any) -> None:
-        adapt_recbole_modules()  # RecBole would put removed names back into NumPy for everybody
-
-    return compatibility_settings
+@replaces("recbole.config.Config.compatibility_settings")
+def _compatibility_settings(original: Callable, self: Any) -> None:
+    _adapt_libraries()  # RecBole would put removed names back into NumPy for everybody
 
 
-def _without_eval(original: Callable) -> Callable:
-    def _convert_config_dict(self: Any, config_dict: dict[str, Any]) -> dict[str, Any]:
-        # RecBole calls eval for each text, in a function where `key` and `param` are names too
-        if isinstance(config_dict, Values):
-            return dict(config_dict)
-        return {name: _literal(value) for name, value in config_dict.items()}
-
-    return _convert_config_dict
+@replaces("recbole.config.Config._convert_config_dict")
+def _convert_config_dict(
+    original: Callable, self: Any, config_dict: dict[str, Any]
+) -> dict[str, Any]:
+    # RecBole calls eval for each text, in a function where `key` and `param` are names too
+    if isinstance(config_dict, Values):
+        return dict(config_dict)
+    return {name: _literal(value) for name, value in config_dict.items()}
 
 
 def _literal(value: Any) -> Any:
@@ -141,21 +128,21 @@ def _literal(value: Any) -> Any:
     return found if isinstance(found, _PLAIN) else value
 
 
-def _with_parent_defaults(original: Callable) -> Callable:
-    def _load_internal_config_dict(self: Any, model: str, model_class: Any, dataset: str) -> None:
-        adapt_recbole_modules()  # the model's module has just been imported
-        spec = getattr(model_class, "spec", None)
-        original(self, spec.name if spec else model, model_class, dataset)
-        given, defaults = self.external_config_dict, self.internal_config_dict
-        if spec:
-            _register_subclass(model_class)
-            defaults.update(_compression_defaults(given, defaults, spec))
-        loss_type = given.get("loss_type", defaults.get("loss_type"))
-        if model_class.type.name == "SEQUENTIAL" and loss_type in ("CE", "NLL"):
-            # overall.yaml samples negatives, which Config then refuses for a CE model
-            defaults["train_neg_sample_args"] = None
-
-    return _load_internal_config_dict
+@replaces("recbole.config.Config._load_internal_config_dict")
+def _load_internal_config_dict(
+    original: Callable, self: Any, model: str, model_class: Any, dataset: str
+) -> None:
+    _adapt_libraries()  # the model's module has just been imported
+    spec = getattr(model_class, "spec", None)
+    original(self, spec.name if spec else model, model_class, dataset)
+    given, defaults = self.external_config_dict, self.internal_config_dict
+    if spec:
+        _register_subclass(model_class)
+        defaults.update(_compression_defaults(given, defaults, spec))
+    loss_type = given.get("loss_type", defaults.get("loss_type"))
+    if model_class.type.name == "SEQUENTIAL" and loss_type in ("CE", "NLL"):
+        # overall.yaml samples negatives, which Config then refuses for a CE model
+        defaults["train_neg_sample_args"] = None
 
 
 def _register_subclass(model_class: type) -> None:
@@ -207,38 +194,35 @@ def _reject_misspelling(name: str, names: tuple[str, ...]) -> None:
     )
 
 
-def _with_remembered_counts(original: Callable) -> Callable:
-    def __init__(self: Any, config: Any, dataset: Any) -> None:
-        from cprec_recbole.data.sequences import item_counts
+@replaces(
+    "recbole.model.abstract_recommender.SequentialRecommender.__init__",
+    "recbole.model.abstract_recommender.GeneralRecommender.__init__",
+    "recbole.model.abstract_recommender.KnowledgeRecommender.__init__",
+)
+def _init_model(original: Callable, self: Any, config: Any, dataset: Any) -> None:
+    from cprec_recbole.data.sequences import item_counts
 
-        original(self, config, dataset)
-        if hasattr(dataset, "inter_feat"):
+    original(self, config, dataset)
+    if hasattr(dataset, "inter_feat"):
+        remember(self, config, dataset)
+        if self.type.name == "SEQUENTIAL":
             self.train_item_counts = item_counts(dataset)
 
-    return _with_remembered_tokens(__init__)
+
+@replaces("recbole.data.utils.get_dataloader")
+def _get_dataloader(original: Callable, config: Any, phase: str) -> type:
+    from cprec_recbole.data.windows import PositionsDataLoader
+
+    if phase == "train" and is_ours(config) and config["training"] == "all_positions":
+        return PositionsDataLoader
+    return original(config, phase)
 
 
-def _with_remembered_tokens(original: Callable) -> Callable:
-    def __init__(self: Any, config: Any, dataset: Any) -> None:
-        original(self, config, dataset)
-        if hasattr(dataset, "inter_feat"):
-            remember(self, config, dataset)
-
-    return __init__
+_ENTRY_POINTS = ("recbole.quick_start", "recbole.quick_start.quick_start")
 
 
-def _with_positions_loader(original: Callable) -> Callable:
-    def get_dataloader(config: Any, phase: str) -> type:
-        from cprec_recbole.data.windows import PositionsDataLoader
-
-        if phase == "train" and is_ours(config) and config["training"] == "all_positions":
-            return PositionsDataLoader
-        return original(config, phase)
-
-    return get_dataloader
-
-
-def _load_data_and_model(model_file: str) -> tuple:
+@replaces(*(f"{module}.load_data_and_model" for module in _ENTRY_POINTS))
+def _load_data_and_model(original: Callable, model_file: str) -> tuple:
     """RecBole's function, but for its torch.load, which the function imports for itself.
 
     It trusts what it reads: the checkpoint is unpickled, which runs whatever code is in it, and so
@@ -269,105 +253,77 @@ def _load_data_and_model(model_file: str) -> tuple:
     return config, model, dataset, train_data, valid_data, test_data
 
 
-def _starting_the_plugin_too(original: Callable, run: Callable[..., Any]) -> Callable:
+@replaces(*(f"{module}.run" for module in _ENTRY_POINTS))
+def _run(
+    original: Callable,
+    model: str | None,
+    dataset: str | None,
+    config_file_list: list[str] | None = None,
+    config_dict: dict[str, Any] | None = None,
+    saved: bool = True,
+    nproc: int = 1,
+    world_size: int = -1,
+    *others: Any,
+    **named: Any,
+) -> Any:
     """RecBole's `run`, whose processes know this package and need no GPU.
 
     What it was asked for on several machines is left to RecBole; torchrun starts those, too.
     """
+    from recbole.config import Config
 
-    def run_with_plugin(
-        model: str | None,
-        dataset: str | None,
-        config_file_list: list[str] | None = None,
-        config_dict: dict[str, Any] | None = None,
-        saved: bool = True,
-        nproc: int = 1,
-        world_size: int = -1,
-        ip: str = "localhost",
-        port: str = "5678",
-        group_offset: int = 0,
-    ) -> Any:
-        from recbole.config import Config
-
-        if (nproc == 1 and world_size <= 0) or world_size not in (-1, nproc):
-            named = (model, dataset, config_file_list, config_dict, saved)
-            return original(*named, nproc, world_size, ip, port, group_offset)
-        reader = Config.__new__(Config)  # its `run` reads the command line, and texts as values
-        options = reader._convert_config_dict(config_dict or {}) | reader._load_cmd_line()
-        return run(
-            model or options.get("model", ""),
-            dataset or options.get("dataset", ""),
-            nproc=nproc,
-            config_file_list=config_file_list,
-            config_dict=options,
-            saved=saved,
-        )
-
-    return run_with_plugin
+    if (nproc == 1 and world_size <= 0) or world_size not in (-1, nproc):
+        same = (model, dataset, config_file_list, config_dict, saved, nproc, world_size)
+        return original(*same, *others, **named)
+    reader = Config.__new__(Config)  # its `run` reads the command line, and texts as values
+    options = reader._convert_config_dict(config_dict or {}) | reader._load_cmd_line()
+    return registration.provider.run(
+        model or options.get("model", ""),
+        dataset or options.get("dataset", ""),
+        nproc=nproc,
+        config_file_list=config_file_list,
+        config_dict=options,
+        saved=saved,
+    )
 
 
-def _trainer_by_name(provider: Provider) -> Callable[[str], Any]:
-    """A `__getattr__` of `recbole.trainer`, where RecBole looks for the trainer of a model."""
+def _trainer_by_name(name: str) -> Any:
+    """The `__getattr__` of `recbole.trainer`, where RecBole looks for the trainer of a model."""
     from recbole.utils import get_model
 
-    def __getattr__(name: str) -> Any:
-        model = name.removesuffix("Trainer")
-        if name.startswith("__") or model == name:
-            raise AttributeError(f"module 'recbole.trainer' has no attribute {name!r}")
-        try:
-            is_ours = hasattr(get_model(model), "spec")
-        except (ValueError, ImportError, AttributeError):
-            is_ours = False
-        if not is_ours:
-            raise AttributeError(f"module 'recbole.trainer' has no attribute {name!r}")
-        return provider.trainer()
-
-    return __getattr__
+    model = None
+    if name.endswith("Trainer"):
+        with suppress(ValueError, ImportError, AttributeError):
+            model = get_model(name.removesuffix("Trainer"))
+    if hasattr(model, "spec"):
+        return registration.provider.trainer()
+    raise AttributeError(f"module 'recbole.trainer' has no attribute {name!r}")
 
 
-def prepare(provider: Provider) -> None:
+def prepare() -> None:
     """Make RecBole run on this Python and know the compressed models; a second call is harmless."""
-    # One of these modules may be on its way in: `recbole` does not have it as an attribute yet.
     with ray_if_possible():
-        from recbole import quick_start
+        importlib.import_module("recbole.quick_start")
     with importing_models():
-        from recbole.model import sequential_recommender  # noqa: F401
+        importlib.import_module("recbole.model.sequential_recommender")
+    # One of these may be on its way in: `recbole` does not have it as an attribute yet.
     from recbole import trainer
-    from recbole.config import Config
-    from recbole.data import utils as data_utils
-    from recbole.model import abstract_recommender as kinds
-    from recbole.quick_start import quick_start as quick_start_functions
     from recbole.trainer import hyper_tuning
     from recbole.utils.argument_list import dataset_arguments, training_arguments
 
-    from cprec_recbole.host import data as recbole_data
-    from cprec_recbole.host import processes as recbole_processes
+    from cprec_recbole.host import data, processes
 
     # hyperopt asks for a Generator since 0.2.7
     generators = View(np.random, RandomState=np.random.default_rng)
-    hyper_tuning.np = View(_NUMPY_FOR_RECBOLE, random=generators)
-    adapt_recbole_modules()
-    for message in (
-        "The given NumPy array is not writable",
-        r".*GradScaler\(args",
-        "The inplace keyword in DataFrame",
-        "A value is being set on a copy of a DataFrame",
-    ):
+    hyper_tuning.np = View(_LIBRARIES["np"][1], random=generators)
+    _adapt_libraries()
+    for message in _WARNINGS:
         warnings.filterwarnings("ignore", message=message, module=r"recbole\.")
-    replace(Config, "compatibility_settings", _without_numpy_patching)
-    replace(Config, "_convert_config_dict", _without_eval)
-    replace(Config, "_load_internal_config_dict", _with_parent_defaults)
-    replace(kinds.SequentialRecommender, "__init__", _with_remembered_counts)
-    for kind in (kinds.GeneralRecommender, kinds.KnowledgeRecommender):
-        replace(kind, "__init__", _with_remembered_tokens)
-    replace(data_utils, "get_dataloader", _with_positions_loader)
-    for module in (quick_start, quick_start_functions):
-        replace(module, "load_data_and_model", lambda original: _load_data_and_model)
-        replace(module, "run", partial(_starting_the_plugin_too, run=provider.run))
-    recbole_data.adapt()
-    recbole_processes.adapt()
+    data.adapt()
+    processes.adapt()
+    replace_all()
     if "training" not in dataset_arguments:  # a saved dataset is reused only where these agree
         dataset_arguments += ["training", "eval_args", "data_path"]
         training_arguments.append("checkpoint_steps")
-    trainer.__getattr__ = _trainer_by_name(provider)
-    provider.register_models()
+    trainer.__getattr__ = _trainer_by_name
+    registration.provider.register_models()

@@ -16,13 +16,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import BatchSampler
+from torch.utils.data import BatchSampler, RandomSampler
 
 from cprec_recbole.config import CompressionError
-from cprec_recbole.host.patching import is_ours, replace
+from cprec_recbole.host.patching import is_ours, replaces
 from cprec_recbole.parallel import group
-from cprec_recbole.parallel.batches import GlobalBatches, PartOf
+from cprec_recbole.parallel.batches import PartOf
 from cprec_recbole.parallel.group import Place
 
 # what the collector keeps of evaluation batches, a row for each user or interaction
@@ -42,34 +43,32 @@ def alone(config: Any) -> Any:
     return single
 
 
-def _joining_a_group(original: Callable) -> Callable:
-    def _init_device(self: Any) -> None:
-        final = self.final_config_dict
-        place = group.expected()
-        if place is None and "local_rank" in final:  # RecBole's own `run` says it in options
-            local_rank, size, nproc = final["local_rank"], final["world_size"], final["nproc"]
-            meeting = f"tcp://{final['ip']}:{final['port']}"
-            place = Place(local_rank + final["offset"], size, local_rank, nproc, meeting)
-        if place is None:
-            original(self)
-            return
-        gpus = _gpus(final, "gpu_id" in self.external_config_dict, place)
-        group.join(place, gpus=bool(gpus))
-        device = torch.device("cuda", gpus[place.local_rank]) if gpus else torch.device("cpu")
-        if gpus:
-            torch.cuda.set_device(device)
-        final.update(
-            single_spec=False,
-            device=device,
-            local_rank=place.rank,  # RecBole asks it who writes, and adds it to the seed
-            world_size=place.size,
-            nproc=place.local_size,
-        )
-        if place.rank:
-            final.update(state="error", show_progress=False, verbose=False, log_wandb=False)
-            final.update(save_dataset=False, save_dataloaders=False)
-
-    return _init_device
+@replaces("recbole.config.Config._init_device")
+def _init_device(original: Callable, self: Any) -> None:
+    final = self.final_config_dict
+    place = group.place
+    if place is None and "local_rank" in final:  # RecBole's own `run` says it in options
+        local_rank, size, nproc = final["local_rank"], final["world_size"], final["nproc"]
+        meeting = f"tcp://{final['ip']}:{final['port']}"
+        place = Place(local_rank + final["offset"], size, local_rank, nproc, meeting)
+    if place is None:
+        original(self)
+        return
+    gpus = _gpus(final, "gpu_id" in self.external_config_dict, place)
+    group.join(place, gpus=bool(gpus))
+    device = torch.device("cuda", gpus[place.local_rank]) if gpus else torch.device("cpu")
+    if gpus:
+        torch.cuda.set_device(device)
+    final.update(
+        single_spec=False,
+        device=device,
+        local_rank=place.rank,  # RecBole asks it who writes, and adds it to the seed
+        world_size=place.size,
+        nproc=place.local_size,
+    )
+    if place.rank:
+        final.update(state="error", show_progress=False, verbose=False, log_wandb=False)
+        final.update(save_dataset=False, save_dataloaders=False)
 
 
 def _gpus(options: dict[str, Any], given: bool, place: Place) -> list[int]:
@@ -99,141 +98,110 @@ def _gpus(options: dict[str, Any], given: bool, place: Place) -> list[int]:
     return []
 
 
-def _reading_a_share(original: Callable) -> Callable:
+@replaces("recbole.data.dataloader.abstract_dataloader.AbstractDataLoader.__init__")
+def _init_loader(
+    original: Callable, self: Any, config: Any, dataset: Any, sampler: Any, shuffle: bool = False
+) -> None:
     from recbole.data.dataloader import FullSortEvalDataLoader, NegSampleEvalDataLoader
 
-    def __init__(self: Any, config: Any, dataset: Any, sampler: Any, shuffle: bool = False) -> None:
-        original(self, config, dataset, sampler, shuffle)
-        if config["single_spec"]:
-            return
-        number, parts = group.rank(), group.size()
-        if isinstance(self, FullSortEvalDataLoader | NegSampleEvalDataLoader):
-            rows = group.part_of(self.sample_size, number, parts)
-            batches: Any = BatchSampler(rows, self.step, drop_last=False)
-        elif is_ours(config):
-            self._init_batch_size_and_step()  # RecBole has divided the batch by the processes
-            batches = GlobalBatches(
-                self.sample_size,
-                self.step,
-                shuffle=shuffle,
-                generator=self.generator,
-                number=number,
-                parts=parts,
-            )
-            self.collate_fn = PartOf(self.collate_fn)
-        else:
-            return
-        self.__dict__["batch_sampler"] = batches  # which a DataLoader does not let one set
-
-    return __init__
+    original(self, config, dataset, sampler, shuffle)
+    if config["single_spec"]:
+        return
+    number, parts = group.rank(), group.size()
+    if isinstance(self, FullSortEvalDataLoader | NegSampleEvalDataLoader):
+        rows = group.part_of(self.sample_size, number, parts)
+        batches: Any = BatchSampler(rows, self.step, drop_last=False)
+    elif is_ours(config):
+        self._init_batch_size_and_step()  # RecBole has divided the batch by the processes
+        every = range(self.sample_size)
+        order = RandomSampler(every, generator=self.generator) if shuffle else every
+        batches = BatchSampler(order, self.step, drop_last=False)
+        self.collate_fn = PartOf(self.collate_fn, number, parts)
+    else:
+        return
+    self.__dict__["batch_sampler"] = batches  # which a DataLoader does not let one set
 
 
-def _has_rows(loader: Any) -> bool:
-    """What RecBole asks by `if not valid_data`; where this process has no rows, others have."""
-    return loader.sample_size > 0
-
-
-def _without_needing_gpus(original: Callable) -> Callable:
-    def __init__(self: Any, config: Any, model: torch.nn.Module) -> None:
-        if config["single_spec"]:
-            original(self, config, model)
-            return
-        self.config, self.model = config, model
-        if is_ours(config):
-            return  # CompressedTrainer adds the gradients up itself
-        gpus = None
-        if config["device"].type == "cuda":
-            gpus = [config["device"].index]
-            self.model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        self.distributed_model = DistributedDataParallel(self.model, device_ids=gpus)
-
-    return __init__
-
-
-def _with_one_file(original: Callable) -> Callable:
-    def __init__(self: Any, config: Any, model: torch.nn.Module) -> None:
+@replaces("recbole.trainer.trainer.AbstractTrainer.__init__")
+def _init_abstract_trainer(original: Callable, self: Any, config: Any, model: nn.Module) -> None:
+    if config["single_spec"]:
         original(self, config, model)
-        if not config["single_spec"]:  # the name holds a time, which need not be the others'
-            self.saved_model_file = group.from_first(self.saved_model_file)
-
-    return __init__
-
-
-def _written_by_one(original: Callable) -> Callable:
-    def _save_checkpoint(self: Any, epoch: int, verbose: bool = True, **kwargs: Any) -> None:
-        if self.config["single_spec"]:
-            original(self, epoch, verbose=verbose, **kwargs)
-            return
-        if group.is_first():
-            config, self.config = self.config, alone(self.config)
-            try:
-                original(self, epoch, verbose=verbose, **kwargs)
-            finally:
-                self.config = config
-        group.wait()  # the others may be about to read the file
-
-    return _save_checkpoint
+        return
+    self.config, self.model = config, model
+    if is_ours(config):
+        return  # CompressedTrainer adds the gradients up itself
+    gpus = None
+    if config["device"].type == "cuda":
+        gpus = [config["device"].index]
+        self.model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    self.distributed_model = DistributedDataParallel(self.model, device_ids=gpus)
 
 
-def _of_all_rows(original: Callable) -> Callable:
-    def get_data_struct(self: Any) -> Any:
-        # RecBole calls `cpu` of everything, also of the numbers and counts of the training data
-        from recbole.evaluator.collector import DataStruct
+@replaces("recbole.trainer.trainer.Trainer.__init__")
+def _init_trainer(original: Callable, self: Any, config: Any, model: nn.Module) -> None:
+    original(self, config, model)
+    if not config["single_spec"]:  # the name holds a time, which need not be the others'
+        self.saved_model_file = group.from_first(self.saved_model_file)
 
-        kept, struct = self.data_struct, DataStruct()
-        for name, value in list(kept._data_dict.items()):
-            struct.set(name, value.cpu() if isinstance(value, torch.Tensor) else value)
-            if name in COLLECTED:
-                del kept[name]
-        if self.config["single_spec"]:
-            return struct
-        mine = {name: struct.get(name) for name in COLLECTED if name in struct}
-        parts = group.gather(mine)
-        for name in COLLECTED:
-            found = [part[name] for part in parts if name in part]  # one may have had no rows
-            if found:
-                struct.set(name, torch.cat(found))
+
+@replaces("recbole.trainer.trainer.Trainer._save_checkpoint")
+def _save_checkpoint(original: Callable, self: Any, *args: Any, **options: Any) -> None:
+    config = self.config
+    if config["single_spec"]:
+        original(self, *args, **options)
+        return
+    if group.is_first():
+        self.config = alone(config)
+        try:
+            original(self, *args, **options)
+        finally:
+            self.config = config
+    group.wait()  # the others may be about to read the file
+
+
+@replaces("recbole.trainer.trainer.Trainer._map_reduce")
+def _map_reduce(original: Callable, self: Any, result: Any, num_sample: int) -> Any:
+    return result  # of all rows already
+
+
+@replaces("recbole.evaluator.Collector.get_data_struct")
+def _get_data_struct(original: Callable, self: Any) -> Any:
+    # RecBole calls `cpu` of everything, also of the numbers and counts of the training data
+    from recbole.evaluator.collector import DataStruct
+
+    kept, struct = self.data_struct, DataStruct()
+    for name, value in list(kept._data_dict.items()):
+        struct.set(name, value.cpu() if isinstance(value, torch.Tensor) else value)
+        if name in COLLECTED:
+            del kept[name]
+    if self.config["single_spec"]:
         return struct
+    parts = group.gather({name: struct.get(name) for name in COLLECTED if name in struct})
+    for name in COLLECTED:
+        found = [part[name] for part in parts if name in part]  # one may have had no rows
+        if found:
+            struct.set(name, torch.cat(found))
+    return struct
 
-    return get_data_struct
 
-
-def _of_the_first(original: Callable) -> Callable:
-    def get_tensorboard(logger: Any) -> Any:
-        if group.is_first():
-            return original(logger)
-        return SimpleNamespace(add_scalar=_write_nothing, add_hparams=_write_nothing)
-
-    return get_tensorboard
+@replaces("recbole.trainer.trainer.get_tensorboard")
+def _get_tensorboard(original: Callable, logger: Any) -> Any:
+    if group.is_first():
+        return original(logger)
+    return SimpleNamespace(add_scalar=_write_nothing, add_hparams=_write_nothing)
 
 
 def _write_nothing(*args: Any, **kwargs: Any) -> None:
     pass
 
 
-def _ensure_dir(dir_path: str) -> None:
+@replaces("recbole.trainer.trainer.ensure_dir")
+def _ensure_dir(original: Callable, dir_path: str) -> None:
     os.makedirs(dir_path, exist_ok=True)  # another process may be making it
 
 
-def _map_reduce(trainer: Any, result: Any, num_sample: int) -> Any:
-    return result  # of all rows already
-
-
 def adapt() -> None:
-    """Mend RecBole's modules; a second call is harmless."""
-    from recbole.config import Config
+    """What RecBole asks by `if not valid_data`; where this process has no rows, others have."""
     from recbole.data.dataloader.abstract_dataloader import AbstractDataLoader
-    from recbole.evaluator import Collector
-    from recbole.trainer import trainer
-    from recbole.trainer.trainer import AbstractTrainer, Trainer
 
-    replace(Config, "_init_device", _joining_a_group)
-    replace(AbstractDataLoader, "__init__", _reading_a_share)
-    AbstractDataLoader.__bool__ = _has_rows
-    replace(AbstractTrainer, "__init__", _without_needing_gpus)
-    replace(Trainer, "__init__", _with_one_file)
-    replace(Trainer, "_save_checkpoint", _written_by_one)
-    replace(Trainer, "_map_reduce", lambda original: _map_reduce)
-    replace(Collector, "get_data_struct", _of_all_rows)
-    replace(trainer, "get_tensorboard", _of_the_first)
-    replace(trainer, "ensure_dir", lambda original: _ensure_dir)
+    AbstractDataLoader.__bool__ = lambda loader: loader.sample_size > 0

@@ -43,17 +43,17 @@ class Provider:
     run: Callable[..., Any]
 
 
+provider: Provider  # that of the last `activate`
+
+
 class _Finder(MetaPathFinder):
     """Prepares RecBole behind the first import of what runs it."""
-
-    def __init__(self, provider: Provider) -> None:
-        self.provider = provider
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if name.startswith(f"{_MODULES_OF_MODELS}.cp"):  # `get_model` asks for one of ours
-            self.provider.register_models()
+            provider.register_models()
             return getattr(sys.modules.get(name), "__spec__", None)
         if name not in _RUNS_RECBOLE:
             return None
@@ -79,20 +79,22 @@ class _PreparingLoader(Loader):
         try:
             with plugin.ray_if_possible():
                 self.loader.exec_module(module)
-            plugin.prepare(self.finder.provider)
+            plugin.prepare()
         except BaseException:
             sys.meta_path.insert(0, self.finder)  # the next import tries again
             raise
 
 
-def activate(provider: Provider) -> None:
+def activate(of_package: Provider) -> None:
     """Prepare RecBole now where it runs in this process already, else when it first does."""
+    global provider
+    provider = of_package
     if any(name in sys.modules for name in _RUNS_RECBOLE):
         from cprec_recbole.host import plugin
 
-        plugin.prepare(provider)
+        plugin.prepare()
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder(provider))
+        sys.meta_path.insert(0, _Finder())
 
 
 def register_model(model_class: type) -> None:

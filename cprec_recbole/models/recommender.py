@@ -85,6 +85,7 @@ class CompressedRecommender(SequentialRecommender):
     """
 
     spec: ClassVar[ModelSpec]
+    n_items: int  # padding included
     item_tokens: np.ndarray | None = None  # RecBole's token of each item id, [n_items]
     vocabulary: Vocabulary | None = None  # the same, once it was asked for
     choice: ChosenOptions | None = None  # where compress() was given a budget

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
-
-import torch
-from torch.utils.data import BatchSampler, RandomSampler, Sampler, SequentialSampler
 
 from cprec_recbole.parallel.group import part_of
 
@@ -16,62 +13,29 @@ if TYPE_CHECKING:
 STAND_IN = "is_stand_in"  # an attribute of a batch of which this process has no row
 
 
-class GlobalBatches(Sampler[list[int]]):
-    """This process's part of each batch that one process alone would read.
+class PartOf:
+    """A DataLoader's `collate_fn` that reads one process's part of each batch.
 
-    Every process draws the same permutation from a generator in the same state and takes its part
-    of each batch. The parts in the order of the processes are the batch; a part may be empty.
+    Every process draws the same batches, from a generator in the same state. The parts in the order
+    of the processes are the batch. A process without a row gets one of another process, marked as
+    STAND_IN, that counts for nothing: every process has to take part in every step.
 
     Args:
-        n_rows: rows of the data set.
-        batch_size: rows of a batch, over all processes.
-        shuffle: whether the order is drawn.
-        generator: what it is drawn from; the same on every process.
+        collate: reads rows by their index.
         number: which process this is, of `parts`.
         parts: how many there are.
     """
 
     def __init__(
-        self,
-        n_rows: int,
-        batch_size: int,
-        *,
-        shuffle: bool,
-        generator: torch.Generator,
-        number: int,
-        parts: int,
+        self, collate: Callable[[Sequence[int]], Interaction], number: int, parts: int
     ) -> None:
-        rows = range(n_rows)
-        order: Sampler[int] = (
-            RandomSampler(rows, generator=generator) if shuffle else SequentialSampler(rows)
-        )
-        self.batches = BatchSampler(order, batch_size, drop_last=False)
-        self.number, self.parts = number, parts
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for batch in self.batches:
-            mine = part_of(len(batch), self.number, self.parts)
-            # A process without a row reads another's twice, as a mark for PartOf.
-            yield batch[mine.start : mine.stop] or batch[:1] * 2
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-
-class PartOf:
-    """A DataLoader's `collate_fn` for the indices that GlobalBatches gives.
-
-    A process without a row gets one of another process, marked as STAND_IN, that counts for
-    nothing: every process has to take part in every step.
-    """
-
-    def __init__(self, collate: Callable[[Sequence[int]], Interaction]) -> None:
-        self.collate = collate
+        self.collate, self.number, self.parts = collate, number, parts
 
     def __call__(self, index: Sequence[int]) -> Interaction:
-        """The rows of an index `[B]`, or one that is marked as STAND_IN."""
-        if len(index) != 2 or index[0] != index[1]:  # no row is in a batch twice
-            return self.collate(index)
+        """This process's rows of a batch `[B]`, or one that is marked as STAND_IN."""
+        mine = part_of(len(index), self.number, self.parts)
+        if mine:
+            return self.collate(index[mine.start : mine.stop])
         batch = self.collate(index[:1])
         setattr(batch, STAND_IN, True)
         return batch

@@ -61,39 +61,29 @@ class Place:
         return cls(rank, size, local_rank, local_size, "env://") if size > 1 else None
 
 
-_expected: Place | None = None
+place: Place | None = None  # where this process will stand; RecBole's Config joins the group there
 
 
-def expect(place: Place | None) -> None:
-    """Say where this process will stand, for whoever joins the group."""
-    global _expected
-    _expected = place
-
-
-def expected() -> Place | None:
-    """The place that `expect` named."""
-    return _expected
-
-
-def join(place: Place, *, gpus: bool) -> None:
+def join(here: Place, *, gpus: bool) -> None:
     """Become a member; waits for the others.
 
     Args:
-        place: where this process stands.
+        here: where this process stands.
         gpus: whether each process has a GPU of its own.
     """
     if not dist.is_initialized():
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if gpus else "gloo",
-            init_method=place.meeting,
-            rank=place.rank,
-            world_size=place.size,
+            init_method=here.meeting,
+            rank=here.rank,
+            world_size=here.size,
         )
 
 
 def leave() -> None:
     """End the membership, if there is one."""
-    expect(None)
+    global place
+    place = None
     if joined():
         dist.destroy_process_group()
 
@@ -138,15 +128,6 @@ def gather(value: T) -> list[T]:
     found: list[Any] = [None] * size()
     dist.all_gather_object(found, value)
     return found
-
-
-def from_first(value: T) -> T:
-    """What the first process gives, on every process."""
-    if not joined():
-        return value
-    box: list[Any] = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
 
 
 def part_of(n: int, number: int, parts: int) -> range:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.multiprocessing as torch_processes
+from torch.multiprocessing.spawn import ProcessException, start_processes
 
 from cprec_recbole.config import CompressionError
 from cprec_recbole.parallel import group
@@ -33,7 +33,7 @@ START_METHOD = "spawn"  # a forked process can use no GPU that its parent has us
 def launch(nproc: int, task: Callable[..., Any], *arguments: Any) -> Any:
     """Run `task(*arguments)` in `nproc` processes; returns what the first one returns.
 
-    In each, `group.expected()` is its place. Functions and arguments have to be ones that pickle
+    In each, `group.place` is its place. Functions and arguments have to be ones that pickle
     takes, and a script that calls this needs its `if __name__ == "__main__":`.
 
     Raises:
@@ -41,7 +41,7 @@ def launch(nproc: int, task: Callable[..., Any], *arguments: Any) -> Any:
         RuntimeError: a process raised any other error; the message has its traceback.
     """
     with tempfile.TemporaryDirectory(prefix="cprec-") as folder:
-        context = torch_processes.start_processes(
+        context = start_processes(
             _process,
             (nproc, folder, task, arguments),
             nprocs=nproc,
@@ -51,7 +51,7 @@ def launch(nproc: int, task: Callable[..., Any], *arguments: Any) -> Any:
         try:
             while not context.join():
                 pass
-        except torch_processes.ProcessException:
+        except ProcessException:
             codes = [process.exitcode or 0 for process in context.processes]
             raise _first_error(codes, Path(folder)) from None
         finally:
@@ -73,7 +73,7 @@ def _process(
     # a spawned process spawns; the workers of its loaders should start as in any other process
     multiprocessing.set_start_method(None, force=True)
     end_with_parent()
-    group.expect(Place(number, nproc, number, nproc, f"file://{folder}/meeting"))
+    group.place = Place(number, nproc, number, nproc, f"file://{folder}/meeting")
     try:
         result = task(*arguments)
         if number == 0:

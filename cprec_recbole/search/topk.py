@@ -1,9 +1,8 @@
-"""What a top-k search returns, and which items it must not return."""
+"""What a top-k search returns, and the checks of what it is asked for."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from numbers import Integral
 from typing import NamedTuple
 
@@ -29,101 +28,86 @@ class TopK(NamedTuple):
     scores: Tensor
 
 
-@dataclass(frozen=True)
-class Barred:
-    """Items that a row must not get, as pairs sorted by row, then position; no pair twice.
+class Limits(NamedTuple):
+    """What a search may return, in positions of popularity order.
 
     Attributes:
-        rows: row of the batch, `[M]`.
-        positions: position of the item in popularity order, `[M]`.
+        k: items of each row.
+        n_rows: rows of the batch.
+        n_items: items of the catalogue.
+        excluded: pairs of a row and a position that it must not get, as `row * n_items + position`,
+            each once, `[M]`.
+        allowed: the only positions that rows may get, rising, `[m]`; None for all.
     """
 
-    rows: Tensor
-    positions: Tensor
+    k: int
+    n_rows: int
+    n_items: int
+    excluded: Tensor
+    allowed: Tensor | None
 
-    @classmethod
-    def nothing(cls, device: torch.device) -> Barred:
-        """Every item may be returned."""
-        none = torch.empty(0, dtype=torch.int64, device=device)
-        return cls(none, none)
+    @property
+    def is_open(self) -> bool:
+        """Whether every item may be returned."""
+        return self.allowed is None and not len(self.excluded)
 
-    @classmethod
-    def from_ids(cls, exclude: Ids | None, n_rows: int, partition: Partition) -> Barred:
-        """Check ids to exclude, `[B, m]` or `[m]` for all rows; 0 excludes nothing.
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """The excluded rows and positions, `[M], [M]`."""
+        return self.excluded // self.n_items, self.excluded % self.n_items
 
-        Raises:
-            CompressionError: another shape, ids that are no whole numbers or outside the catalogue.
-        """
-        if exclude is None:
-            return cls.nothing(partition.position_of.device)
-        ids = _as_ids("exclude", exclude, partition.n_items)
+    def excludes(self, rows: Tensor, positions: Tensor) -> Tensor:
+        """Which of some pairs are excluded, `[C], [C] -> [C]`."""
+        return torch.isin(rows * self.n_items + positions, self.excluded)
+
+    def of_rows(self, rows: Tensor) -> Limits:
+        """Those of some rows, numbered as they come, `[B]`."""
+        if not len(self.excluded):
+            return self._replace(n_rows=len(rows))
+        number = torch.full((self.n_rows,), -1, device=rows.device)
+        number[rows] = torch.arange(len(rows), device=rows.device)
+        owners, positions = self.pairs()
+        keys = (number[owners] * self.n_items + positions)[number[owners] >= 0]
+        return self._replace(n_rows=len(rows), excluded=keys)
+
+
+def check_limits(
+    n_rows: int, k: object, exclude: Ids | None, allowed: Ids | None, partition: Partition
+) -> Limits:
+    """Check what `topk` is asked for a batch of `n_rows`; see there.
+
+    Raises:
+        CompressionError: ids of another shape, that are no whole numbers or outside the catalogue;
+            nothing allowed; or a k that is not from 1 to the items that every row has left.
+    """
+    device, n_items = partition.position_of.device, partition.n_items
+    excluded, places = torch.empty(0, dtype=torch.int64, device=device), None
+    if exclude is not None:
+        ids = _as_ids("exclude", exclude, n_items)
         if ids.ndim not in (1, 2) or (ids.ndim == 2 and len(ids) != n_rows):
             raise CompressionError(
                 f"Expected `exclude` to be item ids of shape [{n_rows}, m] or [m], but got "
                 f"{list(ids.shape)}."
             )
-        ids = ids.to(partition.position_of.device).expand(n_rows, -1)
-        rows = torch.arange(n_rows, device=ids.device).unsqueeze(1).expand_as(ids)
-        keys = (rows * partition.n_items + partition.positions(ids)).flatten().unique()
-        keys = keys[keys % partition.n_items != PADDING]
-        return cls(keys // partition.n_items, keys % partition.n_items)
-
-    def least_left(self, n_rows: int, n_items: int, allowed: Tensor | None) -> int:
-        """The fewest items that any row has left."""
-        rows, left = self.rows, n_items - 1
-        if allowed is not None:
-            rows, left = rows[torch.isin(self.positions, allowed)], len(allowed)
-        if not len(rows):
-            return left
-        return left - int(torch.bincount(rows, minlength=n_rows).max())
-
-    def pick(self, rows: Tensor, n_rows: int) -> Barred:
-        """Those of some rows out of `n_rows`, numbered as they come; of a row that comes more than
-        once, the first is meant."""
-        if not len(self.rows):
-            return self
-        number = rows.new_full((n_rows,), len(rows))
-        number.scatter_reduce_(0, rows, torch.arange(len(rows), device=rows.device), "amin")
-        numbers = number[self.rows]
-        here = numbers < len(rows)
-        return Barred(numbers[here], self.positions[here])
-
-    def of_rows(self, start: int, end: int) -> Barred:
-        """Those of rows `start` to `end`, numbered from 0."""
-        if not len(self.rows):
-            return self
-        bounds = torch.tensor([start, end], device=self.rows.device)
-        first, last = torch.searchsorted(self.rows, bounds).tolist()
-        return Barred(self.rows[first:last] - start, self.positions[first:last])
-
-    def hit(self, rows: Tensor, positions: Tensor, n_items: int) -> Tensor:
-        """Which of some (row, position) pairs are barred, `[C], [C] -> [C]`."""
-        if not len(self.rows):
-            return torch.zeros_like(rows, dtype=torch.bool)
-        keys, wanted = self.rows * n_items + self.positions, rows * n_items + positions
-        at = torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)
-        return keys[at] == wanted
-
-
-def allowed_positions(allowed: Ids, partition: Partition) -> Tensor:
-    """Positions of the ids that may be recommended, sorted, each once, `[m] -> [<= m]`.
-
-    Raises:
-        CompressionError: no id but 0, another shape, or ids outside the catalogue.
-    """
-    ids = _as_ids("allowed", allowed, partition.n_items)
-    if ids.ndim != 1:
-        raise CompressionError(
-            f"Expected `allowed` to be item ids of shape [m], but got {list(ids.shape)}."
-        )
-    ids = ids.to(partition.position_of.device)
-    positions = partition.positions(ids[ids != PADDING]).unique()
-    if not len(positions):
-        raise CompressionError(
-            "Expected `allowed` to hold at least one item, but it is empty; leave it out to allow "
-            "every item."
-        )
-    return positions
+        positions = partition.positions(ids.to(device)).expand(n_rows, -1)
+        rows = torch.arange(n_rows, device=device).unsqueeze(1)
+        excluded = (rows * n_items + positions)[positions != PADDING].unique()
+    if allowed is not None:
+        ids = _as_ids("allowed", allowed, n_items)
+        if ids.ndim != 1:
+            raise CompressionError(
+                f"Expected `allowed` to be item ids of shape [m], but got {list(ids.shape)}."
+            )
+        places = partition.positions(ids[ids != PADDING].to(device)).unique()
+        if not len(places):
+            raise CompressionError(
+                "Expected `allowed` to hold at least one item, but it is empty; leave it out to "
+                "allow every item."
+            )
+    left = n_items - 1 if places is None else len(places)
+    if len(excluded):
+        counted = excluded if places is None else excluded[torch.isin(excluded % n_items, places)]
+        left -= int(torch.bincount(counted // n_items, minlength=1).max())
+    return Limits(check_k(k, left), n_rows, n_items, excluded, places)
 
 
 def check_k(k: object, left: int) -> int:
@@ -165,11 +149,3 @@ def _as_ids(name: str, ids: Ids, n_items: int) -> Tensor:
             f"{low if low < 0 else high}."
         )
     return tensor
-
-
-def not_finite() -> CompressionError:
-    """The error for hidden states that are no numbers."""
-    return CompressionError(
-        "Expected `hidden` to hold finite numbers, but found NaN or infinity; the model "
-        "diverged in training, or its input is damaged."
-    )

@@ -55,10 +55,9 @@ def load_trained(
     checkpoint = read_checkpoint(file)
     model_class = _model_class(checkpoint, file)
     spec = getattr(model_class, "spec", None) or spec_named(checkpoint.model)
-    config = recbole_config(
-        model_class, checkpoint.dataset, _options(checkpoint, spec) | (options or {})
-    )
-    reject_unknown(options or {}, known_options(config))
+    options = options or {}
+    config = recbole_config(model_class, checkpoint.dataset, _options(checkpoint, spec) | options)
+    reject_unknown(options, known_options(config))
     if not os.path.isdir(config["data_path"]):  # RecBole would look for it on the internet
         raise CompressionError(
             f"Expected `data_path` to have the folder {checkpoint.dataset} that {os.fspath(file)} "
@@ -97,18 +96,16 @@ def _options(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, Any]:
     names |= {*_ALSO, *CompressionConfig.option_names(), *model_options(spec.name)}
     names |= {*dataset_arguments, *evaluation_arguments}
     options = {name: value for name, value in checkpoint.options.items() if name in names}
-    negatives = checkpoint.options.get("train_neg_sample_args")
-    if isinstance(negatives, dict):
-        options |= _negatives(negatives)
+    options |= _negatives(checkpoint.options.get("train_neg_sample_args"))
     folder = checkpoint.options.get("data_path")
     if isinstance(folder, str) and folder and checkpoint.dataset != "ml-100k":
         options["data_path"] = str(Path(folder).parent)  # RecBole has added the data set's name
     return options | {"use_gpu": torch.cuda.is_available()}
 
 
-def _negatives(given: dict[str, Any]) -> dict[str, Any]:
+def _negatives(given: Any) -> dict[str, Any]:
     """RecBole's option of that name where there are any; up to 1.1.0 it had a `strategy`."""
-    if given.get("strategy", given.get("distribution")) == "none":
+    if not isinstance(given, dict) or given.get("strategy", given.get("distribution")) == "none":
         return {}
     if "strategy" in given:
         distribution = given.get("distribution", "uniform")

@@ -116,11 +116,15 @@ def evaluate(model: nn.Module, data: Any) -> dict[str, float]:
                 scores = predict(rows.to(device)).view(len(rows), -1)
                 scores[:, 0] = -torch.inf
                 if history is not None:
-                    scores[_of_rows(*history, start, ROWS)] = -torch.inf
+                    scores[_of_rows(history[0], history[1], start, ROWS)] = -torch.inf
                 users, items = _of_rows(positive_u, positive_i, start, ROWS)
                 collector.eval_batch_collect(scores, rows, users, items)
-    result = Evaluator(data.config).evaluate(collector.get_data_struct())
-    return {name: float(value) for name, value in result.items()}
+    return plain(Evaluator(data.config).evaluate(collector.get_data_struct()))
+
+
+def plain(result: Any) -> Any:
+    """Metrics as Python's numbers, which not all of RecBole's are; None where there are none."""
+    return result and {name: float(value) for name, value in result.items()}
 
 
 def _of_rows(users: Tensor, items: Tensor, start: int, size: int) -> tuple[Tensor, Tensor]:

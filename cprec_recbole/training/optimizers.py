@@ -6,12 +6,10 @@ looked up.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import increment_version
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop, SparseAdam
 
 from cprec_recbole.config import CompressionError
@@ -26,7 +24,6 @@ _DENSE: dict[str, type[Optimizer]] = {
     "sparse_adam": Adam,  # for parameters whose gradient is dense, which SparseAdam refuses
 }
 _SPARSE: dict[str, type[Optimizer]] = {"sgd": SGD, "adagrad": Adagrad, "sparse_adam": SparseAdam}
-_FUSED = ("adam", "adamw", "sgd", "adagrad", "sparse_adam")
 
 
 def sparse_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -66,10 +63,9 @@ def build_optimizer(
     devices = ("cpu",) if name == "adagrad" else ("cpu", "cuda")
     known = all(p.is_floating_point() and p.device.type in devices for p in dense)
     options: dict[str, Any] = {"lr": learning_rate, "weight_decay": weight_decay}
-    if name in _FUSED and known:
+    if name != "rmsprop" and known:
         options["fused"] = True
     main = _DENSE[name](dense, **options)
-    main.register_step_post_hook(_count_step)
     if not looked_up:
         return main
     return Both(main, _SPARSE[name](looked_up, lr=learning_rate))  # type: ignore[call-arg]
@@ -82,15 +78,10 @@ class Both(Optimizer):
         self.parts = {"dense": dense, "sparse": sparse}
         super().__init__([*dense.param_groups, *sparse.param_groups], {})
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Step both."""
-        result = None
-        if closure is not None:
-            with torch.enable_grad():
-                result = closure()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Step both; there is no closure, which RecBole's trainers never give."""
         for part in self.parts.values():
             part.step()
-        return result
 
     def state_dict(self) -> dict[str, Any]:
         """The states of both."""
@@ -112,53 +103,22 @@ class Both(Optimizer):
         self.param_groups = [group for part in self.parts.values() for group in part.param_groups]
 
 
-def clip_gradients(
-    parameters: list[nn.Parameter], max_norm: float, norm_type: float = 2.0, **options: Any
-) -> Tensor:
+def clip_gradients(parameters: list[nn.Parameter], max_norm: float, **options: Any) -> Tensor:
     """Scale gradients down to a norm of at most `max_norm`; returns the norm before, `[]`.
 
-    It does what `torch.nn.utils.clip_grad_norm_` does, which takes no sparse gradients.
-
     Args:
-        parameters: all of the model's.
+        parameters: all of the model's; some may have sparse gradients.
         max_norm: the norm that is left at most.
-        norm_type: which norm.
-        options: more of torch's options, for dense gradients.
-
-    Raises:
-        CompressionError: such an option with sparse gradients, or a norm that is none.
+        options: more of those of `torch.nn.utils.clip_grad_norm_`, such as `norm_type`.
     """
+    clipped: list[Tensor] = []
     for parameter in parameters:
         if parameter.grad is not None and parameter.grad.is_sparse:
             parameter.grad = parameter.grad.coalesce()  # each row once
-    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if not any(grad.is_sparse for grad in grads):
-        return nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, **options)
-    if options:
-        raise CompressionError(
-            "Expected `clip_grad_norm` to hold max_norm and norm_type alone with sparse gradients, "
-            f"but got {', '.join(options)}."
-        )
-    if not float(norm_type) > 0:
-        raise CompressionError(
-            "Expected the norm_type of `clip_grad_norm` to be above 0, but got "
-            f"{float(norm_type):g}."
-        )
-    values = [grad._values() if grad.is_sparse else grad for grad in grads]
-    norms = [torch.linalg.vector_norm(value, float(norm_type)) for value in values]
-    total = torch.linalg.vector_norm(torch.stack(norms), float(norm_type))
-    scale = (max_norm / (total + 1e-6)).clamp(max=1.0)  # torch's own rule
-    for value in values:
-        value.mul_(scale)
-    return total
-
-
-def _count_step(optimizer: Optimizer, *_: Any) -> None:
-    """Count a fused step among the changes of its parameters, which PyTorch does not do.
-
-    What was made from them, such as a softmax's index, has to be made again.
-    """
-    for group in optimizer.param_groups:
-        if group.get("fused"):
-            for parameter in group["params"]:
-                increment_version(parameter)
+            rows = parameter.grad._values()
+            stand_in = torch.empty_like(rows)  # torch's function takes no sparse gradients
+            stand_in.grad = rows
+            clipped.append(stand_in)
+        else:
+            clipped.append(parameter)
+    return nn.utils.clip_grad_norm_(clipped, max_norm, **options)

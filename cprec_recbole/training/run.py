@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,13 @@ from recbole.utils import (
     set_color,
 )
 
-from cprec_recbole.config import CompressionConfig, CompressionError, is_near, reject_unknown
+from cprec_recbole.config import (
+    CompressionConfig,
+    CompressionError,
+    is_near,
+    is_whole,
+    reject_unknown,
+)
 from cprec_recbole.files import held, make_folder, remove_leftovers, write_whole
 from cprec_recbole.host.library import (
     fitting_options,
@@ -37,11 +43,9 @@ from cprec_recbole.models import MODELS
 from cprec_recbole.parallel import group
 from cprec_recbole.parallel.group import Place
 from cprec_recbole.parallel.launch import launch
-from cprec_recbole.training.evaluation import check_topk, check_valid_metric
+from cprec_recbole.training.evaluation import check_topk, check_valid_metric, plain
 from cprec_recbole.training.state import BEST, LAST, RESULT, Journal, digest, terms_of
 from cprec_recbole.training.trainer import CompressedTrainer
-
-OnEpoch = Callable[[int, float, float], None]  # epoch from 0, its training loss, its valid score
 
 # options of ours beside those of a CompressionConfig; the last one is an error that says why
 _OWN = ("checkpoint_steps", "shard_tails")
@@ -59,9 +63,8 @@ class Job:
         saved: whether the best weights are written.
         out: where everything is written; None for RecBole's `checkpoint_dir`.
         resume: whether to go on with what `out` holds.
-        on_epoch: called after every validation, by the first process.
-        say: takes a line about where the run begins; the first process's.
-        logs: whether RecBole's own log is written and shown.
+        say: takes a line about where the run begins and about each epoch, in the first process;
+            None: RecBole's own log is written and shown.
         named: which options RecBole or we have to know; a file may hold those of other models.
     """
 
@@ -71,20 +74,13 @@ class Job:
     saved: bool = True
     out: str | None = None
     resume: bool = False
-    on_epoch: OnEpoch | None = None
     say: Callable[[str], None] | None = None
-    logs: bool = True
     named: tuple[str, ...] = ()
 
     @property
     def is_ours(self) -> bool:
         """Whether the model is a compressed one."""
         return self.model in _our_names()
-
-    def report(self, line: str) -> None:
-        """Say a line about where the run begins, once for all processes."""
-        if group.is_first():
-            (self.say or logging.getLogger().info)(line)
 
 
 def run(
@@ -139,7 +135,7 @@ def train(job: Job, nproc: int | None = None) -> dict[str, Any]:
     place = Place.from_environment()
     _check(job, nproc, place)
     if place is not None:
-        group.expect(place)
+        group.place = place
         result = train_here(job)
         group.leave()
         return result
@@ -147,9 +143,8 @@ def train(job: Job, nproc: int | None = None) -> dict[str, Any]:
         return train_here(job)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     _config_of(job)  # a bad option is known before anything is started
-    if visible is None:  # RecBole's Config sets it
-        os.environ.pop("CUDA_VISIBLE_DEVICES", None)
-    else:
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # RecBole's Config has set it
+    if visible is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible
     return launch(int(nproc or 1), train_here, job)
 
@@ -177,7 +172,7 @@ def _our_names() -> list[str]:
 def _check(job: Job, nproc: int | None, place: Place | None) -> None:
     """Raise a CompressionError for everything that is known to be wrong before the start."""
     ours = ", ".join(_our_names())
-    if nproc is not None and (not isinstance(nproc, int) or isinstance(nproc, bool) or nproc < 1):
+    if nproc is not None and not (is_whole(nproc) and nproc >= 1):
         raise CompressionError(
             f"Expected `nproc` to be a whole number, 1 or more, but got {nproc!r}."
         )
@@ -243,30 +238,47 @@ def _config_of(job: Job) -> Config:
 
 def _checkpoint_steps(config: Config) -> int:
     """The option of that name; 0 where it was not given."""
-    if config["checkpoint_steps"] is None:
-        return 0
-    return whole_number(config, "checkpoint_steps", 0)
+    given = config["checkpoint_steps"] is not None
+    return whole_number(config, "checkpoint_steps", 0) if given else 0
 
 
 def _train_and_test(config: Config, job: Job) -> dict[str, Any]:
-    """RecBole's steps in RecBole's order, up to the trainer; then the rest."""
+    """RecBole's steps in RecBole's order."""
+    logger = logging.getLogger()
     init_seed(config["seed"], config["reproducibility"])
     if not group.is_first():
-        logging.getLogger().setLevel(logging.ERROR)
-    elif job.logs:
+        logger.setLevel(logging.ERROR)
+    elif job.say is None:
         init_logger(config)
-        logging.getLogger().info(config)
+        logger.info(config)
     loaders = _loaders(config, job)
     init_seed(config["seed"], config["reproducibility"])
     model = recbole_model(config, loaders[0]._dataset).to(config["device"])
     if not group.is_first():  # the same weights everywhere; what is drawn while training differs
         init_seed(config["seed"] + group.rank(), config["reproducibility"])
-    logging.getLogger().info(model)
+    logger.info(model)
     with fitting_options(config["model"]):
         trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
         if job.out is None:
             return _fit_and_test(trainer, config, loaders, job)
-        return _into_folder(trainer, config, loaders, job, Path(job.out))
+        folder = Path(job.out)
+        trainer.saved_model_file = str(folder / BEST)
+        if isinstance(trainer, CompressedTrainer) and job.saved:
+            trainer.journal = Journal(folder, terms_of(config, loaders), _checkpoint_steps(config))
+            state = _state_to_resume(trainer.journal, job) if job.resume else None
+            if state is not None and (folder / RESULT).is_file():
+                _say(job, f"The run in {folder} is finished; this is its result.")
+                return _read_result(folder / RESULT)
+            if state is not None:
+                trainer.resume(state, loaders[1])
+                del state  # as large as the model and its optimizer
+        result = _fit_and_test(trainer, config, loaders, job)
+    if group.is_first():
+        score = result["best_valid_score"]  # infinite where nothing was validated: no JSON
+        found = {**result, "best_valid_score": score if math.isfinite(score) else None}
+        text = json.dumps(found, indent=1)
+        write_whole(folder / RESULT, lambda path: path.write_text(text + "\n", encoding="utf-8"))
+    return result
 
 
 def _loaders(config: Config, job: Job) -> tuple[Any, Any, Any]:
@@ -280,21 +292,15 @@ def _loaders(config: Config, job: Job) -> tuple[Any, Any, Any]:
             f"Expected `dataset` to be in {config['data_path']} before several processes read it, "
             "but there is no such folder; let one process download it first (`nproc` 1)."
         )
-    writes = config["save_dataset"] or config["save_dataloaders"]  # False but on the first
-    one_first = any(group.gather(bool(writes)))  # what it writes is read by the others
-    if one_first and not group.is_first():
-        group.wait()
     dataset = recbole_dataset(config)
     logging.getLogger().info(dataset)
     loaders = recbole_loaders(config, dataset)
     if job.is_ours:
         check_topk(config, dataset)
-    if one_first and group.is_first():
-        group.wait()
     if group.size() > 1:
-        found = group.gather(digest(loaders))
-        for number, rows in enumerate(found):
-            if rows != found[0]:
+        first, *others = group.gather(digest(loaders))
+        for number, rows in enumerate(others, start=1):
+            if rows != first:
                 raise CompressionError(
                     "Expected `dataset` to hold the same interactions for every process, but "
                     f"those of process {number} are not those of process 0."
@@ -302,61 +308,32 @@ def _loaders(config: Config, job: Job) -> tuple[Any, Any, Any]:
     return loaders
 
 
-def _into_folder(
-    trainer: Any, config: Config, loaders: Any, job: Job, folder: Path
-) -> dict[str, Any]:
-    """Train with everything in a folder, from where the run there stopped."""
-    trainer.saved_model_file = str(folder / BEST)
-    unfinished = True
-    if isinstance(trainer, CompressedTrainer) and job.saved:
-        trainer.journal = Journal(folder, terms_of(config, loaders), _checkpoint_steps(config))
-        state = _state_to_resume(trainer.journal, job) if job.resume else None
-        if state is not None and (folder / RESULT).is_file():
-            job.report(f"The run in {folder} is finished; this is its result.")
-            return _read_result(folder / RESULT)
-        if state is not None:
-            unfinished = trainer.resume(state, loaders[1])
-            del state  # as large as the model and its optimizer
-    result = _fit_and_test(trainer, config, loaders, job, unfinished)
-    if group.is_first():
-        score = result["best_valid_score"]  # infinite where nothing was validated: no JSON
-        found = {**result, "best_valid_score": score if math.isfinite(score) else None}
-        text = json.dumps(found, indent=1)
-        write_whole(folder / RESULT, lambda path: path.write_text(text + "\n", encoding="utf-8"))
-    return result
-
-
-def _fit_and_test(
-    trainer: Any, config: Any, loaders: Any, job: Job, unfinished: bool = True
-) -> dict[str, Any]:
+def _fit_and_test(trainer: Any, config: Any, loaders: Any, job: Job) -> dict[str, Any]:
     """Train from where it is, test, and put RecBole's result together."""
     train_data, valid_data, test_data = loaders
-    show, on_epoch = config["show_progress"], job.on_epoch
+    show, logger = config["show_progress"], logging.getLogger()
 
     def tell(epoch: int, score: float) -> None:
-        if on_epoch is not None and group.is_first():
-            on_epoch(epoch, float(trainer.train_loss_dict[epoch]), score)
+        if job.say is not None:  # otherwise it is in RecBole's log
+            loss = float(trainer.train_loss_dict[epoch])
+            _say(job, f"epoch {epoch + 1}: training loss {loss:.4f}, valid {score:.4f}")
 
-    if unfinished:
-        trainer.fit(train_data, valid_data, saved=job.saved, show_progress=show, callback_fn=tell)
-    else:
-        trainer.eval_collector.data_collect(train_data)  # as `fit` begins
-        trainer.put_back_random_state()  # RecBole draws negatives for sampled evaluation
+    trainer.fit(train_data, valid_data, saved=job.saved, show_progress=show, callback_fn=tell)
     test_result = trainer.evaluate(test_data, load_best_model=job.saved, show_progress=show)
-    logger = logging.getLogger()
     logger.info(set_color("best valid ", "yellow") + f": {trainer.best_valid_result}")
     logger.info(set_color("test result", "yellow") + f": {test_result}")
     return {
         "best_valid_score": float(trainer.best_valid_score),
         "valid_score_bigger": config["valid_metric_bigger"],
-        "best_valid_result": _plain(trainer.best_valid_result),
-        "test_result": _plain(test_result),
+        "best_valid_result": plain(trainer.best_valid_result),
+        "test_result": plain(test_result),
     }
 
 
-def _plain(result: Mapping[str, Any] | None) -> dict[str, float] | None:
-    """Metrics as Python's numbers: some of RecBole's are NumPy's, which JSON does not know."""
-    return None if result is None else {name: float(value) for name, value in result.items()}
+def _say(job: Job, line: str) -> None:
+    """Say a line about the run, once for all processes."""
+    if group.is_first():
+        (job.say or logging.getLogger().info)(line)
 
 
 def _state_to_resume(journal: Journal, job: Job) -> dict[str, Any] | None:
@@ -370,7 +347,7 @@ def _state_to_resume(journal: Journal, job: Job) -> dict[str, Any] | None:
                     f"Expected {LAST} beside {path}, but it is missing; start afresh in another "
                     "folder."
                 )
-        job.report(f"There is nothing to resume in {job.out} yet: starting afresh.")
+        _say(job, f"There is nothing to resume in {job.out} yet: starting afresh.")
         return None
     if state["best_valid_result"] is not None and not best.is_file():
         raise CompressionError(
@@ -378,15 +355,14 @@ def _state_to_resume(journal: Journal, job: Job) -> dict[str, Any] | None:
         )
     if not state["ended"]:
         done = f", after {state['step']} of its steps" if state["step"] else ""
-        job.report(f"Resuming in epoch {state['epoch'] + 1}{done}.")
+        _say(job, f"Resuming in epoch {state['epoch'] + 1}{done}.")
     return state
 
 
 def _read_result(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return found | {name: _plain(found[name]) for name in ("best_valid_result", "test_result")}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
         raise CompressionError(
             f"Expected {path} to hold the result of a run, but it is damaged: {error}. Remove it "
             "to test the model again."

@@ -9,7 +9,7 @@ import hashlib
 import json
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,30 +22,17 @@ from cprec_recbole.data.sequences import SequenceRows
 from cprec_recbole.files import write_whole
 from cprec_recbole.host.numbering import numbering
 from cprec_recbole.parallel import group
+from cprec_recbole.training.evaluation import plain
 
 LAST, BEST, RESULT = "last.pth", "best.pth", "result.json"
 _FORMAT = 2
-# options that change what is shown, or where things are, and nothing of the training
-_WITHOUT_EFFECT = [
-    "show_progress",
-    "state",
-    "verbose",
-    "log_wandb",
-    "wandb_project",
-    "checkpoint_steps",
-    "gpu_id",
-    "use_gpu",
-    "local_rank",
-    "world_size",
-    "single_spec",
-    "config_files",
-    "data_path",
-    "checkpoint_dir",
-    "save_dataset",
-    "dataset_save_path",
-    "save_dataloaders",
-    "dataloaders_save_path",
-]
+# options that change nothing of a training: what is shown, which devices work, where things are
+_SHOWN = ["show_progress", "state", "verbose", "log_wandb", "wandb_project"]
+_DEVICES = ["gpu_id", "use_gpu", "local_rank", "world_size", "single_spec"]
+_PLACES = ["config_files", "data_path", "checkpoint_dir", "dataset_save_path"]
+_SAVED = ["checkpoint_steps", "save_dataset", "save_dataloaders", "dataloaders_save_path"]
+_WITHOUT_EFFECT = {*_SHOWN, *_DEVICES, *_PLACES, *_SAVED}
+_OF_ALL = ("epoch", "step", "generator", "scaler", "ended")  # the same for every process
 
 
 @dataclass(frozen=True)
@@ -60,7 +47,7 @@ class Progress:
             its order of the rows follows.
         scaler: the state of the gradient scaler.
         ended: the training is over, early or not.
-        random: the random states to put back; None when nothing is to be put back.
+        random: the random states to put back; empty when nothing is to be put back.
     """
 
     epoch: int
@@ -69,24 +56,19 @@ class Progress:
     generator: Tensor
     scaler: dict[str, Any]
     ended: bool = False
-    random: dict[str, Any] | None = None
+    random: dict[str, Any] = field(default_factory=dict)
 
 
 def state_of(trainer: Any, progress: Progress) -> dict[str, Any]:
     """The whole state of a trainer; every process has to call it, and the first has all of it."""
     mine = {"loss": progress.loss, "random": random_state(trainer.device)}
-    result = trainer.best_valid_result
     valid = getattr(trainer.valid_data, "generator", None)
     return {
-        "epoch": progress.epoch,
-        "step": progress.step,
-        "generator": progress.generator,
+        **{name: getattr(progress, name) for name in _OF_ALL},
         "valid_generator": None if valid is None else valid.get_state(),
-        "scaler": progress.scaler,
-        "ended": progress.ended,
         "cur_step": trainer.cur_step,
         "best_valid_score": float(trainer.best_valid_score),
-        "best_valid_result": result and {name: float(value) for name, value in result.items()},
+        "best_valid_result": plain(trainer.best_valid_result),
         "train_loss": {epoch: float(loss) for epoch, loss in trainer.train_loss_dict.items()},
         "measured": {name: list(values) for name, values in trainer.measured.items()},
         "other_parameter": trainer.model.other_parameter(),
@@ -113,15 +95,7 @@ def restore(trainer: Any, state: dict[str, Any]) -> Progress:
         trainer.measured[name][:] = values
     if state["valid_generator"] is not None and trainer.valid_data is not None:
         trainer.valid_data.generator.set_state(state["valid_generator"])
-    return Progress(
-        state["epoch"],
-        state["step"],
-        mine["loss"],
-        state["generator"],
-        state["scaler"],
-        state["ended"],
-        mine["random"],
-    )
+    return Progress(**{name: state[name] for name in _OF_ALL}, **mine)
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

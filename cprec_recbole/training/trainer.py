@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from cprec_recbole.data import NEXT_ITEMS
 from cprec_recbole.files import write_whole
 from cprec_recbole.host.checkpoint import read_checkpoint
 from cprec_recbole.host.numbering import check_numbering
-from cprec_recbole.host.processes import alone
 from cprec_recbole.models.recommender import HIDDEN_AT, CompressedRecommender
 from cprec_recbole.parallel import group
 from cprec_recbole.parallel.batches import STAND_IN
@@ -49,6 +48,8 @@ class CompressedTrainer(Trainer):
     config: Any
     optimizer: Any
     saved_model_file: str
+    best_valid_score: float
+    best_valid_result: Any
 
     def __init__(self, config: Any, model: nn.Module) -> None:
         super().__init__(config, model)
@@ -79,10 +80,14 @@ class CompressedTrainer(Trainer):
         show_progress: bool = False,
         callback_fn: Callable[[int, float], Any] | None = None,
     ) -> tuple[float, Any]:
-        """Train, as RecBole's; with a journal, from where it was interrupted."""
+        """Train, as RecBole's; after `resume`, what is left to do."""
         self.valid_data = valid_data
         for name, data in (("train_data", train_data), ("valid_data", valid_data)):
             check_numbering(self.model, data, name)
+        if self._resumed is not None and self._resumed.ended:
+            self.eval_collector.data_collect(train_data)  # as RecBole's begins
+            set_random_state(self._resumed.random, self.device)  # of which a test may draw
+            return self.best_valid_score, self.best_valid_result
         result = super().fit(train_data, valid_data, verbose, saved, show_progress, callback_fn)
         if self.journal is not None:
             end = Progress(self.epochs, 0, 0.0, train_data.generator.get_state(), {}, ended=True)
@@ -100,11 +105,6 @@ class CompressedTrainer(Trainer):
         self._resumed, self._is_resumed = restore(self, state), True
         self.start_epoch = self._resumed.epoch
         return not self._resumed.ended
-
-    def put_back_random_state(self) -> None:
-        """As it was when the end of the training was written down; for a test that follows."""
-        if self._resumed is not None and self._resumed.random is not None:
-            set_random_state(self._resumed.random, self.device)
 
     def _train_epoch(
         self,
@@ -127,9 +127,16 @@ class CompressedTrainer(Trainer):
         batches = iter(train_data)
         for _ in range(begin.step):
             next(batches)  # trained on before the interruption
-        if begin.random is not None:
+        if begin.random:
             set_random_state(begin.random, self.device)
-        bar = self._shown(batches, epoch_idx, begin.step, len(train_data), show_progress)
+        bar = tqdm(
+            batches,
+            set_color(f"Train {epoch_idx:>5}", "pink"),
+            len(train_data),
+            ncols=100,
+            disable=not show_progress,
+            initial=begin.step,
+        )
         for step, batch in enumerate(bar, begin.step + 1):
             total += self._step(batch, loss_func or self._loss, scaler)
             if self.gpu_available and show_progress:
@@ -182,31 +189,19 @@ class CompressedTrainer(Trainer):
         mine = 0 if getattr(batch, STAND_IN, False) else n_targets(batch)
         return mine / max(1, int(group.total(torch.tensor(mine, dtype=torch.int64))))
 
-    def _shown(
-        self, batches: Iterable, epoch: int, done: int, n_steps: int, show_progress: bool
-    ) -> Any:
-        """Batches with RecBole's progress bar, if it is wanted."""
-        if not show_progress:
-            return batches
-        title = set_color(f"Train {epoch:>5}", "pink")
-        return tqdm(batches, total=n_steps, initial=done, ncols=100, desc=title)
-
     def _save_checkpoint(self, epoch: int, verbose: bool = True, **kwargs: Any) -> None:
         """Write RecBole's checkpoint, so that a crash leaves the one before or the new one."""
-        path = kwargs.get("saved_model_file", self.saved_model_file)
+        path = Path(kwargs.get("saved_model_file", self.saved_model_file))
+
+        def write(file: Path) -> None:
+            super(CompressedTrainer, self)._save_checkpoint(epoch, False, saved_model_file=file)
+
         if group.is_first():
-            state = {
-                "config": alone(self.config),
-                "epoch": epoch,
-                "cur_step": self.cur_step,
-                "best_valid_score": self.best_valid_score,
-                "state_dict": self.model.state_dict(),
-                "other_parameter": self.model.other_parameter(),
-                "optimizer": self.optimizer.state_dict(),
-            }
-            write_whole(Path(path), lambda file: torch.save(state, file, pickle_protocol=4))
+            write_whole(path, write)
             if verbose:
                 self.logger.info(set_color("Saving current", "blue") + f": {path}")
+        else:
+            write(path)  # which waits, and writes nothing
         group.wait()  # the others may be about to read the file
 
     def evaluate(
@@ -254,10 +249,11 @@ def _distributed(model: nn.Module) -> nn.Module:
     loss = _Loss(model)
     sparse = {id(parameter) for parameter in sparse_parameters(model)}
     every = loss.named_parameters(remove_duplicate=False)  # a tied table has two names
-    names = [name for name, parameter in every if id(parameter) in sparse]
     # it takes sparse gradients of nn.Embedding alone; ours are added up beside it
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(loss, names)
-    return DistributedDataParallel(loss, broadcast_buffers=False, find_unused_parameters=True)
+    ignored = [name for name, parameter in every if id(parameter) in sparse]
+    ignored += [name for name, _ in loss.named_buffers(remove_duplicate=False)]  # all constant
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(loss, ignored)
+    return DistributedDataParallel(loss, find_unused_parameters=True)
 
 
 def _add_up_rows(parameter: nn.Parameter) -> None:

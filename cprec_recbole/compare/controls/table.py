@@ -16,9 +16,9 @@ from cprec_recbole.models import MODELS
 from cprec_recbole.models.recommender import CompressedRecommender, compression_of
 from cprec_recbole.models.spec import Parts
 from cprec_recbole.partition import PADDING, Partition
-from cprec_recbole.search.index import Snapshot
-from cprec_recbole.search.pruned import Found
-from cprec_recbole.search.topk import Barred, Ids, TopK, allowed_positions, check_k
+from cprec_recbole.search.exact import Found
+from cprec_recbole.search.table import SearchTable
+from cprec_recbole.search.topk import Ids, TopK, check_limits
 from cprec_recbole.softmax import FullSoftmax
 
 _SCORES = 2**24  # scores at a time: 64 MiB
@@ -99,23 +99,20 @@ class FlatSoftmax(FullSoftmax):
         self, hidden: Tensor, k: int, exclude: Ids | None = None, allowed: Ids | None = None
     ) -> Found:
         """See Softmax.search; dense scores, of which all are read."""
-        partition = self.table.partition
-        barred = Barred.from_ids(exclude, len(hidden), partition)
-        places = None if allowed is None else allowed_positions(allowed, partition)
-        k = check_k(k, barred.least_left(len(hidden), partition.n_items, places))
-        others = torch.zeros(partition.n_items, dtype=torch.bool, device=hidden.device)
-        if places is not None:
+        n_items = self.table.partition.n_items
+        limits = check_limits(len(hidden), k, exclude, allowed, self.table.partition)
+        others = torch.zeros(n_items, dtype=torch.bool, device=hidden.device)
+        if limits.allowed is not None:
             others = torch.ones_like(others)
-            others[places] = False
+            others[limits.allowed] = False
         others[PADDING] = True
-        size = max(1, _SCORES // partition.n_items)
+        everyone = torch.arange(len(hidden), device=hidden.device)
         pieces = []
-        for start in range(0, max(1, len(hidden)), size):
-            scores = self.scores(hidden[start : start + size])
+        for rows in everyone.split(max(1, _SCORES // n_items)):
+            scores = self.scores(hidden[rows])
             scores[:, others] = -torch.inf
-            out = barred.of_rows(start, start + size)
-            scores[out.rows, out.positions] = -torch.inf
-            pieces.append(_best(scores, k))
+            scores[limits.of_rows(rows).pairs()] = -torch.inf
+            pieces.append(_best(scores, limits.k))
         return Found(TopK(*(torch.cat(part) for part in zip(*pieces))), 1.0)
 
     def build_index(self) -> None:
@@ -133,7 +130,7 @@ class FlatSoftmax(FullSoftmax):
         is_padding = torch.arange(logits.shape[1], device=logits.device) == PADDING
         return logits.masked_fill(is_padding, 0.0)
 
-    def _current(self) -> Snapshot:
+    def _current(self) -> SearchTable:
         raise NotImplementedError("scores are dense")
 
 

@@ -1,0 +1,413 @@
+"""Exact top-k over a factorised catalogue, most of which need not be read (CpRec, section 3.2).
+
+A first pass in the model's precision finds every item that rounding could let into the result.
+Scores of these candidates are computed in float64, each from its own products alone, rounded to the
+model's precision and sorted, equal ones by lower item id.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from operator import sub
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cprec_recbole.config import CompressionError
+from cprec_recbole.partition import PADDING
+from cprec_recbole.search.maxima import group_maxima
+from cprec_recbole.search.table import Bounds, Rows, SearchTable
+from cprec_recbole.search.topk import Limits, TopK
+
+_BATCH = 256  # rows of a batch that are searched together
+_SHARED = 32  # of those, rows that read the same groups
+_SPARE = 8  # items beyond the k-th that are looked at
+_FEW_SCORES = 2**18  # that are sooner computed all
+_FEW_LOGITS = 2**14  # that are sooner looked at one by one than in groups
+_NUMBERS = 2**20  # to work on at a time
+_FEW_NUMBERS = 2**15  # the same where memory for them should stay in the cache
+_MOST = 2**21  # candidates of several rows that are kept together
+
+
+class Found(NamedTuple):
+    """A search's result, and the share of the tail's rows that were read, a row of the batch."""
+
+    topk: TopK
+    tail_share: float
+
+
+class TooManyCandidates(Exception):
+    """So many items tie for the last place that those of several rows cannot be kept together."""
+
+
+def search(table: SearchTable, hidden: Tensor, limits: Limits) -> Found:
+    """The k best items of each row.
+
+    The items do not depend on the batch, on pieces or on an index, and neither do the scores of a
+    flat softmax. A tree's scores may, in the last digit: normalisers are sums in the model's
+    precision, and in float64 only for rows whose order could depend on them.
+
+    Args:
+        table: the weights.
+        hidden: hidden states, `[B, d]`.
+        limits: how many items, and which.
+
+    Raises:
+        CompressionError: hidden states that are not finite numbers, or scores that overflow.
+    """
+    n_rows, size = len(hidden), max(1, min(_BATCH, 2**18 // limits.k))
+    if n_rows == 1 and table.is_small and table.clusters is None and limits.is_open:
+        topk = _sort_one(table, hidden.double(), limits.k)
+        if topk is not None:
+            return Found(topk, 1.0)
+    if not n_rows:
+        scores = hidden.new_empty(0, limits.k, dtype=table.dtype)
+        return Found(TopK(scores.long(), scores), 0.0)
+    whole = _Part(table, hidden.double(), limits)
+    rows = torch.arange(n_rows, device=hidden.device).split(size)
+    parts = [whole] if n_rows <= size else [whole.take(some) for some in rows]
+    topk = _joined([part.topk() for part in parts])
+    return Found(topk, sum(part.tail_rows for part in parts) / max(1, n_rows * table.n_tail))
+
+
+def _sort_one(table: SearchTable, hidden: Tensor, k: int) -> TopK | None:
+    """One row in a small catalogue under a flat softmax, where a step costs as much as all of the
+    arithmetic: in as few steps as it takes. None where two places are too close to be sure."""
+    queries = torch.mm(hidden, table.basis).to(table.dtype).split_with_sizes(table.ranks, 1)
+    logits = [torch.mm(query, columns) for query, columns in zip(queries, table.columns())]
+    best, at = torch.cat(logits, 1).topk(min(k + 1, table.partition.n_items - 1))
+    values = best[0].tolist()
+    slack = table.rounding * float(torch.linalg.vector_norm(hidden))
+    if not min(map(sub, values, values[1:]), default=0) > slack or not math.isfinite(values[0]):
+        return None
+    at = at[:, :k]
+    scores = (table.exact[0].values[at[0]] * hidden).sum(1)
+    return TopK(table.item_at.take(at + 1), scores.to(table.dtype).unsqueeze(0))
+
+
+class _Part:
+    """Some rows of a batch that are searched together.
+
+    In a block, score = logit + offset. A flat softmax has no offsets; a tree's are minus the head's
+    normaliser, and a cluster's log-probability minus its block's normaliser.
+
+    Attributes:
+        slack: scores that are closer than this may be in either order, `[B]`.
+        best: the k best scores so far of different items, `[k, B]`.
+        offsets: of each block, `[B, n_blocks]`, float64.
+        found: rows, positions and scores of candidates.
+        tail_rows: products of a row of the tail and a row of the batch.
+    """
+
+    def __init__(self, table: SearchTable, hidden: Tensor, limits: Limits) -> None:
+        self.table, self.hidden, self.limits, self.k = table, hidden, limits, limits.k
+        self.is_tree = table.clusters is not None
+        lengths = torch.linalg.vector_norm(hidden, dim=1)
+        slack = lengths * table.rounding
+        self.offsets = hidden.new_zeros(len(hidden), len(table.blocks))
+        self.clusters = self.offsets[:, 1:]  # their logits
+        if table.clusters is not None:
+            self.clusters = (hidden.unsqueeze(1) * table.clusters).sum(2)
+            # normalisers are off by as much as logits, and by what rounding does to their sums
+            scale = lengths * table.longest + math.log(table.partition.n_items)
+            slack = 2 * slack + 16 * torch.finfo(table.dtype).eps * scale
+        self.slack = slack.to(table.dtype)
+        self.best = self.slack.new_full((self.k, len(hidden)), -torch.inf)
+        self.found: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.tail_rows = 0
+
+    def take(self, rows: Tensor) -> _Part:
+        """Some of the rows as a part of their own, with nothing found."""
+        part = copy.copy(self)
+        part.hidden, part.limits = self.hidden[rows], self.limits.of_rows(rows)
+        part.slack, part.best = self.slack[rows], self.best[:, rows]
+        part.offsets, part.clusters = self.offsets[rows], self.clusters[rows]
+        part.found, part.tail_rows = [], 0
+        return part
+
+    def give(self, part: _Part, rows: Tensor) -> None:
+        """Add what was found for some of the rows."""
+        self.best[:, rows], self.offsets[rows] = part.best, part.offsets
+        self.found += [(rows[number], *others) for number, *others in part.found]
+        self.tail_rows += part.tail_rows
+
+    def topk(self) -> TopK:
+        """The result."""
+        n_scores = len(self.hidden) * self.table.partition.n_items
+        is_small = self.table.is_small or (n_scores <= _FEW_SCORES and self.limits.allowed is None)
+        try:
+            return self.sort_all() if is_small else self.search()
+        except TooManyCandidates:
+            rows = torch.arange(len(self.hidden), device=self.hidden.device)
+            fresh = _Part(self.table, self.hidden, self.limits)
+            parts = [fresh.take(half) for half in rows.chunk(2)]
+            topk = _joined([part.topk() for part in parts])
+            self.tail_rows = sum(part.tail_rows for part in parts)
+            return topk
+
+    def sort_all(self) -> TopK:
+        """Sort the scores of all items."""
+        table, k, allowed = self.table, self.k, self.limits.allowed
+        queries = (self.hidden @ table.basis).to(table.dtype).split_with_sizes(table.ranks, 1)
+        scores = queries[0].new_empty(len(self.hidden), table.partition.n_items - 1)
+        logits = scores.split_with_sizes([block.n_items for block in table.blocks], 1)
+        for j, (query, columns, part) in enumerate(zip(queries, table.columns(), logits)):
+            torch.mm(query, columns, out=part)
+            if self.is_tree:
+                self.offsets[:, j] = self.offset(j, part.logsumexp(1))
+                part += self.offsets[:, j, None].to(part.dtype)
+        if len(self.limits.excluded):
+            rows, positions = self.limits.pairs()
+            scores[rows, positions - 1] = -torch.inf
+        scores = scores if allowed is None else scores[:, allowed - 1]
+        self.tail_rows = len(self.hidden) * table.n_tail
+        n_best = min(k + _SPARE, scores.shape[1])
+        best, at = scores.topk(n_best, dim=1)
+        floor = best[:, k - 1 : k] - self.slack.unsqueeze(1)
+        reaches = best >= floor
+        if n_best < scores.shape[1] and reaches[:, -1].any():  # there may be more
+            numbers, at = (scores >= floor).nonzero().unbind(1)
+            return self.sort_found(numbers, at + 1 if allowed is None else allowed[at])
+        return self.sort(at + 1 if allowed is None else allowed[at], reaches)
+
+    def search(self) -> TopK:
+        """Read what may hold one of the best, and sort it."""
+        for j, block in enumerate(self.table.blocks):
+            indexed = self.table.indexed[j]
+            if self.limits.allowed is not None:
+                self.read_all(j, block.pick(self.limits.allowed))
+            elif indexed.bounds is not None:
+                self.read_groups(j, indexed, *indexed.bounds)
+            else:
+                self.read_all(j, block)
+        numbers, positions, scores = (torch.cat(part) for part in zip(*self.found))
+        real = scores >= self.floor()[numbers]
+        if len(self.limits.excluded):
+            real &= ~self.limits.excludes(numbers, positions)
+        return self.sort_found(numbers[real], positions[real])
+
+    # -- the first pass ----------------------------------------------------------------------------
+
+    def read_all(self, j: int, block: Rows) -> None:
+        """Read all rows of a block."""
+        n_rows, rank = block.values.shape
+        size = 1
+        if n_rows * len(self.hidden) > _FEW_LOGITS:
+            # larger groups mean fewer maxima to sort, and more rows to read again for each
+            size = min(round((2 * n_rows / (self.k * rank)) ** 0.5), n_rows // (8 * self.k))
+        self.read(j, block, block.query(self.hidden, self.table.dtype), max(1, size))
+
+    def read(self, j: int, block: Rows, query: Tensor, size: int) -> None:
+        """Find the best of some rows of a block, of all of them for a tree."""
+        maxima, log_sum = self.maxima(j, block, query, size, with_sums=self.is_tree)
+        if self.is_tree:
+            whole = self.table.blocks[j]
+            if block is not whole:
+                log_sum = group_maxima(whole.values, query, 64, with_sums=True)[1]
+            self.offsets[:, j] = self.offset(j, log_sum)
+            maxima = maxima + self.offsets[:, j].to(maxima.dtype)
+        self.best = torch.cat([self.best, maxima]).topk(self.k, dim=0).values
+        self.keep(j, block, query, maxima, size)
+
+    def read_groups(self, j: int, block: Rows, groups: Bounds, branches: Bounds) -> None:
+        """Read those groups of a block that may hold one of the best.
+
+        In a tree scores have the block's normaliser, and that takes all of the block: it is read
+        for those rows where, for all that bounds say of the normaliser, an item may do.
+        """
+        query = block.query(self.hidden, self.table.dtype)
+        upper = branches.above(query)
+        rows = (upper.amax(0) >= self.floor_of_logits(j, branches, query)).nonzero().squeeze(1)
+        # those that look for near items beside each other, to read the same groups
+        rows = rows[upper[:, rows].argmax(0).argsort()]
+        opened = [rows[:0]]
+        for some in rows.split(_SHARED) if len(rows) else ():
+            part = self.take(some)
+            opened.append(some[part.read_near(j, block, groups, query[:, some])])
+            self.give(part, some)
+        rows = torch.cat(opened)
+        if len(rows):
+            part = self.take(rows)
+            part.read_all(j, self.table.blocks[j])
+            self.give(part, rows)
+
+    def read_near(self, j: int, block: Rows, groups: Bounds, query: Tensor) -> Tensor:
+        """Read the groups that any of the rows needs; returns for which of them all of a tree's
+        block has to be read, `[B]`."""
+        upper, floor = groups.above(query), self.floor_of_logits(j, groups, query)
+        chosen = _reaching(upper, floor)
+        if self.is_tree:
+            maxima, _ = self.maxima(j, block.of_groups(chosen), query, groups.size)
+            return (maxima >= floor).any(0)
+        if len(chosen) * groups.size * len(floor) > _FEW_SCORES:
+            upper = upper[chosen]  # the most promising first, to raise the floor
+            lowest = torch.where(floor == -torch.inf, upper.amin(0), floor)
+            first = _reaching(upper, torch.maximum(floor, (3 * upper.amax(0) + lowest) / 4))
+            self.read_some(j, block.of_groups(chosen[first]), query, groups.size)
+            upper[first] = torch.nan  # which reaches nothing: no group is read twice
+            chosen = chosen[_reaching(upper, self.floor())]
+        self.read_some(j, block.of_groups(chosen), query, groups.size)
+        return torch.zeros_like(floor, dtype=torch.bool)
+
+    def read_some(self, j: int, block: Rows, query: Tensor, size: int) -> None:
+        """Read groups, row by row if there are few: that makes for a higher floor."""
+        is_few = len(block.values) * len(self.hidden) <= _FEW_SCORES
+        self.read(j, block, query, 1 if is_few else size)
+
+    def maxima(
+        self, j: int, block: Rows, query: Tensor, size: int, *, with_sums: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """See group_maxima; without what is excluded."""
+        self.tail_rows += len(block.values) * len(self.hidden) if j else 0
+        excluded = None
+        if len(self.limits.excluded):
+            numbers, positions = self.limits.pairs()
+            rows, order = block.find(positions).sort()
+            here = rows >= 0
+            excluded = rows[here], numbers[order][here]
+        return group_maxima(block.values, query, size, excluded, with_sums=with_sums)
+
+    def keep(self, j: int, block: Rows, query: Tensor, maxima: Tensor, size: int) -> None:
+        """Take the items of groups that may be among the best."""
+        floor = self.floor()
+        group, number = (maxima >= floor).nonzero().unbind(1)
+        if size == 1:
+            self.add(number, block.positions(group), maxima[group, number])
+            return
+        slots = torch.arange(size, device=group.device)
+        offsets, n_rows = self.offsets[:, j].to(floor.dtype), len(block.values)
+        n_pairs = max(1, _NUMBERS // (size * len(query)))
+        for some, here in zip(group.split(n_pairs), number.split(n_pairs)):
+            rows = some.unsqueeze(1) * size + slots  # [P, s]
+            codes = block.values[rows.clamp(max=n_rows - 1)]
+            scores = torch.bmm(codes, query.T[here].unsqueeze(2)).squeeze(2)
+            scores += offsets[here].unsqueeze(1)
+            reaches = (scores >= floor[here].unsqueeze(1)) & (rows < n_rows)
+            pair, slot = reaches.nonzero().unbind(1)
+            positions = block.positions(rows[pair, slot])
+            self.add(here[pair], positions, scores[pair, slot])
+
+    def add(self, numbers: Tensor, positions: Tensor, scores: Tensor) -> None:
+        """Take candidates.
+
+        Raises:
+            TooManyCandidates: more than can be kept, of more than one row.
+        """
+        self.found.append((numbers, positions, scores))
+        if len(self.hidden) > 1 and sum(len(part[0]) for part in self.found) > _MOST:
+            raise TooManyCandidates
+
+    def floor(self) -> Tensor:
+        """What an item must reach to be among the k best, but for rounding, `[B]`."""
+        return self.best[-1] - self.slack
+
+    def floor_of_logits(self, j: int, bounds: Bounds, query: Tensor) -> Tensor:
+        """The same for logits of a block of which only bounds are known, `[B]`."""
+        if not self.is_tree:
+            return self.floor()
+        return self.floor() - self.offset(j, bounds.log_sum_below(query)).to(query.dtype)
+
+    # -- offsets of a tree -------------------------------------------------------------------------
+
+    def offset(self, j: int, log_sum: Tensor) -> Tensor:
+        """A block's offset, given the log of its summed exponentials, `[B]`."""
+        log_sum = log_sum.double()
+        if j == 0:
+            return -torch.cat([log_sum.unsqueeze(1), self.clusters], 1).logsumexp(1)
+        return self.clusters[:, j - 1] + self.offsets[:, 0] - log_sum
+
+    def exact_offsets(self) -> Tensor:
+        """All offsets in float64, each row's on its own, `[B, n_blocks]`."""
+        for j, block in enumerate(self.table.blocks):
+            queries = block.exact_query(self.hidden)
+            sums = [
+                torch.stack([(codes.double() @ query).logsumexp(0) for query in queries])
+                for codes in block.values.split(max(1, _NUMBERS // block.values.shape[1]))
+            ]
+            self.offsets[:, j] = self.offset(j, torch.stack(sums).logsumexp(0))
+        return self.offsets
+
+    # -- into order --------------------------------------------------------------------------------
+
+    def sort_found(self, numbers: Tensor, positions: Tensor) -> TopK:
+        """The k best of candidates: rows of the batch and positions, `[C], [C]`.
+
+        Raises:
+            TooManyCandidates: as many, in one row, as several rows cannot have together.
+        """
+        counts = torch.bincount(numbers, minlength=len(self.hidden))
+        width = max(self.k, int(counts.max()))
+        if len(counts) > 1 and len(counts) * width > _MOST:
+            raise TooManyCandidates
+        numbers, order = numbers.sort()
+        first = (counts.cumsum(0) - counts)[numbers]
+        table = positions.new_full((len(counts), width), PADDING)
+        table[numbers, torch.arange(len(first), device=first.device) - first] = positions[order]
+        return self.sort(table, table != PADDING)
+
+    def sort(self, positions: Tensor, real: Tensor) -> TopK:
+        """The k best of candidates: positions, and which of them count, `[B, m], [B, m]`."""
+        items = self.table.item_at[positions].long()
+        by_id = items.argsort(dim=1)
+        items, positions, real = (part.gather(1, by_id) for part in (items, positions, real))
+        exact, order = self.in_order(positions, real)
+        if self.is_tree:
+            unsure = self.unsure(positions.gather(1, order), exact.gather(1, order))
+            if len(unsure):
+                self.offsets[unsure] = self.take(unsure).exact_offsets()
+                exact, order = self.in_order(positions, real)
+        order = order[:, : self.k]
+        scores = exact.gather(1, order).to(self.table.dtype)
+        if not scores.isfinite().all():
+            if not self.hidden.isfinite().all():
+                raise CompressionError(
+                    "Expected `hidden` to hold finite numbers, but found NaN or infinity; the "
+                    "model diverged in training, or its input is damaged."
+                )
+            raise CompressionError(
+                "Expected scores to be finite numbers, but they overflow; the hidden states or the "
+                "weights of the item table are far too large."
+            )
+        return TopK(items.gather(1, order), scores)
+
+    def in_order(self, positions: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores in float64, `[B, m]`, and how to sort them by what they are when rounded."""
+        size = max(1, _FEW_NUMBERS // (positions.shape[1] * self.hidden.shape[1]))
+        rows = zip(*(part.split(size) for part in (self.hidden, self.offsets, positions)))
+        scores = torch.cat([self.exact_scores(*some) for some in rows])
+        scores = torch.where(real, scores, -torch.inf)
+        order = scores.to(self.table.dtype).argsort(dim=1, descending=True, stable=True)
+        return scores, order
+
+    def exact_scores(self, hidden: Tensor, offsets: Tensor, positions: Tensor) -> Tensor:
+        """Scores in float64, `[B, d], [B, n_blocks], [B, m] -> [B, m]`: sums of products, not
+        products of matrices, in which a result's last digit depends on how many there are."""
+        scores = torch.zeros_like(positions, dtype=torch.float64)
+        for block in self.table.exact:
+            rows = block.find(positions)
+            codes = block.values[rows.clamp(min=0)].double()
+            logits = (codes * block.exact_query(hidden).unsqueeze(1)).sum(2)
+            scores = torch.where(rows >= 0, logits, scores)
+        if not self.is_tree:
+            return scores
+        return scores + offsets.gather(1, self.table.partition.blocks(positions))
+
+    def unsure(self, positions: Tensor, scores: Tensor) -> Tensor:
+        """Rows whose order errors of the offsets could change, given sorted candidates: that of two
+        blocks, or in one where it decides to which numbers scores are rounded."""
+        gap = scores.diff(dim=1).abs()
+        digits = 4 * torch.finfo(self.table.dtype).eps * scores[:, :-1].abs()
+        across = self.table.partition.blocks(positions).diff(dim=1) != 0
+        unsure = (gap > 0) & (gap <= digits) | across & (gap <= self.slack.unsqueeze(1))
+        return unsure.any(1).nonzero().squeeze(1)
+
+
+def _reaching(upper: Tensor, floor: Tensor) -> Tensor:
+    """Groups with a bound that reaches the floor of some row, `[G, B], [B] -> [G']`."""
+    return ((upper - floor).amax(1) >= 0).nonzero().squeeze(1)
+
+
+def _joined(parts: list[TopK]) -> TopK:
+    return parts[0] if len(parts) == 1 else TopK(*(torch.cat(part) for part in zip(*parts)))
