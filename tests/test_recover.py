@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from cprec_recbole import CompressionConfig, CompressionError, compress, evaluate, recover
+from cprec_recbole import CompressionError, compress, evaluate, recover
 from cprec_recbole.compression import distillation
 from cprec_recbole.compression.distillation import Teacher
 from cprec_recbole.compression.original import Original
@@ -74,15 +74,6 @@ def test_the_divergence_is_that_of_two_softmaxes_within_blocks(trained, host_nam
             expected += float((told * (told / given).log()).sum())
     found = float(teacher.divergence(hidden, wanted, target))
     assert found == pytest.approx(expected / 30, rel=1e-4)
-
-
-def test_an_equal_model_has_no_divergence(trained, host_name):
-    small = compress(trained[host_name], CompressionConfig.uncompressed())
-    original = Original.of(trained[host_name])
-    teacher = Teacher(small, original, 1.0)
-    hidden = torch.randn(10, 16)
-    target = torch.randint(1, small.n_items, (10,))
-    assert float(teacher.divergence(hidden, hidden, target)) == pytest.approx(0, abs=1e-5)
 
 
 @pytest.mark.parametrize("share", [0.3, 1.0])
@@ -298,7 +289,6 @@ def test_histories_as_lists_serve_too(trained):
     small = squeezed(trained, "SASRec")
     found = recover(small, trained["SASRec"], [[1, 2, 3, 4], [5, 6]] * 8, 3, progress=False)
     assert found.losses[-1] < found.losses[0]
-    assert found.kept == 3
     assert "3 epochs, loss" in str(found)
 
 

@@ -157,15 +157,6 @@ def test_only_a_trained_table_looks_trained(trained, world):
         assert compress(fresh, ranks=[16, 4]).warm_start is None
 
 
-def test_an_uncompressed_cp_model_is_an_original_too(world, host_name):
-    options = CompressionConfig.uncompressed().as_dict()
-    model = world.model(f"Cp{host_name}", **options).eval()
-    small = compress(model, CompressionConfig.uncompressed())
-    batch = world.evaluation_batch(f"Cp{host_name}")
-    torch.testing.assert_close(small.full_sort_predict(batch), model.full_sort_predict(batch))
-    assert small.reads_last_column == model.reads_last_column
-
-
 def test_evaluate_gives_what_recboles_trainer_gives(world, host_name, tmp_path):
     for name in (host_name, f"Cp{host_name}"):
         config = world.config(name, metrics=["NDCG", "Hit", "MRR"], topk=[3, 10])

@@ -294,19 +294,14 @@ def _check_pair(small: CompressedRecommender, original: Original) -> None:
 def _check_numbers(
     epochs: object, batch_size: object, rate: object, distillation: object, seed: object
 ) -> None:
-    if not is_whole(seed) or not 0 <= seed < 2**63:
-        raise CompressionError(f"Expected `seed` to be a whole number from 0, but got {seed!r}.")
-    for name, value in (("epochs", epochs), ("batch_size", batch_size)):
-        if not is_whole(value) or value < 1:
-            raise CompressionError(
-                f"Expected `{name}` to be a whole number, 1 or more, but got {value!r}."
-            )
-    if not is_number(rate) or not 0 < rate <= _HIGHEST_RATE:
-        raise CompressionError(
-            f"Expected `learning_rate` to be above 0 and at most {_HIGHEST_RATE:g}, but got "
-            f"{rate!r}."
-        )
-    if not is_number(distillation) or not 0 <= distillation <= 1:
-        raise CompressionError(
-            f"Expected `distillation` to be a share from 0 to 1, but got {distillation!r}."
-        )
+    positive, seeds = "a whole number, 1 or more", "a whole number from 0"
+    rates, shares = f"above 0 and at most {_HIGHEST_RATE:g}", "a share from 0 to 1"
+    for name, value, expected, is_right in (
+        ("seed", seed, seeds, is_whole(seed) and 0 <= seed < 2**63),
+        ("epochs", epochs, positive, is_whole(epochs) and epochs >= 1),
+        ("batch_size", batch_size, positive, is_whole(batch_size) and batch_size >= 1),
+        ("learning_rate", rate, rates, is_number(rate) and 0 < rate <= _HIGHEST_RATE),
+        ("distillation", distillation, shares, is_number(distillation) and 0 <= distillation <= 1),
+    ):
+        if not is_right:
+            raise CompressionError(f"Expected `{name}` to be {expected}, but got {value!r}.")

@@ -165,14 +165,14 @@ class Spectra:
                 value[blocks, end] = total[start, ranks]
                 before[blocks, end, :, 0] = start + 1
                 before[blocks, end, :, 1] = source[start + 1, ranks]
-        blocks, rank = np.unravel_index(value[:, -1].argmin(), value[:, -1].shape)
+        blocks, rank = map(int, np.unravel_index(value[:, -1].argmin(), value[:, -1].shape))
         end = n - 1
         plan_ranks: list[int] = []
         cutoffs: list[int] = []
         for left in range(blocks, 0, -1):
-            plan_ranks.insert(0, int(rank))
+            plan_ranks.insert(0, rank)
             cutoffs.insert(0, self.ends[end])
-            end, rank = before[left, end, rank]
+            end, rank = map(int, before[left, end, rank])
         return BlockPlan(tuple(plan_ranks), tuple(cutoffs), dim)
 
     def _filled(self, plan: BlockPlan, limit: int, cost: TableCost) -> BlockPlan:
