@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from cprec_recbole.config import CompressionError
-from cprec_recbole.partition import PADDING
 from cprec_recbole.search.maxima import group_maxima
 from cprec_recbole.search.table import Bounds, Rows, SearchTable
 from cprec_recbole.search.topk import Limits, TopK
@@ -27,7 +26,6 @@ _SPARE = 8  # items beyond the k-th that are looked at
 _FEW_SCORES = 2**18  # that are sooner computed all
 _FEW_LOGITS = 2**14  # that are sooner looked at one by one than in groups
 _NUMBERS = 2**20  # to work on at a time
-_FEW_NUMBERS = 2**15  # the same where memory for them should stay in the cache
 _MOST = 2**21  # candidates of several rows that are kept together
 
 
@@ -58,7 +56,8 @@ def search(table: SearchTable, hidden: Tensor, limits: Limits) -> Found:
         CompressionError: hidden states that are not finite numbers, or scores that overflow.
     """
     n_rows, size = len(hidden), max(1, min(_BATCH, 2**18 // limits.k))
-    if n_rows == 1 and table.is_small and table.clusters is None and limits.is_open:
+    few = table.partition.n_items <= _FEW_SCORES
+    if n_rows == 1 and few and table.clusters is None and limits.is_open:
         topk = _sort_one(table, hidden.double(), limits.k)
         if topk is not None:
             return Found(topk, 1.0)
@@ -73,7 +72,7 @@ def search(table: SearchTable, hidden: Tensor, limits: Limits) -> Found:
 
 
 def _sort_one(table: SearchTable, hidden: Tensor, k: int) -> TopK | None:
-    """One row in a small catalogue under a flat softmax, where a step costs as much as all of the
+    """One row in no large catalogue under a flat softmax, where a step costs as much as all of the
     arithmetic: in as few steps as it takes. None where two places are too close to be sure."""
     queries = torch.mm(hidden, table.basis).to(table.dtype).split_with_sizes(table.ranks, 1)
     logits = [torch.mm(query, columns) for query, columns in zip(queries, table.columns())]
@@ -82,9 +81,9 @@ def _sort_one(table: SearchTable, hidden: Tensor, k: int) -> TopK | None:
     slack = table.rounding * float(torch.linalg.vector_norm(hidden))
     if not min(map(sub, values, values[1:]), default=0) > slack or not math.isfinite(values[0]):
         return None
-    at = at[:, :k]
-    scores = (table.exact[0].values[at[0]] * hidden).sum(1)
-    return TopK(table.item_at.take(at + 1), scores.to(table.dtype).unsqueeze(0))
+    positions = at[:, :k] + 1
+    scores = table.exact_logits(hidden, positions).to(table.dtype)
+    return TopK(table.item_at.take(positions).long(), scores)
 
 
 class _Part:
@@ -136,7 +135,9 @@ class _Part:
     def topk(self) -> TopK:
         """The result."""
         n_scores = len(self.hidden) * self.table.partition.n_items
-        is_small = self.table.is_small or (n_scores <= _FEW_SCORES and self.limits.allowed is None)
+        is_small = self.table.vectors is not None or (
+            n_scores <= _FEW_SCORES and self.limits.allowed is None
+        )
         try:
             return self.sort_all() if is_small else self.search()
         except TooManyCandidates:
@@ -163,14 +164,10 @@ class _Part:
             scores[rows, positions - 1] = -torch.inf
         scores = scores if allowed is None else scores[:, allowed - 1]
         self.tail_rows = len(self.hidden) * table.n_tail
-        n_best = min(k + _SPARE, scores.shape[1])
-        best, at = scores.topk(n_best, dim=1)
-        floor = best[:, k - 1 : k] - self.slack.unsqueeze(1)
-        reaches = best >= floor
-        if n_best < scores.shape[1] and reaches[:, -1].any():  # there may be more
-            numbers, at = (scores >= floor).nonzero().unbind(1)
-            return self.sort_found(numbers, at + 1 if allowed is None else allowed[at])
-        return self.sort(at + 1 if allowed is None else allowed[at], reaches)
+        positions = allowed
+        if allowed is None:
+            positions = torch.arange(1, table.partition.n_items, device=scores.device)
+        return self.sort_near(scores, positions.expand_as(scores))
 
     def search(self) -> TopK:
         """Read what may hold one of the best, and sort it."""
@@ -186,7 +183,18 @@ class _Part:
         real = scores >= self.floor()[numbers]
         if len(self.limits.excluded):
             real &= ~self.limits.excludes(numbers, positions)
-        return self.sort_found(numbers[real], positions[real])
+        numbers, positions, scores = numbers[real], positions[real], scores[real]
+        counts = torch.bincount(numbers, minlength=len(self.hidden))
+        width = max(self.k, int(counts.max()))
+        self.check_size(width)
+        numbers, order = numbers.sort()
+        column = (
+            torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[numbers]
+        )
+        near = scores.new_full((len(counts), width), -torch.inf)
+        places = positions.new_zeros(len(counts), width)
+        near[numbers, column], places[numbers, column] = scores[order], positions[order]
+        return self.sort_near(near, places)
 
     # -- the first pass ----------------------------------------------------------------------------
 
@@ -245,16 +253,18 @@ class _Part:
             upper = upper[chosen]  # the most promising first, to raise the floor
             lowest = torch.where(floor == -torch.inf, upper.amin(0), floor)
             first = _reaching(upper, torch.maximum(floor, (3 * upper.amax(0) + lowest) / 4))
-            self.read_some(j, block.of_groups(chosen[first]), query, groups.size)
+            some = block.of_groups(chosen[first])
+            self.read(j, some, query, self.size_of_few(some, groups.size))
             upper[first] = torch.nan  # which reaches nothing: no group is read twice
             chosen = chosen[_reaching(upper, self.floor())]
-        self.read_some(j, block.of_groups(chosen), query, groups.size)
+        some = block.of_groups(chosen)
+        size = self.size_of_few(some, groups.size)
+        self.keep(j, some, query, self.maxima(j, some, query, size)[0], size)
         return torch.zeros_like(floor, dtype=torch.bool)
 
-    def read_some(self, j: int, block: Rows, query: Tensor, size: int) -> None:
-        """Read groups, row by row if there are few: that makes for a higher floor."""
-        is_few = len(block.values) * len(self.hidden) <= _FEW_SCORES
-        self.read(j, block, query, 1 if is_few else size)
+    def size_of_few(self, block: Rows, size: int) -> int:
+        """Rows to a group where there are few: one, which makes for a higher floor."""
+        return 1 if len(block.values) * len(self.hidden) <= _FEW_SCORES else size
 
     def maxima(
         self, j: int, block: Rows, query: Tensor, size: int, *, with_sums: bool = False
@@ -331,21 +341,24 @@ class _Part:
 
     # -- into order --------------------------------------------------------------------------------
 
-    def sort_found(self, numbers: Tensor, positions: Tensor) -> TopK:
-        """The k best of candidates: rows of the batch and positions, `[C], [C]`.
+    def sort_near(self, scores: Tensor, positions: Tensor) -> TopK:
+        """The k best of items with scores of the first pass, `[B, m], [B, m]`."""
+        n_scores = scores.shape[1]
+        best, at = scores.topk(min(self.k + _SPARE, n_scores), dim=1)
+        floor = best[:, self.k - 1 : self.k] - self.slack.unsqueeze(1)
+        n_near = int((best >= floor).sum(1).max())
+        if n_near == best.shape[1] < n_scores:  # there may be more
+            n_near = int((scores >= floor).sum(1).max())
+            self.check_size(n_near)
+            best, at = scores.topk(n_near, dim=1)
+        n_near = max(self.k, n_near)
+        best, at = best[:, :n_near], at[:, :n_near]
+        return self.sort(positions.gather(1, at), best >= floor)
 
-        Raises:
-            TooManyCandidates: as many, in one row, as several rows cannot have together.
-        """
-        counts = torch.bincount(numbers, minlength=len(self.hidden))
-        width = max(self.k, int(counts.max()))
-        if len(counts) > 1 and len(counts) * width > _MOST:
+    def check_size(self, n_candidates: int) -> None:
+        """Raise TooManyCandidates where several rows cannot have so many each."""
+        if len(self.hidden) > 1 and len(self.hidden) * n_candidates > _MOST:
             raise TooManyCandidates
-        numbers, order = numbers.sort()
-        first = (counts.cumsum(0) - counts)[numbers]
-        table = positions.new_full((len(counts), width), PADDING)
-        table[numbers, torch.arange(len(first), device=first.device) - first] = positions[order]
-        return self.sort(table, table != PADDING)
 
     def sort(self, positions: Tensor, real: Tensor) -> TopK:
         """The k best of candidates: positions, and which of them count, `[B, m], [B, m]`."""
@@ -374,25 +387,12 @@ class _Part:
 
     def in_order(self, positions: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
         """Scores in float64, `[B, m]`, and how to sort them by what they are when rounded."""
-        size = max(1, _FEW_NUMBERS // (positions.shape[1] * self.hidden.shape[1]))
-        rows = zip(*(part.split(size) for part in (self.hidden, self.offsets, positions)))
-        scores = torch.cat([self.exact_scores(*some) for some in rows])
+        scores = self.table.exact_logits(self.hidden, positions)
+        if self.is_tree:
+            scores += self.offsets.gather(1, self.table.partition.blocks(positions))
         scores = torch.where(real, scores, -torch.inf)
         order = scores.to(self.table.dtype).argsort(dim=1, descending=True, stable=True)
         return scores, order
-
-    def exact_scores(self, hidden: Tensor, offsets: Tensor, positions: Tensor) -> Tensor:
-        """Scores in float64, `[B, d], [B, n_blocks], [B, m] -> [B, m]`: sums of products, not
-        products of matrices, in which a result's last digit depends on how many there are."""
-        scores = torch.zeros_like(positions, dtype=torch.float64)
-        for block in self.table.exact:
-            rows = block.find(positions)
-            codes = block.values[rows.clamp(min=0)].double()
-            logits = (codes * block.exact_query(hidden).unsqueeze(1)).sum(2)
-            scores = torch.where(rows >= 0, logits, scores)
-        if not self.is_tree:
-            return scores
-        return scores + offsets.gather(1, self.table.partition.blocks(positions))
 
     def unsure(self, positions: Tensor, scores: Tensor) -> Tensor:
         """Rows whose order errors of the offsets could change, given sorted candidates: that of two

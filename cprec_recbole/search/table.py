@@ -27,6 +27,7 @@ _MIN_ROWS = 2**14  # below it reading is quicker than looking at bounds
 _GROUP_VALUES = 256  # numbers to a group: 64 rows of rank 4, 16 of rank 16
 _BRANCH = 64  # groups to a branch
 _NUMBERS = 2**19  # to work on at a time
+_FEW_NUMBERS = 2**15  # the same where memory for them should stay in the cache
 _LONGEST = 1e15
 _LOG2_E = math.log2(math.e)
 
@@ -254,8 +255,7 @@ class SearchTable:
         rounding: twice what rounding may change in a logit, for hidden states of length one.
         basis: those of all blocks beside each other, `[d, sum r]`.
         item_at: item id at each position, `[n_items]`.
-        is_small: whether the catalogue is; then copies of its item vectors are kept.
-        exact: what scores of candidates are computed from: the blocks, or all vectors as one.
+        vectors: of a small catalogue those of all items, `[n_items - 1, d]`, float64; else None.
 
     Raises:
         CompressionError: weights that are not finite numbers.
@@ -297,26 +297,35 @@ class SearchTable:
             block.values.T.contiguous() if block.n_items <= FEW_ITEMS else None
             for block in self.blocks
         ]
-        self.item_at, self.exact = partition.item_at, self.blocks
-        self.is_small = partition.n_items <= FEW_ITEMS
-        if self.is_small:
+        self.item_at, self.vectors = partition.item_at, None
+        if partition.n_items <= FEW_ITEMS:
             self.item_at = self.item_at.long()
             vectors = [block.values.double() @ block.basis.T for block in self.blocks]
-            everything = torch.cat(vectors)
-            self.exact = [
-                Rows(
-                    everything,
-                    torch.eye(everything.shape[1], device=everything.device),
-                    0.0,
-                    1,
-                    len(everything),
-                )
-            ]
+            self.vectors = torch.cat(vectors)
 
     def is_current(self, watched: Sequence[Tensor]) -> bool:
         """Whether the weights are those that this was made from."""
         same = len(watched) == len(self._watched) and all(map(is_, watched, self._watched))
         return same and [_mark(tensor) for tensor in watched] == self._marks
+
+    def exact_logits(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        """Logits in float64, `[B, d], [B, m] -> [B, m]`: sums of products, not products of
+        matrices, in which a result's last digit depends on how many there are."""
+        size = max(1, _FEW_NUMBERS // (positions.shape[1] * hidden.shape[1]))
+        pairs = zip(hidden.split(size), positions.split(size))
+        return torch.cat([self._exact_logits(*pair) for pair in pairs])
+
+    def _exact_logits(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        if self.vectors is not None:
+            return (self.vectors[positions - 1] * hidden.unsqueeze(1)).sum(2)
+        logits = torch.zeros_like(positions, dtype=torch.float64)
+        blocks = self.partition.blocks(positions)
+        for j, block in enumerate(self.blocks):
+            rows = (positions - block.start).clamp(0, block.n_items - 1)
+            codes = block.values[rows].double()
+            products = codes * block.exact_query(hidden).unsqueeze(1)
+            logits = torch.where(blocks == j, products.sum(2), logits)
+        return logits
 
     def columns(self) -> list[Tensor]:
         """Rows of each block as columns, `[r, n]`: a copy where there are few."""
