@@ -141,7 +141,7 @@ def _init_abstract_trainer(original: Callable, self: Any, config: Any, model: nn
 def _init_trainer(original: Callable, self: Any, config: Any, model: nn.Module) -> None:
     original(self, config, model)
     if not config["single_spec"]:  # the name holds a time, which need not be the others'
-        self.saved_model_file = group.from_first(self.saved_model_file)
+        self.saved_model_file = group.gather(self.saved_model_file)[0]
 
 
 @replaces("recbole.trainer.trainer.Trainer._save_checkpoint")

@@ -150,7 +150,7 @@ class _Part:
 
     def sort_all(self) -> TopK:
         """Sort the scores of all items."""
-        table, k, allowed = self.table, self.k, self.limits.allowed
+        table, allowed = self.table, self.limits.allowed
         queries = (self.hidden @ table.basis).to(table.dtype).split_with_sizes(table.ranks, 1)
         scores = queries[0].new_empty(len(self.hidden), table.partition.n_items - 1)
         logits = scores.split_with_sizes([block.n_items for block in table.blocks], 1)
