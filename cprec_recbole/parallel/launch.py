@@ -114,9 +114,10 @@ def _first_error(codes: Sequence[int], folder: Path) -> Exception:
             reason = ", as a system does that runs out of memory" if out_of_memory else ""
             return CompressionError(f"{wanted} {number} was ended by {name}{reason}.")
     failures = [pickle.loads(path.read_bytes()) for path in folder.glob("failure-*")]
-    if not failures:
-        number = next((i for i, code in enumerate(codes) if code > 0), 0)
-        return CompressionError(f"{wanted} {number} left with exit code {codes[number]}.")
+    raised = {number for _, number, _, _ in failures}
+    for number, code in enumerate(codes):
+        if code > 0 and number not in raised:
+            return CompressionError(f"{wanted} {number} left with exit code {code}.")
     _, number, message, trace = min(failures)
     if message is not None:
         return CompressionError(message)
