@@ -88,7 +88,7 @@ def sharing() -> str:
     for row, scheme in enumerate(SHARING_SCHEMES):
         y = 72 + row * 46
         marks.append(text(16, y + 22, scheme))
-        plan = sharing_plan(scheme, n_layers=8, group=2)
+        plan = sharing_plan(scheme, n_layers=8, layers_per_block=2)
         names = sorted(set(plan), key=plan.index)
         for i, which in enumerate(plan):
             x, colour = 160 + i * 56 + (i // 2) * 12, SETS[names.index(which)]

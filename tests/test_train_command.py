@@ -118,7 +118,7 @@ def test_a_reader_that_has_had_enough_is_no_error(unbuffered):
     script = (
         "import argparse, sys\n"
         "from unittest.mock import Mock\n"
-        "from cprec_recbole import cli\n"
+        "from cprec_recbole.commands import cli\n"
         "run = lambda *_: print('an answer\\n' * 100_000, flush=True)\n"
         "cli._parser = lambda argv: Mock(parse_known_args=lambda _: (Mock(run=run), []))\n"
         "sys.exit(cli.main([]))\n"

@@ -361,8 +361,12 @@ def _state_to_resume(journal: Journal, job: Job) -> dict[str, Any] | None:
 
 def _read_result(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        for name in ("best_valid_result", "test_result"):
+            if found[name] is not None:
+                found[name] = {metric: float(value) for metric, value in found[name].items()}
+        return found
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CompressionError(
             f"Expected {path} to hold the result of a run, but it is damaged: {error}. Remove it "
             "to test the model again."
