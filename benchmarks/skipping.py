@@ -16,7 +16,7 @@ from recbole.utils import get_model, get_trainer, init_seed
 
 from cprec_recbole.compare.results import environment, save
 from cprec_recbole.host.library import recbole_config
-from cprec_recbole.search import exact, table
+from cprec_recbole.search import table
 
 N_USERS, K = 500, 20
 
