@@ -64,7 +64,7 @@ def check(head, hidden, k, exclude=None, allowed=None):
     few=st.sampled_from([0, 500, 2**18]),
     piece=st.sampled_from([64, 3000, 2**21]),
     most=st.sampled_from([50, 2**21]),
-    sort_all=st.booleans(),
+    whole=st.booleans(),
     seed=st.integers(0, 2**31),
 )
 def test_a_search_is_a_dense_sort(
@@ -104,7 +104,7 @@ def test_a_search_is_a_dense_sort(
     if not left:
         return
     k = min(wanted, left) if isinstance(wanted, int) else max(1, round(wanted * left))
-    with thresholds(few=few, piece=piece, most=most, sort_all=sort_all):
+    with thresholds(few=few, piece=piece, most=most, sort_all=whole):
         if indexed:
             head.build_index()
         check(head, hidden, k, barred, allowed)

@@ -129,17 +129,15 @@ class _Part:
     def give(self, part: _Part, rows: Tensor) -> None:
         """Add what was found for some of the rows."""
         self.best[:, rows], self.offsets[rows] = part.best, part.offsets
-        self.found += [(rows[number], *others) for number, *others in part.found]
+        self.found += [(rows[number], positions, s) for number, positions, s in part.found]
         self.tail_rows += part.tail_rows
 
     def topk(self) -> TopK:
         """The result."""
         n_scores = len(self.hidden) * self.table.partition.n_items
-        is_small = self.table.vectors is not None or (
-            n_scores <= _FEW_SCORES and self.limits.allowed is None
-        )
+        is_few = n_scores <= _FEW_SCORES and self.limits.allowed is None
         try:
-            return self.sort_all() if is_small else self.search()
+            return self.sort_all() if is_few or self.table.is_small else self.search()
         except TooManyCandidates:
             rows = torch.arange(len(self.hidden), device=self.hidden.device)
             fresh = _Part(self.table, self.hidden, self.limits)
@@ -162,11 +160,10 @@ class _Part:
         if len(self.limits.excluded):
             rows, positions = self.limits.pairs()
             scores[rows, positions - 1] = -torch.inf
-        scores = scores if allowed is None else scores[:, allowed - 1]
         self.tail_rows = len(self.hidden) * table.n_tail
-        positions = allowed
-        if allowed is None:
-            positions = torch.arange(1, table.partition.n_items, device=scores.device)
+        if allowed is not None:
+            return self.sort_near(scores[:, allowed - 1], allowed.expand(len(scores), -1))
+        positions = torch.arange(1, table.partition.n_items, device=scores.device)
         return self.sort_near(scores, positions.expand_as(scores))
 
     def search(self) -> TopK:
@@ -186,7 +183,7 @@ class _Part:
         numbers, positions, scores = numbers[real], positions[real], scores[real]
         counts = torch.bincount(numbers, minlength=len(self.hidden))
         width = max(self.k, int(counts.max()))
-        self.check_size(width)
+        self.check_number(width * len(counts))
         numbers, order = numbers.sort()
         column = (
             torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[numbers]
@@ -284,7 +281,8 @@ class _Part:
         floor = self.floor()
         group, number = (maxima >= floor).nonzero().unbind(1)
         if size == 1:
-            self.add(number, block.positions(group), maxima[group, number])
+            self.check_number(len(number))
+            self.found.append((number, block.positions(group), maxima[group, number]))
             return
         slots = torch.arange(size, device=group.device)
         offsets, n_rows = self.offsets[:, j].to(floor.dtype), len(block.values)
@@ -297,16 +295,12 @@ class _Part:
             reaches = (scores >= floor[here].unsqueeze(1)) & (rows < n_rows)
             pair, slot = reaches.nonzero().unbind(1)
             positions = block.positions(rows[pair, slot])
-            self.add(here[pair], positions, scores[pair, slot])
+            self.found.append((here[pair], positions, scores[pair, slot]))
+            self.check_number(sum(len(part[0]) for part in self.found))
 
-    def add(self, numbers: Tensor, positions: Tensor, scores: Tensor) -> None:
-        """Take candidates.
-
-        Raises:
-            TooManyCandidates: more than can be kept, of more than one row.
-        """
-        self.found.append((numbers, positions, scores))
-        if len(self.hidden) > 1 and sum(len(part[0]) for part in self.found) > _MOST:
+    def check_number(self, n_candidates: int) -> None:
+        """Raise TooManyCandidates where several rows have too many."""
+        if len(self.hidden) > 1 and n_candidates > _MOST:
             raise TooManyCandidates
 
     def floor(self) -> Tensor:
@@ -349,16 +343,11 @@ class _Part:
         n_near = int((best >= floor).sum(1).max())
         if n_near == best.shape[1] < n_scores:  # there may be more
             n_near = int((scores >= floor).sum(1).max())
-            self.check_size(n_near)
+            self.check_number(n_near * len(scores))
             best, at = scores.topk(n_near, dim=1)
         n_near = max(self.k, n_near)
         best, at = best[:, :n_near], at[:, :n_near]
-        return self.sort(positions.gather(1, at), best >= floor)
-
-    def check_size(self, n_candidates: int) -> None:
-        """Raise TooManyCandidates where several rows cannot have so many each."""
-        if len(self.hidden) > 1 and len(self.hidden) * n_candidates > _MOST:
-            raise TooManyCandidates
+        return self.sort(positions.gather(1, at), (best >= floor) & (best > -torch.inf))
 
     def sort(self, positions: Tensor, real: Tensor) -> TopK:
         """The k best of candidates: positions, and which of them count, `[B, m], [B, m]`."""

@@ -55,11 +55,13 @@ def group_maxima(
         cuts = torch.searchsorted(out, ends).tolist()
     for i, first in enumerate(firsts):
         start, end = first * size, min(len(rows), (first + per_piece) * size)
+        best = maxima[first : first + per_piece]
+        logits = best if size == 1 and not with_sums else buffer[: end - start]
         if isinstance(rows, Int8Rows):
-            logits = rows.multiply(start, end, query, buffer[: end - start])
+            rows.multiply(start, end, query, logits)
         else:
-            logits = torch.mm(rows[start:end], query, out=buffer[: end - start])
-        best = _maxima(logits, size, maxima[first : first + per_piece])
+            torch.mm(rows[start:end], query, out=logits)
+        _maxima(logits, size, best)
         here = slice(cuts[i], cuts[i + 1])
         is_cut = here.start < here.stop
         if with_sums:
@@ -74,11 +76,12 @@ def group_maxima(
     return maxima[:, :n_queries], (peak.double() + total.log())[:n_queries]
 
 
-def _maxima(logits: Tensor, size: int, into: Tensor) -> Tensor:
+def _maxima(logits: Tensor, size: int, into: Tensor) -> None:
     """Maxima of runs of `size` rows, `[n, B] -> [G, B]`."""
+    if logits is into:  # one row to a group
+        return
     n_whole = len(logits) // size
     whole = logits[: n_whole * size].view(n_whole, size, logits.shape[1])
     torch.amax(whole, 1, out=into[:n_whole])
     if n_whole < len(into):
         torch.amax(logits[n_whole * size :], 0, out=into[n_whole])
-    return into

@@ -184,7 +184,8 @@ class Rows:
         size = self.bounds[0].size if self.bounds else 1
         rows = groups.unsqueeze(1) * size + torch.arange(size, device=groups.device)
         rows = rows[rows < self.n_items]  # the last group may be filled up
-        values = self.values.view(-1, size, self.values.shape[1])[groups].flatten(0, 1)
+        whole = cast(Tensor, self.values)  # an index is in float
+        values = whole.view(-1, size, whole.shape[1])[groups].flatten(0, 1)
         return replace(self, values=values[: len(rows)], parent=self, taken=rows)
 
     def grouped(self) -> Rows:
@@ -297,7 +298,8 @@ class SearchTable:
             block.values.T.contiguous() if block.n_items <= FEW_ITEMS else None
             for block in self.blocks
         ]
-        self.item_at, self.vectors = partition.item_at, None
+        self.item_at = partition.item_at
+        self.vectors: Tensor | None = None
         if partition.n_items <= FEW_ITEMS:
             self.item_at = self.item_at.long()
             vectors = [block.values.double() @ block.basis.T for block in self.blocks]
@@ -312,20 +314,23 @@ class SearchTable:
         """Logits in float64, `[B, d], [B, m] -> [B, m]`: sums of products, not products of
         matrices, in which a result's last digit depends on how many there are."""
         size = max(1, _FEW_NUMBERS // (positions.shape[1] * hidden.shape[1]))
-        pairs = zip(hidden.split(size), positions.split(size))
-        return torch.cat([self._exact_logits(*pair) for pair in pairs])
-
-    def _exact_logits(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        if len(hidden) > size:  # a part at a time, which stays in the cache
+            pairs = zip(hidden.split(size), positions.split(size))
+            return torch.cat([self.exact_logits(*pair) for pair in pairs])
         if self.vectors is not None:
             return (self.vectors[positions - 1] * hidden.unsqueeze(1)).sum(2)
         logits = torch.zeros_like(positions, dtype=torch.float64)
         blocks = self.partition.blocks(positions)
         for j, block in enumerate(self.blocks):
-            rows = (positions - block.start).clamp(0, block.n_items - 1)
-            codes = block.values[rows].double()
+            codes = block.values[(positions - block.start).clamp(0, block.n_items - 1)].double()
             products = codes * block.exact_query(hidden).unsqueeze(1)
             logits = torch.where(blocks == j, products.sum(2), logits)
         return logits
+
+    @property
+    def is_small(self) -> bool:
+        """Whether the catalogue has few items."""
+        return self.vectors is not None
 
     def columns(self) -> list[Tensor]:
         """Rows of each block as columns, `[r, n]`: a copy where there are few."""
