@@ -79,7 +79,7 @@ def test_a_search_is_a_dense_sort(
     few,
     piece,
     most,
-    sort_all,
+    whole,
     seed,
 ):
     torch.manual_seed(seed)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from operator import is_
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
