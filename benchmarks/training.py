@@ -39,7 +39,7 @@ from cprec_recbole.compare.results import environment, save
 from cprec_recbole.data.sequences import item_counts
 from cprec_recbole.embedding import BlockEmbedding
 from cprec_recbole.host.library import recbole_config
-from cprec_recbole.models.item_tables import Host
+from cprec_recbole.models.item_tables import RecBoleModel
 from cprec_recbole.models.spec import Parts
 from cprec_recbole.partition import Partition
 from cprec_recbole.training.optimizers import build_optimizer
@@ -142,7 +142,7 @@ class Real:
                 yield batch["item_id_list"][:, :longest], batch["next_item_id_list"][:, :longest]
 
 
-def host() -> Host:
+def host() -> RecBoleModel:
     """SASRec's layers, without a table."""
     config = recbole_config("CpSASRec", "ml-100k", {"MAX_ITEM_LIST_LENGTH": LENGTH})
 
@@ -189,7 +189,7 @@ def contender(name: str, counts: np.ndarray, table: BlockEmbedding) -> tuple[nn.
     return nn.ModuleList([layers, softmax]), adaptive
 
 
-def states(layers: Host, batch: Batch) -> Batch:
+def states(layers: RecBoleModel, batch: Batch) -> Batch:
     """Hidden states where a target follows, and those targets, `[N, d]` and `[N]`."""
     items, targets = batch
     real = targets != 0
