@@ -341,8 +341,8 @@ def test_the_names_of_version_0_1_work_with_a_warning():
         for name, value in model.state_dict().items()
     }
     model.load_state_dict(state)
-    with pytest.warns(DeprecationWarning, match="`ModelSpec` is called `ModelSpec`"):
-        old = cprec_recbole.ModelSpec
+    with pytest.warns(DeprecationWarning, match="`Backbone` is called `ModelSpec`"):
+        old = cprec_recbole.Backbone
     spec = model.spec
     made = old(host=spec.model_class, group=2, size_option="n", table_std=len, architecture=())
     assert (made.model_class, made.layers_per_block) == (spec.model_class, 2)

@@ -18,7 +18,7 @@ from tests.builders import SCHEMES
     ],
 )
 def test_plans_of_four_residual_blocks(scheme, plan, kept):
-    assert sharing_plan(scheme, 8, group=2) == plan
+    assert sharing_plan(scheme, 8, layers_per_block=2) == plan
     assert len(set(plan)) == kept
 
 
