@@ -24,7 +24,7 @@ _BATCH = 256  # rows of a batch that are searched together
 _SHARED = 32  # of those, rows that read the same groups
 _SPARE = 8  # items beyond the k-th that are looked at
 _FEW_SCORES = 2**18  # that are sooner computed all
-_FEW_LOGITS = 2**14  # that are sooner looked at one by one than in groups
+_FEW_LOGITS = 2**15  # that are sooner looked at one by one than in groups
 _NUMBERS = 2**20  # to work on at a time
 _MOST = 2**21  # candidates of several rows that are kept together
 
@@ -181,6 +181,8 @@ class _Part:
         if len(self.limits.excluded):
             real &= ~self.limits.excludes(numbers, positions)
         numbers, positions, scores = numbers[real], positions[real], scores[real]
+        if len(self.hidden) == 1 and len(scores) >= self.k:
+            return self.sort_near(scores.unsqueeze(0), positions.unsqueeze(0))
         counts = torch.bincount(numbers, minlength=len(self.hidden))
         width = max(self.k, int(counts.max()))
         self.check_number(width * len(counts))

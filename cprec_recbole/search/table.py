@@ -27,7 +27,7 @@ _MIN_ROWS = 2**14  # below it reading is quicker than looking at bounds
 _GROUP_VALUES = 256  # numbers to a group: 64 rows of rank 4, 16 of rank 16
 _BRANCH = 64  # groups to a branch
 _NUMBERS = 2**19  # to work on at a time
-_FEW_NUMBERS = 2**15  # the same where memory for them should stay in the cache
+_FEW_NUMBERS = 2**16  # the same where memory for them should stay in the cache
 _LONGEST = 1e15
 _LOG2_E = math.log2(math.e)
 
@@ -159,9 +159,9 @@ class Rows:
 
     def of_groups(self, groups: Tensor, size: int) -> Rows:
         """A copy of the rows of some groups, rising, of an index."""
-        rows = groups.unsqueeze(1) * size + torch.arange(size, device=groups.device)
-        rows = rows[rows < self.n_items]
-        values = cast(Tensor, self.values)
+        rows = (groups.unsqueeze(1) * size + torch.arange(size, device=groups.device)).flatten()
+        n_copies = max(0, int(rows[-1]) + 1 - self.n_items) if len(rows) else 0
+        rows, values = rows[: len(rows) - n_copies], cast(Tensor, self.values)
         values = values.view(-1, size, values.shape[1])[groups].flatten(0, 1)[: len(rows)]
         return replace(self, values=values, parent=self, taken=rows)
 
@@ -266,11 +266,11 @@ class SearchTable:
             for block in self.blocks
         ]
         self.item_at = partition.item_at
-        self.vectors: Tensor | None = None  # of a small catalogue, [n_items - 1, d], float64
+        self.vectors: Tensor | None = None  # of a small catalogue, [n_items, d], float64
         if partition.n_items <= FEW_ITEMS:
             self.item_at = self.item_at.long()
             vectors = [block.values.double() @ block.basis.T for block in self.blocks]
-            self.vectors = torch.cat(vectors)
+            self.vectors = F.pad(torch.cat(vectors), (0, 0, 1, 0))
 
     def is_current(self, watched: Sequence[Tensor]) -> bool:
         """Whether the weights are those that this was made from."""
@@ -293,7 +293,7 @@ class SearchTable:
             pairs = zip(hidden.split(size), positions.split(size))
             return torch.cat([self.exact_logits(*pair) for pair in pairs])
         if self.vectors is not None:
-            return (self.vectors[positions - 1] * hidden.unsqueeze(1)).sum(2)
+            return (self.vectors[positions] * hidden.unsqueeze(1)).sum(2)
         logits = torch.zeros_like(positions, dtype=torch.float64)
         blocks = self.partition.blocks(positions)
         for j, block in enumerate(self.blocks):
