@@ -114,8 +114,8 @@ class Softmax(nn.Module, ABC):
 
         It takes seconds for a million items and about as much memory as the tail. It is no part of
         the model's state, and dropped when weights change; then `topk` reads all rows again.
-        Changes through `.data` or another view without a version count are not noticed: build the
-        index again after them, or drop it.
+        Changes that are written through `.data` are not noticed, by `topk` without an index
+        neither: build the index again after them, or drop it.
 
         Raises:
             CompressionError: weights that are not finite numbers.

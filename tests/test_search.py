@@ -68,19 +68,7 @@ def check(head, hidden, k, exclude=None, allowed=None):
     seed=st.integers(0, 2**31),
 )
 def test_a_search_is_a_dense_sort(
-    head_class,
-    sizes,
-    batch,
-    wanted,
-    exclude,
-    allow,
-    tied,
-    indexed,
-    few,
-    piece,
-    most,
-    whole,
-    seed,
+    head_class, sizes, batch, wanted, exclude, allow, tied, indexed, few, piece, most, whole, seed
 ):
     torch.manual_seed(seed)
     sizes = (sizes[0] + 1, *sizes[1:])
@@ -378,7 +366,7 @@ def test_bounds_hold_and_groups_hold_every_row_once(n_rows, rank, seed):
     expected = torch.cat([torch.full((3,), -1), positions.argsort()])
     assert torch.equal(block.find(torch.arange(n_rows + 3)), expected)
 
-    query = block.query(3 * torch.randn(9, 16).double(), torch.float32)
+    query = block.query(3 * torch.randn(9, 16).double())
     logits = block.values @ query
     log_sum = logits[:n_rows].double().logsumexp(0)
     for bounds in block.bounds:

@@ -24,7 +24,7 @@ _BATCH = 256  # rows of a batch that are searched together
 _SHARED = 32  # of those, rows that read the same groups
 _SPARE = 8  # items beyond the k-th that are looked at
 _FEW_SCORES = 2**18  # that are sooner computed all
-_FEW_LOGITS = 2**14  # that are sooner looked at one by one than in groups
+_FEW_LOGITS = 2**15  # that are sooner looked at one by one than in groups
 _NUMBERS = 2**20  # to work on at a time
 _MOST = 2**21  # candidates of several rows that are kept together
 
@@ -74,7 +74,7 @@ def search(table: SearchTable, hidden: Tensor, limits: Limits) -> Found:
 def _sort_one(table: SearchTable, hidden: Tensor, k: int) -> TopK | None:
     """One row in no large catalogue under a flat softmax, where a step costs as much as all of the
     arithmetic: in as few steps as it takes. None where two places are too close to be sure."""
-    queries = torch.mm(hidden, table.basis).to(table.dtype).split_with_sizes(table.ranks, 1)
+    queries = torch.mm(hidden, table.joint_basis).to(table.dtype).split_with_sizes(table.ranks, 1)
     logits = [torch.mm(query, columns) for query, columns in zip(queries, table.columns())]
     best, at = torch.cat(logits, 1).topk(min(k + 1, table.partition.n_items - 1))
     values = best[0].tolist()
@@ -137,7 +137,7 @@ class _Part:
         n_scores = len(self.hidden) * self.table.partition.n_items
         is_few = n_scores <= _FEW_SCORES and self.limits.allowed is None
         try:
-            return self.sort_all() if is_few or self.table.is_small else self.search()
+            return self.sort_all() if is_few or self.table.vectors is not None else self.search()
         except TooManyCandidates:
             rows = torch.arange(len(self.hidden), device=self.hidden.device)
             fresh = _Part(self.table, self.hidden, self.limits)
@@ -149,7 +149,7 @@ class _Part:
     def sort_all(self) -> TopK:
         """Sort the scores of all items."""
         table, allowed = self.table, self.limits.allowed
-        queries = (self.hidden @ table.basis).to(table.dtype).split_with_sizes(table.ranks, 1)
+        queries = (self.hidden @ table.joint_basis).to(table.dtype).split_with_sizes(table.ranks, 1)
         scores = queries[0].new_empty(len(self.hidden), table.partition.n_items - 1)
         logits = scores.split_with_sizes([block.n_items for block in table.blocks], 1)
         for j, (query, columns, part) in enumerate(zip(queries, table.columns(), logits)):
@@ -181,6 +181,8 @@ class _Part:
         if len(self.limits.excluded):
             real &= ~self.limits.excludes(numbers, positions)
         numbers, positions, scores = numbers[real], positions[real], scores[real]
+        if len(self.hidden) == 1 and len(scores) >= self.k:
+            return self.sort_near(scores.unsqueeze(0), positions.unsqueeze(0))
         counts = torch.bincount(numbers, minlength=len(self.hidden))
         width = max(self.k, int(counts.max()))
         self.check_number(width * len(counts))
@@ -202,7 +204,7 @@ class _Part:
         if n_rows * len(self.hidden) > _FEW_LOGITS:
             # larger groups mean fewer maxima to sort, and more rows to read again for each
             size = min(round((2 * n_rows / (self.k * rank)) ** 0.5), n_rows // (8 * self.k))
-        self.read(j, block, block.query(self.hidden, self.table.dtype), max(1, size))
+        self.read(j, block, block.query(self.hidden), max(1, size))
 
     def read(self, j: int, block: Rows, query: Tensor, size: int) -> None:
         """Find the best of some rows of a block, of all of them for a tree."""
@@ -222,7 +224,7 @@ class _Part:
         In a tree scores have the block's normaliser, and that takes all of the block: it is read
         for those rows where, for all that bounds say of the normaliser, an item may do.
         """
-        query = block.query(self.hidden, self.table.dtype)
+        query = block.query(self.hidden)
         upper = branches.above(query)
         rows = (upper.amax(0) >= self.floor_of_logits(j, branches, query)).nonzero().squeeze(1)
         # those that look for near items beside each other, to read the same groups
@@ -244,17 +246,17 @@ class _Part:
         upper, floor = groups.above(query), self.floor_of_logits(j, groups, query)
         chosen = _reaching(upper, floor)
         if self.is_tree:
-            maxima, _ = self.maxima(j, block.of_groups(chosen), query, groups.size)
+            maxima, _ = self.maxima(j, block.of_groups(chosen, groups.size), query, groups.size)
             return (maxima >= floor).any(0)
         if len(chosen) * groups.size * len(floor) > _FEW_SCORES:
             upper = upper[chosen]  # the most promising first, to raise the floor
             lowest = torch.where(floor == -torch.inf, upper.amin(0), floor)
             first = _reaching(upper, torch.maximum(floor, (3 * upper.amax(0) + lowest) / 4))
-            some = block.of_groups(chosen[first])
+            some = block.of_groups(chosen[first], groups.size)
             self.read(j, some, query, self.size_of_few(some, groups.size))
             upper[first] = torch.nan  # which reaches nothing: no group is read twice
             chosen = chosen[_reaching(upper, self.floor())]
-        some = block.of_groups(chosen)
+        some = block.of_groups(chosen, groups.size)
         size = self.size_of_few(some, groups.size)
         self.keep(j, some, query, self.maxima(j, some, query, size)[0], size)
         return torch.zeros_like(floor, dtype=torch.bool)

@@ -27,26 +27,19 @@ _MIN_ROWS = 2**14  # below it reading is quicker than looking at bounds
 _GROUP_VALUES = 256  # numbers to a group: 64 rows of rank 4, 16 of rank 16
 _BRANCH = 64  # groups to a branch
 _NUMBERS = 2**19  # to work on at a time
-_FEW_NUMBERS = 2**15  # the same where memory for them should stay in the cache
+_FEW_NUMBERS = 2**16  # the same where memory for them should stay in the cache
 _LONGEST = 1e15
 _LOG2_E = math.log2(math.e)
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """What bounds the logits of all rows of each group.
+    """What bounds the logits of all rows of each group."""
 
-    Attributes:
-        ball: centre and radius, `[G, r + 1]`.
-        box: middle and half of the widths along each axis, `[G, 2 r]`.
-        size: rows to a group.
-        n_whole: groups with as many items.
-    """
-
-    ball: Tensor
-    box: Tensor
-    size: int
-    n_whole: int
+    ball: Tensor  # centre and radius, [G, r + 1]
+    box: Tensor  # middle and half of the widths along each axis, [G, 2 r]
+    size: int  # rows to a group
+    n_whole: int  # groups with as many items
 
     @classmethod
     def of(cls, rows: Tensor, size: int, n_items: int) -> Bounds:
@@ -61,9 +54,8 @@ class Bounds:
         error = (2 * rows.shape[1] + 8) * torch.finfo(rows.dtype).eps
         radius += error * (radius + centre.norm(dim=1, keepdim=True))
         half += error * (half + middle.abs())
-        return cls(
-            torch.cat([centre, radius], 1), torch.cat([middle, half], 1), size, n_items // size
-        )
+        ball, box = torch.cat([centre, radius], 1), torch.cat([middle, half], 1)
+        return cls(ball, box, size, n_items // size)
 
     def above(self, query: Tensor) -> Tensor:
         """A number that no logit of the group exceeds, `[r, B] -> [G, B]`: the smaller of
@@ -83,29 +75,19 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of one block.
+    """Rows of one block, or a copy of some of them."""
 
-    Attributes:
-        values: `[n, r]`.
-        basis: brings a hidden state into their space, `[d, r]`, float64.
-        longest: no item vector is longer.
-        start: position of the block's first item.
-        n_items: rows that are items; those from there on are copies that fill up the last group.
-        order: place of each row in the block, `[k]`; None where rows are in the block's order.
-        row_at: row of each place, `[k]`; None likewise.
-        bounds: of groups of rows, and of runs of such groups; None without an index.
-        parent: of a copy of some rows all of them.
-        taken: and which they are, rising, `[n]`.
-    """
-
-    values: Tensor | Int8Rows
-    basis: Tensor
-    longest: float
-    start: int
-    n_items: int
+    values: Tensor | Int8Rows  # [n, r]
+    basis: Tensor  # brings a hidden state into their space, [d, r], float64
+    longest: float  # no item vector is longer
+    start: int  # position of the block's first item
+    n_items: int  # of the block; further rows are copies that fill up the last group
+    # with an index: place in the block of each row, row of each place, bounds of groups and of runs
+    # of groups
     order: Tensor | None = None
     row_at: Tensor | None = None
     bounds: tuple[Bounds, Bounds] | None = None
+    # of a copy of some rows: all of them, and which they are, rising
     parent: Rows | None = None
     taken: Tensor | None = None
 
@@ -113,11 +95,7 @@ class Rows:
     def of(
         cls, values: Tensor | Int8Rows, projection: Tensor | None, start: int, dtype: torch.dtype
     ) -> Rows:
-        """All rows of a block but the padding row, not copied (but for half precision).
-
-        Raises:
-            CompressionError: weights that are not finite numbers.
-        """
+        """All rows of a block but the padding row, not copied (but for half precision)."""
         skip = 1 if start == PADDING else 0
         if isinstance(values, Int8Rows):
             values = Int8Rows(values.values[skip:], values.scales[skip:].to(dtype))
@@ -144,13 +122,13 @@ class Rows:
         longest *= float(torch.linalg.matrix_norm(basis, 2))
         return cls(values, basis, longest, start + skip, len(values))
 
-    def query(self, hidden: Tensor, dtype: torch.dtype) -> Tensor:
-        """Hidden states in the space of the rows, `[B, d] -> [r, B]`."""
-        return (hidden @ self.basis).to(dtype).T.contiguous()
+    def query(self, hidden: Tensor) -> Tensor:
+        """Hidden states in the space of the rows and their precision, `[B, d] -> [r, B]`."""
+        return (hidden @ self.basis).to(self.values.dtype).T.contiguous()
 
     def exact_query(self, hidden: Tensor) -> Tensor:
-        """The same in float64, `[B, d] -> [B, r]`, each computed on its own, so that it does not
-        depend on the others."""
+        """The same in float64, `[B, d] -> [B, r]`. No product of matrices, in which a result's last
+        digit depends on how many there are."""
         if self.basis.shape[0] == self.basis.shape[1]:  # no projection
             return hidden
         parts = hidden.split(max(1, _NUMBERS // self.basis.numel()))
@@ -163,7 +141,7 @@ class Rows:
         return self.start + (rows if self.order is None else self.order[rows])
 
     def find(self, positions: Tensor) -> Tensor:
-        """Rows of some positions, -1 where they are not here, `[...] -> [...]`."""
+        """Rows of some positions, -1 where they are not here, `[M] -> [M]`."""
         if self.parent is not None and self.taken is not None:
             rows = self.parent.find(positions)
             at = torch.searchsorted(self.taken, rows)
@@ -179,22 +157,24 @@ class Rows:
         rows = rows[rows >= 0]
         return replace(self, values=self.values[rows], parent=self, taken=rows)
 
-    def of_groups(self, groups: Tensor) -> Rows:
-        """A copy of the rows of some groups, rising."""
-        size = self.bounds[0].size if self.bounds else 1
-        rows = groups.unsqueeze(1) * size + torch.arange(size, device=groups.device)
-        rows = rows[rows < self.n_items]  # the last group may be filled up
-        whole = cast(Tensor, self.values)  # an index is in float
-        values = whole.view(-1, size, whole.shape[1])[groups].flatten(0, 1)
-        return replace(self, values=values[: len(rows)], parent=self, taken=rows)
+    def of_groups(self, groups: Tensor, size: int) -> Rows:
+        """A copy of the rows of some groups, rising, of an index."""
+        rows = (groups.unsqueeze(1) * size + torch.arange(size, device=groups.device)).flatten()
+        n_copies = max(0, int(rows[-1]) + 1 - self.n_items) if len(rows) else 0
+        rows, values = rows[: len(rows) - n_copies], cast(Tensor, self.values)
+        values = values.view(-1, size, values.shape[1])[groups].flatten(0, 1)[: len(rows)]
+        return replace(self, values=values, parent=self, taken=rows)
 
-    def grouped(self) -> Rows:
-        """A copy of the rows in float, sorted into groups of near ones, with bounds.
+    def indexed(self) -> Rows:
+        """A copy of the rows in float, sorted into groups of near ones, with bounds; the rows
+        themselves where bounds would not pay.
 
         It has coordinates in which rows are as long as their item vectors, so that bounds are not
         stretched by how training shared out the length between the factors. The axes are the rows'
         principal ones, along which boxes are tight.
         """
+        if self.start == 1 or self.n_items < _MIN_ROWS or self.values.shape[1] > _MAX_RANK:
+            return self
         orthonormal, triangular = torch.linalg.qr(self.basis)
         vectors = self.values.double() @ triangular.T
         centred = vectors - vectors.mean(0)
@@ -202,14 +182,14 @@ class Rows:
         moved = (vectors @ axes).to(self.values.dtype)
         order, size = sort_by_nearness(moved, _GROUP_VALUES // max(4, moved.shape[1]))
         values = moved[torch.cat([order, order[-1:].expand(-len(order) % size)])]
-        bounds = [Bounds.of(values, n, self.n_items) for n in (size, size * _BRANCH)]
+        groups, branches = (Bounds.of(values, n, self.n_items) for n in (size, size * _BRANCH))
         return replace(
             self,
             values=values,
             basis=orthonormal @ axes,
             order=order,
             row_at=order.argsort(),
-            bounds=(bounds[0], bounds[1]),
+            bounds=(groups, branches),
         )
 
 
@@ -248,16 +228,6 @@ class SearchTable:
         watched: the tensors that all of this is made from.
         is_indexed: whether to sort the rows of large tail blocks into groups with bounds.
 
-    Attributes:
-        dtype: the precision of the first pass, and of scores.
-        blocks: the blocks as they are.
-        indexed: the same, with groups where there is an index.
-        longest: no item vector and no cluster is longer.
-        rounding: twice what rounding may change in a logit, for hidden states of length one.
-        basis: those of all blocks beside each other, `[d, sum r]`.
-        item_at: item id at each position, `[n_items]`.
-        vectors: of a small catalogue those of all items, `[n_items - 1, d]`, float64; else None.
-
     Raises:
         CompressionError: weights that are not finite numbers.
     """
@@ -280,45 +250,50 @@ class SearchTable:
             Rows.of(values, projection, start, self.dtype)
             for values, projection, start in zip(rows, projections, partition.starts)
         ]
-        self.indexed = [
-            block.grouped() if is_indexed and _is_worth_it(block) else block
-            for block in self.blocks
-        ]
+        self.indexed = [block.indexed() if is_indexed else block for block in self.blocks]
         self.n_tail = partition.n_items - partition.cutoffs[0]
-        self.longest = max(block.longest for block in self.blocks)
+        self.longest = max(block.longest for block in self.blocks)  # item vector or cluster
         if self.clusters is not None and len(self.clusters):
             self.longest = max(self.longest, float(self.clusters.norm(dim=1).max()))
         # |error of z . w| <= r u |z| |w| for a product summed in any order (Higham, Accuracy and
-        # Stability, section 3.1); the few more are for z, w and the score, which are rounded too
-        unit = torch.finfo(self.dtype).eps / 2
+        # Stability, section 3.1); the few more are for z, w and the score, which are rounded too.
+        # Twice that may change between two logits, for hidden states of length one
         self.ranks = [block.values.shape[1] for block in self.blocks]
-        self.rounding = 2 * unit * (max(self.ranks) + 4) * self.longest
-        self.basis = torch.cat([block.basis for block in self.blocks], 1)
+        self.rounding = torch.finfo(self.dtype).eps * (max(self.ranks) + 4) * self.longest
+        self.joint_basis = torch.cat([block.basis for block in self.blocks], 1)  # [d, sum r]
         self._columns = [
             block.values.T.contiguous() if block.n_items <= FEW_ITEMS else None
             for block in self.blocks
         ]
         self.item_at = partition.item_at
-        self.vectors: Tensor | None = None
+        self.vectors: Tensor | None = None  # of a small catalogue, [n_items, d], float64
         if partition.n_items <= FEW_ITEMS:
             self.item_at = self.item_at.long()
             vectors = [block.values.double() @ block.basis.T for block in self.blocks]
-            self.vectors = torch.cat(vectors)
+            self.vectors = F.pad(torch.cat(vectors), (0, 0, 1, 0))
 
     def is_current(self, watched: Sequence[Tensor]) -> bool:
         """Whether the weights are those that this was made from."""
         same = len(watched) == len(self._watched) and all(map(is_, watched, self._watched))
         return same and [_mark(tensor) for tensor in watched] == self._marks
 
+    def columns(self) -> list[Tensor]:
+        """Rows of each block as columns, `[r, n]`: a copy where there are few."""
+        pairs = zip(self._columns, self.blocks)
+        return [block.values.T if columns is None else columns for columns, block in pairs]
+
     def exact_logits(self, hidden: Tensor, positions: Tensor) -> Tensor:
-        """Logits in float64, `[B, d], [B, m] -> [B, m]`: sums of products, not products of
-        matrices, in which a result's last digit depends on how many there are."""
+        """Logits in float64, `[B, d], [B, m] -> [B, m]`, sums of products as in `exact_query`."""
         size = max(1, _FEW_NUMBERS // (positions.shape[1] * hidden.shape[1]))
-        if len(hidden) > size:  # a part at a time, which stays in the cache
+        most = max(1, _NUMBERS // hidden.shape[1])
+        if positions.shape[1] > most:  # where many items tie
+            parts = positions.split(most, 1)
+            return torch.cat([self.exact_logits(hidden, part) for part in parts], 1)
+        if len(hidden) > size:
             pairs = zip(hidden.split(size), positions.split(size))
             return torch.cat([self.exact_logits(*pair) for pair in pairs])
         if self.vectors is not None:
-            return (self.vectors[positions - 1] * hidden.unsqueeze(1)).sum(2)
+            return (self.vectors[positions] * hidden.unsqueeze(1)).sum(2)
         logits = torch.zeros_like(positions, dtype=torch.float64)
         blocks = self.partition.blocks(positions)
         for j, block in enumerate(self.blocks):
@@ -326,20 +301,6 @@ class SearchTable:
             products = codes * block.exact_query(hidden).unsqueeze(1)
             logits = torch.where(blocks == j, products.sum(2), logits)
         return logits
-
-    @property
-    def is_small(self) -> bool:
-        """Whether the catalogue has few items."""
-        return self.vectors is not None
-
-    def columns(self) -> list[Tensor]:
-        """Rows of each block as columns, `[r, n]`: a copy where there are few."""
-        pairs = zip(self._columns, self.blocks)
-        return [block.values.T if columns is None else columns for columns, block in pairs]
-
-
-def _is_worth_it(block: Rows) -> bool:
-    return block.start > 1 and block.n_items >= _MIN_ROWS and block.values.shape[1] <= _MAX_RANK
 
 
 def _mark(tensor: Tensor) -> tuple[int, int]:
