@@ -116,9 +116,9 @@ class CompressionConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "ranks", _checked_ranks(self.ranks))
         object.__setattr__(self, "cutoffs", _checked_cutoffs(self.cutoffs))
-        _check_choice("sharing", self.sharing, SHARING_SCHEMES)
-        _check_choice("softmax", self.softmax, SOFTMAXES)
-        _check_choice("training", self.training, OBJECTIVES)
+        check_choice("sharing", self.sharing, SHARING_SCHEMES)
+        check_choice("softmax", self.softmax, SOFTMAXES)
+        check_choice("training", self.training, OBJECTIVES)
         if not isinstance(self.tied, bool):
             raise CompressionError(f"Expected `tied` to be True or False, but got {self.tied!r}.")
         memory = size_in_bytes(self.loss_memory)
@@ -248,6 +248,15 @@ def is_whole(value: object) -> TypeGuard[int]:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
+def check_whole(name: str, value: object, lowest: int = 1) -> int:
+    """The option `name` as a whole number, `lowest` or more; else a CompressionError."""
+    if not is_whole(value) or value < lowest:
+        raise CompressionError(
+            f"Expected `{name}` to be a whole number, {lowest} or more, but got {value!r}."
+        )
+    return int(value)
+
+
 def is_near(name: str, known: Sequence[str]) -> bool:
     """Whether a name looks like a misspelling of a known one."""
     return bool(difflib.get_close_matches(name, known, n=1, cutoff=0.8))
@@ -265,7 +274,8 @@ def reject_unknown(names: Iterable[str], known: Sequence[str]) -> None:
             raise CompressionError(f"Expected an option out of {out_of}, but got `{name}`{hint}")
 
 
-def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raise a CompressionError where the option `name` is none of the texts that it may be."""
     if value not in choices:
         near = difflib.get_close_matches(str(value), choices, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""

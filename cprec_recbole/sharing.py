@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from cprec_recbole.config import SHARING_SCHEMES, CompressionError
+from cprec_recbole.config import SHARING_SCHEMES, check_choice
 
 # One layer is a list of parameter slots: the module that owns a parameter, and its name there.
 Slot = tuple[nn.Module, str]
@@ -33,10 +33,7 @@ def sharing_plan(scheme: str, n_layers: int, layers_per_block: int) -> tuple[int
         "adjacent_layer": lambda i: i // 2,
         "adjacent_block": lambda i: (i // (2 * g)) * g + i % g,
     }
-    if scheme not in rules:
-        raise CompressionError(
-            f"Expected `sharing` to be one of {', '.join(SHARING_SCHEMES)}, but got {scheme!r}."
-        )
+    check_choice("sharing", scheme, SHARING_SCHEMES)
     return tuple(rules[scheme](i) for i in range(n_layers))
 
 

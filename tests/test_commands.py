@@ -167,7 +167,7 @@ class Harmful:
     [
         (["--ratio", "1000"], "smallest possible model"),
         (["--size", "2 apples"], "`size`"),
-        (["--recover", "-1"], "`recover` to be 0 or more"),
+        (["--recover", "-1"], "`recover` to be a whole number, 0 or more"),
         (["--recovr=1"], "got `recovr`"),
         (["--ratio", "1.1", "--max_loss=0.01"], "got `max_loss`"),
         (

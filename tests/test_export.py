@@ -238,7 +238,7 @@ def test_the_command_writes_what_export_writes(trained, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        (["--to", "tflite"], "`to` to be onnx or torch, but got 'tflite'"),
+        (["--to", "tflite"], "`to` to be one of onnx, torch, but got 'tflite'"),
         (["--to", "torch", "-k", "41"], "`k` to be from 1 to the 40 items .* but got 41"),
         (["--to", "torch", "-k", "0"], "`k` .* but got 0"),
         (["--to", "onnx", "--out", "."], "`path` to be a file, but . is a folder"),

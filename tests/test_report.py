@@ -100,5 +100,5 @@ def test_an_option_that_recbole_does_not_know_is_named():
 
 
 def test_no_items_are_refused():
-    with pytest.raises(CompressionError, match="`items` to be 1 or more, but got 0"):
+    with pytest.raises(CompressionError, match="`items` to be a whole number, 1 or more"):
         size_rows("SASRec", CompressionConfig(), items=0)

@@ -15,7 +15,7 @@ from cprec_recbole.commands.common import add_compression, console, given_option
 from cprec_recbole.commands.common import value as parsed
 from cprec_recbole.compression.compress import compress
 from cprec_recbole.compression.recover import recover
-from cprec_recbole.config import CompressionError
+from cprec_recbole.config import CompressionError, check_whole
 from cprec_recbole.costs import part_sizes, saved_bytes
 from cprec_recbole.models.saving import folder_bytes
 from cprec_recbole.training.checkpoint import TrainedModel, load_trained
@@ -56,8 +56,7 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace, passed_on: dict[str, Any], command: str) -> int:
     """Compress, measure, recover where asked, write, print the table."""
     logging.getLogger("recbole").setLevel(logging.ERROR)
-    if options.recover < 0:
-        raise CompressionError(f"Expected `recover` to be 0 or more, but got {options.recover}.")
+    check_whole("recover", options.recover, 0)
     _check_out(Path(options.out))
     for name in passed_on:
         if name in ("learning_rate", "train_batch_size") and not options.recover:

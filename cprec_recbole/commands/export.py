@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from cprec_recbole.config import reject_unknown
+from cprec_recbole.config import check_choice, reject_unknown
 from cprec_recbole.models import load_pretrained
-from cprec_recbole.serving.export import SUFFIXES, check_format, export, tokens_path
+from cprec_recbole.serving.export import SUFFIXES, export, tokens_path
 
 
 def add_parser(commands: Any) -> None:
@@ -30,7 +30,7 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace, passed_on: dict[str, Any], command: str) -> int:
     """Write the file and say how large it is."""
     reject_unknown(passed_on, ("to", "out", "k"))
-    check_format(options.to)
+    check_choice("to", options.to, tuple(SUFFIXES))
     folder = Path(options.folder)
     model = load_pretrained(folder)
     out = options.out or folder.resolve().with_name(folder.resolve().name + SUFFIXES[options.to])

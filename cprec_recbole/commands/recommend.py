@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby, islice
 from typing import Any, NamedTuple
 
-from cprec_recbole.config import CompressionError, reject_unknown
+from cprec_recbole.config import CompressionError, check_choice, reject_unknown
 from cprec_recbole.models import load_pretrained
 from cprec_recbole.models.recommender import CompressedRecommender
 from cprec_recbole.models.vocabulary import UNKNOWN
@@ -58,10 +58,7 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace, passed_on: dict[str, Any], command: str) -> int:
     """Print a table for one history, or answer a line for each line read."""
     reject_unknown(passed_on, ("history", "input", "k", "unknown", "exclude-seen", "index"))
-    if options.unknown not in UNKNOWN:
-        raise CompressionError(
-            f"Expected `unknown` to be one of {', '.join(UNKNOWN)}, but got {options.unknown!r}."
-        )
+    check_choice("unknown", options.unknown, UNKNOWN)
     model = load_pretrained(options.folder)
     if options.index:
         model.build_index()

@@ -18,7 +18,7 @@ from cprec_recbole.commands.common import (
 from cprec_recbole.config import (
     SHARING_SCHEMES,
     CompressionConfig,
-    CompressionError,
+    check_whole,
     reject_unknown,
 )
 from cprec_recbole.costs import Estimate, describe_sharing, estimate
@@ -27,7 +27,6 @@ from cprec_recbole.host.library import (
     known_options,
     recbole_config,
     recbole_dataset,
-    whole_number,
 )
 from cprec_recbole.models import spec_named
 
@@ -98,8 +97,8 @@ def size_rows(
         CompressionError: fewer than one item, options that no such model can have, or that fit no
             catalogue of that size.
     """
-    if items is not None and items < 1:
-        raise CompressionError(f"Expected `items` to be 1 or more, but got {items}.")
+    if items is not None:
+        check_whole("items", items)
     spec = spec_named(model)
     config = recbole_config(f"Cp{model}", dataset or "ml-100k", options or {}, config_files)
     if items is None:
@@ -109,7 +108,7 @@ def size_rows(
         n_items = items + 1  # and the padding item
         title = f"{model} for {items:,} items"
     reject_unknown(options or {}, known_options(config))
-    dim = spec.dim(whole_number(config, spec.size_option))
+    dim = spec.dim(check_whole(spec.size_option, config[spec.size_option]))
     with fitting_options(model):
         inner = spec.build_inner(config, _Catalogue(config["ITEM_ID_FIELD"], n_items))
     uncompressed = estimate(spec, inner, CompressionConfig.uncompressed(), n_items, dim)

@@ -23,13 +23,12 @@ from cprec_recbole.compare.results import (
     in_a_line,
 )
 from cprec_recbole.compare.sizes import served_bytes
-from cprec_recbole.config import CompressionConfig, CompressionError, reject_unknown
+from cprec_recbole.config import CompressionConfig, CompressionError, check_whole, reject_unknown
 from cprec_recbole.costs import part_sizes, shared_layers
 from cprec_recbole.host.library import (
     known_options,
     recbole_config,
     recbole_dataset,
-    whole_number,
 )
 from cprec_recbole.models.recommender import CompressedRecommender, compression_of
 from cprec_recbole.training.evaluation import check_valid_metric, evaluate
@@ -115,8 +114,8 @@ class Experiment:
         reject_unknown(self.options, known_options(configs[0]))
         for config in configs:
             check_measurable(config)
-        self.seeds = [whole_number(configs[0], "seed", lowest=0) + i for i in range(seeds)]
-        self.epochs = whole_number(configs[0], "epochs")
+        self.seeds = [check_whole("seed", configs[0]["seed"], 0) + i for i in range(seeds)]
+        self.epochs = check_whole("epochs", configs[0]["epochs"])
 
     def run(
         self,
@@ -202,7 +201,9 @@ class Experiment:
             spec = getattr(config.model_class, "spec", None)
             if spec is not None:
                 options, n_items = compression_of(config), int(dataset.item_num)
-                options.plan(spec.dim(whole_number(config, spec.size_option)), n_items)
+                options.plan(
+                    spec.dim(check_whole(spec.size_option, config[spec.size_option])), n_items
+                )
                 if column.name == COMPRESSED:
                     setting = Setting(config, dataset, options)
             planned.append(column)
@@ -294,5 +295,5 @@ def _shown(config: Config) -> dict[str, Any]:
 def check_measurable(config: Config) -> None:
     """Raise a CompressionError where no epoch would be trained or none evaluated."""
     for name in ("epochs", "eval_step"):
-        whole_number(config, name)
+        check_whole(name, config[name])
     check_valid_metric(config)

@@ -16,7 +16,7 @@ from cprec_recbole.compression.histories import Histories, histories_of
 from cprec_recbole.compression.original import Original
 from cprec_recbole.compression.quantize import in_float
 from cprec_recbole.compression.warm_start import fill
-from cprec_recbole.config import CompressionError, is_number, is_whole
+from cprec_recbole.config import CompressionError, check_whole, is_number, is_whole
 from cprec_recbole.host.numbering import check_numbering
 from cprec_recbole.models.eval_mode import in_eval_mode, with_dense_gradients, without_dropout
 from cprec_recbole.models.recommender import CompressedRecommender
@@ -294,12 +294,11 @@ def _check_pair(small: CompressedRecommender, original: Original) -> None:
 def _check_numbers(
     epochs: object, batch_size: object, rate: object, distillation: object, seed: object
 ) -> None:
-    positive, seeds = "a whole number, 1 or more", "a whole number from 0"
+    check_whole("epochs", epochs)
+    check_whole("batch_size", batch_size)
     rates, shares = f"above 0 and at most {_HIGHEST_RATE:g}", "a share from 0 to 1"
     for name, value, expected, is_right in (
-        ("seed", seed, seeds, is_whole(seed) and 0 <= seed < 2**63),
-        ("epochs", epochs, positive, is_whole(epochs) and epochs >= 1),
-        ("batch_size", batch_size, positive, is_whole(batch_size) and batch_size >= 1),
+        ("seed", seed, "a whole number from 0", is_whole(seed) and 0 <= seed < 2**63),
         ("learning_rate", rate, rates, is_number(rate) and 0 < rate <= _HIGHEST_RATE),
         ("distillation", distillation, shares, is_number(distillation) and 0 <= distillation <= 1),
     ):

@@ -16,7 +16,7 @@ import yaml
 from recbole.config import Config
 from recbole.data import create_dataset, data_preparation
 
-from cprec_recbole.config import CompressionError, is_number
+from cprec_recbole.config import CompressionError, check_whole, is_number
 from cprec_recbole.host.data import without_saved_data
 from cprec_recbole.host.patching import Values
 
@@ -188,14 +188,6 @@ def read_options(file: str, name: str = "config") -> dict[str, Any]:
     return options
 
 
-def whole_number(config: Config, name: str, lowest: int = 1) -> int:
-    """An option that has to be a whole number, `lowest` or more; else a CompressionError."""
-    value = config[name]
-    if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
-        raise _expected(name, f"be a whole number, {lowest} or more", value)
-    return value
-
-
 def _expected(name: str, what: str, value: object) -> CompressionError:
     return CompressionError(f"Expected `{name}` to {what}, but got {value!r}.")
 
@@ -215,7 +207,7 @@ def model_options(model: str | None = None) -> set[str]:
 def _check(config: Config) -> None:
     """What RecBole takes, or knows to be wrong only once it gets there, perhaps after an epoch."""
     for name, lowest in _LOWEST.items():
-        whole_number(config, name, lowest)
+        check_whole(name, config[name], lowest)
     rate, decay = config["learning_rate"], config["weight_decay"]
     if rate is not None and not (is_number(rate) and rate > 0):
         raise _expected("learning_rate", "be a number above 0", rate)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from cprec_recbole.config import CompressionError
+from cprec_recbole.config import CompressionError, check_choice
 from cprec_recbole.host.numbering import tokens_by_id
 
 UNKNOWN = ("warn", "error", "skip")
@@ -98,10 +98,7 @@ class Vocabulary:
         Raises:
             CompressionError: an unknown token, where that is an error; something that is no token.
         """
-        if unknown not in UNKNOWN:
-            raise CompressionError(
-                f"Expected `unknown` to be one of {', '.join(UNKNOWN)}, but got {unknown!r}."
-            )
+        check_choice("unknown", unknown, UNKNOWN)
         if isinstance(tokens, str | bytes) or not isinstance(tokens, Iterable):
             raise CompressionError(f"Expected {name} to be a list of tokens, but got {tokens!r}.")
         texts = [_as_text(token, name) for token in tokens]

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cprec_recbole.compression.quantize import copied
-from cprec_recbole.config import CompressionError
+from cprec_recbole.config import CompressionError, check_choice
 from cprec_recbole.costs import part_sizes, saved_bytes
 from cprec_recbole.embedding import Int8Block
 from cprec_recbole.files import write_whole
@@ -97,14 +97,8 @@ def _write_tokens(small: CompressedRecommender, file: Path) -> None:
     write_whole(file, lambda part: part.write_text(text, encoding="utf-8"))
 
 
-def check_format(to: object) -> None:
-    """Raise a CompressionError unless `to` is a known format."""
-    if to not in SUFFIXES:
-        raise CompressionError(f"Expected `to` to be onnx or torch, but got {to!r}.")
-
-
 def _checked(small: Any, path: Any, to: str, k: int) -> Path:
-    check_format(to)
+    check_choice("to", to, tuple(SUFFIXES))
     if not isinstance(small, CompressedRecommender):
         raise CompressionError(
             f"Expected `small` to be a compressed model, but got {type(small).__name__}; compress "

@@ -24,8 +24,8 @@ from recbole.utils import (
 from cprec_recbole.config import (
     CompressionConfig,
     CompressionError,
+    check_whole,
     is_near,
-    is_whole,
     reject_unknown,
 )
 from cprec_recbole.files import held, make_folder, remove_leftovers, write_whole
@@ -37,7 +37,6 @@ from cprec_recbole.host.library import (
     recbole_dataset,
     recbole_loaders,
     recbole_model,
-    whole_number,
 )
 from cprec_recbole.models import MODELS
 from cprec_recbole.parallel import group
@@ -172,10 +171,8 @@ def _our_names() -> list[str]:
 def _check(job: Job, nproc: int | None, place: Place | None) -> None:
     """Raise a CompressionError for everything that is known to be wrong before the start."""
     ours = ", ".join(_our_names())
-    if nproc is not None and not (is_whole(nproc) and nproc >= 1):
-        raise CompressionError(
-            f"Expected `nproc` to be a whole number, 1 or more, but got {nproc!r}."
-        )
+    if nproc is not None:
+        check_whole("nproc", nproc)
     if place is not None and nproc not in (None, place.size):
         raise CompressionError(
             f"Expected no `nproc` under torchrun, which has started {place.size} processes, but "
@@ -239,7 +236,7 @@ def _config_of(job: Job) -> Config:
 def _checkpoint_steps(config: Config) -> int:
     """The option of that name; 0 where it was not given."""
     given = config["checkpoint_steps"] is not None
-    return whole_number(config, "checkpoint_steps", 0) if given else 0
+    return check_whole("checkpoint_steps", config["checkpoint_steps"], 0) if given else 0
 
 
 def _train_and_test(config: Config, job: Job) -> dict[str, Any]:
