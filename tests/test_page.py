@@ -472,7 +472,7 @@ def test_searches_are_those_of_the_first_seed(tmp_path):
         ({**record(), "test": {"ndcg@20": "high"}}, r"bad\.json to hold `ndcg@20` as a number"),
         (
             {**record(), "popularity": {"head": 1}},
-            r"bad\.json to hold `popularity\.softmax` as an obj",
+            r"bad\.json to hold `popularity\.head` as an obj",
         ),
         ({**record(), "valid_curve": 3}, r"bad\.json to hold `valid_curve` as a list"),
         ({**record(), "search": [3]}, r"bad\.json to hold `search\.learning_rate`"),

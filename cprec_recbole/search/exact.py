@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import math
-from operator import sub
 from typing import NamedTuple
 
 import torch
@@ -22,7 +21,6 @@ from cprec_recbole.search.topk import Limits, TopK
 
 _BATCH = 256  # rows of a batch that are searched together
 _SHARED = 32  # of those, rows that read the same groups
-_SPARE = 8  # items beyond the k-th that are looked at
 _FEW_SCORES = 2**18  # that are sooner computed all
 _FEW_LOGITS = 2**15  # that are sooner looked at one by one than in groups
 _NUMBERS = 2**20  # to work on at a time
@@ -56,34 +54,15 @@ def search(table: SearchTable, hidden: Tensor, limits: Limits) -> Found:
         CompressionError: hidden states that are not finite numbers, or scores that overflow.
     """
     n_rows, size = len(hidden), max(1, min(_BATCH, 2**18 // limits.k))
-    few = table.partition.n_items <= _FEW_SCORES
-    if n_rows == 1 and few and table.clusters is None and limits.is_open:
-        topk = _sort_one(table, hidden.double(), limits.k)
-        if topk is not None:
-            return Found(topk, 1.0)
     if not n_rows:
         scores = hidden.new_empty(0, limits.k, dtype=table.dtype)
         return Found(TopK(scores.long(), scores), 0.0)
-    whole = _Part(table, hidden.double(), limits)
-    rows = torch.arange(n_rows, device=hidden.device).split(size)
-    parts = [whole] if n_rows <= size else [whole.take(some) for some in rows]
+    parts = [whole := _Part(table, hidden.double(), limits)]
+    if n_rows > size:
+        rows = torch.arange(n_rows, device=hidden.device).split(size)
+        parts = [whole.take(some) for some in rows]
     topk = _joined([part.topk() for part in parts])
     return Found(topk, sum(part.tail_rows for part in parts) / max(1, n_rows * table.n_tail))
-
-
-def _sort_one(table: SearchTable, hidden: Tensor, k: int) -> TopK | None:
-    """One row in no large catalogue under a flat softmax, where a step costs as much as all of the
-    arithmetic: in as few steps as it takes. None where two places are too close to be sure."""
-    queries = torch.mm(hidden, table.joint_basis).to(table.dtype).split_with_sizes(table.ranks, 1)
-    logits = [torch.mm(query, columns) for query, columns in zip(queries, table.columns())]
-    best, at = torch.cat(logits, 1).topk(min(k + 1, table.partition.n_items - 1))
-    values = best[0].tolist()
-    slack = table.rounding * float(torch.linalg.vector_norm(hidden))
-    if not min(map(sub, values, values[1:]), default=0) > slack or not math.isfinite(values[0]):
-        return None
-    positions = at[:, :k] + 1
-    scores = table.exact_logits(hidden, positions).to(table.dtype)
-    return TopK(table.item_at.take(positions).long(), scores)
 
 
 class _Part:
@@ -135,9 +114,10 @@ class _Part:
     def topk(self) -> TopK:
         """The result."""
         n_scores = len(self.hidden) * self.table.partition.n_items
-        is_few = n_scores <= _FEW_SCORES and self.limits.allowed is None
         try:
-            return self.sort_all() if is_few or self.table.vectors is not None else self.search()
+            if n_scores <= _FEW_SCORES or self.table.vectors is not None:
+                return self.sort_all()
+            return self.search()
         except TooManyCandidates:
             rows = torch.arange(len(self.hidden), device=self.hidden.device)
             fresh = _Part(self.table, self.hidden, self.limits)
@@ -157,14 +137,13 @@ class _Part:
             if self.is_tree:
                 self.offsets[:, j] = self.offset(j, part.logsumexp(1))
                 part += self.offsets[:, j, None].to(part.dtype)
+        self.tail_rows = len(self.hidden) * table.n_tail
         if len(self.limits.excluded):
             rows, positions = self.limits.pairs()
             scores[rows, positions - 1] = -torch.inf
-        self.tail_rows = len(self.hidden) * table.n_tail
         if allowed is not None:
             return self.sort_near(scores[:, allowed - 1], allowed.expand(len(scores), -1))
-        positions = torch.arange(1, table.partition.n_items, device=scores.device)
-        return self.sort_near(scores, positions.expand_as(scores))
+        return self.sort_near(scores)
 
     def search(self) -> TopK:
         """Read what may hold one of the best, and sort it."""
@@ -337,19 +316,35 @@ class _Part:
 
     # -- into order --------------------------------------------------------------------------------
 
-    def sort_near(self, scores: Tensor, positions: Tensor) -> TopK:
-        """The k best of items with scores of the first pass, `[B, m], [B, m]`."""
-        n_scores = scores.shape[1]
-        best, at = scores.topk(min(self.k + _SPARE, n_scores), dim=1)
-        floor = best[:, self.k - 1 : self.k] - self.slack.unsqueeze(1)
-        n_near = int((best >= floor).sum(1).max())
-        if n_near == best.shape[1] < n_scores:  # there may be more
-            n_near = int((scores >= floor).sum(1).max())
-            self.check_number(n_near * len(scores))
-            best, at = scores.topk(n_near, dim=1)
-        n_near = max(self.k, n_near)
-        best, at = best[:, :n_near], at[:, :n_near]
-        return self.sort(positions.gather(1, at), (best >= floor) & (best > -torch.inf))
+    def sort_near(self, scores: Tensor, positions: Tensor | None = None) -> TopK:
+        """The k best of items with scores of the first pass, `[B, m], [B, m]`; of all items where
+        no positions are given."""
+        best, at = scores.topk(min(self.k + 1, scores.shape[1]), dim=1)
+        if best.shape[1] == 1:
+            return self.sort_close(scores, positions)
+        places = at[:, : self.k]
+        places = places + 1 if positions is None else positions.gather(1, places)
+        topk = TopK(self.table.item_at[places].long(), self.exact(places).to(self.table.dtype))
+        apart = best[:, :-1] - best[:, 1:] - self.slack.unsqueeze(1)
+        low, high = apart.aminmax()
+        if float(low) > 0 and float(high) < math.inf:
+            return topk  # no two are close, and all are numbers
+        close = (~((apart > 0) & (apart < math.inf)).all(1)).nonzero().squeeze(1)
+        if len(close) == len(scores):
+            return self.sort_close(scores, positions)
+        positions = None if positions is None else positions[close]
+        sorted_ = self.take(close).sort_close(scores[close], positions)
+        topk.items[close], topk.scores[close] = sorted_
+        return topk
+
+    def sort_close(self, scores: Tensor, positions: Tensor | None) -> TopK:
+        """The same where rounding could have changed the order."""
+        floor = scores.topk(self.k, dim=1).values[:, -1:] - self.slack.unsqueeze(1)
+        n_near = max(self.k, int((scores >= floor).sum(1).max()))
+        self.check_number(n_near * len(scores))
+        best, at = scores.topk(n_near, dim=1)
+        positions = at + 1 if positions is None else positions.gather(1, at)
+        return self.sort(positions, (best >= floor) & (best > -torch.inf))
 
     def sort(self, positions: Tensor, real: Tensor) -> TopK:
         """The k best of candidates: positions, and which of them count, `[B, m], [B, m]`."""
@@ -376,12 +371,16 @@ class _Part:
             )
         return TopK(items.gather(1, order), scores)
 
-    def in_order(self, positions: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores in float64, `[B, m]`, and how to sort them by what they are when rounded."""
+    def exact(self, positions: Tensor) -> Tensor:
+        """Scores in float64, `[B, m] -> [B, m]`."""
         scores = self.table.exact_logits(self.hidden, positions)
         if self.is_tree:
             scores += self.offsets.gather(1, self.table.partition.blocks(positions))
-        scores = torch.where(real, scores, -torch.inf)
+        return scores
+
+    def in_order(self, positions: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores in float64, `[B, m]`, and how to sort them by what they are when rounded."""
+        scores = torch.where(real, self.exact(positions), -torch.inf)
         order = scores.to(self.table.dtype).argsort(dim=1, descending=True, stable=True)
         return scores, order
 

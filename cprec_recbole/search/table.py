@@ -294,12 +294,14 @@ class SearchTable:
             return torch.cat([self.exact_logits(*pair) for pair in pairs])
         if self.vectors is not None:
             return (self.vectors[positions] * hidden.unsqueeze(1)).sum(2)
-        logits = torch.zeros_like(positions, dtype=torch.float64)
-        blocks = self.partition.blocks(positions)
-        for j, block in enumerate(self.blocks):
-            codes = block.values[(positions - block.start).clamp(0, block.n_items - 1)].double()
-            products = codes * block.exact_query(hidden).unsqueeze(1)
-            logits = torch.where(blocks == j, products.sum(2), logits)
+        queries = (self.joint_basis * hidden.unsqueeze(2)).sum(1, keepdim=True)
+        blocks, logits = self.partition.blocks(positions), queries.new_zeros(())
+        for j, (block, query) in enumerate(
+            zip(self.blocks, queries.split_with_sizes(self.ranks, 2))
+        ):
+            codes = block.values[(positions - block.start).clamp(0, block.n_items - 1)]
+            products = (codes * query).sum(2)  # in float64, which queries are in
+            logits = torch.where(blocks == j, products, logits)
         return logits
 
 
