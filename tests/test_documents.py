@@ -23,6 +23,7 @@ FEW_USERS = "[0,60]"  # of MovieLens-100K, by their interactions
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # RecBole reads the command line, so the README's code is run as it stands, but for its cost
 CHEAP = ["--epochs=1", "--MAX_ITEM_LIST_LENGTH=5", "--block_num=1", "--n_layers=1", "--state=ERROR"]
+CHEAP.append(f"--user_inter_num_interval={FEW_USERS}")
 
 
 def blocks(path, language):
@@ -71,7 +72,7 @@ def at_hand(tmp_path_factory):
 def test_the_pages_python_runs(path, at_hand, monkeypatch, capsys):
     folder, names = at_hand
     monkeypatch.chdir(folder)
-    monkeypatch.setattr("sys.argv", ["page", *CHEAP, f"--user_inter_num_interval={FEW_USERS}"])
+    monkeypatch.setattr("sys.argv", ["page", *CHEAP])
     names = {**names, "__name__": "page", "compress": compress, "recover": recover}
     if path.name == "search.md":  # its model is one that has been compressed
         names["model"] = load_pretrained(folder / "small")

@@ -10,8 +10,11 @@ import yaml
 
 from cprec_recbole.config import CompressionConfig
 from cprec_recbole.host.library import recbole_config
+from tests.builders import World
 
 ROOT = Path(__file__).parent.parent
+FEW_USERS = "--user_inter_num_interval=[0,60]"
+SMALL_DATA = ["--datasets", World.name, "--data-path", "."]
 CONFIGS = sorted((ROOT / "recbole_configs").glob("Cp*.yaml"))
 
 
@@ -19,16 +22,21 @@ CONFIGS = sorted((ROOT / "recbole_configs").glob("Cp*.yaml"))
     ("script", "arguments", "printed"),
     [
         ("quickstart.py", ["--epochs=1", "--block_num=1"], "recommended films: ["),
-        ("compress_trained.py", ["--epochs=1", "--MAX_ITEM_LIST_LENGTH=5"], "compressed: "),
+        (
+            "compress_trained.py",
+            ["--epochs=1", "--MAX_ITEM_LIST_LENGTH=5", FEW_USERS],
+            "compressed: ",
+        ),
         ("compare.py", ["1"], "NDCG@20"),
         (
             "trained.py",
-            ["--models", "GRU4Rec", "--ratios", "1.5", "--epochs", "1"],
-            "GRU4Rec-ml-100k-2020/1.5/narrower",
+            ["--models", "GRU4Rec", "--ratios", "1.5", "--epochs", "1", *SMALL_DATA],
+            "GRU4Rec-made-up-2020/1.5/narrower",
         ),
     ],
 )
 def test_an_example_runs(script, arguments, printed, tmp_path):
+    World.made_up(tmp_path, n_users=100, n_items=400)
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples" / script), *arguments],
         capture_output=True,
@@ -41,14 +49,27 @@ def test_an_example_runs(script, arguments, printed, tmp_path):
 
 
 def test_a_softmax_put_together_again_is_the_models_own(tmp_path):
-    arguments = ["--models", "GRU4Rec", "--epochs", "1", "--rates", "0.003", "--out", str(tmp_path)]
+    World.made_up(tmp_path, n_users=100, n_items=400)
+    arguments = [
+        "--models",
+        "GRU4Rec",
+        "--epochs",
+        "1",
+        "--rates",
+        "0.003",
+        "--out",
+        ".",
+        *SMALL_DATA,
+    ]
     script = str(ROOT / "examples" / "tree.py")
-    subprocess.run([sys.executable, script, *arguments], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, script, *arguments], check=True, capture_output=True, cwd=tmp_path
+    )
     (row,) = [json.loads(line) for line in (tmp_path / "tree.jsonl").read_text().splitlines()]
     for softmax in ("full", "tree"):
         again = row["means"][f"blocks of {softmax}, items of {softmax}"]
         assert again == pytest.approx(row[softmax]["test"], abs=1e-4)
-    assert "| GRU4Rec | ml-100k | 2020 |" in (tmp_path / "tree.md").read_text()
+    assert "| GRU4Rec | made-up | 2020 |" in (tmp_path / "tree.md").read_text()
 
 
 def test_every_example_is_run():
