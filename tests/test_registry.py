@@ -150,7 +150,7 @@ def test_an_unknown_model_of_ones_own_is_refused_with_the_way_out(world):
         (replace(SPEC, model_class=7), "`model_class`.*but got 7"),
         (
             replace(SPEC, model_class=CpSASRec),
-            "`model_class` to be an uncompressed model, but got CpSASRec",
+            "`model_class` .* none that is compressed, but got 'CpSASRec'",
         ),
         (CpSASRec.spec, "CpSASRec is known already"),
     ],
