@@ -63,16 +63,13 @@ def test_a_model_of_ones_own_is_compressed_and_kept(world, registered, tmp_path)
     model = original(world)
     same = compress(model, ranks=[12])
     batch = world.evaluation_batch("SASRec")
-    torch.testing.assert_close(
-        same.full_sort_predict(batch), model.full_sort_predict(batch), atol=1e-5, rtol=0
-    )
+    scores = model.full_sort_predict(batch)
+    torch.testing.assert_close(same.full_sort_predict(batch), scores, atol=1e-5, rtol=0)
     small = compress(model, ranks=[12, 4, 1])
     assert type(small) is registered
-    loaded = load_pretrained(small.save_pretrained(tmp_path))
-    best = loaded.recommend([[3, 2, 1]], k=5)
     dense = small.full_sort_predict(batch)
-    assert torch.equal(best.items, small.recommend([[3, 2, 1]], k=5).items)
-    rows = small.recommend(batch["item_id_list"], k=5).items.tolist()
+    loaded = load_pretrained(small.save_pretrained(tmp_path))
+    rows = loaded.recommend(batch["item_id_list"], k=5).items.tolist()
     assert rows == [best_items(row.tolist(), 5) for row in dense]
 
 

@@ -232,7 +232,7 @@ class CompressedRecommender(SequentialRecommender):
                     f"{given.dtype}; make the model with `quantize` or `dtype` as the state's was."
                 )
             other = first.setdefault(id(parameter), name)
-            if not _same(given, state_dict[other]):
+            if other != name and not _same(given, state_dict[other]):
                 raise CompressionError(
                     "Expected `state_dict` to be of a model with the same `sharing` and `tied`, "
                     f"but {other} and {name}, one parameter here, differ there."
@@ -305,11 +305,9 @@ class CompressedRecommender(SequentialRecommender):
                 history of which nothing is left, and as `recommend`.
         """
         vocabulary = self.known_vocabulary()
-        if isinstance(histories, str | bytes) or not isinstance(histories, Sequence):
-            raise CompressionError(
-                f"Expected `histories` to be tokens or lists of them, but got {histories!r}."
-            )
-        are_several = any(isinstance(h, Sequence) and not isinstance(h, str) for h in histories)
+        are_several = isinstance(histories, Sequence) and any(
+            isinstance(row, Sequence) and not isinstance(row, str) for row in histories
+        )
         rows: Sequence[Any] = histories if are_several else [histories]
         names = [f"history {i}" for i in range(len(rows))] if are_several else ["the history"]
         ids = [vocabulary.ids(row, unknown, name) for row, name in zip(rows, names)]
@@ -394,7 +392,5 @@ class CompressedRecommender(SequentialRecommender):
 
 def _same(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are equal; numbers that are none are equal to each other."""
-    if one is other:
-        return True
     same_shape = one.shape == other.shape
     return same_shape and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
