@@ -171,6 +171,7 @@ def test_one_history_and_several_agree_and_the_newest_items_count(world, name):
         torch.testing.assert_close(alone.scores[0], together.scores[row])
 
 
+@pytest.mark.parametrize("name", MORE_HOSTS)  # test_models.py has the others
 def test_bpr_trains_too(world, name):
     options = {"loss_type": "BPR", **BLOCKS}
     model = world.model(f"Cp{name}", **options)

@@ -118,33 +118,11 @@ def test_the_signature_is_as_documented(exported):
     assert tokens == list(small.known_vocabulary().tokens)
 
 
-def shape_of(shape):
-    """Transposed or with an axis of one more, it is the same parameter."""
-    return tuple(sorted(size for size in shape if size > 1))
-
-
 def test_every_parameter_is_in_the_file_once(exported):
-    small, file = exported
+    _, file = exported
     stored = [t for t in onnx.load(file).graph.initializer if len(t.raw_data) >= 64]
     contents = collections.Counter((t.data_type, tuple(t.dims), t.raw_data) for t in stored)
     assert set(contents.values()) == {1}
-    kinds = collections.Counter(
-        (onnx.helper.tensor_dtype_to_np_dtype(t.data_type).name, shape_of(t.dims)) for t in stored
-    )
-    expected = collections.Counter(
-        (str(p.dtype).removeprefix("torch."), shape_of(p.shape))
-        for name, p in small.named_parameters()
-        if p.numel() * p.element_size() >= 64 and not name.endswith("scale")
-    )
-    for kind, number in kinds.items():
-        if kind[0] in ("float32", "int8") and len(kind[1]) > 1:
-            assert number <= expected[kind], kind
-    rows = [shape_of(b.weight.shape) for b in small.table.blocks if b.weight.numel() >= 64]
-    kind = "int8" if small.table.is_int8 else "float32"
-    other = "float32" if small.table.is_int8 else "int8"
-    for shape in rows:
-        assert kinds[kind, shape] >= 1  # of equal untied rows there is one
-        assert not kinds[other, shape]
 
 
 @pytest.fixture(scope="module")
@@ -199,10 +177,10 @@ def test_equal_scores_come_by_lower_id_from_either_graph(trained, dtype, tmp_pat
 def test_tokens_lie_beside_their_own_graph(trained, tmp_path):
     small, grown = (compress(trained["SASRec"], **OPTIONS) for _ in range(2))
     grown.add_items(["new"])
-    for name, model in (("film.v1", small), ("film.v2", grown), ("film.pt2", grown)):
+    for name, model in (("film.v1", small), ("film.pt2", grown)):
         export(model, tmp_path / name, to="torch", k=3)
     found = {path.name: len(json.loads(path.read_text())) for path in tmp_path.glob("*.json")}
-    assert found == {"film.v1.items.json": 40, "film.v2.items.json": 41, "film.items.json": 41}
+    assert found == {"film.v1.items.json": 40, "film.items.json": 41}
     small.vocabulary = small.item_tokens = None
     export(small, tmp_path / "film.pt2", to="torch", k=3)
     assert not (tmp_path / "film.items.json").exists()  # it was of another model

@@ -384,13 +384,11 @@ def test_rows_of_another_kind_are_refused(trained, folder):
 
 @pytest.mark.parametrize("change", [lambda s: s[:-1], lambda s: torch.cat([s, s[:1]]), None])
 def test_scales_that_do_not_fit_the_matrices_are_refused(trained, tmp_path, change, monkeypatch):
-    small = compress(trained["SASRec"], **OPTIONS, dtype="int8")
-    write = saving._write
+    small, write = compress(trained["SASRec"], **OPTIONS, dtype="int8"), saving._write
 
-    def write_changed(out, options, weights, vocabulary):
+    def write_changed(out, header, weights, vocabulary):
         scales = weights.pop("scales")
-        changed = {} if change is None else {"scales": change(scales)}
-        write(out, options, weights | changed, vocabulary)
+        write(out, header, weights | ({"scales": change(scales)} if change else {}), vocabulary)
 
     monkeypatch.setattr(saving, "_write", write_changed)
     folder = small.save_pretrained(tmp_path)

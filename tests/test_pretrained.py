@@ -110,15 +110,6 @@ def test_the_type_of_the_weights_and_the_column_that_is_read_are_kept(world, tmp
     assert same(small, loaded)
 
 
-def test_rows_in_any_order_within_a_block_are_the_same_model(trained, tmp_path):
-    small = small_of(trained, "SASRec")
-    first = load_pretrained(small.save_pretrained(tmp_path))
-    assert small.table.partition.item_at.tolist() != first.table.partition.item_at.tolist()
-    second = load_pretrained(first.save_pretrained(tmp_path))
-    assert first.table.partition.item_at.tolist() == second.table.partition.item_at.tolist()
-    assert same(first, second)
-
-
 def test_the_folder_is_as_small_as_its_parameters(tmp_path):
     from cprec_recbole import CpSASRec
     from tests.test_serving import catalogue_model

@@ -18,17 +18,9 @@ from cprec_recbole.search.topk import check_ids
 def pad_histories(
     item_seq: Any, n_items: int, max_length: int, name: str = "item_seq"
 ) -> tuple[Tensor, Tensor]:
-    """Check histories and bring them into RecBole's form: the newest items, padded on the right.
-
-    Args:
-        item_seq: one history of item ids, oldest first, or several; zeros are padding.
-        n_items: items of the catalogue, padding included.
-        max_length: positions of the model.
-        name: what errors call the histories.
-
-    Returns:
-        The histories `[B, max_length]`, and all items of each history `[B, longest]`.
-    """
+    """Check one history of item ids, oldest first, or several, and bring them into RecBole's form:
+    the newest items, padded on the right, `[B, max_length]`; and all of them, `[B, longest]`. Zeros
+    are padding; errors call the histories by `name`."""
     rows, _ = _rows(item_seq, n_items, name)
     if not rows:
         raise CompressionError(f"Expected `{name}` to hold at least one history, but got none.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -56,6 +57,12 @@ _TRANSFORMER_OPTIONS = (
     "initializer_range",
     "loss_type",
 )
+_transformer = partial(
+    ModelSpec,
+    size_option="hidden_size",
+    table_std=lambda model, n_items: model.initializer_range,
+    layers=lambda model: _transformer_layers(model.trm_encoder),
+)
 
 
 def _nextitnet_layers(model: RecBoleModel) -> list[Layer]:
@@ -101,12 +108,9 @@ def _sasrec_hidden(model: RecBoleModel, item_seq: Tensor) -> Tensor:
 class CpSASRec(CompressedRecommender):
     """SASRec (ICDM 2018), compressed."""
 
-    spec = ModelSpec(
+    spec = _transformer(
         model_class=recbole_models.SASRec,
-        size_option="hidden_size",
-        table_std=lambda model, n_items: model.initializer_range,
         architecture=_TRANSFORMER_OPTIONS,
-        layers=lambda model: _transformer_layers(model.trm_encoder),
         hidden_states=_sasrec_hidden,
     )
 
@@ -148,12 +152,9 @@ def _bert4rec_training(model: RecBoleModel, batch: Interaction) -> tuple[Tensor,
 class CpBERT4Rec(CompressedRecommender):
     """BERT4Rec (CIKM 2019), compressed."""
 
-    spec = ModelSpec(
+    spec = _transformer(
         model_class=recbole_models.BERT4Rec,
-        size_option="hidden_size",
-        table_std=lambda model, n_items: model.initializer_range,
         architecture=(*_TRANSFORMER_OPTIONS, "mask_ratio"),
-        layers=lambda model: _transformer_layers(model.trm_encoder),
         last_state=_bert4rec_last,
         table=MaskedTable(),
         training_states=_bert4rec_training,
@@ -163,22 +164,17 @@ class CpBERT4Rec(CompressedRecommender):
 class CpLightSANs(CompressedRecommender):
     """LightSANs (SIGIR 2021), compressed."""
 
-    spec = ModelSpec(
+    spec = _transformer(
         model_class=recbole_models.LightSANs,
-        size_option="hidden_size",
-        table_std=lambda model, n_items: model.initializer_range,
         architecture=(*_TRANSFORMER_OPTIONS, "k_interests"),
-        layers=lambda model: _transformer_layers(model.trm_encoder),
     )
 
 
 class CpGCSAN(CompressedRecommender):
     """GC-SAN (IJCAI 2019), compressed."""
 
-    spec = ModelSpec(
+    spec = _transformer(
         model_class=recbole_models.GCSAN,
-        size_option="hidden_size",
-        table_std=lambda model, n_items: model.initializer_range,
         architecture=(*_TRANSFORMER_OPTIONS, "step", "weight", "reg_weight"),
         layers=lambda model: _transformer_layers(model.self_attention),
         # the norm of the whole table, over the number of items

@@ -42,7 +42,9 @@ FORMAT = "cprec_recbole"
 # 2: rows in int8, 3: other matrices too; what has neither is written as 1, as older readers know it
 FORMAT_VERSION = 3
 _CONFIG = "config.json"
-_OURS = re.compile(r"(weights|items)-[0-9a-f]{16}\.(safetensors|json)|\.(cprec|config).*\.tmp")
+_OURS = re.compile(
+    r"(weights|items)-[0-9a-f]{16}\.(safetensors|json)|\.(cprec|config\.json)-.*\.tmp"
+)
 
 
 def save_model(model: Any, folder: str | os.PathLike[str], vocabulary: Vocabulary) -> Path:
@@ -53,17 +55,16 @@ def save_model(model: Any, folder: str | os.PathLike[str], vocabulary: Vocabular
                 f"Expected a model with finite weights, but {name} has NaN or inf."
             )
     out, table, weights = as_path("folder", folder), model.table, _kept_weights(model)
-    rows = {"rows": "int8"} if table.is_int8 else {}
-    matrices = {"matrices": "int8"} if "scales" in weights else {}
+    is_rounded = "scales" in weights
     plan = {"ranks": list(table.ranks), "cutoffs": list(table.partition.cutoffs)}
     header = {
         "format": FORMAT,
-        "format_version": 3 if matrices else 2 if rows else 1,
+        "format_version": 3 if is_rounded else 2 if table.is_int8 else 1,
         "model": type(model).__name__,
         "n_items": model.n_items,
         "dtype": str(table.dtype).removeprefix("torch."),
-        **rows,
-        **matrices,
+        **({"rows": "int8"} if table.is_int8 else {}),
+        **({"matrices": "int8"} if is_rounded else {}),
         "reads_last_column": model.reads_last_column,
         "compression": model.compression.as_dict() | plan,
         "architecture": model.spec.architecture_of(model.inner),

@@ -28,22 +28,13 @@ class TopK(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """What a search may return, in positions of popularity order.
+    """What a search may return, in positions of popularity order."""
 
-    Attributes:
-        k: items of each row.
-        n_rows: rows of the batch.
-        n_items: items of the catalogue.
-        excluded: pairs of a row and a position that it must not get, as `row * n_items + position`,
-            each once, `[M]`.
-        allowed: the only positions that rows may get, rising, `[m]`; None for all.
-    """
-
-    k: int
-    n_rows: int
-    n_items: int
-    excluded: Tensor
-    allowed: Tensor | None
+    k: int  # items of each row
+    n_rows: int  # rows of the batch
+    n_items: int  # items of the catalogue
+    excluded: Tensor  # `row * n_items + position` of what a row must not get, each once, `[M]`
+    allowed: Tensor | None  # the only positions that rows may get, rising, `[m]`; None for all
 
     @property
     def is_open(self) -> bool:
@@ -72,12 +63,7 @@ class Limits(NamedTuple):
 def check_limits(
     n_rows: int, k: object, exclude: Ids | None, allowed: Ids | None, partition: Partition
 ) -> Limits:
-    """Check what `topk` is asked for a batch of `n_rows`; see there.
-
-    Raises:
-        CompressionError: ids of another shape, that are no whole numbers or outside the catalogue;
-            nothing allowed; or a k that is not from 1 to the items that every row has left.
-    """
+    """Check what `topk` is asked for a batch of `n_rows`; see there."""
     device, n_items = partition.position_of.device, partition.n_items
     excluded, places = torch.empty(0, dtype=torch.int64, device=device), None
     if exclude is not None:
