@@ -2,6 +2,7 @@
 
 import collections
 import json
+import re
 import subprocess
 import sys
 
@@ -21,12 +22,10 @@ OPTIONS = {"ranks": [16, 4, 1], "cutoffs": [6, 20]}
 K = 10
 # each model, head, scheme and kind of rows
 GRID = [
-    ("NextItNet", "full", "cross_block", True, None),
-    ("NextItNet", "tree", "adjacent_layer", True, "int8"),
-    ("SASRec", "tree", "none", True, None),
+    ("NextItNet", "tree", "cross_block", True, "int8"),
     ("SASRec", "full", "cross_layer", False, "int8"),
-    ("GRU4Rec", "full", "adjacent_block", True, "int8"),
-    ("GRU4Rec", "tree", "cross_layer", False, None),
+    ("GRU4Rec", "tree", "adjacent_layer", False, None),
+    ("SASRec", "full", "none", True, None),
 ]
 
 
@@ -93,10 +92,9 @@ def test_a_model_with_one_state_for_a_history_is_exported_too(world, tmp_path):
     check_same(small, lists, exclude, *map(torch.from_numpy, found))
 
 
-@pytest.mark.parametrize("name", ["SRGNN", "BERT4Rec"])
-def test_a_model_that_cannot_be_followed_is_refused(world, tmp_path, name):
-    small = compress(world.model(name), ranks=[4, 2], cutoffs=[6])
-    with pytest.raises(CompressionError, match=f"torch.export can follow, but {name} is none: "):
+def test_a_model_that_cannot_be_followed_is_refused(world, tmp_path):
+    small = compress(world.model("SRGNN"), ranks=[4, 2], cutoffs=[6])
+    with pytest.raises(CompressionError, match=r"torch.export can follow, but SRGNN is none: "):
         export(small, tmp_path / "small.onnx", k=K)
     assert not list(tmp_path.iterdir())
 
@@ -120,33 +118,11 @@ def test_the_signature_is_as_documented(exported):
     assert tokens == list(small.known_vocabulary().tokens)
 
 
-def shape_of(shape):
-    """Transposed or with an axis of one more, it is the same parameter."""
-    return tuple(sorted(size for size in shape if size > 1))
-
-
 def test_every_parameter_is_in_the_file_once(exported):
-    small, file = exported
+    _, file = exported
     stored = [t for t in onnx.load(file).graph.initializer if len(t.raw_data) >= 64]
     contents = collections.Counter((t.data_type, tuple(t.dims), t.raw_data) for t in stored)
     assert set(contents.values()) == {1}
-    kinds = collections.Counter(
-        (onnx.helper.tensor_dtype_to_np_dtype(t.data_type).name, shape_of(t.dims)) for t in stored
-    )
-    expected = collections.Counter(
-        (str(p.dtype).removeprefix("torch."), shape_of(p.shape))
-        for name, p in small.named_parameters()
-        if p.numel() * p.element_size() >= 64 and not name.endswith("scale")
-    )
-    for kind, number in kinds.items():
-        if kind[0] in ("float32", "int8") and len(kind[1]) > 1:
-            assert number <= expected[kind], kind
-    rows = [shape_of(b.weight.shape) for b in small.table.blocks if b.weight.numel() >= 64]
-    kind = "int8" if small.table.is_int8 else "float32"
-    other = "float32" if small.table.is_int8 else "int8"
-    for shape in rows:
-        assert kinds[kind, shape] >= 1  # of equal untied rows there is one
-        assert not kinds[other, shape]
 
 
 @pytest.fixture(scope="module")
@@ -161,8 +137,7 @@ def large():
         return catalogue_model(CpNextItNet, 20_000)
 
 
-@pytest.mark.parametrize("dtype", ["float", "int8"])
-@pytest.mark.parametrize("to", ["onnx", "torch"])
+@pytest.mark.parametrize(("dtype", "to"), [("float", "onnx"), ("int8", "onnx"), ("int8", "torch")])
 def test_the_file_is_as_small_as_the_folder(large, dtype, to, tmp_path):
     small = large if dtype == "float" else quantize(large)
     folder = small.save_pretrained(tmp_path / "small")
@@ -175,9 +150,7 @@ def test_the_file_is_as_small_as_the_folder(large, dtype, to, tmp_path):
     ]
 
 
-@pytest.mark.parametrize(
-    "row", [GRID[1], GRID[2], GRID[4]], ids=lambda row: "-".join(map(str, row))
-)
+@pytest.mark.parametrize("row", GRID[2:], ids=lambda row: "-".join(map(str, row)))
 def test_torch_export_gives_what_recommend_gives(trained, row, tmp_path):
     small = small_of(trained, *row)
     file = export(small, tmp_path / "small.pt2", to="torch", k=K)
@@ -204,17 +177,27 @@ def test_equal_scores_come_by_lower_id_from_either_graph(trained, dtype, tmp_pat
 def test_tokens_lie_beside_their_own_graph(trained, tmp_path):
     small, grown = (compress(trained["SASRec"], **OPTIONS) for _ in range(2))
     grown.add_items(["new"])
-    for name, model in (("film.v1", small), ("film.v2", grown), ("film.pt2", grown)):
+    for name, model in (("film.v1", small), ("film.pt2", grown)):
         export(model, tmp_path / name, to="torch", k=3)
     found = {path.name: len(json.loads(path.read_text())) for path in tmp_path.glob("*.json")}
-    assert found == {"film.v1.items.json": 40, "film.v2.items.json": 41, "film.items.json": 41}
+    assert found == {"film.v1.items.json": 40, "film.items.json": 41}
     small.vocabulary = small.item_tokens = None
     export(small, tmp_path / "film.pt2", to="torch", k=3)
     assert not (tmp_path / "film.items.json").exists()  # it was of another model
 
 
-def test_the_model_is_left_as_it_was(trained, tmp_path):
-    small = compress(trained["GRU4Rec"], **OPTIONS, dtype="int8")
+@pytest.fixture(scope="module")
+def plain(trained):
+    return compress(trained["GRU4Rec"], **OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def folder(plain, tmp_path_factory):
+    return plain.save_pretrained(tmp_path_factory.mktemp("plain") / "small")
+
+
+def test_the_model_is_left_as_it_was(plain, tmp_path):
+    small = quantize(plain)
     before = {name: value.clone() for name, value in small.state_dict().items()}
     best = small.recommend([1, 2], K)
     export(small, tmp_path / "small.pt2", to="torch", k=K)
@@ -224,15 +207,14 @@ def test_the_model_is_left_as_it_was(trained, tmp_path):
     assert torch.equal(small.recommend([1, 2], K).items, best.items)
 
 
-def test_the_command_writes_what_export_writes(trained, tmp_path, capsys):
-    small = compress(trained["GRU4Rec"], **OPTIONS)
-    folder = small.save_pretrained(tmp_path / "small")
+def test_the_command_writes_what_export_writes(folder, capsys):
     assert main(["export", str(folder), "--to", "torch", "-k", str(K)]) == 0
-    assert f"Written: {tmp_path / 'small.pt2'}" in capsys.readouterr().out
-    graph = torch.export.load(tmp_path / "small.pt2").module()
+    file = folder.with_name("small.pt2")
+    assert f"Written: {file}" in capsys.readouterr().out
+    graph = torch.export.load(file).module()
     items, _ = graph(torch.tensor([[1, 2, 0, 0, 0, 0, 0, 0]]), torch.tensor([[0]]))
     assert items.tolist() == load_pretrained(folder).recommend([1, 2], K).items.tolist()
-    assert len(json.loads((tmp_path / "small.items.json").read_text())) == 40
+    assert len(json.loads(folder.with_name("small.items.json").read_text())) == 40
 
 
 @pytest.mark.parametrize(
@@ -241,64 +223,36 @@ def test_the_command_writes_what_export_writes(trained, tmp_path, capsys):
         (["--to", "tflite"], "`to` to be one of onnx, torch, but got 'tflite'"),
         (["--to", "torch", "-k", "41"], "`k` to be from 1 to the 40 items .* but got 41"),
         (["--to", "torch", "-k", "0"], "`k` .* but got 0"),
-        (["--to", "onnx", "--out", "."], "`path` to be a file, but . is a folder"),
-        (["--to", "onnx", "--out", "nowhere/small.onnx"], "a folder that can be written"),
+        (["--to", "onnx", "--out", "."], "a file in a folder that can be written, but got ."),
+        (
+            ["--to", "onnx", "--out", "nowhere/small.onnx"],
+            "that can be written, but got nowh",
+        ),
         (["--to", "onnx", "--outt", "x"], "but got `outt`; did you mean `out`"),
     ],
 )
-def test_bad_input_is_one_line(trained, tmp_path, capsys, arguments, match):
-    import re
-
-    small = compress(trained["GRU4Rec"], **OPTIONS)
-    folder = small.save_pretrained(tmp_path / "small")
+def test_bad_input_is_one_line(folder, capsys, arguments, match):
+    before = list(folder.parent.iterdir())
     assert main(["export", str(folder), *arguments]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert re.search(match, lines[0])
-    assert [path.name for path in tmp_path.iterdir()] == ["small"]
+    assert list(folder.parent.iterdir()) == before
 
 
-def test_what_cannot_be_exported_is_refused(trained, tmp_path, capsys):
-    assert main(["export", str(tmp_path), "--to", "onnx"]) == 2
-    assert "one that save_pretrained wrote" in capsys.readouterr().err
+def test_what_cannot_be_exported_is_refused(trained, tmp_path, monkeypatch):
     file = tmp_path / "small.onnx"
     with pytest.raises(CompressionError, match="a compressed model, but got SASRec"):
         export(trained["SASRec"], file)
     small = compress(trained["SASRec"], **OPTIONS)
-    for wrong in (3, "", "a\0b", None):
-        with pytest.raises(CompressionError, match="`path` to be a file"):
-            export(small, wrong)
+    with pytest.raises(CompressionError, match="`path` to be a path, but got None"):
+        export(small, None)
+    monkeypatch.setattr(sys.modules["cprec_recbole.serving.export"], "_LARGEST", 1000)
+    with pytest.raises(CompressionError, match="ends at 2 GiB"):
+        export(small, file)
     with pytest.raises(CompressionError, match=r"in float32, but got torch.float64; use"):
         export(small.double(), file)
     assert not list(tmp_path.iterdir())
-
-
-def test_a_model_too_large_for_one_file_is_refused_before_it_is_written(
-    trained, tmp_path, monkeypatch
-):
-    import sys
-
-    small = compress(trained["SASRec"], **OPTIONS)
-    monkeypatch.setattr(sys.modules["cprec_recbole.serving.export"], "_LARGEST", 1000)
-    with pytest.raises(CompressionError, match="ends at 2 GiB"):
-        export(small, tmp_path / "small.onnx")
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_disk_that_is_full_leaves_the_old_file(trained, tmp_path, monkeypatch):
-    import errno
-
-    def full(*args):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    small = compress(trained["GRU4Rec"], **OPTIONS)
-    file = tmp_path / "small.pt2"
-    file.write_text("old")
-    monkeypatch.setattr(sys.modules["cprec_recbole.serving.export"], "_write_torch", full)
-    with pytest.raises(CompressionError, match="No space left"):
-        export(small, file, to="torch")
-    assert file.read_text() == "old"
-    assert {path.name for path in tmp_path.iterdir()} == {"small.pt2", "small.items.json"}
 
 
 FULL_DISK = """
@@ -317,9 +271,9 @@ for write in (lambda: export(small, sys.argv[2], to="torch", k=3),
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits of files are POSIX's")
-def test_a_disk_that_is_full_is_an_error_and_not_the_end_of_the_process(trained, tmp_path):
-    small = compress(trained["SASRec"], **OPTIONS)
-    folder = small.save_pretrained(tmp_path / "small")
+def test_a_disk_that_is_full_is_an_error_and_leaves_the_old_files(plain, tmp_path):
+    folder = plain.save_pretrained(tmp_path / "small")
+    (tmp_path / "small.pt2").write_text("old")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     command = [sys.executable, "-c", FULL_DISK, str(folder), str(tmp_path / "small.pt2")]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -328,4 +282,5 @@ def test_a_disk_that_is_full_is_an_error_and_not_the_end_of_the_process(trained,
     assert path.startswith("Expected `path` to be a file that can be written")
     assert saved.startswith("Expected `folder` to be one that can be written")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert (tmp_path / "small.pt2").read_text() == "old"
     assert not list(tmp_path.glob(".*"))

@@ -121,11 +121,11 @@ def test_a_sample_has_no_window_twice():
 @pytest.mark.parametrize(
     ("data", "match"),
     [
-        ("many", "`data` to be item ids or lists of them, but got 'many'"),
+        ("many", "`data` to hold item ids, .*, but got 'many'"),
         ([[1], [2]], "history of two items or more"),
         ([[1, 99]], "item ids from 1 to 40"),
         ([], "`data` to hold histories, but it is empty"),
-        ([[]], "every history of `data` to hold an item, but history 0 is"),
+        ([[]], "every history of `data` to hold an item, but history 0 has"),
         (7, "but got int"),
     ],
 )

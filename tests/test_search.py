@@ -419,7 +419,7 @@ BAD = {
     "k too large": (dict(k=1060), "`k` to be from 1 to the 1059 items .* got 1060"),
     "k no number": (dict(k=2.5), "`k` to be from 1 .* got 2.5"),
     "k a truth": (dict(k=True), "`k` to be from 1 .* got True"),
-    "exclude too large": (dict(exclude=torch.tensor([3, 1060])), "`exclude` .* 0 to 1059.* 1060"),
+    "exclude too large": (dict(exclude=torch.tensor([3, 1060])), "`exclude` .* 1 to 1059.* 1060"),
     "exclude negative": (dict(exclude=torch.tensor([[-1], [2]])), "`exclude` .* got -1"),
     "exclude broken": (dict(exclude=torch.tensor([1.0])), "`exclude` to hold item ids.*float32"),
     "exclude a mask": (dict(exclude=torch.ones(2, 4, dtype=torch.bool)), "`exclude` .*bool"),
@@ -428,7 +428,7 @@ BAD = {
     "all but three": (dict(exclude=torch.arange(4, 1060)), "`k` to be from 1 to the 3 items"),
     "allow nothing": (dict(allowed=torch.empty(0).long()), "`allowed` to hold at least one"),
     "allow padding": (dict(allowed=torch.tensor([0])), "`allowed` to hold at least one"),
-    "allow too large": (dict(allowed=torch.tensor([1060])), "`allowed` .* 0 to 1059.* got 1060"),
+    "allow too large": (dict(allowed=torch.tensor([1060])), "`allowed` .* 1 to 1059.* got 1060"),
     "allow by row": (dict(allowed=torch.ones(2, 2).long()), r"`allowed` .*\[m\].*\[2, 2\]"),
     "allow too few": (dict(allowed=torch.tensor([7, 7, 9])), "`k` to be from 1 to the 2 items"),
     "allow only the excluded": (

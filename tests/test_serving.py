@@ -18,7 +18,7 @@ OPTIONS = {"ranks": [16, 4, 2], "cutoffs": [6, 20]}
 
 def catalogue_model(model_class, n_items):
     """A model for a large made-up catalogue, without a data set."""
-    from cprec_recbole.models.saving import _Catalogue, _Options
+    from cprec_recbole.models.saving import _Options
 
     name = model_class.__name__.removeprefix("Cp")
     options = _Options(
@@ -28,7 +28,7 @@ def catalogue_model(model_class, n_items):
         | {"attn_dropout_prob": 0.5, "hidden_act": "gelu", "layer_norm_eps": 1e-12}
         | {"initializer_range": 0.02, **SMALL[name]}
     )
-    inner = model_class.spec.build_inner(options, _Catalogue("item_id"))
+    inner = model_class.spec.build_inner(options)
     inner.n_items = n_items
     compression = CompressionConfig(ranks=(16, 8, 4))
     plan = compression.plan(16, n_items)
@@ -40,51 +40,47 @@ def catalogue_model(model_class, n_items):
 
 
 @pytest.fixture
-def small(trained, host_name):
-    return compress(trained[host_name], **OPTIONS)
+def small(trained):
+    return compress(trained["SASRec"], **OPTIONS)
 
 
-def test_tokens_in_and_out_are_the_data_sets(world, host_name, small):
-    dataset = world.loaders(world.config(host_name))[0]._dataset
+@pytest.fixture(scope="module")
+def kept(trained):
+    """The same, not to be changed."""
+    return compress(trained["SASRec"], **OPTIONS)
+
+
+def test_tokens_in_and_out_are_the_data_sets(world, kept):
+    dataset = world.loaders(world.config("SASRec"))[0]._dataset
     histories = [["i0", "i3", "i5"], ["i7"]]
     ids = [dataset.token2id("item_id", row).tolist() for row in histories]
-    best = small.recommend(ids, 6)
-    found = small.recommend_tokens(histories, 6)
+    best = kept.recommend(ids, 6)
+    found = kept.recommend_tokens(histories, 6)
     assert found.tokens == [list(dataset.id2token("item_id", row)) for row in best.items]
     assert torch.equal(found.scores, best.scores)
-    assert small.recommend_tokens(["i7"], 6).tokens == found.tokens[1:]
+    assert kept.recommend_tokens(["i7"], 6).tokens == found.tokens[1:]
 
 
-def test_whole_numbers_stand_for_their_digits(trained, tmp_path):
-    small = compress(trained["SASRec"], **OPTIONS)
+def test_whole_numbers_stand_for_their_digits(small, tmp_path):
     small.vocabulary = Vocabulary([str(i * 10) for i in range(1, 41)])
     loaded = load_pretrained(small.save_pretrained(tmp_path))
-    assert loaded.recommend_tokens([50, "70"], 3).tokens == (
-        loaded.recommend_tokens(["50", "70"], 3).tokens
-    )
+    found = loaded.recommend_tokens([50, "70"], 3).tokens
+    assert found == loaded.recommend_tokens(["50", "70"], 3).tokens
 
 
-def test_what_was_seen_excluded_or_not_allowed_is_left_out(small):
+def test_what_was_seen_excluded_or_not_allowed_is_left_out(kept):
     everything = [f"i{i}" for i in range(40)]
-    found = small.recommend_tokens(
+    found = kept.recommend_tokens(
         ["i1", "i2"], 5, exclude_seen=True, exclude=["i3"], allowed=everything[:9]
     )
     assert set(found.tokens[0]) <= set(everything[:9]) - {"i1", "i2", "i3"}
 
 
-def test_unknown_tokens_are_skipped_with_a_warning_or_an_error(small):
-    known = small.recommend_tokens(["i1", "i2"], 4).tokens
+def test_unknown_tokens_are_skipped_with_a_warning_or_an_error(kept):
+    known = kept.recommend_tokens(["i1", "i2"], 4).tokens
     with pytest.warns(UserWarning, match="2 of 4 .* of the history are not .*: 'x', 'y';"):
-        assert small.recommend_tokens(["x", "i1", "y", "i2"], 4).tokens == known
-    assert small.recommend_tokens(["x", "i1", "i2"], 4, unknown="skip").tokens == known
-    with pytest.raises(CompressionError, match="1 of 2 tokens are not in it: 'x'"):
-        small.recommend_tokens(["x", "i1"], 4, unknown="error")
-    with pytest.raises(CompressionError, match=r"`exclude` to hold tokens of .*: 'x'"):
-        small.recommend_tokens(["i1"], 4, unknown="error", exclude=["x"])
-    with pytest.raises(CompressionError, match=r"`allowed` to hold tokens, .*\['i2'\]"):
-        small.recommend_tokens(["i1"], 4, allowed=[["i2"]])
-    with pytest.raises(CompressionError, match=r"`like` to hold tokens of .*'x'; leave them out"):
-        small.add_items(["new"], like=["x"])
+        assert kept.recommend_tokens(["x", "i1", "y", "i2"], 4).tokens == known
+    assert kept.recommend_tokens(["x", "i1", "i2"], 4, unknown="skip").tokens == known
 
 
 @pytest.mark.parametrize(
@@ -92,26 +88,27 @@ def test_unknown_tokens_are_skipped_with_a_warning_or_an_error(small):
     [
         ([["i1"], ["x"]], {"unknown": "skip"}, "history 1 has none"),
         ([], {}, "history 0 has none"),
-        ([["i1"], []], {}, "history 1 has none"),
-        ("i1", {}, "`histories` to be tokens or lists of them, but got 'i1'"),
-        ([["i1"], "i2"], {}, "history 1 is 'i2'"),
+        ("i1", {}, "the history to be a list of tokens, but got 'i1'"),
+        (5, {}, "the history to be a list of tokens, but got 5"),
+        ([["i1"], "i2"], {}, "history 1 to be a list of tokens, but got 'i2'"),
+        ([b"i1"], {}, "history 0 to be a list of tokens, but got b'i1'"),
         ([["i1", 2.5]], {}, "texts or whole numbers, but got 2.5"),
         ([["i1", None]], {}, "but got None"),
+        (["x", "i1"], {"unknown": "error"}, "1 of 2 tokens are not in it: 'x'"),
         (["i1"], {"unknown": "ask"}, "`unknown` to be one of warn, error, skip"),
-        (["i1"], {"k": 0}, "`k`"),
-        (["i1"], {"allowed": "i1"}, "a list of tokens, but got 'i1'"),
-        (["i1"], {"exclude": 5}, "a list of tokens, but got 5"),
-        ([b"i1"], {}, "history 0 is b'i1'"),
         (["i1"], {"k": 41}, "`k`"),
+        (["i1"], {"allowed": "i1"}, "`allowed` to be a list of tokens, but got 'i1'"),
+        (["i1"], {"allowed": [["i2"]]}, r"`allowed` to hold tokens, .*\['i2'\]"),
+        (["i1"], {"unknown": "skip", "allowed": ["x"]}, "`allowed` to hold at least one item"),
+        (["i1"], {"exclude": ["x"], "unknown": "error"}, "`exclude` to hold tokens of .*: 'x'"),
     ],
 )
-def test_bad_histories_are_refused(small, histories, options, match):
+def test_bad_histories_are_refused(kept, histories, options, match):
     with pytest.raises(CompressionError, match=match):
-        small.recommend_tokens(histories, **{"k": 3, **options})
+        kept.recommend_tokens(histories, **{"k": 3, **options})
 
 
-def test_a_model_without_tokens_says_how_to_give_it_some(trained, tmp_path):
-    small = compress(trained["SASRec"], **OPTIONS)
+def test_a_model_without_tokens_says_how_to_give_it_some(small, tmp_path):
     small.item_tokens = small.vocabulary = None
     for call in (
         lambda: small.recommend_tokens(["i1"]),
@@ -129,8 +126,7 @@ def test_a_model_without_tokens_says_how_to_give_it_some(trained, tmp_path):
             small.save_pretrained(tmp_path, wrong)
 
 
-@pytest.mark.parametrize("softmax", ["full", "tree"])
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("softmax", "tied"), [("full", True), ("tree", False)])
 def test_new_items_leave_every_other_row_as_it_is(trained, host_name, softmax, tied, tmp_path):
     small = compress(trained[host_name], **OPTIONS, softmax=softmax, tied=tied)
     before = copy.deepcopy(small)
@@ -151,8 +147,6 @@ def test_new_items_leave_every_other_row_as_it_is(trained, host_name, softmax, t
 def test_a_new_item_starts_where_its_models_are_or_at_the_mean(small):
     last = small.table.blocks[-1]
     mean = (last.weight @ last.projection).mean(0).detach()
-    tail = small.vocabulary or None
-    assert tail is None or len(tail) == 40
     item = int(small.table.partition.item_at[-1])
     token = str(small.item_tokens[item])
     small.add_items(["twin", "plain"], like={"twin": token})
@@ -185,37 +179,35 @@ def test_an_index_forgets_nothing_of_new_items(small):
 @pytest.mark.parametrize(
     ("tokens", "like", "match"),
     [
-        (["i1"], None, "'i1' is in the catalogue already"),
+        (["i1"], None, "'i1' stands for two"),
         (["a", "a"], None, "'a' stands for two"),
         ([], None, "one token or more"),
         ("abc", None, "list of one token or more, but got 'abc'"),
         ([""], None, "texts of one character or more"),
         ([7], None, "texts of one character or more, but got 7"),
         (["a"], [], "`like` to have an entry for each of the 1 new tokens"),
-        (["a"], ["zzz"], "'zzz'"),
+        (["a"], ["x"], r"`like` to hold tokens of .*'x'; leave them out"),
         (["a"], 5, "`like` to have an entry"),
         ([["a"]], None, "texts of one character or more"),
         (["\ud800"], None, "written as UTF-8"),
         (["a"], {"b": "i1"}, "`like` to name new tokens, but got 'b'"),
     ],
 )
-def test_bad_new_items_change_nothing(small, tokens, like, match):
-    before = copy.deepcopy(small.state_dict())
+def test_bad_new_items_change_nothing(kept, tokens, like, match):
+    before = copy.deepcopy(kept.state_dict())
     with pytest.raises(CompressionError, match=match):
-        small.add_items(tokens, like)
-    assert small.n_items == 41
-    after = small.state_dict()
+        kept.add_items(tokens, like)
+    assert kept.n_items == 41
+    after = kept.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize("n_blocks", [1, 2, 3, 4, 5, 9])
+@pytest.mark.parametrize("n_blocks", [1, 2, 3, 9])
 def test_blocks_are_packed_and_unpacked(n_blocks):
     member = np.random.default_rng(0).integers(0, n_blocks, 101)
     planes = packed_blocks(member, n_blocks)
     assert planes.numel() <= 13 * max(1, n_blocks).bit_length()
-    assert unpacked_blocks(planes, n_blocks, 101).tolist() == member.tolist()
-    with pytest.raises(CompressionError, match="`blocks`"):
-        unpacked_blocks(planes, n_blocks + 8, 101)
+    assert unpacked_blocks(planes, 101).tolist() == member.tolist()
 
 
 def test_tokens_travel_with_a_model_that_grew_and_is_compressed(world, tmp_path):
@@ -225,34 +217,10 @@ def test_tokens_travel_with_a_model_that_grew_and_is_compressed(world, tmp_path)
     small = compress(model, ranks=[8, 4])
     assert "new" in small.recommend_tokens(["i1", "new"], 41).tokens[0]
     loaded = load_pretrained(small.save_pretrained(tmp_path))
-    again = load_pretrained(
-        compress(loaded_copy(loaded), **OPTIONS).save_pretrained(tmp_path / "b")
-    )
-    assert again.vocabulary.tokens == loaded.vocabulary.tokens
+    assert loaded.vocabulary.tokens == model.vocabulary.tokens
 
 
-def loaded_copy(loaded):
-    """The same model as an uncompressed one, with tokens and counts set by hand."""
-    from cprec_recbole import CpSASRec
-
-    model = catalogue_model(CpSASRec, loaded.n_items)
-    whole = BlockEmbedding(Partition(torch.arange(loaded.n_items), [loaded.n_items]), [16], 16)
-    plain = CpSASRec(
-        parts=Parts(
-            model.inner,
-            whole,
-            whole,
-            CompressionConfig.uncompressed(),
-            reads_last_column=False,
-            item_counts=np.ones(loaded.n_items),
-        )
-    )
-    plain.vocabulary = loaded.vocabulary
-    return plain
-
-
-def test_weights_that_are_no_numbers_are_not_kept(trained, tmp_path):
-    small = compress(trained["SASRec"], **OPTIONS)
+def test_weights_that_are_no_numbers_are_not_kept(small, tmp_path):
     with torch.no_grad():
         small.table.blocks[1].weight[0, 0] = float("nan")
     with pytest.raises(CompressionError, match="finite weights"):

@@ -30,7 +30,8 @@ from cprec_recbole.host.library import (
     recbole_config,
     recbole_dataset,
 )
-from cprec_recbole.models.recommender import CompressedRecommender, compression_of
+from cprec_recbole.models.from_config import compression_of
+from cprec_recbole.models.recommender import CompressedRecommender
 from cprec_recbole.training.evaluation import check_valid_metric, evaluate
 
 SETTINGS = Path(__file__).with_name("settings.yaml")

@@ -10,19 +10,7 @@ from torch import nn
 
 from cprec_recbole.config import CompressionError
 from cprec_recbole.host.provider import importing_models, register_model
-from cprec_recbole.models.known import (
-    TEN,
-    CpBERT4Rec,
-    CpGCSAN,
-    CpGRU4Rec,
-    CpLightSANs,
-    CpNARM,
-    CpNextItNet,
-    CpSASRec,
-    CpSINE,
-    CpSRGNN,
-    CpSTAMP,
-)
+from cprec_recbole.models.known import TEN
 from cprec_recbole.models.recommender import CompressedRecommender
 from cprec_recbole.models.saving import load_model
 from cprec_recbole.models.spec import ModelSpec
@@ -30,44 +18,30 @@ from cprec_recbole.models.spec import ModelSpec
 with importing_models():
     from recbole.model.abstract_recommender import SequentialRecommender
 
-__all__ = [
-    "MODELS",
-    "CpBERT4Rec",
-    "CpGCSAN",
-    "CpGRU4Rec",
-    "CpLightSANs",
-    "CpNARM",
-    "CpNextItNet",
-    "CpSASRec",
-    "CpSINE",
-    "CpSRGNN",
-    "CpSTAMP",
-    "class_of",
-    "load_pretrained",
-    "register",
-    "spec_named",
-    "spec_of",
-]
+MODELS: list[type[CompressedRecommender]] = []
 
-MODELS: list[type[CompressedRecommender]] = list(TEN)
-for _model in MODELS:
-    register_model(_model)
+
+def _add(model_class: type[CompressedRecommender]) -> None:
+    model_class.__module__ = __name__
+    globals()[model_class.__name__] = model_class  # checkpoints name a class by where it is
+    MODELS.append(model_class)
+    register_model(model_class)
+
+
+for _model in TEN:
+    _add(_model)
 
 
 def spec_of(model: nn.Module) -> ModelSpec:
-    """The spec of one of RecBole's own models.
-
-    Raises:
-        CompressionError: not one of the supported models. A subclass may compute something else
-            than its parent, so it is refused too.
-    """
+    """The spec of one of RecBole's own models; a CompressionError for any other. A subclass may
+    compute something else than its parent, so it is refused too."""
     for known in MODELS:
         if type(model) is known.spec.model_class:
             return known.spec
     names = ", ".join(known.spec.name for known in MODELS)
     raise CompressionError(
-        f"Expected `model` to be one of RecBole's {names}, but got {type(model).__name__}; a model "
-        "of your own is made known with cprec_recbole.register()."
+        f"Expected `model` to be one of RecBole's {names}, but got {type(model).__name__}; make a "
+        "model of your own known with cprec_recbole.register()."
     )
 
 
@@ -122,14 +96,11 @@ def register(spec: ModelSpec) -> type[CompressedRecommender]:
             "docs/your-own-model.md."
         )
     own: Any = spec.model_class
-    if not (isinstance(own, type) and issubclass(own, SequentialRecommender)):
+    is_recboles = isinstance(own, type) and issubclass(own, SequentialRecommender)
+    if not is_recboles or issubclass(own, CompressedRecommender):
         raise CompressionError(
-            "Expected `model_class` to be a class made from RecBole's SequentialRecommender, but "
-            f"got {getattr(own, '__name__', own)!r}."
-        )
-    if issubclass(own, CompressedRecommender):
-        raise CompressionError(
-            f"Expected `model_class` to be an uncompressed model, but got {own.__name__}."
+            "Expected `model_class` to be a class made from RecBole's SequentialRecommender, and "
+            f"none that is compressed, but got {getattr(own, '__name__', own)!r}."
         )
     name = f"Cp{own.__name__}"
     if name.lower() in {model.__name__.lower() for model in MODELS}:  # RecBole's modules are lower
@@ -137,9 +108,7 @@ def register(spec: ModelSpec) -> type[CompressedRecommender]:
             f"Expected `model_class` to have a name of its own, but {name} is known already; "
             "rename it."
         )
-    about = {"__doc__": f"{own.__name__}, compressed.", "__module__": __name__}
-    model_class = type(name, (CompressedRecommender,), {"spec": spec, **about})
-    globals()[name] = model_class  # RecBole's checkpoints name the class by where it is
-    MODELS.append(model_class)
-    register_model(model_class)
+    about = {"spec": spec, "__doc__": f"{own.__name__}, compressed."}
+    model_class = type(name, (CompressedRecommender,), about)
+    _add(model_class)
     return model_class

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
@@ -16,6 +16,11 @@ from torch.nn.modules.dropout import _DropoutNd
 P = ParamSpec("P")
 T = TypeVar("T")
 
+_LOCK = threading.Lock()
+# of models in `in_eval_mode`: how many callers there are, and each module's mode before the first
+_USERS: weakref.WeakKeyDictionary[nn.Module, tuple[int, list[tuple[nn.Module, bool]]]]
+_USERS = weakref.WeakKeyDictionary()
+
 
 def can_be_trained(make: Callable[P, T]) -> Callable[P, T]:
     """A function of a model whose result can be trained, even if it is called in torch's inference
@@ -23,19 +28,13 @@ def can_be_trained(make: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(make)
     def made(*args: P.args, **kwargs: P.kwargs) -> T:
-        models = [each for each in (*args, *kwargs.values()) if isinstance(each, nn.Module)]
-        parameters = models[0].parameters() if models else ()
+        model = next((x for x in (*args, *kwargs.values()) if isinstance(x, nn.Module)), None)
+        parameters = [] if model is None else model.parameters()
         stays = torch.is_inference_mode_enabled() and any(p.is_inference() for p in parameters)
         with torch.inference_mode(stays):
             return make(*args, **kwargs)
 
     return made
-
-
-_LOCK = threading.Lock()
-# of models in `in_eval_mode`: how many callers there are, and each module's mode before the first
-_USERS: weakref.WeakKeyDictionary[nn.Module, tuple[int, list[tuple[nn.Module, bool]]]]
-_USERS = weakref.WeakKeyDictionary()
 
 
 @contextmanager
@@ -44,51 +43,27 @@ def in_eval_mode(*models: nn.Module | None) -> Iterator[None]:
 
     Several threads may be within at a time: the last one to leave puts the modes back.
     """
-    changed = [model for model in models if model is not None and _enter(model)]
+    changed = []
+    with _LOCK:
+        for model in (model for model in models if model is not None):
+            n_users, modes = _USERS.get(model, (0, []))
+            modes = modes or [(module, module.training) for module in model.modules()]
+            if any(was_training for _, was_training in modes):
+                _USERS[model] = n_users + 1, modes
+                changed.append(model)
+                for module, _ in modes:
+                    module.training = False
     try:
         yield
     finally:
-        for model in changed:
-            _leave(model)
-
-
-def _enter(model: nn.Module) -> bool:
-    """Put a model into eval mode; False where it is in that mode anyway."""
-    with _LOCK:
-        if model in _USERS:
-            n_users, before = _USERS[model]
-            _USERS[model] = n_users + 1, before
-            return True
-        before = [(module, module.training) for module in model.modules()]
-        if not any(training for _, training in before):
-            return False
-        _USERS[model] = 1, before
-        for module, _ in before:
-            module.training = False
-        return True
-
-
-def _leave(model: nn.Module) -> None:
-    with _LOCK:
-        n_users, before = _USERS.pop(model)
-        if n_users > 1:
-            _USERS[model] = n_users - 1, before
-            return
-        for module, training in before:
-            module.training = training
-
-
-@contextmanager
-def _with_attributes(changes: Sequence[tuple[nn.Module, str, Any]]) -> Iterator[None]:
-    """Within, modules have other attributes."""
-    before = [(module, name, getattr(module, name)) for module, name, _ in changes]
-    for module, name, value in changes:
-        setattr(module, name, value)
-    try:
-        yield
-    finally:
-        for module, name, value in before:
-            setattr(module, name, value)
+        with _LOCK:
+            for model in changed:
+                n_users, modes = _USERS.pop(model)
+                if n_users > 1:
+                    _USERS[model] = n_users - 1, modes
+                    continue
+                for module, was_training in modes:
+                    module.training = was_training
 
 
 def with_gradients(model: nn.Module) -> Any:
@@ -121,3 +96,15 @@ def with_dense_gradients(model: nn.Module) -> Any:
     """
     sparse = [module for module in model.modules() if getattr(module, "sparse", False)]
     return _with_attributes([(module, "sparse", False) for module in sparse])
+
+
+@contextmanager
+def _with_attributes(changes: list[tuple[nn.Module, str, Any]]) -> Iterator[None]:
+    before = [(module, name, getattr(module, name)) for module, name, _ in changes]
+    try:
+        for module, name, value in changes:
+            setattr(module, name, value)
+        yield
+    finally:
+        for module, name, value in before:
+            setattr(module, name, value)

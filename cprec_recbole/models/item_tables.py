@@ -11,27 +11,18 @@ RecBoleModel = Any  # RecBole's models are not typed; their `item_embedding` tur
 
 
 class PlainTable:
-    """An `nn.Embedding` named `item_embedding`, one row an item, that the score reads too.
+    """An `nn.Embedding` named `item_embedding`, one row an item, that the score reads too."""
 
-    Attributes:
-        holds: the model's attributes that hold one row an item.
-        n_more: numbers of an item's vector that the layers do not read.
-    """
-
-    holds: tuple[str, ...] = ("item_embedding",)
-    n_more: int = 0
+    holds: tuple[str, ...] = ("item_embedding",)  # attributes of the model with one row an item
+    n_more: int = 0  # numbers of an item's vector that the layers do not read
 
     def vectors(self, model: RecBoleModel) -> Tensor:
         """Item vectors of RecBole's own model in id order, `[n_items, d]`, without a gradient."""
         return model.item_embedding.weight.detach()
 
     def look_up(self, model: RecBoleModel, table: nn.Module | None) -> nn.Module | None:
-        """What takes the place of the model's `item_embedding`: here, the table itself.
-
-        Args:
-            model: RecBole's, with what it has until now.
-            table: a block embedding; None to leave its place free.
-        """
+        """What takes the place of the model's `item_embedding`, for a block embedding; or for
+        None, which leaves the place of that free. Here it is the table itself."""
         return table
 
     def parameters(self, model: RecBoleModel) -> list[nn.Parameter]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,18 +22,12 @@ with importing_models():
     from recbole.model import sequential_recommender as recbole_models
 
 
-def xavier_std(model: RecBoleModel, n_items: int) -> float:
+def _xavier_std(model: RecBoleModel, n_items: int) -> float:
     """The spread of `xavier_normal_` for a table `[n_items, embedding_size]`."""
     return math.sqrt(2 / (n_items + model.embedding_size))
 
 
-def given_std(model: RecBoleModel, n_items: int) -> float:
-    """The spread that RecBole calls `initializer_range`."""
-    return model.initializer_range
-
-
-def transformer_layers(encoder: RecBoleModel) -> list[Layer]:
-    """The layers of one of RecBole's transformer encoders."""
+def _transformer_layers(encoder: RecBoleModel) -> list[Layer]:
     return [
         [
             (module, name)
@@ -44,13 +39,13 @@ def transformer_layers(encoder: RecBoleModel) -> list[Layer]:
     ]
 
 
-def gru_layers(gru: nn.GRU) -> list[Layer]:
-    """The layers of a GRU without biases."""
+def _gru_layers(gru: nn.GRU) -> list[Layer]:
+    """The layers of a GRU, which has no biases."""
     names = ("weight_ih_l{}", "weight_hh_l{}")
     return [[(gru, name.format(i)) for name in names] for i in range(gru.num_layers)]
 
 
-TRANSFORMER_OPTIONS = (
+_TRANSFORMER_OPTIONS = (
     "n_layers",
     "n_heads",
     "hidden_size",
@@ -61,6 +56,12 @@ TRANSFORMER_OPTIONS = (
     "attn_dropout_prob",
     "initializer_range",
     "loss_type",
+)
+_transformer = partial(
+    ModelSpec,
+    size_option="hidden_size",
+    table_std=lambda model, n_items: model.initializer_range,
+    layers=lambda model: _transformer_layers(model.trm_encoder),
 )
 
 
@@ -107,12 +108,9 @@ def _sasrec_hidden(model: RecBoleModel, item_seq: Tensor) -> Tensor:
 class CpSASRec(CompressedRecommender):
     """SASRec (ICDM 2018), compressed."""
 
-    spec = ModelSpec(
+    spec = _transformer(
         model_class=recbole_models.SASRec,
-        size_option="hidden_size",
-        table_std=given_std,
-        architecture=TRANSFORMER_OPTIONS,
-        layers=lambda model: transformer_layers(model.trm_encoder),
+        architecture=_TRANSFORMER_OPTIONS,
         hidden_states=_sasrec_hidden,
     )
 
@@ -128,9 +126,9 @@ class CpGRU4Rec(CompressedRecommender):
     spec = ModelSpec(
         model_class=recbole_models.GRU4Rec,
         size_option="embedding_size",
-        table_std=xavier_std,
+        table_std=_xavier_std,
         architecture=("embedding_size", "hidden_size", "num_layers", "dropout_prob", "loss_type"),
-        layers=lambda model: gru_layers(model.gru_layers),
+        layers=lambda model: _gru_layers(model.gru_layers),
         hidden_states=_gru4rec_hidden,
     )
 
@@ -154,12 +152,9 @@ def _bert4rec_training(model: RecBoleModel, batch: Interaction) -> tuple[Tensor,
 class CpBERT4Rec(CompressedRecommender):
     """BERT4Rec (CIKM 2019), compressed."""
 
-    spec = ModelSpec(
+    spec = _transformer(
         model_class=recbole_models.BERT4Rec,
-        size_option="hidden_size",
-        table_std=given_std,
-        architecture=(*TRANSFORMER_OPTIONS, "mask_ratio"),
-        layers=lambda model: transformer_layers(model.trm_encoder),
+        architecture=(*_TRANSFORMER_OPTIONS, "mask_ratio"),
         last_state=_bert4rec_last,
         table=MaskedTable(),
         training_states=_bert4rec_training,
@@ -169,30 +164,21 @@ class CpBERT4Rec(CompressedRecommender):
 class CpLightSANs(CompressedRecommender):
     """LightSANs (SIGIR 2021), compressed."""
 
-    spec = ModelSpec(
+    spec = _transformer(
         model_class=recbole_models.LightSANs,
-        size_option="hidden_size",
-        table_std=given_std,
-        architecture=(*TRANSFORMER_OPTIONS, "k_interests"),
-        layers=lambda model: transformer_layers(model.trm_encoder),
+        architecture=(*_TRANSFORMER_OPTIONS, "k_interests"),
     )
-
-
-def _gcsan_penalty(model: RecBoleModel) -> Tensor:
-    """The norm of the whole table, over the number of items."""
-    return model.reg_weight * model.item_embedding.norm() / model.n_items
 
 
 class CpGCSAN(CompressedRecommender):
     """GC-SAN (IJCAI 2019), compressed."""
 
-    spec = ModelSpec(
+    spec = _transformer(
         model_class=recbole_models.GCSAN,
-        size_option="hidden_size",
-        table_std=given_std,
-        architecture=(*TRANSFORMER_OPTIONS, "step", "weight", "reg_weight"),
-        layers=lambda model: transformer_layers(model.self_attention),
-        penalty=_gcsan_penalty,
+        architecture=(*_TRANSFORMER_OPTIONS, "step", "weight", "reg_weight"),
+        layers=lambda model: _transformer_layers(model.self_attention),
+        # the norm of the whole table, over the number of items
+        penalty=lambda model: model.reg_weight * model.item_embedding.norm() / model.n_items,
     )
 
 
@@ -202,9 +188,9 @@ class CpNARM(CompressedRecommender):
     spec = ModelSpec(
         model_class=recbole_models.NARM,
         size_option="embedding_size",
-        table_std=xavier_std,
+        table_std=_xavier_std,
         architecture=("embedding_size", "hidden_size", "n_layers", "dropout_probs", "loss_type"),
-        layers=lambda model: gru_layers(model.gru),
+        layers=lambda model: _gru_layers(model.gru),
     )
 
 
@@ -241,7 +227,7 @@ class CpSINE(CompressedRecommender):
     spec = ModelSpec(
         model_class=recbole_models.SINE,
         size_option="embedding_size",
-        table_std=xavier_std,
+        table_std=_xavier_std,
         architecture=(
             "embedding_size",
             "layer_norm_eps",
@@ -256,17 +242,4 @@ class CpSINE(CompressedRecommender):
     )
 
 
-TEN: tuple[type[CompressedRecommender], ...] = (
-    CpNextItNet,
-    CpSASRec,
-    CpGRU4Rec,
-    CpBERT4Rec,
-    CpLightSANs,
-    CpGCSAN,
-    CpNARM,
-    CpSTAMP,
-    CpSRGNN,
-    CpSINE,
-)
-for _model in TEN:
-    _model.__module__ = "cprec_recbole.models"  # where checkpoints, also of 0.1, look for them
+TEN: list[type[CompressedRecommender]] = CompressedRecommender.__subclasses__()  # those above

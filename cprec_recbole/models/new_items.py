@@ -1,10 +1,12 @@
-"""Where new items start: like others, or at the mean of the last block."""
+"""New items: they start like others, or at the mean of the last block."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,7 +15,34 @@ from cprec_recbole.embedding import BlockEmbedding
 from cprec_recbole.models.vocabulary import Vocabulary
 
 
-def similar_items(
+def append_items(
+    model: Any, tokens: Sequence[str], like: Sequence[Any] | Mapping[str, Any] | None
+) -> list[int]:
+    """See `CompressedRecommender.add_items`."""
+    vocabulary: Vocabulary = model.known_vocabulary()
+    if isinstance(tokens, str) or not isinstance(tokens, Sequence) or not tokens:
+        raise CompressionError(
+            f"Expected `tokens` to be a list of one token or more, but got {tokens!r}."
+        )
+    extended = vocabulary.extended(tokens)
+    similar = _similar_items(tokens, like, vocabulary)
+    rows = [_new_rows(table, similar) for table in model.tables]  # all that can fail has been done
+    ids = list(range(model.n_items, model.n_items + len(tokens)))
+    partition = model.table.partition.extended(len(tokens))
+    for table, new in zip(model.tables, rows):
+        table.partition = partition
+        table.blocks[-1].extend(new)
+    model.n_items = model.inner.n_items = partition.n_items
+    if model.train_item_counts is not None:
+        model.train_item_counts = np.append(model.train_item_counts, np.zeros(len(tokens)))
+    plan = {"ranks": model.table.ranks, "cutoffs": partition.cutoffs}
+    model.compression = replace(model.compression, **plan)
+    model.vocabulary, model.item_tokens = extended, None
+    model.softmax.drop_index()
+    return ids
+
+
+def _similar_items(
     tokens: Sequence[str], like: Sequence[Any] | Mapping[str, Any] | None, known: Vocabulary
 ) -> list[list[int]]:
     """For each new token the ids of the items that it is like."""
@@ -25,28 +54,24 @@ def similar_items(
             )
         like = [like.get(token) for token in tokens]
     if like is None:
-        return [[] for _ in tokens]
+        like = [None] * len(tokens)
     if isinstance(like, str) or not isinstance(like, Sequence) or len(like) != len(tokens):
         raise CompressionError(
             f"Expected `like` to have an entry for each of the {len(tokens)} new tokens, but got "
             f"{like!r}."
         )
-    lists = [[] if entry is None else [entry] if not _is_list(entry) else entry for entry in like]
+    lists = [[] if e is None else e if isinstance(e, list | tuple) else [e] for e in like]
     return [known.ids(entry, name="`like`") for entry in lists]
 
 
-def _is_list(entry: object) -> bool:
-    return isinstance(entry, Sequence) and not isinstance(entry, str | bytes)
-
-
-def new_rows(table: BlockEmbedding, models: Sequence[Sequence[int]]) -> Tensor:
+def _new_rows(table: BlockEmbedding, similar: Sequence[Sequence[int]]) -> Tensor:
     """A row of the last block for each new item, `[n, r]`."""
     skip = 1 if len(table.blocks) == 1 else 0  # of one block, row 0 is padding
     mean = table.blocks[-1].rows()[skip:].mean(0)
-    return torch.stack([_codes(table, ids) if ids else mean for ids in models])
+    return torch.stack([_nearest_row(table, ids) if ids else mean for ids in similar])
 
 
-def _codes(table: BlockEmbedding, ids: Sequence[int]) -> Tensor:
+def _nearest_row(table: BlockEmbedding, ids: Sequence[int]) -> Tensor:
     """The row of the last block whose vector is nearest to the mean of some items', `[r]`."""
     projection = table.blocks[-1].projection
     vector = table(torch.tensor(ids, device=table.blocks[0].weight.device)).mean(0)

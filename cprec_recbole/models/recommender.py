@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cprec_recbole.config import CompressionConfig, CompressionError
+from cprec_recbole.config import CompressionError
 from cprec_recbole.data import NEXT_ITEMS
 from cprec_recbole.embedding import BlockEmbedding
 from cprec_recbole.host.numbering import check_numbering, remember
@@ -21,14 +20,15 @@ from cprec_recbole.host.provider import importing_models
 from cprec_recbole.int8 import not_trained
 from cprec_recbole.models.deprecated import renamed
 from cprec_recbole.models.eval_mode import can_be_trained, in_eval_mode
+from cprec_recbole.models.from_config import parts_of_config
 from cprec_recbole.models.inputs import barred_ids, pad_histories
 from cprec_recbole.models.item_tables import MaskedLookUp
-from cprec_recbole.models.new_items import new_rows, similar_items
+from cprec_recbole.models.new_items import append_items
 from cprec_recbole.models.saving import name_in_model, save_model
 from cprec_recbole.models.spec import Encoder, ModelSpec, Parts
 from cprec_recbole.models.vocabulary import Vocabulary, as_vocabulary
 from cprec_recbole.partition import Partition
-from cprec_recbole.search.topk import TopK, check_k
+from cprec_recbole.search.topk import TopK
 from cprec_recbole.sharing import share, sharing_plan
 from cprec_recbole.softmax import FullSoftmax, Softmax, build_softmax
 
@@ -96,7 +96,7 @@ class CompressedRecommender(SequentialRecommender):
         self, config: Any = None, dataset: Any = None, *, parts: Parts | None = None
     ) -> None:
         AbstractRecommender.__init__(self)
-        parts = parts or _parts_of_config(self.spec, config, dataset)
+        parts = parts or parts_of_config(self.spec, config, dataset)
         for name in _RECBOLE_ATTRIBUTES:
             setattr(self, name, getattr(parts.inner, name))
         self.compression = compression = parts.compression
@@ -223,17 +223,16 @@ class CompressedRecommender(SequentialRecommender):
         state_dict = {name_in_model(name): value for name, value in state_dict.items()}
         first: dict[int, str] = {}
         for name, parameter in self.named_parameters(remove_duplicate=False):
-            given = state_dict.get(name, parameter)
-            if isinstance(given, Tensor) and given.dtype.is_floating_point != (
-                parameter.dtype.is_floating_point
-            ):
+            given = state_dict.get(name)
+            if not isinstance(given, Tensor):
+                continue
+            if given.is_floating_point() != parameter.is_floating_point():
                 raise CompressionError(
                     f"Expected `state_dict` to have {name} in {parameter.dtype}, but got "
                     f"{given.dtype}; make the model with `quantize` or `dtype` as the state's was."
                 )
             other = first.setdefault(id(parameter), name)
-            both = name in state_dict and other in state_dict
-            if both and not _same(state_dict[name], state_dict[other]):
+            if other != name and not _same(given, state_dict[other]):
                 raise CompressionError(
                     "Expected `state_dict` to be of a model with the same `sharing` and `tied`, "
                     f"but {other} and {name}, one parameter here, differ there."
@@ -272,11 +271,9 @@ class CompressedRecommender(SequentialRecommender):
             CompressionError: an empty history, an id outside the catalogue, nothing allowed, or k
                 above what may be recommended.
         """
-        check_k(k, self.n_items - 1)
         device = self.table.partition.item_at.device
         histories, seen = pad_histories(item_seq, self.n_items, self.max_seq_length)
-        seen_ids = seen if exclude_seen else None
-        barred = barred_ids(exclude, len(histories), self.n_items, seen_ids)
+        barred = barred_ids(exclude, len(histories), self.n_items, seen if exclude_seen else None)
         lengths = (histories != 0).sum(1)
         with in_eval_mode(self):
             hidden = self(histories.to(device), lengths.to(device))
@@ -308,26 +305,12 @@ class CompressedRecommender(SequentialRecommender):
                 history of which nothing is left, and as `recommend`.
         """
         vocabulary = self.known_vocabulary()
-        if isinstance(histories, str | bytes) or not isinstance(histories, Sequence):
-            raise CompressionError(
-                f"Expected `histories` to be tokens or lists of them, but got {histories!r}."
-            )
-        several = any(isinstance(h, Sequence) and not isinstance(h, str) for h in histories)
-        rows = list(histories) if several else [histories]
-        ids = []
-        for index, row in enumerate(rows):
-            if not isinstance(row, Sequence) or isinstance(row, str | bytes):
-                raise CompressionError(
-                    f"Expected every history to be a list of tokens, but history {index} is "
-                    f"{row!r}."
-                )
-            name = f"history {index}" if several else "the history"
-            ids.append(vocabulary.ids(row, unknown, name))
-            if not ids[-1]:
-                raise CompressionError(
-                    f"Expected every history to hold a token of the catalogue, but history {index} "
-                    "has none."
-                )
+        are_several = isinstance(histories, Sequence) and any(
+            isinstance(row, Sequence) and not isinstance(row, str) for row in histories
+        )
+        rows: Sequence[Any] = histories if are_several else [histories]
+        names = [f"history {i}" for i in range(len(rows))] if are_several else ["the history"]
+        ids = [vocabulary.ids(row, unknown, name) for row, name in zip(rows, names)]
         barred = None if exclude is None else vocabulary.ids(exclude, unknown, "`exclude`")
         only = None if allowed is None else vocabulary.ids(allowed, unknown, "`allowed`")
         best = self.recommend(ids, k, exclude_seen, barred or None, only)
@@ -375,8 +358,9 @@ class CompressedRecommender(SequentialRecommender):
                 or that another process writes to.
         """
         check_numbering(self, tokens, "tokens")
-        known = tokens is None
-        vocabulary = self.known_vocabulary() if known else as_vocabulary(tokens, self.n_items)
+        vocabulary = (
+            self.known_vocabulary() if tokens is None else as_vocabulary(tokens, self.n_items)
+        )
         return save_model(self, folder, vocabulary)
 
     @can_be_trained
@@ -403,117 +387,10 @@ class CompressedRecommender(SequentialRecommender):
         Raises:
             CompressionError: a token that is there already or comes twice, or like an unknown one.
         """
-        vocabulary = self.known_vocabulary()
-        if isinstance(tokens, str) or not isinstance(tokens, Sequence) or not tokens:
-            raise CompressionError(
-                f"Expected `tokens` to be a list of one token or more, but got {tokens!r}."
-            )
-        for token in Vocabulary(tokens).tokens:
-            if token in vocabulary:
-                raise CompressionError(
-                    f"Expected `tokens` to be new, but {token!r} is in the catalogue already."
-                )
-        extended = vocabulary.extended(tokens)
-        models = similar_items(tokens, like, vocabulary)
-        rows = [new_rows(table, models) for table in self.tables]  # all that can fail has been done
-        first, self.n_items = self.n_items, self.n_items + len(tokens)
-        partition = self.table.partition.extended(len(tokens))
-        for table, new in zip(self.tables, rows):
-            table.partition = partition
-            table.blocks[-1].extend(new)
-        self.inner.n_items = self.n_items
-        if self.train_item_counts is not None:
-            self.train_item_counts = np.append(self.train_item_counts, np.zeros(len(tokens)))
-        ranks = self.table.ranks
-        self.compression = replace(self.compression, ranks=ranks, cutoffs=partition.cutoffs)
-        self.vocabulary, self.item_tokens = extended, None
-        self.softmax.drop_index()
-        return list(range(first, self.n_items))
-
-
-def compression_of(config: Any) -> CompressionConfig:
-    """The compression options of a RecBole config; what it does not name keeps its default."""
-    names = CompressionConfig.option_names()
-    return CompressionConfig(**{name: config[name] for name in names if name in config})
-
-
-def _parts_of_config(spec: ModelSpec, config: Any, dataset: Any) -> Parts:
-    """What RecBole's options ask for, with fresh weights."""
-    from cprec_recbole.data.sequences import item_counts
-
-    compression = compression_of(config)
-    _check_negatives(compression, config, int(dataset.num(dataset.iid_field)))
-    if config["shard_tails"]:
-        raise CompressionError(
-            "Expected no `shard_tails`, which this version no longer has: every process holds the "
-            "whole compressed model (see docs/scale.md); leave the option out."
-        )
-    counts = item_counts(dataset)
-    n_items = len(counts)
-    plan = compression.plan(spec.dim(config[spec.size_option]), n_items)
-    inner = spec.build_inner(config, dataset)
-    inner.n_items = n_items
-    std = spec.table_std(inner, n_items)
-    partition = Partition.from_counts(counts, plan.cutoffs)
-    tables = []
-    for _ in range(1 if compression.tied else 2):
-        tables.append(BlockEmbedding(partition, plan.ranks, plan.dim))
-        tables[-1].reset_parameters(std)
-    if _steps_sparsely(spec, compression, config):
-        tables[0].look_up_sparsely()
-    last_column = spec.reads_last_column and compression.training == "last_position"
-    return Parts(inner, tables[0], tables[-1], compression, last_column, counts)
-
-
-def _steps_sparsely(spec: ModelSpec, compression: CompressionConfig, config: Any) -> bool:
-    """Whether the item table gets sparse gradients under RecBole's options.
-
-    Nothing but look-ups may read it: neither a softmax over all items nor a penalty or decay of all
-    weights. With `learner: sgd` or `adagrad` the result is that of dense gradients; `sparse_adam`
-    asks for a row's averages to move only when the row is looked up.
-    """
-    learner = str(config["learner"]).lower()
-    looked_up = not compression.tied or config["loss_type"] == "BPR"
-    if not looked_up or spec.penalty is not None or config["weight_decay"]:
-        return False
-    if learner not in ("sgd", "adagrad", "sparse_adam"):
-        return False
-    if config["single_spec"] is False and config["device"].type == "cuda":
-        if learner == "sparse_adam":
-            raise CompressionError(
-                "Expected another `learner` than sparse_adam on several GPUs, which do not add up "
-                "sparse gradients; use adam, or one process."
-            )
-        return False
-    return True
+        return append_items(self, tokens, like)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are equal; numbers that are none are equal to each other."""
-    if one is other:
-        return True
     same_shape = one.shape == other.shape
     return same_shape and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
-
-
-def _check_negatives(compression: CompressionConfig, config: Any, n_items: int) -> None:
-    """Negatives at every position are drawn by the model, and only as RecBole does by default."""
-    if config["loss_type"] != "BPR":
-        return
-    if n_items < 3:
-        raise CompressionError(
-            "Expected `loss_type` to be CE for a catalogue of one item, which has no negative, "
-            "but got BPR."
-        )
-    wanted = config["train_neg_sample_args"]
-    plain = (wanted["distribution"], wanted["sample_num"], bool(wanted["dynamic"]))
-    drawn_here = compression.training == "all_positions"
-    if drawn_here and plain != ("uniform", 1, False):
-        raise CompressionError(
-            "Expected `train_neg_sample_args` to be one uniform negative with `training: "
-            f"all_positions`, but got {wanted}; use `training: last_position`."
-        )
-    if not drawn_here and plain[0] in (None, "none"):
-        raise CompressionError(
-            f"Expected `train_neg_sample_args` to draw negatives for BPR, but got {wanted}."
-        )

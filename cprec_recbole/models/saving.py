@@ -22,11 +22,11 @@ import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
 from cprec_recbole.config import CompressionConfig, CompressionError
 from cprec_recbole.embedding import Block, BlockEmbedding, Int8Block
-from cprec_recbole.files import flush, held
+from cprec_recbole.files import flush, held, write_whole
 from cprec_recbole.int8 import (
     SCALE_DTYPE,
     fill_from_int8,
@@ -42,29 +42,9 @@ FORMAT = "cprec_recbole"
 # 2: rows in int8, 3: other matrices too; what has neither is written as 1, as older readers know it
 FORMAT_VERSION = 3
 _CONFIG = "config.json"
-_OURS = re.compile(r"(weights-[0-9a-f]{16}\.safetensors|items-[0-9a-f]{16}\.json|\.cprec-.*\.tmp)")
-_SUFFIXES = {"weights": ".safetensors", "items": ".json"}
-# the parts of a model in files, as version 0.1 called them
-_NAMES_IN_FILES = {"inner.": "backbone.", "softmax.": "head."}
-
-
-def name_in_file(name: str) -> str:
-    """What a parameter is called in a file."""
-    for ours, theirs in _NAMES_IN_FILES.items():
-        if name.startswith(ours):
-            return theirs + name.removeprefix(ours)
-    return name
-
-
-def name_in_model(name: str) -> str:
-    """The reverse of `name_in_file`."""
-    for ours, theirs in _NAMES_IN_FILES.items():
-        if name.startswith(theirs):
-            return ours + name.removeprefix(theirs)
-    return name
-
-
-# -- saving ----------------------------------------------------------------------------------------
+_OURS = re.compile(
+    r"(weights|items)-[0-9a-f]{16}\.(safetensors|json)|\.(cprec|config\.json)-.*\.tmp"
+)
 
 
 def save_model(model: Any, folder: str | os.PathLike[str], vocabulary: Vocabulary) -> Path:
@@ -74,23 +54,28 @@ def save_model(model: Any, folder: str | os.PathLike[str], vocabulary: Vocabular
             raise CompressionError(
                 f"Expected a model with finite weights, but {name} has NaN or inf."
             )
-    weights, is_rounded = _weights_of(model)
-    plan = {"ranks": list(model.table.ranks), "cutoffs": list(model.table.partition.cutoffs)}
-    options = {
+    out, table, weights = as_path("folder", folder), model.table, _kept_weights(model)
+    is_rounded = "scales" in weights
+    plan = {"ranks": list(table.ranks), "cutoffs": list(table.partition.cutoffs)}
+    header = {
+        "format": FORMAT,
+        "format_version": 3 if is_rounded else 2 if table.is_int8 else 1,
         "model": type(model).__name__,
         "n_items": model.n_items,
-        "dtype": str(model.table.dtype).removeprefix("torch."),
-        **({"rows": "int8"} if model.table.is_int8 else {}),
+        "dtype": str(table.dtype).removeprefix("torch."),
+        **({"rows": "int8"} if table.is_int8 else {}),
         **({"matrices": "int8"} if is_rounded else {}),
         "reads_last_column": model.reads_last_column,
         "compression": model.compression.as_dict() | plan,
         "architecture": model.spec.architecture_of(model.inner),
     }
-    out = _as_path(folder)
     try:
         out.mkdir(parents=True, exist_ok=True)
         with held(out, "folder"):
-            _write(out, options, weights, vocabulary)
+            try:
+                _write(out, header, weights, vocabulary)
+            finally:  # a disk that is full gets back what a failure wrote
+                _remove_unused(out)
     except (OSError, SafetensorError) as error:
         raise CompressionError(
             f"Expected `folder` to be one that can be written, but got {out}: "
@@ -99,53 +84,35 @@ def save_model(model: Any, folder: str | os.PathLike[str], vocabulary: Vocabular
     return out
 
 
-def _weights_of(model: Any) -> tuple[dict[str, Tensor], bool]:
-    """What is written of the parameters, by name, and whether matrices of layers are in int8.
-
-    Rows are in the order of item ids, with the block of each item beside them.
-    """
-    partition = model.table.partition
-    member = partition.blocks(partition.position_of)
-    weights = {"blocks": packed_blocks(member.cpu().numpy(), len(partition.sizes))}
-    rounded = {}
-    for name, matrix in float_matrices(model):
-        values = whole_numbers(matrix, model.int8_scales.get(name))
-        if values is not None:
-            weights[name_in_file(name)], rounded[name] = values, model.int8_scales[name]
-    orders, scales = _orders_by_id(model.tables)
-    for name, parameter in model.named_parameters():
-        if name in rounded:
-            continue
-        order = orders.get(id(parameter))
-        kept = parameter if order is None else parameter[order]
-        # scales have no more bits than that
-        weights[name_in_file(name)] = kept.to(SCALE_DTYPE) if id(parameter) in scales else kept
-    weights |= {name_in_file(name): buffer for name, buffer in _layer_buffers(model).items()}
-    if rounded:
-        weights["scales"] = kept_scales(list(rounded.values()))
-    return weights, bool(rounded)
-
-
-def _orders_by_id(tables: list[BlockEmbedding]) -> tuple[dict[int, Tensor], set[int]]:
-    """For each parameter with an entry a row, the order that brings its rows into that of item
-    ids; and which of those parameters are scales. By their `id`."""
-    orders: dict[int, Tensor] = {}
-    scales = set()
-    for table in tables:
+def _kept_weights(model: Any) -> dict[str, Tensor]:
+    """What is written, by name: each parameter once, rows in the order of item ids, and the block
+    of each item beside them."""
+    instead: dict[int, Tensor] = {}  # what is written in place of parameters, by their `id`
+    for table in model.tables:
         partition = table.partition
         for block, start, end in zip(table.blocks, partition.starts, partition.cutoffs):
             order = torch.argsort(partition.item_at[start:end])
-            orders |= {id(parameter): order for parameter in block.per_row()}
-            if isinstance(block, Int8Block):
-                scales.add(id(block.scale))
-    return orders, scales
+            instead |= {id(parameter): parameter[order] for parameter in block.per_row()}
+            if isinstance(block, Int8Block):  # scales have no more bits than that
+                instead[id(block.scale)] = block.scale[order].to(SCALE_DTYPE)
+    scales = []
+    for name, matrix in float_matrices(model):
+        values = whole_numbers(matrix, model.int8_scales.get(name))
+        if values is not None:
+            instead[id(matrix)] = values
+            scales.append(model.int8_scales[name])
+    member = partition.blocks(partition.position_of).cpu().numpy()
+    weights = {name: instead.get(id(place), place) for name, place in _places(model).items()}
+    weights["blocks"] = packed_blocks(member, len(partition.sizes))
+    return weights | ({"scales": kept_scales(scales)} if scales else {})
 
 
-def _layer_buffers(model: Any) -> dict[str, Tensor]:
-    """What the layers keep beside their parameters, such as running means, by name."""
-    of_tables = {id(b) for part in (model.table, model.softmax) for b in part.buffers()}
-    kept = model.state_dict()
-    return {n: b for n, b in model.named_buffers() if n in kept and id(b) not in of_tables}
+def _places(model: Any) -> dict[str, Tensor]:
+    """What is kept of a model, by name: its parameters, and what layers keep beside them, such as
+    running means."""
+    kept, parameters = model.state_dict(), dict(model.named_parameters())
+    buffers = {n: b for n, b in model.named_buffers() if n in kept}
+    return parameters | {n: b for n, b in buffers.items() if not n.endswith("partition.item_at")}
 
 
 def packed_blocks(member: np.ndarray, n_blocks: int) -> Tensor:
@@ -155,56 +122,52 @@ def packed_blocks(member: np.ndarray, n_blocks: int) -> Tensor:
 
 
 def _write(
-    out: Path, options: Mapping[str, Any], weights: Mapping[str, Tensor], vocabulary: Vocabulary
+    out: Path, header: dict[str, Any], weights: Mapping[str, Tensor], vocabulary: Vocabulary
 ) -> None:
+    theirs = {"inner": "backbone", "softmax": "head"}
+
     def write_weights(path: Path) -> None:
-        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+        plain = {_renamed(n, theirs): t.detach().cpu().contiguous() for n, t in weights.items()}
         safetensors.torch.save_file(plain, path)
 
-    def write_tokens(path: Path) -> None:
-        text = json.dumps(vocabulary.tokens, ensure_ascii=False, separators=(",", ":"))
-        path.write_text(text, encoding="utf-8")
-
-    temporary = out / f".cprec-config-{os.getpid()}.tmp"
-    try:
-        files = {"weights": _put(out, "weights", write_weights)}
-        files["items"] = _put(out, "items", write_tokens)
-        version = 3 if "matrices" in options else 2 if "rows" in options else 1
-        header = {"format": FORMAT, "format_version": version, **options, "files": files}
-        header["checksum"] = _checksum(header)
-        temporary.write_text(json.dumps(header, indent=1, ensure_ascii=False), encoding="utf-8")
-        flush(temporary)
-        os.replace(temporary, out / _CONFIG)
-        flush(out)
-    finally:  # a disk that is full gets back what a failure wrote
-        _remove_unused(out)
+    files = {
+        "weights": _put(out, "weights", ".safetensors", write_weights),
+        "items": _put(out, "items", ".json", lambda path: write_tokens(vocabulary, path)),
+    }
+    header = {**header, "files": files}
+    header["checksum"] = _checksum(header)
+    text = json.dumps(header, indent=1, ensure_ascii=False)
+    write_whole(out / _CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def _put(out: Path, kind: str, write: Callable[[Path], Any]) -> dict[str, Any]:
+def write_tokens(vocabulary: Vocabulary, path: Path) -> None:
+    """Write the tokens as a JSON list, with id 1 first."""
+    text = json.dumps(vocabulary.tokens, ensure_ascii=False, separators=(",", ":"))
+    path.write_text(text, encoding="utf-8")
+
+
+def _put(out: Path, kind: str, suffix: str, write: Callable[[Path], None]) -> dict[str, Any]:
     """Write a file under the name of its own contents; returns its entry in config.json."""
     temporary = out / f".cprec-{kind}-{os.getpid()}.tmp"
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # as the umask has it; safetensors lets nobody else read
-        write(temporary)
-        temporary.chmod(mode)
-        flush(temporary)
-        digest, size = _digest(temporary), temporary.stat().st_size
-        name = f"{kind}-{digest[:16]}{_SUFFIXES[kind]}"
-        os.replace(temporary, out / name)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return {"name": name, "bytes": size, "sha256": digest}
+    temporary.touch()
+    mode = temporary.stat().st_mode  # as the umask has it; safetensors lets nobody else read
+    write(temporary)
+    temporary.chmod(mode)
+    flush(temporary)
+    content = temporary.read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    name = f"{kind}-{digest[:16]}{suffix}"
+    os.replace(temporary, out / name)
+    return {"name": name, "bytes": len(content), "sha256": digest}
 
 
 def _remove_unused(out: Path) -> None:
     """Remove files of ours that config.json does not name, unless it cannot be read."""
-    used: set[str] = set()
-    if (out / _CONFIG).exists():
-        try:
-            used = {entry["name"] for entry in _read_config(out)["files"].values()}
-        except CompressionError:
-            return
+    try:
+        entries = _read_config(out)["files"].values() if (out / _CONFIG).exists() else ()
+    except CompressionError:
+        return
+    used = {entry["name"] for entry in entries}
     for path in out.iterdir():
         if _OURS.fullmatch(path.name) and path.name not in used:
             path.unlink(missing_ok=True)
@@ -222,39 +185,34 @@ def folder_bytes(folder: Path) -> int:
 def load_model(folder: str | os.PathLike[str], known: Mapping[str, type[Any]]) -> Any:
     """The model in a folder, out of the classes of compressed models by name; see
     `load_pretrained`."""
-    header, weights, tokens = read_folder(folder)
     try:
+        header, weights, tokens = read_folder(folder)
         model = _built(header, weights, known)
-        model.vocabulary = tokens
-        _fill(model, weights, header.get("matrices"))
+        _fill(model, weights)
+        if tokens is not None and len(tokens) != model.n_items - 1:
+            raise ValueError(f"there are {len(tokens)} tokens for {model.n_items - 1} items")
     except CompressionError:
         raise
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        reason = str(error) if type(error) is ValueError else repr(error)
         raise CompressionError(
             f"Expected the files of {os.fspath(folder)} to belong together, but they do not: "
-            f"{type(error).__name__}: {error}"
+            f"{reason}."
         ) from error
-    if tokens is not None and len(tokens) != model.n_items - 1:
-        raise CompressionError(
-            f"Expected {model.n_items - 1} tokens in {os.fspath(folder)}, but got {len(tokens)}."
-        )
+    model.vocabulary = tokens
     return model
 
 
 def read_folder(
     folder: str | os.PathLike[str],
 ) -> tuple[dict[str, Any], dict[str, Tensor], Vocabulary | None]:
-    """Options, weights and tokens of a folder, every file checked against its checksum.
-
-    Raises:
-        CompressionError: no model, one of a newer format, or a file that is missing, cut short or
-            changed; the message says which.
-    """
-    out = _as_path(folder)
+    """Options, weights and tokens of a folder; a CompressionError where it has no model, one of a
+    newer format, or a file that is missing, cut short or changed."""
+    out = as_path("folder", folder)
     header = _read_config(out)
     while True:
         try:
-            return header, *_contents(out, header)
+            return header, *_contents(out, header["files"])
         except CompressionError:
             before, header = header, _read_config(out)
             if header == before:
@@ -262,28 +220,14 @@ def read_folder(
             # else it was replaced while it was read
 
 
-def _contents(out: Path, header: Mapping[str, Any]) -> tuple[dict[str, Tensor], Vocabulary | None]:
+def _contents(out: Path, files: Mapping[str, Any]) -> tuple[dict[str, Tensor], Vocabulary | None]:
     """Weights and tokens of the files that config.json names."""
     try:
-        paths = {kind: _checked_file(out, kind, entry) for kind, entry in header["files"].items()}
-    except OSError as error:
+        tokens = Vocabulary(json.loads(_read(out, files["items"]))) if "items" in files else None
+        weights = safetensors.torch.load(_read(out, files["weights"]))
+    except (SafetensorError, OSError, RuntimeError) as error:
         raise CompressionError(f"Expected the files of {out} to be readable: {error}.") from error
-    try:
-        weights = safetensors.torch.load_file(paths["weights"])
-    except (SafetensorError, ValueError, OSError, RuntimeError) as error:
-        raise CompressionError(f"Expected {paths['weights']} to hold weights: {error}.") from error
-    weights = {name_in_model(name): tensor for name, tensor in weights.items()}
-    if "items" not in paths:
-        return weights, None
-    try:
-        tokens = json.loads(paths["items"].read_text(encoding="utf-8"))
-        if not isinstance(tokens, list):
-            raise ValueError("it is no list")
-        return weights, Vocabulary(tokens)
-    except CompressionError:
-        raise
-    except (ValueError, TypeError, OSError) as error:
-        raise CompressionError(f"Expected {paths['items']} to be JSON: {error}.") from error
+    return {name_in_model(name): tensor for name, tensor in weights.items()}, tokens
 
 
 class _Options(dict[str, Any]):
@@ -291,16 +235,6 @@ class _Options(dict[str, Any]):
 
     def __missing__(self, name: str) -> None:
         return None
-
-
-class _Catalogue:
-    """As much of a dataset as a RecBole model's constructor asks for."""
-
-    def __init__(self, iid_field: str) -> None:
-        self.iid_field = iid_field
-
-    def num(self, field: str) -> int:
-        return 1
 
 
 def _built(
@@ -317,39 +251,27 @@ def _built(
     options = _Options(block_num=1, device="cpu", **header["architecture"])
     n_items = int(header["n_items"])
     plan = compression.plan(spec.dim(options[spec.size_option]), n_items)
-    member = unpacked_blocks(weights["blocks"], len(plan.ranks), n_items)
-    sizes = np.bincount(member, minlength=len(plan.ranks))
-    if tuple(sizes) != plan.sizes:
-        raise CompressionError(
-            f"Expected blocks of {list(plan.sizes)} items, but the weights have {sizes.tolist()}."
-        )
+    member = unpacked_blocks(weights.pop("blocks"), n_items)
+    sizes = np.bincount(member, minlength=len(plan.ranks)).tolist()
+    if sizes != list(plan.sizes):
+        raise ValueError(f"the options have blocks of {list(plan.sizes)}, the weights of {sizes}")
     item_at = torch.from_numpy(np.argsort(member, kind="stable").astype(np.int32))
-    kind = {None: Block, "int8": Int8Block}.get(header.get("rows"))
-    if kind is None:
-        raise CompressionError(
-            f"Expected `rows` to be int8 or left out, but got {header.get('rows')!r}."
-        )
+    make_block = {None: Block, "int8": Int8Block}[header.get("rows")]
     with torch.random.fork_rng(devices=[]):  # fresh weights are drawn, and written over
         partition = Partition(item_at, plan.cutoffs)
         tables = [
-            BlockEmbedding(partition, plan.ranks, plan.dim, kind)
+            BlockEmbedding(partition, plan.ranks, plan.dim, make_block)
             for _ in range(1 if compression.tied else 2)
         ]
-        inner = spec.build_inner(options, _Catalogue(options["ITEM_ID_FIELD"]))
+        inner = spec.build_inner(options)
         inner.n_items = n_items
         parts = Parts(inner, tables[0], tables[-1], compression, bool(header["reads_last_column"]))
         model = model_class(parts=parts)
     return model.to(getattr(torch, header["dtype"]))
 
 
-def unpacked_blocks(planes: Tensor, n_blocks: int, n_items: int) -> np.ndarray:
-    """The block of each item id, `[n_items]`; a CompressionError for planes of another size."""
-    expected = [(n_blocks - 1).bit_length(), -(-n_items // 8) if n_blocks > 1 else 0]
-    if planes.dtype != torch.uint8 or list(planes.shape) != expected:
-        raise CompressionError(
-            f"Expected the weights' `blocks` to be {expected} bytes for {n_items} items, but got "
-            f"{list(planes.shape)} of {planes.dtype}."
-        )
+def unpacked_blocks(planes: Tensor, n_items: int) -> np.ndarray:
+    """The block of each item id, `[n_bits, n_bytes] -> [n_items]`."""
     member = np.zeros(n_items, dtype=np.int16)
     for bit, plane in enumerate(planes.numpy()):
         member |= np.unpackbits(plane, count=n_items).astype(np.int16) << bit
@@ -357,72 +279,61 @@ def unpacked_blocks(planes: Tensor, n_blocks: int, n_items: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def _fill(model: Any, weights: dict[str, Tensor], matrices: object) -> None:
-    if matrices not in (None, "int8"):
-        raise CompressionError(f"Expected `matrices` to be int8 or left out, but got {matrices!r}.")
-    places = {**dict(model.named_parameters()), **_layer_buffers(model)}
-    names = set(weights) - ({"blocks", "scales"} if matrices else {"blocks"})
-    if names != set(places):
-        missing, strange = sorted(set(places) - names), sorted(names - set(places))
-        raise CompressionError(
-            "Expected the weights to be those of the options, but they lack "
-            f"{', '.join(missing) or 'nothing'} and have {', '.join(strange) or 'nothing'} besides."
+def _fill(model: Any, weights: dict[str, Tensor]) -> None:
+    places, scales = _places(model), weights.pop("scales", torch.empty(0))
+    if weights.keys() != places.keys():
+        missing, strange = (
+            ", ".join(sorted(names)) or "nothing"
+            for names in (places.keys() - weights.keys(), weights.keys() - places.keys())
         )
-    scales = _scales(model, weights) if matrices else {}
-    filled = {}
+        raise ValueError(f"the weights lack {missing} and have {strange} besides")
+    rounded = {n: len(p) for n, p in float_matrices(model) if weights[n].dtype == torch.int8}
+    of_matrix = dict(zip(rounded, scales.split(list(rounded.values()))))
     for name, place in places.items():
         value = weights[name]
-        if place.shape != value.shape:
-            raise CompressionError(
-                f"Expected the weight {name} to be {list(place.shape)} by the options, but it is "
-                f"{list(value.shape)}."
+        is_float = name in of_matrix or value.is_floating_point()
+        if place.shape != value.shape or place.is_floating_point() != is_float:
+            raise ValueError(
+                f"by the options the weight {name} is {place.dtype} of {list(place.shape)}, but it "
+                f"is {value.dtype} of {list(value.shape)}"
             )
-        if name in scales:
-            filled[name] = fill_from_int8(place, value, scales[name])
-            continue
-        if place.is_floating_point() != value.is_floating_point():
-            raise CompressionError(
-                f"Expected the weight {name} to be {place.dtype} by the options, but it is "
-                f"{value.dtype}."
-            )
-        place.copy_(value)
-    model.int8_scales = filled
-
-
-def _scales(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The scales of each matrix that was kept in int8."""
-    rounded = {n: p for n, p in float_matrices(model) if weights[n].dtype == torch.int8}
-    return dict(zip(rounded, weights["scales"].split([len(p) for p in rounded.values()])))
+        if name in of_matrix:
+            of_matrix[name] = fill_from_int8(place, value, of_matrix[name])
+        else:
+            place.copy_(value)
+    model.int8_scales = of_matrix
 
 
 # -- files -----------------------------------------------------------------------------------------
 
 
-def _as_path(folder: str | os.PathLike[str]) -> Path:
-    usable = isinstance(folder, str | os.PathLike) and os.fspath(folder) != ""
-    if not usable or "\0" in str(folder):
-        raise CompressionError(f"Expected `folder` to be a path, but got {folder!r}.")
-    return Path(folder)
+def as_path(name: str, value: object) -> Path:
+    """The option `name` as a path; else a CompressionError."""
+    if not isinstance(value, str | os.PathLike) or not str(value) or "\0" in str(value):
+        raise CompressionError(f"Expected `{name}` to be a path, but got {value!r}.")
+    return Path(value)
+
+
+def name_in_model(name: str) -> str:
+    """What a parameter is called that has this name in a file: version 0.1's."""
+    return _renamed(name, {"backbone": "inner", "head": "softmax"})
+
+
+def _renamed(name: str, parts: Mapping[str, str]) -> str:
+    part, dot, rest = name.partition(".")
+    return parts.get(part, part) + dot + rest
 
 
 def _read_config(out: Path) -> dict[str, Any]:
-    path = out / _CONFIG
+    path, wanted = out / _CONFIG, "Expected `folder` to be one that save_pretrained wrote, but"
     try:
         header = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CompressionError(
-            f"Expected `folder` to be one that save_pretrained wrote, but {path} cannot be read: "
-            f"{error.strerror or error}."
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise CompressionError(
-            f"Expected {path} to be whole, but it is cut short or damaged: {error}."
+            f"{wanted} {path} is missing, cut short or damaged: {error}."
         ) from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise CompressionError(
-            f"Expected {path} to be of a model that save_pretrained wrote, but it is of something "
-            "else."
-        )
+        raise CompressionError(f"{wanted} {path} is of something else.")
     version = header.get("format_version")
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise CompressionError(
@@ -430,41 +341,27 @@ def _read_config(out: Path) -> dict[str, Any]:
             "it was written by a newer cprec_recbole; upgrade this one."
         )
     if header.pop("checksum", None) != _checksum(header):
-        raise CompressionError(
-            f"Expected {path} to be as it was written, but it has been changed: its checksum does "
-            "not fit. Save the model again."
-        )
+        raise CompressionError(f"{wanted} {path} has been changed since; save the model again.")
     return header
 
 
-def _checked_file(out: Path, kind: str, entry: Mapping[str, Any]) -> Path:
+def _read(out: Path, entry: Mapping[str, Any]) -> bytes:
+    """A file's content, which must be what config.json says of it."""
     path = out / entry["name"]
-    if not _OURS.fullmatch(entry["name"]):  # never a path that leads out of the folder
-        raise CompressionError(f"Expected a name of our own in {_CONFIG}, but got {path.name!r}.")
-    if not path.is_file():
-        raise CompressionError(f"Expected {path} beside {_CONFIG}, but it is missing.")
-    size = path.stat().st_size
-    if size != entry["bytes"]:
-        how = "cut short" if size < entry["bytes"] else "longer than it was"
-        raise CompressionError(
-            f"Expected {path} to have {entry['bytes']:,} bytes, but it has {size:,}: it is {how}."
-        )
-    if _digest(path) != entry["sha256"]:
-        raise CompressionError(
-            f"Expected {path} to be as it was written, but its bytes have been changed: the "
-            f"checksum of the {kind} does not fit."
-        )
-    return path
+    is_ours = _OURS.fullmatch(entry["name"])  # never a path that leads out of the folder
+    content = path.read_bytes() if is_ours and path.is_file() else None
+    if content is None:
+        damage = "it is missing, or no file of ours"
+    elif len(content) != entry["bytes"]:
+        how = "cut short" if len(content) < entry["bytes"] else "longer than it was"
+        damage = f"it is {how}: {len(content):,} bytes and not {entry['bytes']:,}"
+    elif hashlib.sha256(content).hexdigest() != entry["sha256"]:
+        damage = "its bytes have been changed"
+    else:
+        return content
+    raise CompressionError(f"Expected {path} to be as {_CONFIG} describes it, but {damage}.")
 
 
 def _checksum(header: Mapping[str, Any]) -> str:
     text = json.dumps(header, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(2**20):
-            digest.update(piece)
-    return digest.hexdigest()

@@ -21,12 +21,11 @@ if TYPE_CHECKING:
     from recbole.data.interaction import Interaction
 
 
-def no_layers(model: RecBoleModel) -> list[Layer]:
-    """No stack of layers of one shape: nothing to share."""
-    return []
+def _no_layers(model: RecBoleModel) -> list[Layer]:
+    return []  # no stack of layers of one shape: nothing to share
 
 
-def by_forward(model: RecBoleModel, item_seq: Tensor, lengths: Tensor) -> Tensor:
+def _by_forward(model: RecBoleModel, item_seq: Tensor, lengths: Tensor) -> Tensor:
     """What most of RecBole's models call `forward`, `[B, L], [B] -> [B, d]`."""
     model.device = item_seq.device  # some put their own tensors there
     return model.forward(item_seq, lengths)
@@ -64,10 +63,10 @@ class ModelSpec:
     size_option: str
     table_std: Callable[[RecBoleModel, int], float]
     architecture: Sequence[str | tuple[str, str]]
-    layers: Callable[[RecBoleModel], list[Layer]] = no_layers
+    layers: Callable[[RecBoleModel], list[Layer]] = _no_layers
     layers_per_block: int = 1
     hidden_states: Callable[[RecBoleModel, Tensor], Tensor] | None = None
-    last_state: Callable[[RecBoleModel, Tensor, Tensor], Tensor] = by_forward
+    last_state: Callable[[RecBoleModel, Tensor, Tensor], Tensor] = _by_forward
     table: PlainTable = field(default_factory=PlainTable)
     training_states: Callable[[RecBoleModel, Interaction], tuple[Tensor, Tensor, Tensor]] | None = (
         None
@@ -116,12 +115,9 @@ class ModelSpec:
         plan = sharing_plan(scheme, len(layers), self.layers_per_block)
         return layers, sharing_sets(layers, plan)
 
-    def build_inner(self, config: Any, dataset: Any) -> RecBoleModel:
-        """RecBole's model without its table: built for a catalogue of one item.
-
-        Args:
-            config: a RecBole config.
-            dataset: a RecBole dataset, or anything with `iid_field` and `num(field)`.
+    def build_inner(self, config: Any, dataset: Any = None) -> RecBoleModel:
+        """RecBole's model without its table, built for a catalogue of one item: by a RecBole
+        config, and a dataset (or anything with `iid_field` and `num(field)`) for its other fields.
         """
         return self.model_class(config, _OneItemCatalogue(dataset))
 
@@ -141,17 +137,11 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class Encoder:
-    """The hidden states that a model predicts from.
-
-    Attributes:
-        spec: what is known of the model.
-        model: RecBole's model, with whatever table.
-        reads_last_column: it reads the last column of a padded batch, even at padding.
-    """
+    """The hidden states that a model predicts from, of RecBole's model with whatever table."""
 
     spec: ModelSpec
     model: RecBoleModel
-    reads_last_column: bool
+    reads_last_column: bool  # even where there is padding
 
     @property
     def has_one_state(self) -> bool:
@@ -159,11 +149,7 @@ class Encoder:
         return self.reads_last_column or self.spec.hidden_states is None
 
     def every_position(self, item_seq: Tensor) -> Tensor:
-        """Hidden state at every position, `[B, L] -> [B, L, d]`.
-
-        Raises:
-            CompressionError: a model that has none.
-        """
+        """Hidden state at every position, `[B, L] -> [B, L, d]`; an error where it has none."""
         if self.spec.hidden_states is None:
             raise CompressionError(
                 f"Expected a model with a hidden state at every position, but {self.spec.name} "
@@ -194,23 +180,14 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Parts:
-    """What a compressed model is made of.
+    """What a compressed model is made of."""
 
-    Attributes:
-        inner: RecBole's model without an item table.
-        table: the block embedding that takes the table's place.
-        softmax_table: the factors that the softmax reads; where it is tied, `table` itself.
-        compression: the options; layers that share keep the parameters of the first of each set.
-        reads_last_column: see ModelSpec.
-        item_counts: training interactions of each item id, `[n_items]`; None where not known.
-    """
-
-    inner: RecBoleModel
-    table: BlockEmbedding
-    softmax_table: BlockEmbedding
-    compression: CompressionConfig
-    reads_last_column: bool
-    item_counts: np.ndarray | None = None
+    inner: RecBoleModel  # without an item table
+    table: BlockEmbedding  # what takes the table's place
+    softmax_table: BlockEmbedding  # the factors that the softmax reads; tied: `table` itself
+    compression: CompressionConfig  # layers that share keep the parameters of the first of each set
+    reads_last_column: bool  # see ModelSpec
+    item_counts: np.ndarray | None = None  # training interactions of each id, `[n_items]`, if known
 
 
 class _OneItemCatalogue:
@@ -223,4 +200,5 @@ class _OneItemCatalogue:
         self._dataset = dataset
 
     def num(self, field: str) -> int:
-        return 1 if field == self._dataset.iid_field else self._dataset.num(field)
+        is_item = self._dataset is None or field == self._dataset.iid_field
+        return 1 if is_item else self._dataset.num(field)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from cprec_recbole.config import CompressionError, check_choice
+from cprec_recbole.config import CompressionError, check_choice, is_whole
 from cprec_recbole.host.numbering import tokens_by_id
 
 UNKNOWN = ("warn", "error", "skip")
@@ -95,13 +95,21 @@ class Vocabulary:
             unknown: what to do about those that are not in the catalogue: `error`, or leave them
                 out, with a warning (`warn`) or without (`skip`).
             name: what messages call the tokens.
+
         Raises:
             CompressionError: an unknown token, where that is an error; something that is no token.
         """
         check_choice("unknown", unknown, UNKNOWN)
         if isinstance(tokens, str | bytes) or not isinstance(tokens, Iterable):
             raise CompressionError(f"Expected {name} to be a list of tokens, but got {tokens!r}.")
-        texts = [_as_text(token, name) for token in tokens]
+        texts = []
+        for token in tokens:
+            if not isinstance(token, str) and not is_whole(token):
+                raise CompressionError(
+                    f"Expected {name} to hold tokens, which are texts or whole numbers, but got "
+                    f"{token!r}."
+                )
+            texts.append(str(token))
         found = [self._id(text) for text in texts]
         missing = [text for text, item in zip(texts, found) if not item]
         if missing and unknown != "skip":
@@ -153,16 +161,5 @@ def _encoded(token: object) -> bytes:
         return token.encode()
     except UnicodeEncodeError as error:
         raise CompressionError(
-            "Expected `tokens` to be text that can be written as UTF-8, but got "
-            f"{error.object[error.start : error.end]!r}."
+            f"Expected `tokens` to be text that can be written as UTF-8, but got {token!r}."
         ) from error
-
-
-def _as_text(token: object, name: str) -> str:
-    if isinstance(token, str):
-        return token
-    if isinstance(token, int | np.integer) and not isinstance(token, bool):
-        return str(token)
-    raise CompressionError(
-        f"Expected {name} to hold tokens, which are texts or whole numbers, but got {token!r}."
-    )

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Integral
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cprec_recbole.config import CompressionError
+from cprec_recbole.config import CompressionError, is_whole
 from cprec_recbole.partition import PADDING, Partition
 
 Ids = Tensor | np.ndarray | Sequence
@@ -29,22 +28,13 @@ class TopK(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """What a search may return, in positions of popularity order.
+    """What a search may return, in positions of popularity order."""
 
-    Attributes:
-        k: items of each row.
-        n_rows: rows of the batch.
-        n_items: items of the catalogue.
-        excluded: pairs of a row and a position that it must not get, as `row * n_items + position`,
-            each once, `[M]`.
-        allowed: the only positions that rows may get, rising, `[m]`; None for all.
-    """
-
-    k: int
-    n_rows: int
-    n_items: int
-    excluded: Tensor
-    allowed: Tensor | None
+    k: int  # items of each row
+    n_rows: int  # rows of the batch
+    n_items: int  # items of the catalogue
+    excluded: Tensor  # `row * n_items + position` of what a row must not get, each once, `[M]`
+    allowed: Tensor | None  # the only positions that rows may get, rising, `[m]`; None for all
 
     @property
     def is_open(self) -> bool:
@@ -73,16 +63,11 @@ class Limits(NamedTuple):
 def check_limits(
     n_rows: int, k: object, exclude: Ids | None, allowed: Ids | None, partition: Partition
 ) -> Limits:
-    """Check what `topk` is asked for a batch of `n_rows`; see there.
-
-    Raises:
-        CompressionError: ids of another shape, that are no whole numbers or outside the catalogue;
-            nothing allowed; or a k that is not from 1 to the items that every row has left.
-    """
+    """Check what `topk` is asked for a batch of `n_rows`; see there."""
     device, n_items = partition.position_of.device, partition.n_items
     excluded, places = torch.empty(0, dtype=torch.int64, device=device), None
     if exclude is not None:
-        ids = _as_ids("exclude", exclude, n_items)
+        ids = check_ids(exclude, n_items, "exclude")
         if ids.ndim not in (1, 2) or (ids.ndim == 2 and len(ids) != n_rows):
             raise CompressionError(
                 f"Expected `exclude` to be item ids of shape [{n_rows}, m] or [m], but got "
@@ -92,7 +77,7 @@ def check_limits(
         rows = torch.arange(n_rows, device=device).unsqueeze(1)
         excluded = (rows * n_items + positions)[positions != PADDING].unique()
     if allowed is not None:
-        ids = _as_ids("allowed", allowed, n_items)
+        ids = check_ids(allowed, n_items, "allowed")
         if ids.ndim != 1:
             raise CompressionError(
                 f"Expected `allowed` to be item ids of shape [m], but got {list(ids.shape)}."
@@ -111,41 +96,35 @@ def check_limits(
 
 
 def check_k(k: object, left: int) -> int:
-    """A number of results that can be given.
-
-    Raises:
-        CompressionError: no whole number, or not from 1 to the items that are left.
-    """
-    whole = isinstance(k, Integral) and not isinstance(k, bool)
-    if not whole or not 1 <= k <= left:  # type: ignore[operator]
+    """The option `k`, which must be a whole number from 1 to the items that are left."""
+    if not is_whole(k) or not 1 <= k <= left:
         raise CompressionError(
             f"Expected `k` to be from 1 to the {left} items that may be recommended, but got {k!r}."
         )
-    return int(k)  # type: ignore[call-overload]
+    return int(k)
 
 
-def _as_ids(name: str, ids: Ids, n_items: int) -> Tensor:
-    """Item ids as int64, whatever whole numbers they come as."""
-    if isinstance(ids, np.ndarray) and ids.dtype.kind in "iu":
-        ids = ids.astype(np.int64)  # of any width, byte order and direction
+def check_ids(ids: Any, n_items: int, name: str) -> Tensor:
+    """Item ids, 0 among them, as int64 of the same shape; a CompressionError that calls them by
+    `name` where they are no whole numbers, or outside the catalogue."""
+    if isinstance(ids, np.ndarray):  # PyTorch does not read every byte order and direction
+        ids = ids.astype(np.int64) if ids.dtype.kind in "iu" else ids.tolist()
     try:
         tensor = torch.as_tensor(ids)
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        kind = tensor.dtype if tensor.numel() else torch.int64  # an empty list is of no kind
+        fits = not (kind.is_floating_point or kind.is_complex or kind == torch.bool)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        fits = False
+    if not fits:
+        got = ids.dtype if isinstance(ids, Tensor) else repr(ids)
         raise CompressionError(
-            f"Expected `{name}` to hold item ids, whole numbers, but got {type(ids).__name__}: "
-            f"{error}"
-        ) from error
-    if not tensor.numel():
-        return tensor.to(torch.int64)
-    if tensor.dtype == torch.bool or tensor.is_floating_point() or tensor.is_complex():
-        raise CompressionError(
-            f"Expected `{name}` to hold item ids, whole numbers, but got {tensor.dtype}."
+            f"Expected `{name}` to hold item ids, which are whole numbers, but got {got}."
         )
     tensor = tensor.to(torch.int64)
-    low, high = (int(bound) for bound in tensor.aminmax())
-    if low < 0 or high >= n_items:
+    outside = tensor[(tensor < 0) | (tensor >= n_items)]
+    if len(outside):
         raise CompressionError(
-            f"Expected `{name}` to hold item ids from 0 to {n_items - 1}, but got "
-            f"{low if low < 0 else high}."
+            f"Expected `{name}` to hold item ids from 1 to {n_items - 1} (0 is padding), but got "
+            f"{int(outside[0])}."
         )
     return tensor

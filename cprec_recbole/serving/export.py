@@ -23,6 +23,7 @@ from cprec_recbole.embedding import Int8Block
 from cprec_recbole.files import write_whole
 from cprec_recbole.int8 import SCALE_DTYPE, Int8Rows
 from cprec_recbole.models.recommender import CompressedRecommender
+from cprec_recbole.models.saving import as_path, write_tokens
 from cprec_recbole.partition import PADDING
 from cprec_recbole.search.topk import check_k
 
@@ -71,7 +72,11 @@ def export(
     try:
         with _quietly(), torch.no_grad():
             program = _traced(small, k, to)
-            _write_tokens(small, tokens_path(file))  # first: a catalogue grows at its end
+            if small.vocabulary is None and small.item_tokens is None:
+                tokens_path(file).unlink(missing_ok=True)  # of another model
+            else:  # first: a catalogue grows at its end
+                vocabulary = small.known_vocabulary()
+                write_whole(tokens_path(file), lambda part: write_tokens(vocabulary, part))
             write_whole(file, lambda part: write(program, part, facts))
     except OSError as error:
         raise CompressionError(
@@ -87,16 +92,6 @@ def tokens_path(file: Path) -> Path:
     return file.with_name(f"{stem}.items.json")
 
 
-def _write_tokens(small: CompressedRecommender, file: Path) -> None:
-    """Write the tokens; for a model that knows none, remove those of another that was there."""
-    if small.vocabulary is None and small.item_tokens is None:
-        file.unlink(missing_ok=True)
-        return
-    names = small.known_vocabulary().tokens
-    text = json.dumps(list(names), ensure_ascii=False, separators=(",", ":"))
-    write_whole(file, lambda part: part.write_text(text, encoding="utf-8"))
-
-
 def _checked(small: Any, path: Any, to: str, k: int) -> Path:
     check_choice("to", to, tuple(SUFFIXES))
     if not isinstance(small, CompressedRecommender):
@@ -109,23 +104,18 @@ def _checked(small: Any, path: Any, to: str, k: int) -> Path:
         raise CompressionError(
             f"Expected `small` to be in float32, but got {small.table.dtype}; use small.float()."
         )
-    n_bytes = saved_bytes(small) + 4 * (small.n_items + part_sizes(small).layers)  # at most
-    if to == "onnx" and n_bytes > _LARGEST:
-        raise CompressionError(
-            f"Expected `small` to fit one ONNX file, which ends at 2 GiB, but it has {n_bytes:,} "
-            'bytes; use quantize(small) or to="torch".'
-        )
     if to == "onnx":
+        n_bytes = saved_bytes(small) + 4 * (small.n_items + part_sizes(small).layers)  # at most
+        if n_bytes > _LARGEST:
+            raise CompressionError(
+                "Expected `small` to fit one ONNX file, which ends at 2 GiB, but it has "
+                f'{n_bytes:,} bytes; use quantize(small) or to="torch".'
+            )
         _check_packages()
-    usable = isinstance(path, str | os.PathLike) and os.fspath(path) not in ("", b"")
-    if not usable or "\0" in str(path):
-        raise CompressionError(f"Expected `path` to be a file, but got {path!r}.")
-    file = Path(path)
-    if file.is_dir():
-        raise CompressionError(f"Expected `path` to be a file, but {file} is a folder.")
-    if not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
+    file = as_path("path", path)
+    if file.is_dir() or not os.access(file.parent, os.W_OK):
         raise CompressionError(
-            f"Expected `path` to be in a folder that can be written, but got {file}."
+            f"Expected `path` to be a file in a folder that can be written, but got {file}."
         )
     return file
 
@@ -194,19 +184,18 @@ class _ExportedBlock(Int8Block):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See Block.logits."""
-        scales = self.rows().scales
         if self.to_onnx:  # runtimes do not fold this into a float table
-            inputs = (self.weight, scales, torch.zeros_like(scales, dtype=torch.int8))
+            scales = self.rows().scales
             rows = torch.onnx.ops.symbolic(
                 "DequantizeLinear",
-                inputs,
+                (self.weight, scales, torch.zeros_like(scales, dtype=torch.int8)),
                 {"axis": 0},
                 dtype=scales.dtype,
                 shape=self.weight.shape,
                 version=13,
             )
         else:
-            rows = self.weight.to(scales.dtype) * scales.unsqueeze(1)
+            rows = self.whole()
         return F.linear(self.into_rank(hidden), rows)
 
 

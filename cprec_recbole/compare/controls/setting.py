@@ -10,7 +10,7 @@ import torch
 
 from cprec_recbole.config import CompressionConfig
 from cprec_recbole.costs import PARAMETERS, PartSizes, Unit, estimate
-from cprec_recbole.models.recommender import compression_of
+from cprec_recbole.models.from_config import compression_of
 from cprec_recbole.models.spec import ModelSpec
 
 

@@ -13,7 +13,8 @@ from cprec_recbole.data.sequences import item_counts
 from cprec_recbole.embedding import BlockEmbedding
 from cprec_recbole.losses import LogitBlock, Workspace, cross_entropy
 from cprec_recbole.models import MODELS
-from cprec_recbole.models.recommender import CompressedRecommender, compression_of
+from cprec_recbole.models.from_config import compression_of
+from cprec_recbole.models.recommender import CompressedRecommender
 from cprec_recbole.models.spec import Parts
 from cprec_recbole.partition import PADDING, Partition
 from cprec_recbole.search.exact import Found

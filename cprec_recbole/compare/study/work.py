@@ -52,7 +52,8 @@ from cprec_recbole.data.sequences import item_counts
 from cprec_recbole.embedding import BlockEmbedding
 from cprec_recbole.files import write_whole
 from cprec_recbole.host.library import recbole_config
-from cprec_recbole.models.recommender import CompressedRecommender, compression_of
+from cprec_recbole.models.from_config import compression_of
+from cprec_recbole.models.recommender import CompressedRecommender
 from cprec_recbole.training.evaluation import evaluate
 from cprec_recbole.training.state import digest
 
