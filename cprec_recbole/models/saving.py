@@ -154,11 +154,10 @@ def _put(out: Path, kind: str, suffix: str, write: Callable[[Path], None]) -> di
     write(temporary)
     temporary.chmod(mode)
     flush(temporary)
-    content = temporary.read_bytes()
-    digest = hashlib.sha256(content).hexdigest()
+    digest, size = _digest(temporary), temporary.stat().st_size
     name = f"{kind}-{digest[:16]}{suffix}"
     os.replace(temporary, out / name)
-    return {"name": name, "bytes": len(content), "sha256": digest}
+    return {"name": name, "bytes": size, "sha256": digest}
 
 
 def _remove_unused(out: Path) -> None:
@@ -223,8 +222,10 @@ def read_folder(
 def _contents(out: Path, files: Mapping[str, Any]) -> tuple[dict[str, Tensor], Vocabulary | None]:
     """Weights and tokens of the files that config.json names."""
     try:
-        tokens = Vocabulary(json.loads(_read(out, files["items"]))) if "items" in files else None
-        weights = safetensors.torch.load(_read(out, files["weights"]))
+        tokens = None
+        if "items" in files:
+            tokens = Vocabulary(json.loads(_checked(out, files["items"]).read_bytes()))
+        weights = safetensors.torch.load_file(_checked(out, files["weights"]))
     except (SafetensorError, OSError, RuntimeError) as error:
         raise CompressionError(f"Expected the files of {out} to be readable: {error}.") from error
     return {name_in_model(name): tensor for name, tensor in weights.items()}, tokens
@@ -345,21 +346,30 @@ def _read_config(out: Path) -> dict[str, Any]:
     return header
 
 
-def _read(out: Path, entry: Mapping[str, Any]) -> bytes:
-    """A file's content, which must be what config.json says of it."""
+def _checked(out: Path, entry: Mapping[str, Any]) -> Path:
+    """A file that is what config.json says of it."""
     path = out / entry["name"]
     is_ours = _OURS.fullmatch(entry["name"])  # never a path that leads out of the folder
-    content = path.read_bytes() if is_ours and path.is_file() else None
-    if content is None:
+    size = path.stat().st_size if is_ours and path.is_file() else None
+    if size is None:
         damage = "it is missing, or no file of ours"
-    elif len(content) != entry["bytes"]:
-        how = "cut short" if len(content) < entry["bytes"] else "longer than it was"
-        damage = f"it is {how}: {len(content):,} bytes and not {entry['bytes']:,}"
-    elif hashlib.sha256(content).hexdigest() != entry["sha256"]:
+    elif size != entry["bytes"]:
+        how = "cut short" if size < entry["bytes"] else "longer than it was"
+        damage = f"it is {how}: {size:,} bytes and not {entry['bytes']:,}"
+    elif _digest(path) != entry["sha256"]:
         damage = "its bytes have been changed"
     else:
-        return content
+        return path
     raise CompressionError(f"Expected {path} to be as {_CONFIG} describes it, but {damage}.")
+
+
+def _digest(path: Path) -> str:
+    """A checksum of a file, a piece at a time."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def _checksum(header: Mapping[str, Any]) -> str:

@@ -42,8 +42,7 @@ class Vocabulary:
             token = self.token(place + 1)
             if self._id(token) != place + 1:  # not only the same hash
                 raise CompressionError(
-                    f"Expected `tokens` to be different from each other, but {token!r} stands for "
-                    "two."
+                    f"Expected `tokens` to stand for one item each, but {token!r} stands for two."
                 )
 
     def __reduce__(self) -> tuple[Any, ...]:

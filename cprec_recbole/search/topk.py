@@ -36,11 +36,6 @@ class Limits(NamedTuple):
     excluded: Tensor  # `row * n_items + position` of what a row must not get, each once, `[M]`
     allowed: Tensor | None  # the only positions that rows may get, rising, `[m]`; None for all
 
-    @property
-    def is_open(self) -> bool:
-        """Whether every item may be returned."""
-        return self.allowed is None and not len(self.excluded)
-
     def pairs(self) -> tuple[Tensor, Tensor]:
         """The excluded rows and positions, `[M], [M]`."""
         return self.excluded // self.n_items, self.excluded % self.n_items
