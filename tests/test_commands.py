@@ -5,47 +5,44 @@ import json
 import pickle
 
 import pytest
-from recbole.utils import get_model, get_trainer, init_seed
 
 from cprec_recbole import CompressionError, load_pretrained
 from cprec_recbole.commands.cli import main
 from cprec_recbole.costs import part_sizes
 from cprec_recbole.training.checkpoint import load_trained
-from tests.builders import HOSTS, World
+from tests.builders import World
+from tests.test_checkpoint import trained
 
 METRICS = {"metrics": ["NDCG"], "topk": [10], "valid_metric": "NDCG@10"}
 
 
 @pytest.fixture(scope="module")
-def checkpoints(world: World, tmp_path_factory):
-    """A RecBole checkpoint of each of RecBole's own models."""
-    found = {}
-    for name in HOSTS:
-        config = world.config(name, epochs=4, learning_rate=0.01, **METRICS)
-        config["checkpoint_dir"] = str(tmp_path_factory.mktemp("checkpoints"))
-        init_seed(1, True)
-        train, valid, _ = world.loaders(config)
-        model = get_model(name)(config, train._dataset)
-        trainer = get_trainer(config["MODEL_TYPE"], name)(config, model)
-        trainer.fit(train, valid, verbose=False)
-        found[name] = trainer.saved_model_file
-    return found
+def checkpoint(world, tmp_path_factory):
+    return str(trained(world, "SASRec", tmp_path_factory.mktemp("checkpoint"), **METRICS))
 
 
-def test_a_checkpoint_is_read_with_its_data(world, checkpoints, host_name):
+@pytest.fixture(scope="module")
+def folder(checkpoint, tmp_path_factory):
+    out = tmp_path_factory.mktemp("small")
+    assert main(["compress", checkpoint, "--ranks", "16,4", "--out", str(out)]) == 0
+    return out
+
+
+def test_a_checkpoint_is_read_with_its_data(world, host_name, tmp_path):
     from recbole.quick_start import load_data_and_model
 
-    found = load_trained(checkpoints[host_name])
-    model = load_data_and_model(checkpoints[host_name])[1]
+    checkpoint = trained(world, host_name, tmp_path, **METRICS)
+    found = load_trained(checkpoint)
+    model = load_data_and_model(checkpoint)[1]
     for ours, theirs in zip(found.model.parameters(), model.parameters()):
         assert (ours == theirs).all()
     assert type(found.model) is type(model)
     assert len(found.valid._dataset) > 0
 
 
-def test_compress_then_recommend(checkpoints, host_name, tmp_path, capsys):
+def test_compress_then_recommend(checkpoint, tmp_path, capsys):
     out = tmp_path / "small"
-    command = ["compress", str(checkpoints[host_name]), "--ratio", "1.2", "--out", str(out)]
+    command = ["compress", checkpoint, "--ratio", "1.2", "--out", str(out)]
     assert main([*command, "--recover", "2"]) == 0
     printed = capsys.readouterr().out
     assert "sharing" in printed
@@ -54,7 +51,7 @@ def test_compress_then_recommend(checkpoints, host_name, tmp_path, capsys):
     assert {"parameters", "MB", "smaller", "valid ndcg@10", "test ndcg@10"} <= set(table)
     small = load_pretrained(out)
     assert f"{part_sizes(small).total:,}" in table["parameters"]
-    original = load_trained(checkpoints[host_name]).model
+    original = load_trained(checkpoint).model
     assert part_sizes(small).total * 1.2 <= part_sizes(original).total
 
     assert main(["recommend", str(out), "--history", "i1, i2", "-k", "3"]) == 0
@@ -63,11 +60,14 @@ def test_compress_then_recommend(checkpoints, host_name, tmp_path, capsys):
     assert [line.split()[1] for line in lines] == best.tokens[0]
 
 
-@pytest.fixture(scope="module")
-def folder(checkpoints, tmp_path_factory):
-    out = tmp_path_factory.mktemp("small")
-    assert main(["compress", str(checkpoints["SASRec"]), "--ranks", "16,4", "--out", str(out)]) == 0
-    return out
+def test_rows_in_int8_are_recovered_and_kept_in_int8(checkpoint, tmp_path, capsys):
+    out = tmp_path / "small"
+    command = ["compress", checkpoint, "--out", str(out), "--ratio", "1.3"]
+    assert main([*command, "--dtype", "int8", "--recover", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "compressed, int8" in printed
+    assert "recovered" in printed
+    assert load_pretrained(out).table.is_int8
 
 
 REQUESTS = [
@@ -147,16 +147,6 @@ def test_many_good_users_in_several_batches(folder, tmp_path, capsys):
     assert [answer["items"] for answer in answers] == best.tokens
 
 
-def test_rows_in_int8_are_recovered_and_kept_in_int8(checkpoints, tmp_path, capsys):
-    out = tmp_path / "small"
-    command = ["compress", str(checkpoints["SASRec"]), "--out", str(out), "--ratio", "1.3"]
-    assert main([*command, "--dtype", "int8", "--recover", "1"]) == 0
-    printed = capsys.readouterr().out
-    assert "compressed, int8" in printed
-    assert "recovered" in printed
-    assert load_pretrained(out).table.is_int8
-
-
 class Harmful:
     def __reduce__(self):
         return (print, ("harm",))
@@ -178,9 +168,9 @@ class Harmful:
         (["--ratio", "1.1", "--epochs=3"], "no `epochs`, as nothing here trains by it"),
     ],
 )
-def test_bad_arguments_of_compress_write_nothing(checkpoints, tmp_path, capsys, arguments, match):
+def test_bad_arguments_of_compress_write_nothing(checkpoint, tmp_path, capsys, arguments, match):
     out = tmp_path / "small"
-    assert main(["compress", str(checkpoints["SASRec"]), "--out", str(out), *arguments]) == 2
+    assert main(["compress", checkpoint, "--out", str(out), *arguments]) == 2
     assert match in capsys.readouterr().err
     assert not out.exists()
 
@@ -196,10 +186,10 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, capsys):
         assert "harm" not in captured.out
 
 
-def test_a_checkpoint_of_other_data_is_refused(checkpoints, tmp_path):
+def test_a_checkpoint_of_other_data_is_refused(checkpoint, tmp_path):
     other = World.made_up(tmp_path, n_items=20)
     with pytest.raises(CompressionError, match=r"items of made-up in .* have other numbers"):
-        load_trained(checkpoints["SASRec"], {"data_path": other.data_path})
+        load_trained(checkpoint, {"data_path": other.data_path})
 
 
 @pytest.mark.parametrize(
