@@ -18,16 +18,15 @@ from cprec_recbole.config import CompressionError
 
 def make_folder(out: Path) -> None:
     """Make a folder for results; a CompressionError where that cannot be."""
-    reason = "it cannot be written"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if os.access(out, os.W_OK | os.X_OK):
-            return
+        if not os.access(out, os.W_OK | os.X_OK):
+            raise PermissionError("it cannot be written")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-    raise CompressionError(
-        f"Expected `out` to be a folder that can be written, but got {out}: {reason}."
-    )
+        raise CompressionError(
+            f"Expected `out` to be a folder that can be written, but got {out}: {reason}."
+        ) from error
 
 
 def flush(path: Path) -> None:

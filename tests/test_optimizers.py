@@ -110,20 +110,6 @@ def test_a_saved_state_goes_on_as_if_nothing_had_happened(learner):
     assert_equal_parameters(one, other)
 
 
-def test_a_schedule_sets_the_rate_of_both_parts():
-    table = block_embedding((5, 40, 60), (8, 3, 1), 8)
-    table.look_up_sparsely(1)
-    optimizer = build_optimizer(table, "sgd", 0.1, 0.0)
-    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.0)
-    before = copy.deepcopy(table)
-    steps(table, optimizer, 1)
-    schedule.step()
-    after = copy.deepcopy(table)
-    steps(table, optimizer, 2)
-    assert not torch.equal(before.blocks[2].weight, after.blocks[2].weight)
-    assert_equal_parameters(after, table)
-
-
 @pytest.mark.parametrize(
     ("options", "sparse"),
     [

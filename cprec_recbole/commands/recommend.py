@@ -7,10 +7,8 @@ import io
 import json
 import sys
 import warnings
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby, islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from cprec_recbole.config import CompressionError, check_choice, reject_unknown
 from cprec_recbole.models import load_pretrained
@@ -153,13 +151,10 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def _opened(name: str) -> AbstractContextManager[Iterable[str]]:
-    if name == "-":
-        if isinstance(sys.stdin, io.TextIOWrapper):
-            sys.stdin.reconfigure(encoding="utf-8-sig", errors="replace")  # a bad line is one line
-        return nullcontext(sys.stdin)
-    try:
-        return open(name, encoding="utf-8-sig", errors="replace")
+def _opened(name: str) -> TextIO:
+    file = sys.stdin.fileno() if name == "-" else name
+    try:  # a bad line is one line
+        return open(file, encoding="utf-8-sig", errors="replace", closefd=name != "-")
     except OSError as error:
         raise CompressionError(
             f"Expected `input` to be a file that can be read, but got {name}: {error.strerror}."

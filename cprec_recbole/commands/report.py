@@ -10,13 +10,7 @@ from typing import Any
 from recbole.config import Config
 from rich.table import Table
 
-from cprec_recbole.commands.common import (
-    MODELS,
-    add_compression,
-    compression_for,
-    console,
-    dataset_of,
-)
+from cprec_recbole.commands import common
 from cprec_recbole.config import SHARING_SCHEMES, CompressionConfig, check_whole, reject_unknown
 from cprec_recbole.costs import Estimate, describe_sharing, estimate
 from cprec_recbole.host import library
@@ -37,17 +31,17 @@ def add_parser(commands: Any) -> None:
         allow_abbrev=False,
     )
     report.set_defaults(run=run)
-    report.add_argument("model", choices=MODELS)
+    report.add_argument("model", choices=common.MODELS)
     catalogue = report.add_mutually_exclusive_group()
     catalogue.add_argument("--dataset", help="RecBole's name, or in --config (default: ml-100k)")
     catalogue.add_argument("--items", type=int, metavar="N", help="a catalogue of N items")
-    add_compression(report)
+    common.add_compression(report)
 
 
 def run(options: argparse.Namespace, passed_on: dict[str, Any], command: str) -> int:
     """Print the table."""
-    compression = compression_for(options.model, options)
-    dataset = dataset_of(options) if options.items is None else "ml-100k"
+    compression = common.compression_for(options.model, options)
+    dataset = common.dataset_of(options) if options.items is None else "ml-100k"
     config = library.recbole_config(f"Cp{options.model}", dataset, passed_on, options.config)
     reject_unknown(passed_on, library.known_options(config))
     title, rows = size_rows(config, compression, options.items)
@@ -56,7 +50,7 @@ def run(options: argparse.Namespace, passed_on: dict[str, Any], command: str) ->
         table.add_column(name, justify="left" if name == "softmax" else "right")
     for row in rows:
         table.add_row(*row.values())
-    console().print(table)
+    common.console().print(table)
     return 0
 
 

@@ -38,11 +38,8 @@ place: Place | None = None  # where this process will stand; RecBole's Config jo
 
 
 def place_of_torchrun() -> Place | None:
-    """The place that torchrun gives this process; None outside of it, and for one process alone.
-
-    Raises:
-        CompressionError: torchrun's variables, but not numbers that fit each other.
-    """
+    """The place that torchrun gives this process; None outside of it, and for one process alone. A
+    CompressionError for variables of its that are no numbers or do not fit each other."""
     given = os.environ
     if not given.keys() >= {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}:
         return None

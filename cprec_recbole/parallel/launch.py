@@ -34,11 +34,8 @@ def launch(nproc: int, task: Callable[..., Any], *arguments: Any) -> Any:
     """Run `task(*arguments)` in `nproc` processes; returns what the first one returns.
 
     In each, `group.place` is its place. Functions and arguments have to be ones that pickle
-    takes, and a script that calls this needs its `if __name__ == "__main__":`.
-
-    Raises:
-        CompressionError: a process raised one, or was killed.
-        RuntimeError: a process raised any other error; the message has its traceback.
+    takes, and a script that calls this needs its `if __name__ == "__main__":`. A CompressionError
+    where a process raised one or was killed; a RuntimeError with the traceback of any other error.
     """
     with tempfile.TemporaryDirectory(prefix="cprec-") as name:
         folder = Path(name)

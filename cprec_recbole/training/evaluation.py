@@ -44,23 +44,28 @@ class TopKCollector(Collector):
             return
         model: Any = scores_tensor
         device = next(model.parameters()).device
+        interaction = interaction.to(device)
+        positive_u, positive_i = positive_u.to(device), positive_i.to(device)
         by_lists = isinstance(model, CompressedRecommender) and history is None
-        by_lists &= not any(self.register.need(what) for what in _NEED_SCORES)
-        size = ROWS if by_lists else max(1, min(ROWS, _SCORES // model.n_items))
+        if by_lists and not any(self.register.need(what) for what in _NEED_SCORES):
+            self._collect_lists(model, interaction, positive_u, positive_i)
+            return
+        size = max(1, min(ROWS, _SCORES // model.n_items))
         for start in range(0, len(interaction), size):
-            rows = interaction[start : start + size].to(device)
-            users, items = _of_rows(positive_u, positive_i, start, size, device)
-            if by_lists:
-                self._collect_lists(model, model.last_hidden(rows), users, items)
-                continue
+            rows = interaction[start : start + size]
             scores = model.full_sort_predict(rows).view(len(rows), -1)
             scores[:, 0] = -torch.inf
             if history is not None:
-                scores[_of_rows(*history, start, size, device)] = -torch.inf
-            super().eval_batch_collect(scores, rows, users, items)
+                scores[_of_rows(*history, start, size)] = -torch.inf
+            pairs = _of_rows(positive_u, positive_i, start, size)
+            super().eval_batch_collect(scores, rows, *pairs)
 
-    def _collect_lists(self, model: Any, hidden: Tensor, users: Tensor, items: Tensor) -> None:
-        best = model.softmax.topk(hidden, max(self.topk)).items
+    def _collect_lists(
+        self, model: Any, interaction: Interaction, users: Tensor, items: Tensor
+    ) -> None:
+        starts = range(0, len(interaction), ROWS)
+        hidden = [model.last_hidden(interaction[start : start + ROWS]) for start in starts]
+        best = model.softmax.topk(torch.cat(hidden), max(self.topk)).items
         if self.register.need("rec.items"):
             self.data_struct.update_tensor("rec.items", best)
         if self.register.need("rec.topk"):
@@ -70,12 +75,10 @@ class TopKCollector(Collector):
             self.data_struct.update_tensor("rec.topk", torch.cat([hits, n_positive], 1).int())
 
 
-def _of_rows(
-    users: Tensor, items: Tensor, start: int, size: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def _of_rows(users: Tensor, items: Tensor, start: int, size: int) -> tuple[Tensor, Tensor]:
     """The pairs of a user and an item that belong to some rows, users counted from the first."""
     here = (users >= start) & (users < start + size)
-    return (users[here] - start).to(device), items[here].to(device)
+    return users[here] - start, items[here]
 
 
 @torch.no_grad()

@@ -116,13 +116,13 @@ def train(job: Job, nproc: int | None = None) -> dict[str, Any]:
         )
     group.place = place
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    _check(job)
+    config = _checked_config(job)
     if place is None and n_processes > 1:
         os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # RecBole's Config has set it
         if visible is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = visible
         return launch(n_processes, train_here, job)
-    result = train_here(job)
+    result = train_here(job, config)
     group.leave()
     return result
 
@@ -131,8 +131,9 @@ def _our_names() -> list[str]:
     return [model.__name__ for model in MODELS]
 
 
-def _check(job: Job) -> None:
-    """Raise a CompressionError for everything that is known to be wrong before the start."""
+def _checked_config(job: Job) -> Config:
+    """RecBole's config of a job; a CompressionError for whatever is known to be wrong before the
+    start."""
     ours = ", ".join(_our_names())
     try:
         get_model(job.model)
@@ -152,7 +153,8 @@ def _check(job: Job) -> None:
     config = library.recbole_config(job.model, job.dataset, job.options)
     if job.is_ours and config["eval_type"] == EvaluatorType.RANKING and config["eval_step"] > 0:
         check_valid_metric(config)
-    for name in () if job.is_ours else (*_OWN, *CompressionConfig.option_names()):
+    refused = [] if job.is_ours else [*_OWN, *CompressionConfig.option_names()]
+    for name in refused:
         if name != "training" and config[name] is not None:
             raise CompressionError(
                 f"Expected `{name}` with one of {ours}, but got it for {job.model}, which is not "
@@ -170,11 +172,13 @@ def _check(job: Job) -> None:
                 f"Expected `{name}` with an `out` folder and one of {ours}, but got it for "
                 f"{job.model} with out={job.out}, saved={job.saved}."
             )
+    return config
 
 
-def train_here(job: Job) -> dict[str, Any]:
+def train_here(job: Job, config: Config | None = None) -> dict[str, Any]:
     """One process's part of a job, or all of it."""
-    config = library.recbole_config(job.model, job.dataset, job.options)  # joins the others
+    if config is None:
+        config = library.recbole_config(job.model, job.dataset, job.options)  # joins the others
     with ExitStack() as stack:
         if job.out is not None:
             config["checkpoint_dir"] = job.out

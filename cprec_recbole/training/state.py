@@ -121,10 +121,6 @@ class Journal:
     def __init__(self, folder: Path, terms: Mapping[str, str], every: int = 0) -> None:
         self.path, self.terms, self.every = folder / LAST, dict(terms), every
 
-    def is_due(self, step: int) -> bool:
-        """Whether to write after the `step`-th step of an epoch, from 1."""
-        return self.every > 0 and step % self.every == 0
-
     def write(self, state: Mapping[str, Any]) -> None:
         """Replace what was written before, in one step; a CompressionError where that cannot be."""
         if not group.is_first():

@@ -67,9 +67,7 @@ class CompressedTrainer(Trainer):
             set_random_state(self._resumed.random, self.device)  # of which a test may draw
             return self.best_valid_score, self.best_valid_result
         result = super().fit(train_data, valid_data, *args, **kwargs)
-        if self.journal is not None:
-            end = Progress(self.epochs, 0, 0.0, train_data.generator.get_state(), {}, ended=True)
-            self.journal.write(state_of(self, end))
+        self._write(Progress(self.epochs, 0, 0.0, train_data.generator.get_state(), {}, ended=True))
         return result
 
     def resume(self, state: dict[str, Any], valid_data: Any) -> bool:
@@ -89,6 +87,7 @@ class CompressedTrainer(Trainer):
         self.model.train()
         scaler = GradScaler(self.device.type, enabled=self.enable_scaler)
         begin = self._begin(train_data, epoch_idx, scaler)
+        every = self.journal.every if self.journal is not None else 0
         total = torch.tensor(begin.loss, dtype=torch.float64, device=self.device)
         batches = iter(train_data)
         for _ in range(begin.step):
@@ -103,10 +102,10 @@ class CompressedTrainer(Trainer):
             if self.gpu_available and show_progress:
                 usage = get_gpu_usage(self.device)
                 bar.set_postfix_str(set_color("GPU RAM: " + usage, "yellow"))
-            if self.journal is not None and self.journal.is_due(step) and step < len(train_data):
+            if every and step % every == 0 and step < len(train_data):
                 self._check_nan(total)
-                now = begin._replace(step=step, loss=float(total), scaler=scaler.state_dict())
-                self.journal.write(state_of(self, now))
+                scale = scaler.state_dict()
+                self._write(begin._replace(step=step, loss=float(total), scaler=scale))
         group.total(total)
         self._check_nan(total)
         return float(total)
@@ -119,9 +118,12 @@ class CompressedTrainer(Trainer):
             scaler.load_state_dict(begin.scaler)
             return begin
         begin = Progress(epoch, 0, 0.0, train_data.generator.get_state(), scaler.state_dict())
-        if self.journal is not None:
-            self.journal.write(state_of(self, begin))
+        self._write(begin)
         return begin
+
+    def _write(self, progress: Progress) -> None:
+        if self.journal is not None:
+            self.journal.write(state_of(self, progress))
 
     def _step(self, batch: Interaction, scaler: GradScaler) -> Tensor:
         """One step of the optimizer; returns this process's part of the loss, `[]`."""
