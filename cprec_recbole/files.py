@@ -18,16 +18,15 @@ from cprec_recbole.config import CompressionError
 
 def make_folder(out: Path) -> None:
     """Make a folder for results; a CompressionError where that cannot be."""
-    reason = "it cannot be written"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if os.access(out, os.W_OK | os.X_OK):
-            return
+        if not os.access(out, os.W_OK | os.X_OK):
+            raise PermissionError("it cannot be written")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-    raise CompressionError(
-        f"Expected `out` to be a folder that can be written, but got {out}: {reason}."
-    )
+        raise CompressionError(
+            f"Expected `out` to be a folder that can be written, but got {out}: {reason}."
+        ) from error
 
 
 def flush(path: Path) -> None:
@@ -44,15 +43,8 @@ def flush(path: Path) -> None:
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file so that a crash at any moment leaves the old one or the new one.
-
-    Args:
-        path: the file; what it held stays valid until the last step.
-        write: writes a file of the name it is given.
-
-    Raises:
-        OSError: a folder that cannot be written, a full disk.
-    """
+    """Have `write` write a file so that a crash at any moment leaves the old one or the new one; an
+    OSError where the folder cannot be written or the disk is full."""
     temporary = path.with_name(f".{path.name}-{os.getpid()}.tmp")
     try:
         write(temporary)
@@ -71,30 +63,22 @@ def remove_leftovers(path: Path) -> None:
 
 @contextmanager
 def held(folder: Path, option: str = "out") -> Iterator[None]:
-    """Within: no other process that asks for it gets this folder; given back when a process dies.
-
-    Args:
-        folder: it exists.
-        option: what the message calls it.
-
-    Raises:
-        CompressionError: another process has it.
-    """
+    """Within: no other process that asks for it gets this folder; given back when a process dies. A
+    CompressionError, which calls the folder `option`, where another process has it."""
     if fcntl is None:
         yield
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise CompressionError(
-            f"Expected `{option}` to be a folder that nothing else writes to, but one does: "
-            f"{folder}."
-        ) from None
-    except OSError:  # a file system without locks
-        pass
-    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CompressionError(
+                f"Expected `{option}` to be a folder that nothing else writes to, but one does: "
+                f"{folder}."
+            ) from None
+        except OSError:  # a file system without locks
+            pass
         yield
     finally:
         os.close(descriptor)

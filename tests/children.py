@@ -6,8 +6,11 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
+from io import BytesIO
 from itertools import count
 from typing import Any
+from unittest import mock
 
 import torch
 import torch._dynamo  # which the first optimizer imports: better before a process is forked
@@ -24,12 +27,16 @@ from cprec_recbole.training.trainer import CompressedTrainer
 from tests.builders import World
 
 
+def several(*tasks: tuple) -> list[Any]:
+    """What each function returns for its arguments."""
+    return [task(*arguments) for task, *arguments in tasks]
+
+
 def joined() -> int:
     """Join the group without RecBole; returns the rank."""
-    place = group.place
-    assert place is not None
-    group.join(place, gpus=False)
-    return place.rank
+    assert group.place is not None
+    group.join(group.place, gpus=False)
+    return group.rank()
 
 
 def places() -> list[tuple[int, int, float]]:
@@ -46,9 +53,7 @@ def end_one(how: str) -> None:
         if how == "defect":
             raise KeyError("no such thing")
         if how == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if how == "segfault":
-            os.kill(os.getpid(), signal.SIGSEGV)
+            kill()
         if how == "exit":
             sys.exit(3)
     dist.all_reduce(torch.zeros(1))
@@ -66,19 +71,10 @@ def wait_for_ever(pipe: Any) -> None:
     threading.Event().wait()
 
 
-def curves(
-    world: World, cases: list[tuple[str, dict[str, Any]]], sparse: bool = False
-) -> list[dict[str, Any]]:
-    """Train each model; what came of it.
-
-    Args:
-        world: the data set.
-        cases: names of models and their options.
-        sparse: whether small blocks may have sparse gradients, too.
-    """
-    if sparse:
-        BlockEmbedding.look_up_sparsely.__defaults__ = (1,)
-    return [curve(world, name, options) for name, options in cases]
+def curves(world: World, *cases: tuple[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Train models, of which small blocks may have sparse gradients too; what came of each."""
+    with mock.patch.object(BlockEmbedding.look_up_sparsely, "__defaults__", (1,)):
+        return [curve(world, name, options) for name, options in cases]
 
 
 def curve(world: World, name: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -96,10 +92,11 @@ def curve(world: World, name: str, options: dict[str, Any]) -> dict[str, Any]:
         "weights": {key: value.clone() for key, value in model.state_dict().items()},
         "valid": dict(trainer.best_valid_result),
         "test": dict(trainer.evaluate(test, load_best_model=False)),
+        "is sparse": [p.grad.is_sparse for p in model.parameters() if p.grad is not None],
     }
 
 
-def metrics(world: World, cases: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+def metrics(world: World, *cases: tuple[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """The test metrics of models that are the same in every process, without any training."""
     found = []
     for name, options in cases:
@@ -114,58 +111,35 @@ def metrics(world: World, cases: list[tuple[str, dict[str, Any]]]) -> list[dict[
     return found
 
 
-def carry_out(jobs: list[Job], alone: bool = True) -> list[dict[str, Any]]:
-    """The results of jobs, one after the other."""
-    if alone:
-        group.place = None
-    return [train_here(job) for job in jobs]
-
-
-def carry_out_and_die(job: Job, death: str, alone: bool = True) -> None:
-    """A job whose last process is killed at some moment.
-
-    Args:
-        job: what to carry out.
-        death: `half N` in the middle of the N-th writing of a file of ours; `name N` before the
-            N-th call of that function.
-        alone: whether it is one process's.
-    """
-    place = group.place
-    assert place is not None
-    if alone:
-        group.place = None
-    name, call = death.split()
-    if place.rank == place.size - 1:
-        if name == "half":
-            die_within_a_write(int(call))
-        else:
-            owner = next(
-                owner for owner in (CompressedTrainer, Journal, os) if hasattr(owner, name)
-            )
-            kill_before(owner, name, int(call))
+def carry_out_and_die(job: Job, rank: int, death: str) -> None:
+    """A job of which one process is killed at some moment."""
+    if group.place.rank == rank:
+        die_at(death, kill, setattr)
     train_here(job)
 
 
-def die_within_a_write(call: int) -> None:
-    """Have this process killed when half of the `call`-th file is written."""
-    original, calls = torch.save, count(1)
-
-    def half(state: Any, file: Any, **options: Any) -> None:
-        original(state, file, **options)
-        if next(calls) == call:
-            os.truncate(file, os.path.getsize(file) // 2)
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    torch.save = half
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
-def kill_before(owner: Any, name: str, call: int) -> None:
-    """Have this process killed when a function is called for the `call`-th time."""
-    original, calls = getattr(owner, name), count(1)
+def die_at(death: str, end: Callable[[], None], set_attribute: Callable[..., None]) -> None:
+    """Have this process end at `NAME N`, before the N-th call of a function; for `save`, when half
+    of the N-th file is written."""
+    name, call = death.split()
+    owners = (CompressedTrainer, Journal, os, torch)
+    owner = next(owner for owner in owners if hasattr(owner, name))
+    function, calls = getattr(owner, name), count(1)
 
     def deadly(*arguments: Any, **others: Any) -> Any:
-        if next(calls) == call:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*arguments, **others)
+        if name == "save" and isinstance(arguments[1], BytesIO):  # what goes to other processes
+            return function(*arguments, **others)
+        is_last = next(calls) == int(call)
+        if is_last and name != "save":
+            end()
+        result = function(*arguments, **others)
+        if is_last:
+            os.truncate(arguments[1], os.path.getsize(arguments[1]) // 2)
+            end()
+        return result
 
-    setattr(owner, name, deadly)
+    set_attribute(owner, name, deadly)

@@ -1,51 +1,45 @@
 """`cprec compress` and `cprec recommend`, from a checkpoint that RecBole wrote to answers."""
 
-import io
 import json
-import pickle
 
 import pytest
-from recbole.utils import get_model, get_trainer, init_seed
 
-from cprec_recbole import CompressionError, load_pretrained
+from cprec_recbole import load_pretrained
 from cprec_recbole.commands.cli import main
 from cprec_recbole.costs import part_sizes
 from cprec_recbole.training.checkpoint import load_trained
-from tests.builders import HOSTS, World
+from tests.test_checkpoint import trained
 
 METRICS = {"metrics": ["NDCG"], "topk": [10], "valid_metric": "NDCG@10"}
 
 
 @pytest.fixture(scope="module")
-def checkpoints(world: World, tmp_path_factory):
-    """A RecBole checkpoint of each of RecBole's own models."""
-    found = {}
-    for name in HOSTS:
-        config = world.config(name, epochs=4, learning_rate=0.01, **METRICS)
-        config["checkpoint_dir"] = str(tmp_path_factory.mktemp("checkpoints"))
-        init_seed(1, True)
-        train, valid, _ = world.loaders(config)
-        model = get_model(name)(config, train._dataset)
-        trainer = get_trainer(config["MODEL_TYPE"], name)(config, model)
-        trainer.fit(train, valid, verbose=False)
-        found[name] = trainer.saved_model_file
-    return found
+def checkpoint(world, tmp_path_factory):
+    return str(trained(world, "SASRec", tmp_path_factory.mktemp("checkpoint"), **METRICS))
 
 
-def test_a_checkpoint_is_read_with_its_data(world, checkpoints, host_name):
+@pytest.fixture(scope="module")
+def folder(checkpoint, tmp_path_factory):
+    out = tmp_path_factory.mktemp("small")
+    assert main(["compress", checkpoint, "--ranks", "16,4", "--out", str(out)]) == 0
+    return out
+
+
+def test_a_checkpoint_is_read_with_its_data(world, host_name, tmp_path):
     from recbole.quick_start import load_data_and_model
 
-    found = load_trained(checkpoints[host_name])
-    model = load_data_and_model(checkpoints[host_name])[1]
+    checkpoint = trained(world, host_name, tmp_path, **METRICS)
+    found = load_trained(checkpoint)
+    model = load_data_and_model(checkpoint)[1]
     for ours, theirs in zip(found.model.parameters(), model.parameters()):
         assert (ours == theirs).all()
     assert type(found.model) is type(model)
     assert len(found.valid._dataset) > 0
 
 
-def test_compress_then_recommend(checkpoints, host_name, tmp_path, capsys):
+def test_compress_then_recommend(checkpoint, tmp_path, capsys):
     out = tmp_path / "small"
-    command = ["compress", str(checkpoints[host_name]), "--ratio", "1.2", "--out", str(out)]
+    command = ["compress", checkpoint, "--ratio", "1.2", "--out", str(out)]
     assert main([*command, "--recover", "2"]) == 0
     printed = capsys.readouterr().out
     assert "sharing" in printed
@@ -54,7 +48,7 @@ def test_compress_then_recommend(checkpoints, host_name, tmp_path, capsys):
     assert {"parameters", "MB", "smaller", "valid ndcg@10", "test ndcg@10"} <= set(table)
     small = load_pretrained(out)
     assert f"{part_sizes(small).total:,}" in table["parameters"]
-    original = load_trained(checkpoints[host_name]).model
+    original = load_trained(checkpoint).model
     assert part_sizes(small).total * 1.2 <= part_sizes(original).total
 
     assert main(["recommend", str(out), "--history", "i1, i2", "-k", "3"]) == 0
@@ -63,77 +57,55 @@ def test_compress_then_recommend(checkpoints, host_name, tmp_path, capsys):
     assert [line.split()[1] for line in lines] == best.tokens[0]
 
 
-@pytest.fixture(scope="module")
-def folder(checkpoints, tmp_path_factory):
-    out = tmp_path_factory.mktemp("small")
-    assert main(["compress", str(checkpoints["SASRec"]), "--ranks", "16,4", "--out", str(out)]) == 0
-    return out
+def test_rows_in_int8_are_recovered_and_kept_in_int8(checkpoint, tmp_path, capsys):
+    out = tmp_path / "small"
+    command = ["compress", checkpoint, "--out", str(out), "--ratio", "1.3"]
+    assert main([*command, "--dtype", "int8", "--recover", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "compressed, int8" in printed
+    assert "recovered" in printed
+    assert load_pretrained(out).table.is_int8
 
 
-REQUESTS = [
-    '["i1", "i2"]',
-    '{"user": "anna", "history": ["i3"]}',
-    "",
-    "[" * 3000,
-    '{"user": "ben"}',
-    '["x"]',
-    '["i1", 2.5]',
-    '["i5"]',
+REQUESTS = [  # a line, and its history, k and exclude_seen, or what is wrong with it
+    ('["i1", "i2"]', (["i1", "i2"], 4, False)),
+    ('{"user": "anna", "history": ["i3"]}', (["i3"], 4, False)),
+    ('{"history": ["i1"], "k": 1, "exclude_seen": true}', (["i1"], 1, True)),
+    ("[" * 3000, "line of JSON"),
+    ('{"user": "ben"}', "`history`"),
+    ('["x"]', "token of the catalogue"),
+    ('["i1", 2.5]', "texts or whole numbers"),
+    ('{"history": ["i3"], "k": 0}', "`k` to be from 1"),
+    ('{"history": ["i3"], "exclude_seen": 1}', "`exclude_seen` to be true or false, but got 1"),
+    ('{"history": ["i1"], "x": NaN}', "NaN is not JSON"),
+    ('{"history": ["i1"], "user": "\\ud83d"}', (["i1"], 4, False)),  # half a character
+    ('["i2", "y"]', (["i2"], 4, False)),
+    ("\udcff\udcfe", "line of JSON"),  # what is no UTF-8
 ]
 
 
 @pytest.mark.parametrize("source", ["file", "-"])
 def test_many_users_are_answered_a_line_each(folder, source, tmp_path, capsys, monkeypatch):
-    text = "\n".join(REQUESTS) + "\n"
-    if source == "file":
-        source = str(tmp_path / "users.jsonl")
-        (tmp_path / "users.jsonl").write_text(text)
-    monkeypatch.setattr("sys.stdin", io.StringIO(text))
-    assert main(["recommend", str(folder), "--input", source, "-k", "4"]) == 1
+    text = "\ufeff" + "\r\n\n".join(line for line, _ in REQUESTS)
+    path = tmp_path / "users.jsonl"
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    monkeypatch.setattr("sys.stdin", path.open())
+    given = str(path) if source == "file" else "-"
+    assert main(["recommend", str(folder), "--input", given, "-k", "4"]) == 1
     captured = capsys.readouterr()
     answers = [json.loads(line) for line in captured.out.splitlines()]
     small = load_pretrained(folder)
-    for answer, history in zip([*answers[:2], answers[-1]], (["i1", "i2"], ["i3"], ["i5"])):
-        best = small.recommend_tokens(history, 4)
-        assert answer["items"] == best.tokens[0]
-        assert answer["scores"] == pytest.approx(best.scores[0].tolist(), abs=1e-4)
-    assert answers[1]["user"] == "anna"
-    failed = answers[2:6]
-    assert [answer["line"] for answer in failed] == [4, 5, 6, 7]
-    expected = ("line of JSON", "`history`", "token of the catalogue", "texts or whole numbers")
-    assert all(text in answer["error"] for text, answer in zip(expected, failed))
-    assert "'x'" in captured.err
-
-
-def test_a_request_may_have_options_of_its_own(folder, tmp_path, capsys):
-    requests = [
-        {"history": ["i1"], "k": 1, "exclude_seen": True},
-        {"history": ["i2"]},
-        {"history": ["i3"], "k": 0},
-        {"history": ["i3"], "exclude_seen": 1},
-    ]
-    path = tmp_path / "users.jsonl"
-    path.write_text("\n".join(map(json.dumps, requests)))
-    assert main(["recommend", str(folder), "--input", str(path), "-k", "3"]) == 1
-    one, other, *bad = (json.loads(line) for line in capsys.readouterr().out.splitlines())
-    small = load_pretrained(folder)
-    assert one["items"] == small.recommend_tokens(["i1"], 1, exclude_seen=True).tokens[0]
-    assert other["items"] == small.recommend_tokens(["i2"], 3).tokens[0]
-    assert "`k` to be from 1" in bad[0]["error"]
-    assert "`exclude_seen` to be true or false, but got 1" in bad[1]["error"]
-
-
-def test_what_is_no_json_spoils_one_line_and_half_a_character_none(folder, tmp_path, capsys):
-    path = tmp_path / "users.jsonl"
-    lines = ['\ufeff{"history":["i1"],"id":"\\ud83d"}', '{"history":["i1"],"x":NaN}', '["i2", "y"]']
-    path.write_bytes("\r\n".join(lines).encode() + b"\n\xff\xfe\n")
-    assert main(["recommend", str(folder), "--input", str(path), "-k", "2"]) == 1
-    captured = capsys.readouterr()
-    answers = [json.loads(line) for line in captured.out.splitlines()]
-    assert answers[0]["id"] == "\ud83d"
-    assert ["items" in answer for answer in answers] == [True, False, True, False]
-    assert "NaN is not JSON" in answers[1]["error"]
-    assert captured.err.count("'y'") == 1
+    for number, (answer, (_, expected)) in enumerate(zip(answers, REQUESTS, strict=True)):
+        if isinstance(expected, str):
+            assert expected in answer["error"]
+            assert answer["line"] == 2 * number + 1
+        else:
+            history, k, exclude_seen = expected
+            best = small.recommend_tokens(history, k, exclude_seen=exclude_seen)
+            assert answer["items"] == best.tokens[0]
+            assert answer["scores"] == pytest.approx(best.scores[0].tolist(), abs=1e-4)
+    assert [answers[1]["user"], answers[10]["user"]] == ["anna", "\ud83d"]
+    assert captured.err.count("'x'") == captured.err.count("'y'") == 1
 
 
 def test_many_good_users_in_several_batches(folder, tmp_path, capsys):
@@ -145,21 +117,6 @@ def test_many_good_users_in_several_batches(folder, tmp_path, capsys):
     assert [answer["n"] for answer in answers] == list(range(150))
     best = load_pretrained(folder).recommend_tokens(histories, 2)
     assert [answer["items"] for answer in answers] == best.tokens
-
-
-def test_rows_in_int8_are_recovered_and_kept_in_int8(checkpoints, tmp_path, capsys):
-    out = tmp_path / "small"
-    command = ["compress", str(checkpoints["SASRec"]), "--out", str(out), "--ratio", "1.3"]
-    assert main([*command, "--dtype", "int8", "--recover", "1"]) == 0
-    printed = capsys.readouterr().out
-    assert "compressed, int8" in printed
-    assert "recovered" in printed
-    assert load_pretrained(out).table.is_int8
-
-
-class Harmful:
-    def __reduce__(self):
-        return (print, ("harm",))
 
 
 @pytest.mark.parametrize(
@@ -176,30 +133,21 @@ class Harmful:
         ),
         (["--ratio", "1.1", "--learning_rate=0.01"], "`learning_rate` with --recover"),
         (["--ratio", "1.1", "--epochs=3"], "no `epochs`, as nothing here trains by it"),
+        (["--out", "/dev/null/x"], "/dev/null cannot"),
     ],
 )
-def test_bad_arguments_of_compress_write_nothing(checkpoints, tmp_path, capsys, arguments, match):
+def test_bad_arguments_of_compress_write_nothing(checkpoint, tmp_path, capsys, arguments, match):
     out = tmp_path / "small"
-    assert main(["compress", str(checkpoints["SASRec"]), "--out", str(out), *arguments]) == 2
+    assert main(["compress", checkpoint, "--out", str(out), *arguments]) == 2
     assert match in capsys.readouterr().err
     assert not out.exists()
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path, capsys):
     (tmp_path / "text.pth").write_text("hello")
-    with (tmp_path / "harm.pth").open("wb") as file:
-        pickle.dump(Harmful(), file)
-    for name in ("text.pth", "harm.pth", "none.pth"):
+    for name in ("text.pth", "none.pth"):
         assert main(["compress", str(tmp_path / name), "--out", str(tmp_path / "out")]) == 2
-        captured = capsys.readouterr()
-        assert "`checkpoint`" in captured.err
-        assert "harm" not in captured.out
-
-
-def test_a_checkpoint_of_other_data_is_refused(checkpoints, tmp_path):
-    other = World.made_up(tmp_path, n_items=20)
-    with pytest.raises(CompressionError, match=r"items of made-up in .* have other numbers"):
-        load_trained(checkpoints["SASRec"], {"data_path": other.data_path})
+        assert "`checkpoint`" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -35,13 +35,9 @@ def test_it_prints_a_line_an_epoch_and_the_metrics(world, tmp_path, capsys):
     result = json.loads((out / "result.json").read_text())
     (row,) = (line for line in lines if "ndcg@10" in line)
     shown = [float(cell) for cell in row.split("│")[2:4]]
-    assert shown == [
-        pytest.approx(result[part]["ndcg@10"], abs=5e-5)
-        for part in ("best_valid_result", "test_result")
-    ]
-    assert result["best_valid_score"] == pytest.approx(float(lines[1].split()[-1])) or (
-        result["best_valid_score"] == pytest.approx(float(lines[0].split()[-1]))
-    )
+    measured = [result[part]["ndcg@10"] for part in ("best_valid_result", "test_result")]
+    assert shown == pytest.approx(measured, abs=5e-5)
+    assert result["best_valid_score"] == max(float(line.split()[-1]) for line in lines[:2])
     assert main([*command, "--ranks=8,4", "--cutoffs=10", "--out", str(out), "--resume"]) == 0
     assert "finished" in capsys.readouterr().out
     assert main([*command, "--ranks=8,2", "--cutoffs=10", "--out", str(out), "--resume"]) == 2
@@ -92,18 +88,16 @@ def test_data_that_cannot_be_downloaded_are_one_line(world, tmp_path, capsys, mo
 
 
 def test_options_of_ours_for_a_model_of_recboles_are_refused(world, capsys):
-    for name, value in (("ranks", "8,4"), ("shard_tails", "true")):
-        assert main([*arguments(world, "SASRec"), f"--{name}={value}"]) == 2
-        assert f"`{name}` with one of CpNextItNet" in capsys.readouterr().err
+    assert main([*arguments(world, "SASRec"), "--ranks=8,4"]) == 2
+    assert "`ranks` with one of CpNextItNet" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("model", "more"),
     [
-        ("CpGRU4Rec", ["--eval_step=0", "--topk=[3]", "--metrics=[NDCG]"]),  # nothing is validated
-        ("CpGRU4Rec", ["--encoding=utf-8"]),  # which RecBole reads and names nowhere
-        ("BPR", ["--topk=[5]", "--metrics=[NDCG]", "--valid_metric=NDCG@5", "--embedding_size=8"]),
-        ("BPR", ["--an_option_of_its_own=1", "--valid_metric=MRR@10"]),
+        # nothing is validated; and an option which RecBole reads and names nowhere
+        ("CpGRU4Rec", ["--eval_step=0", "--topk=[3]", "--metrics=[NDCG]", "--encoding=utf-8"]),
+        ("BPR", ["--topk=[5]", "--metrics=[NDCG]", "--valid_metric=NDCG@5", "--of_its_own=1"]),
     ],
 )
 def test_what_recbole_takes_is_taken(world, model, more, capsys):
@@ -137,7 +131,7 @@ def test_a_reader_that_has_had_enough_is_no_error(unbuffered):
     ("more", "match"),
     [
         (["--nproc", "0"], "`nproc` to be a whole number, 1 or more, but got 0"),
-        (["--resume"], "`resume` with the `out` folder"),
+        (["--resume"], "`resume` with an `out` folder"),
         (["--model", "Nothing"], "`model` to be one of CpNextItNet"),
         (["--checkpoint_steps=2"], "`checkpoint_steps` with an `out` folder"),
         (["--checkpoint_step=2"], "did you mean `checkpoint_steps`"),
@@ -148,6 +142,8 @@ def test_a_reader_that_has_had_enough_is_no_error(unbuffered):
         ),
         (["--out", "/dev/null/x"], "`out` to be a folder that can be written"),
         (["--shard_tail=true"], "did you mean `shard_tails`"),
+        (["--shard_tails=true"], "no `shard_tails`, which this version no longer has"),
+        (["--clip_grad_norm={max_norm: 0}"], "the max_norm of `clip_grad_norm` to be above 0"),
         (["--metrics=[NDCG]", "--valid_metric=NDCG@7"], "`valid_metric` to be one of NDCG@"),
         (
             ["--topk=[100]", "--valid_metric=MRR@100"],

@@ -5,8 +5,9 @@ from unittest import mock
 
 import pytest
 import torch
+from recbole.data import create_dataset, data_preparation
 from recbole.trainer import Trainer
-from recbole.utils import get_model, get_trainer, init_seed
+from recbole.utils import ModelType, get_model, get_trainer, init_seed
 
 from cprec_recbole.host.library import recbole_config
 from cprec_recbole.training import evaluation
@@ -17,68 +18,48 @@ BY_LISTS = ["Recall", "MRR", "NDCG", "Hit", "MAP", "Precision"]
 BY_ITEMS = ["ShannonEntropy"]  # RecBole 1.2.1 fails on the others of this kind, on its own
 
 
-@pytest.fixture(scope="module", params=["full", "tree"])
-def movielens(request, tmp_path_factory):
-    """A compressed model on MovieLens-100K, trained for an epoch, and its test data."""
-    from recbole.data import create_dataset, data_preparation
-
-    folder = str(tmp_path_factory.mktemp("movielens"))
-
-    def config(**options):
-        return recbole_config(
-            "CpGRU4Rec",
-            "ml-100k",
-            {
-                "softmax": request.param,
-                "epochs": 1,
-                "metrics": BY_LISTS + BY_ITEMS,
-                "topk": [1, 10, 20],
-                "valid_metric": "NDCG@10",
-                "eval_batch_size": 300,
-                "checkpoint_dir": folder,
-                "show_progress": False,
-                **options,
-            },
-        )
-
-    plain = config()
-    init_seed(2020, True)
-    data = data_preparation(plain, create_dataset(plain))
-    model = get_model("CpGRU4Rec")(plain, data[0]._dataset)
-    CompressedTrainer(plain, model).fit(data[0], saved=False, verbose=False)
-    return config, model, data
+def movielens(folder, **options):
+    """RecBole's options for a compressed model on MovieLens-100K."""
+    given = {"topk": [1, 10, 20], "eval_batch_size": 300, "checkpoint_dir": folder, **options}
+    return recbole_config("CpGRU4Rec", "ml-100k", {"valid_metric": "NDCG@10", **given})
 
 
-@pytest.mark.parametrize("metrics", [BY_LISTS, BY_ITEMS, [*BY_LISTS, "GAUC"]])
-def test_metrics_are_recboles_digit_for_digit(movielens, metrics, monkeypatch):
-    config, model, (train, valid, test) = movielens
-    options = config(metrics=metrics, valid_metric=f"{metrics[0]}@10")
+@pytest.fixture(scope="module")
+def loaders(tmp_path_factory):
+    config = movielens(str(tmp_path_factory.mktemp("movielens")))
+    return data_preparation(config, create_dataset(config))
+
+
+@pytest.mark.parametrize("metrics", [BY_ITEMS, [*BY_LISTS, *BY_ITEMS], [*BY_LISTS, "GAUC"]])
+@pytest.mark.parametrize("softmax", ["full", "tree"])
+def test_metrics_are_recboles_digit_for_digit(loaders, tmp_path, monkeypatch, softmax, metrics):
+    train, _, test = loaders
+    valid_metric = f"{metrics[0]}@10"
+    config = movielens(str(tmp_path), softmax=softmax, metrics=metrics, valid_metric=valid_metric)
+    model = get_model("CpGRU4Rec")(config, train._dataset)
     monkeypatch.setattr(evaluation, "_SCORES", 7 * model.n_items)  # dense scores of 7 users a time
-    for data in (valid, test):
-        results = []
-        for kind in (Trainer, CompressedTrainer):
-            runner = kind(options, model)
-            runner.eval_collector.data_collect(train)
-            results.append(runner.evaluate(data, load_best_model=False))
-        assert results[0] == results[1]
-        assert len(results[0]) >= len(metrics)
+    results = []
+    for kind in (Trainer, CompressedTrainer):
+        runner = kind(config, model)
+        runner.eval_collector.data_collect(train)
+        results.append(runner.evaluate(test, load_best_model=False))
+    assert results[0] == results[1]
+    assert len(results[0]) >= len(metrics)
 
 
-def test_lists_are_looked_up_and_never_sorted_from_dense_scores(movielens):
-    config, model, (_, valid, _) = movielens
+def test_lists_are_looked_up_and_never_sorted_from_dense_scores(world):
+    config = world.config("CpGRU4Rec", metrics=BY_LISTS)
+    train, valid, _ = world.loaders(config)
+    model = get_model("CpGRU4Rec")(config, train._dataset)
     with (
         mock.patch.object(type(model), "full_sort_predict", side_effect=AssertionError),
         mock.patch.object(type(model.softmax), "scores", side_effect=AssertionError),
     ):
-        assert CompressedTrainer(config(metrics=BY_LISTS), model).evaluate(
-            valid, load_best_model=False
-        )
+        assert CompressedTrainer(config, model).evaluate(valid, load_best_model=False)
 
 
 @pytest.mark.parametrize("host", HOSTS)
 def test_recbole_finds_it_for_the_compressed_models_alone(host):
-    from recbole.utils import ModelType
-
     assert get_trainer(ModelType.SEQUENTIAL, f"Cp{host}") is CompressedTrainer
     assert get_trainer(ModelType.SEQUENTIAL, host) is Trainer
 
@@ -99,8 +80,8 @@ def fitted(world, name, epoch, **options):
     ("name", "options"),
     [
         ("CpNextItNet", {"softmax": "tree"}),
-        ("CpSASRec", {"clip_grad_norm": {"max_norm": 0.3}}),
-        ("CpSASRec", {"enable_amp": True, "show_progress": True}),
+        ("CpSASRec", {"clip_grad_norm": {"max_norm": 0.3}, "show_progress": True}),
+        ("CpSASRec", {"enable_amp": True}),
         ("CpGRU4Rec", {"training": "last_position", "loss_type": "BPR"}),
     ],
 )

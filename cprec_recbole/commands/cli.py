@@ -24,15 +24,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options, rest = _parser(argv).parse_known_args(argv)
         return options.run(options, recbole_options(rest), shlex.join(["cprec", *argv]))
     except CompressionError as error:
-        print(f"cprec: {error}", file=sys.stderr)
-        return 2
+        problem = str(error)
     except URLError as error:  # of RecBole, which downloads data sets whose names it knows
-        print(
-            "cprec: Expected `data_path` to have a folder of the name of `dataset`, but there is "
-            f"none, and RecBole could not download the data ({error.reason}).",
-            file=sys.stderr,
+        problem = (
+            "Expected `data_path` to have a folder of the name of `dataset`, but there is none, "
+            f"and RecBole could not download the data ({error.reason})."
         )
-        return 2
     except BrokenPipeError:
         if not _nobody_reads():
             raise  # another pipe
@@ -42,11 +39,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.errno is None:
             raise  # not of the system's
         where = "" if error.filename is None else f" ({error.filename})"
-        print(f"cprec: a file cannot be read or written: {error.strerror}{where}", file=sys.stderr)
-        return 2
+        problem = f"a file cannot be read or written: {error.strerror}{where}"
     except KeyboardInterrupt:
         print("cprec: stopped", file=sys.stderr)
         return 130
+    print(f"cprec: {problem}", file=sys.stderr)
+    return 2
 
 
 def _nobody_reads() -> bool:
@@ -87,11 +85,8 @@ def recbole_options(arguments: Sequence[str]) -> dict[str, Any]:
 def _parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     """The parser of the command that is called, or of all where it is none of them: to import what
     trains takes seconds, which `cprec recommend` need not wait for."""
-    parser = argparse.ArgumentParser(
-        prog="cprec",
-        description="CpRec for RecBole: small and fast sequential recommenders.",
-        allow_abbrev=False,
-    )
+    description = "CpRec for RecBole: small and fast sequential recommenders."
+    parser = argparse.ArgumentParser("cprec", description=description, allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     called = [name for name in COMMANDS if name in argv[:1]]
     for name in called or COMMANDS:

@@ -77,12 +77,7 @@ def dataset_of(options: argparse.Namespace) -> str:
 
 
 def model_of(options: argparse.Namespace, names: Sequence[str] | None = None) -> str:
-    """The model that was named, on the command line or in a file.
-
-    Args:
-        options: the command's.
-        names: what it has to be one of; any name is taken if left out.
-    """
+    """The model that was named, on the command line or in a file: one of `names`, if given."""
     model = _name(options, "model")
     if model is None or (names is not None and model not in names):
         wanted = f"one of {', '.join(names)}" if names else "the name of a model"

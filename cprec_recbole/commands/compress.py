@@ -8,17 +8,15 @@ import os
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-from torch import nn
+from rich.table import Column, Table
 
-from cprec_recbole.commands.common import add_compression, console, given_options
-from cprec_recbole.commands.common import value as parsed
+from cprec_recbole.commands.common import add_compression, console, given_options, value
 from cprec_recbole.compression.compress import compress
 from cprec_recbole.compression.recover import recover
 from cprec_recbole.config import CompressionError, check_whole
 from cprec_recbole.costs import part_sizes, saved_bytes
 from cprec_recbole.models.saving import folder_bytes
-from cprec_recbole.training.checkpoint import TrainedModel, load_trained
+from cprec_recbole.training.checkpoint import load_trained
 from cprec_recbole.training.evaluation import evaluate
 
 # RecBole's options that recover() takes, by its names for them
@@ -39,10 +37,10 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="RecBole's .pth")
     parser.add_argument("--out", required=True, metavar="FOLDER")
     budget = parser.add_mutually_exclusive_group()
-    budget.add_argument("--ratio", type=parsed, metavar="8", help="so many times fewer parameters")
+    budget.add_argument("--ratio", type=value, metavar="8", help="so many times fewer parameters")
     budget.add_argument("--size", metavar="2MB", help="at most so many bytes of weights")
     budget.add_argument(
-        "--max-loss", type=parsed, metavar="0.01", help="the smallest that loses at most this share"
+        "--max-loss", type=value, metavar="0.01", help="the smallest that loses at most this share"
     )
     parser.add_argument(
         "--recover", type=int, default=0, metavar="EPOCHS", help="fine-tune for some epochs"
@@ -77,14 +75,15 @@ def run(options: argparse.Namespace, passed_on: dict[str, Any], command: str) ->
         dtype=options.dtype,
         **given_options(options),
     )
-    rows = [("original", found.model, _quality(found.model, found))]
+    data = {part: each for part, each in zip(("valid", "test"), found[2:]) if len(each)}
     made = "compressed" if options.dtype is None else f"compressed, {options.dtype}"
-    rows.append((made, small, _quality(small, found)))
+    rows = [("original", found.model, _quality(found.model, data))]
+    rows.append((made, small, _quality(small, data)))
     if options.recover:
-        given = {_RECOVER[name]: value for name, value in passed_on.items() if name in _RECOVER}
-        valid = found.valid if len(found.valid) else None
+        given = {own: passed_on[name] for name, own in _RECOVER.items() if name in passed_on}
+        valid = data.get("valid")
         recover(small, found.model, found.train, options.recover, valid_data=valid, **given)
-        rows.append(("recovered", small, _quality(small, found)))
+        rows.append(("recovered", small, _quality(small, data)))
     small.save_pretrained(options.out)
     screen.print(_table(rows))
     screen.print(f"Written: {options.out} ({folder_bytes(Path(options.out)):,} bytes)")
@@ -93,43 +92,33 @@ def run(options: argparse.Namespace, passed_on: dict[str, Any], command: str) ->
 
 def _check_out(out: Path) -> None:
     """Raise a CompressionError where nothing can be written, before anything is computed."""
-    if out.exists() and not out.is_dir():
-        raise CompressionError(f"Expected `out` to be a folder, but {out} is a file.")
-    there = next((each for each in (out, *out.absolute().parents) if each.exists()), None)
-    if there is None or not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+    there = next(each for each in (out, *out.absolute().parents) if each.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise CompressionError(
             f"Expected `out` to be a folder that can be written, but got {out}: {there} cannot."
         )
 
 
-def _quality(model: nn.Module, found: TrainedModel) -> dict[str, float]:
+def _quality(model: Any, data: dict[str, Any]) -> dict[str, float]:
     """Every metric on validation and test data, or on that of the two which there is."""
-    parts = {"valid": found.valid, "test": found.test}
-    scores = {part: evaluate(model, data) for part, data in parts.items() if len(data)}
+    scores = {part: evaluate(model, loader) for part, loader in data.items()}
     return {f"{part} {name}": each[name] for part, each in scores.items() for name in each}
 
 
-def _table(rows: list[tuple[str, nn.Module, dict[str, float]]]) -> Table:
+def _table(rows: list[tuple[str, Any, dict[str, float]]]) -> Table:
     """One column a model: sizes by part, then quality."""
-    table = Table("")
-    for name, _, _ in rows:
-        table.add_column(name, justify="right")
-    sizes = [part_sizes(model) for _, model, _ in rows]
-    for name, part in (
-        ("parameters", "total"),
-        ("  item table", "table"),
-        ("  layers", "layers"),
-        ("  softmax", "softmax"),
-    ):
+    names, models, scores = zip(*rows)
+    table = Table("", *(Column(name, justify="right") for name in names))
+    sizes = [part_sizes(model) for model in models]
+    parts = {"parameters": "total", "  item table": "table", "  layers": "layers"}
+    for name, part in {**parts, "  softmax": "softmax"}.items():
         table.add_row(name, *(f"{getattr(size, part):,}" for size in sizes))
-    n_bytes = [saved_bytes(model) for _, model, _ in rows]
+    n_bytes = [saved_bytes(model) for model in models]
     table.add_row("MB", *(f"{size / 1e6:,.3f}" for size in n_bytes))
     table.add_row("smaller", *(f"{n_bytes[0] / size:.2f}x" for size in n_bytes))
     table.add_section()
-    for metric, whole in rows[0][2].items():
-        cells = [f"{whole:.4f}"]
-        for _, _, scores in rows[1:]:
-            share = f" ({scores[metric] / whole:.1%})" if whole else ""
-            cells.append(f"{scores[metric]:.4f}{share}")
+    for metric, whole in scores[0].items():
+        shares = [f" ({each[metric] / whole:.1%})" if whole else "" for each in scores]
+        cells = [f"{each[metric]:.4f}{share}" for each, share in zip(scores, ["", *shares[1:]])]
         table.add_row(metric, *cells)
     return table

@@ -7,10 +7,8 @@ import io
 import json
 import sys
 import warnings
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby, islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from cprec_recbole.config import CompressionError, check_choice, reject_unknown
 from cprec_recbole.models import load_pretrained
@@ -18,12 +16,11 @@ from cprec_recbole.models.recommender import CompressedRecommender
 from cprec_recbole.models.vocabulary import UNKNOWN
 
 _BATCH = 64
-_OWN = ("k", "exclude_seen")  # options that a request may have of its own
 _OURS = ("history", "items", "scores", "error", "line")  # of a request, what no answer repeats
 
 
 class _Asked(NamedTuple):
-    """A request, and the object that its answer is written into."""
+    """What a line asks for, and the object that its answer is written into."""
 
     answer: dict[str, Any]
     ids: list[int]
@@ -80,69 +77,57 @@ def _answer_lines(model: CompressedRecommender, options: argparse.Namespace) -> 
     """Answer every line, a batch at a time (one by one from a person or a pipe); returns 1 where
     one could not be answered. A bad line gets an `error` of its own; the next ones are read."""
     failed = False
-    size = 1 if options.input == "-" else _BATCH
     if isinstance(sys.stdout, io.TextIOWrapper):
         # half a character, which JSON can spell and UTF-8 cannot, comes out as JSON spells it
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     with _opened(options.input) as lines:
         numbered = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
-        while batch := list(islice(numbered, size)):
-            answers = _answers(model, [line for _, line in batch], options)
+        while batch := list(islice(numbered, 1 if options.input == "-" else _BATCH)):
+            answers: list[dict[str, Any]] = [{} for _ in batch]
+            asked: list[_Asked] = []
+            for (_, line), answer in zip(batch, answers):
+                try:
+                    asked.append(_asked(model, line, options, answer))
+                except CompressionError as error:
+                    answer["error"] = str(error)
+            for _, group in groupby(asked, lambda each: repr((each.k, each.exclude_seen))):
+                _answer(model, list(group))
             for (number, _), answer in zip(batch, answers):
                 if "error" in answer:
-                    answer["line"] = number
-                    failed = True
+                    answer["line"], failed = number, True
                 print(json.dumps(answer, ensure_ascii=False))
             sys.stdout.flush()
     return int(failed)
 
 
-def _answers(
-    model: CompressedRecommender, lines: list[str], options: argparse.Namespace
-) -> list[dict[str, Any]]:
-    """What each line held but its history, with `items` and `scores`, or with `error`."""
-    answers: list[dict[str, Any]] = []
-    asked: list[_Asked] = []
-    for line in lines:
-        answers.append({})
-        try:
-            request = _parsed(line)
-            answers[-1] |= {name: v for name, v in request.items() if name not in _OURS}
-            k, exclude_seen = (request.get(name, getattr(options, name)) for name in _OWN)
-            if not isinstance(exclude_seen, bool):
-                raise CompressionError(
-                    f"Expected `exclude_seen` to be true or false, but got {exclude_seen!r}."
-                )
-            vocabulary = model.known_vocabulary()
-            ids = vocabulary.ids(request["history"], options.unknown, "the history")
-            if not ids:
-                raise CompressionError(
-                    "Expected every history to hold a token of the catalogue, but this one has "
-                    "none."
-                )
-            asked.append(_Asked(answers[-1], ids, k, exclude_seen))
-        except CompressionError as error:
-            answers[-1]["error"] = str(error)
-    for _, group in groupby(asked, lambda each: repr((each.k, each.exclude_seen))):
-        _answer(model, list(group))
-    return answers
-
-
-def _parsed(line: str) -> dict[str, Any]:
-    """A line as an object with `history`."""
-    shown = repr(line.strip()[:60])
+def _asked(
+    model: CompressedRecommender, line: str, options: argparse.Namespace, answer: dict[str, Any]
+) -> _Asked:
+    """What a line asks for; its answer gets what else it held."""
+    got = repr(line.strip()[:60])
     try:
         request = json.loads(line, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise CompressionError(f"Expected a line of JSON, but got {shown}: {error}.") from error
+        raise CompressionError(f"Expected a line of JSON, but got {got}: {error}.") from error
     if isinstance(request, list):
         request = {"history": request}
     if not isinstance(request, dict) or not isinstance(request.get("history"), list):
         raise CompressionError(
-            "Expected a list of tokens or an object with `history`, a list of tokens, but got "
-            f"{shown}."
+            f"Expected a list of tokens, or an object with one as `history`, but got {got}."
         )
-    return request
+    answer |= {name: value for name, value in request.items() if name not in _OURS}
+    exclude_seen = request.get("exclude_seen", options.exclude_seen)
+    if not isinstance(exclude_seen, bool):
+        raise CompressionError(
+            f"Expected `exclude_seen` to be true or false, but got {exclude_seen!r}."
+        )
+    vocabulary = model.known_vocabulary()
+    ids = vocabulary.ids(request["history"], options.unknown, "the history")
+    if not ids:
+        raise CompressionError(
+            "Expected every history to hold a token of the catalogue, but this one has none."
+        )
+    return _Asked(answer, ids, request.get("k", options.k), exclude_seen)
 
 
 def _answer(model: CompressedRecommender, asked: list[_Asked]) -> None:
@@ -166,13 +151,10 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def _opened(name: str) -> AbstractContextManager[Iterable[str]]:
-    if name == "-":
-        if isinstance(sys.stdin, io.TextIOWrapper):
-            sys.stdin.reconfigure(encoding="utf-8-sig", errors="replace")  # a bad line is one line
-        return nullcontext(sys.stdin)
-    try:
-        return open(name, encoding="utf-8-sig", errors="replace")
+def _opened(name: str) -> TextIO:
+    file = sys.stdin.fileno() if name == "-" else name
+    try:  # a bad line is one line
+        return open(file, encoding="utf-8-sig", errors="replace", closefd=name != "-")
     except OSError as error:
         raise CompressionError(
             f"Expected `input` to be a file that can be read, but got {name}: {error.strerror}."

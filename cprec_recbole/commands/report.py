@@ -4,34 +4,19 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
+from recbole.config import Config
 from rich.table import Table
 
-from cprec_recbole.commands.common import (
-    MODELS,
-    add_compression,
-    compression_for,
-    console,
-    dataset_of,
-)
-from cprec_recbole.config import (
-    SHARING_SCHEMES,
-    CompressionConfig,
-    check_whole,
-    reject_unknown,
-)
+from cprec_recbole.commands import common
+from cprec_recbole.config import SHARING_SCHEMES, CompressionConfig, check_whole, reject_unknown
 from cprec_recbole.costs import Estimate, describe_sharing, estimate
-from cprec_recbole.host.library import (
-    fitting_options,
-    known_options,
-    recbole_config,
-    recbole_dataset,
-)
-from cprec_recbole.models import spec_named
+from cprec_recbole.host import library
 
 _SHOWN_ENDS = 3  # of blocks, in a cell of the table
-REPORT_CAPTION = (
+_CAPTION = (
     "Parameters by part; sharing: sets of parameters kept/layers; softmax +: what the softmax has "
     "beside the table; MFLOP: to score the catalogue for one user, once its hidden state is known."
 )
@@ -46,71 +31,49 @@ def add_parser(commands: Any) -> None:
         allow_abbrev=False,
     )
     report.set_defaults(run=run)
-    report.add_argument("model", choices=MODELS)
+    report.add_argument("model", choices=common.MODELS)
     catalogue = report.add_mutually_exclusive_group()
     catalogue.add_argument("--dataset", help="RecBole's name, or in --config (default: ml-100k)")
     catalogue.add_argument("--items", type=int, metavar="N", help="a catalogue of N items")
-    add_compression(report)
+    common.add_compression(report)
 
 
 def run(options: argparse.Namespace, passed_on: dict[str, Any], command: str) -> int:
     """Print the table."""
-    title, rows = size_rows(
-        options.model,
-        compression_for(options.model, options),
-        dataset_of(options) if options.items is None else None,
-        options.items,
-        passed_on,
-        options.config,
-    )
-    table = Table(title=title, title_justify="left", caption=REPORT_CAPTION, caption_justify="left")
+    compression = common.compression_for(options.model, options)
+    dataset = common.dataset_of(options) if options.items is None else "ml-100k"
+    config = library.recbole_config(f"Cp{options.model}", dataset, passed_on, options.config)
+    reject_unknown(passed_on, library.known_options(config))
+    title, rows = size_rows(config, compression, options.items)
+    table = Table(title=title, title_justify="left", caption=_CAPTION, caption_justify="left")
     for name in rows[0]:
         table.add_column(name, justify="left" if name == "softmax" else "right")
     for row in rows:
         table.add_row(*row.values())
-    console().print(table)
+    common.console().print(table)
     return 0
 
 
 def size_rows(
-    model: str,
-    compression: CompressionConfig,
-    dataset: str | None = None,
-    items: int | None = None,
-    options: dict[str, Any] | None = None,
-    config_files: list[str] | None = None,
+    config: Config, compression: CompressionConfig, items: int | None = None
 ) -> tuple[str, list[dict[str, str]]]:
-    """Sizes of a model, uncompressed and under each choice, without training or building a table.
+    """A title, and named cells in rows: sizes of a model, uncompressed and under each choice.
 
-    Args:
-        model: RecBole's name of a supported model.
-        compression: the choice that the others vary, one option at a time.
-        dataset: RecBole's name of a data set; `ml-100k` where neither this nor `items` is given.
-        items: or a number of items.
-        options: RecBole options.
-        config_files: RecBole YAML files.
-
-    Returns:
-        A title, and one row of named cells for each choice.
-
-    Raises:
-        CompressionError: fewer than one item, options that no such model can have, or that fit no
-            catalogue of that size.
+    Nothing is trained, no table is built. The choices vary the given one, one option at a time; the
+    catalogue is the data set's, or has some number of `items`.
     """
-    if items is not None:
-        check_whole("items", items)
-    spec = spec_named(model)
-    config = recbole_config(f"Cp{model}", dataset or "ml-100k", options or {}, config_files)
+    spec = config.model_class.spec
     if items is None:
-        n_items = int(recbole_dataset(config).item_num)
-        title = f"{model} on {dataset or 'ml-100k'} ({n_items - 1:,} items)"
+        n_items = int(library.recbole_dataset(config).item_num)
+        title = f"{spec.name} on {config['dataset']} ({n_items - 1:,} items)"
     else:
-        n_items = items + 1  # and the padding item
-        title = f"{model} for {items:,} items"
-    reject_unknown(options or {}, known_options(config))
+        n_items = check_whole("items", items) + 1  # and the padding item
+        title = f"{spec.name} for {items:,} items"
     dim = spec.dim(check_whole(spec.size_option, config[spec.size_option]))
-    with fitting_options(model):
-        inner = spec.build_inner(config, _Catalogue(config["ITEM_ID_FIELD"], n_items))
+    # as much of a data set as a model's constructor asks for
+    catalogue = SimpleNamespace(iid_field=config["ITEM_ID_FIELD"], num=lambda field: n_items)
+    with library.fitting_options(spec.name):
+        inner = spec.build_inner(config, catalogue)
     uncompressed = estimate(spec, inner, CompressionConfig.uncompressed(), n_items, dim)
     rows = [_row("uncompressed", uncompressed, uncompressed, "")]
     ends = compression.plan(dim, n_items).cutoffs
@@ -125,23 +88,11 @@ def size_rows(
     return title, rows
 
 
-class _Catalogue:
-    """As much of a dataset as a model's constructor asks for."""
-
-    def __init__(self, iid_field: str, n_items: int) -> None:
-        self.iid_field = iid_field
-        self._n_items = n_items
-
-    def num(self, field: str) -> int:
-        return self._n_items
-
-
 def _choices(base: CompressionConfig, dim: int, n_items: int) -> list[CompressionConfig]:
     """The given choice, then what varies one option of it."""
-    variations: list[dict[str, Any]] = [{}]
-    variations += [{"sharing": scheme} for scheme in SHARING_SCHEMES if scheme != base.sharing]
-    variations += [{"softmax": "tree" if base.softmax == "full" else "full"}]
-    variations += [{"tied": not base.tied}]
+    sharing = [{"sharing": scheme} for scheme in SHARING_SCHEMES if scheme != base.sharing]
+    softmax = "tree" if base.softmax == "full" else "full"
+    variations: list[dict[str, Any]] = [{}, *sharing, {"softmax": softmax}, {"tied": not base.tied}]
     plan = base.plan(dim, n_items)
     three_blocks = len(plan.ranks) == 3
     if three_blocks and base.cutoffs is None:

@@ -7,15 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
-from cprec_recbole.commands.common import (
-    add_compression,
-    console,
-    dataset_of,
-    from_files,
-    given_options,
-    model_of,
-)
-from cprec_recbole.parallel.group import Place
+from cprec_recbole.commands import common
+from cprec_recbole.parallel.group import place_of_torchrun
 from cprec_recbole.training.run import Job, train
 
 
@@ -40,37 +33,22 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--resume", action="store_true", help="go on with the run in --out, where it stopped"
     )
-    add_compression(parser)
+    common.add_compression(parser)
 
 
 def run(options: argparse.Namespace, passed_on: dict[str, Any], command: str) -> int:
     """Train, and print a line an epoch and the table of metrics."""
-    model, dataset = model_of(options), dataset_of(options)
+    model, dataset = common.model_of(options), common.dataset_of(options)
+    given = {"show_progress": False} | common.from_files(options)
+    given |= common.given_options(options) | passed_on
+    named = tuple(passed_on)
     job = Job(
-        model,
-        dataset,
-        {"show_progress": False, **from_files(options), **given_options(options), **passed_on},
-        out=options.out,
-        resume=options.resume,
-        say=print_line,
-        named=tuple(passed_on),
+        model, dataset, given, out=options.out, resume=options.resume, say=_print_line, named=named
     )
     result = train(job, options.nproc)
-    place = Place.from_environment()
-    if place is None or place.rank == 0:  # torchrun starts this command several times
-        screen = console()
-        screen.print(_table(model, dataset, result))
-        if options.out is not None:
-            screen.print(f"Written: {options.out}", highlight=False, soft_wrap=True)
-    return 0
-
-
-def print_line(text: str) -> None:
-    """A line that is seen at once, also through a pipe."""
-    console().print(text, highlight=False, soft_wrap=True)
-
-
-def _table(model: str, dataset: str, result: dict[str, Any]) -> Table:
+    place = place_of_torchrun()
+    if place is not None and place.rank > 0:  # torchrun starts this command several times
+        return 0
     table = Table(title=f"{model} on {dataset}")
     for name in ("metric", "valid", "test"):
         table.add_column(name, justify="left" if name == "metric" else "right")
@@ -78,4 +56,12 @@ def _table(model: str, dataset: str, result: dict[str, Any]) -> Table:
     for metric in test or valid:
         numbers = [found.get(metric) for found in (valid, test)]
         table.add_row(metric, *("" if n is None else f"{n:.4f}" for n in numbers))
-    return table
+    common.console().print(table)
+    if options.out is not None:
+        _print_line(f"Written: {options.out}")
+    return 0
+
+
+def _print_line(text: str) -> None:
+    """A line that is seen at once, also through a pipe."""
+    common.console().print(text, highlight=False, soft_wrap=True)

@@ -23,8 +23,7 @@ from torch.utils.data import BatchSampler, RandomSampler
 from cprec_recbole.config import CompressionError
 from cprec_recbole.host.patching import is_ours, replaces
 from cprec_recbole.parallel import group
-from cprec_recbole.parallel.batches import PartOf
-from cprec_recbole.parallel.group import Place
+from cprec_recbole.parallel.group import PartOf, Place
 
 # what the collector keeps of evaluation batches, a row for each user or interaction
 COLLECTED = ("rec.topk", "rec.meanrank", "rec.score", "rec.items", "data.label")

@@ -1,1 +1,1 @@
-"""Several processes that train one model: their talk, and tails that are spread over them."""
+"""Several processes that train one model."""

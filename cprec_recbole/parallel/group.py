@@ -1,4 +1,5 @@
-"""The processes that train one model: where this one stands, and what they tell each other.
+"""The processes that train one model: where this one stands, what they tell each other, and its
+part of the rows.
 
 Tensors on the CPU go through Gloo, those on a GPU through NCCL. A process that is alone needs no
 group: every function here then answers for one process.
@@ -7,9 +8,8 @@ group: every function here then answers for one process.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,90 +17,68 @@ from torch import Tensor
 
 from cprec_recbole.config import CompressionError
 
+if TYPE_CHECKING:
+    from recbole.data.interaction import Interaction
+
 T = TypeVar("T")
-_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+STAND_IN = "is_stand_in"  # an attribute of a batch of which this process has no row
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a process stands.
-
-    Attributes:
-        rank: its number among all processes, from 0.
-        size: how many processes there are.
-        local_rank: its number among those of this machine.
-        local_size: how many there are on this machine.
-        meeting: where they find each other, an `init_method` of torch.distributed.
-    """
+class Place(NamedTuple):
+    """Where a process stands: its number among all processes, then among those of its machine."""
 
     rank: int
     size: int
     local_rank: int
     local_size: int
-    meeting: str
-
-    @classmethod
-    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Place | None:
-        """The place that torchrun gives a process; None outside of it, and for one process alone.
-
-        Raises:
-            CompressionError: torchrun's variables, but not numbers that fit each other.
-        """
-        if not all(name in environment for name in _TORCHRUN):
-            return None
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        values = {name: environment.get(name, environment["WORLD_SIZE"]) for name in names}
-        try:
-            rank, size, local_rank, local_size = (int(values[name]) for name in names)
-        except ValueError:
-            rank = size = local_rank = local_size = -1
-        if not (0 <= rank < size and 0 <= local_rank < local_size):
-            raise CompressionError(
-                f"Expected {', '.join(names)} as torchrun sets them, but got {values}."
-            )
-        return cls(rank, size, local_rank, local_size, "env://") if size > 1 else None
+    meeting: str  # where they find each other, an `init_method` of torch.distributed
 
 
 place: Place | None = None  # where this process will stand; RecBole's Config joins the group there
 
 
-def join(here: Place, *, gpus: bool) -> None:
-    """Become a member; waits for the others.
+def place_of_torchrun() -> Place | None:
+    """The place that torchrun gives this process; None outside of it, and for one process alone. A
+    CompressionError for variables of its that are no numbers or do not fit each other."""
+    given = os.environ
+    if not given.keys() >= {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}:
+        return None
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    values = {name: given.get(name, given["WORLD_SIZE"]) for name in names}
+    if all(value.isdecimal() for value in values.values()):
+        rank, size, local_rank, local_size = map(int, values.values())
+        if rank < size and local_rank < local_size:
+            return Place(rank, size, local_rank, local_size, "env://") if size > 1 else None
+    raise CompressionError(f"Expected {', '.join(names)} as torchrun sets them, but got {values}.")
 
-    Args:
-        here: where this process stands.
-        gpus: whether each process has a GPU of its own.
-    """
+
+def join(here: Place, *, gpus: bool) -> None:
+    """Become a member, where each process may have a GPU of its own; waits for the others."""
     if not dist.is_initialized():
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if gpus else "gloo",
-            init_method=here.meeting,
-            rank=here.rank,
-            world_size=here.size,
-        )
+        backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+        dist.init_process_group(backend, here.meeting, rank=here.rank, world_size=here.size)
 
 
 def leave() -> None:
     """End the membership, if there is one."""
     global place
     place = None
-    if joined():
+    if _joined():
         dist.destroy_process_group()
 
 
-def joined() -> bool:
-    """Whether this process is a member of a group."""
+def _joined() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
 def rank() -> int:
     """The number of this process, from 0."""
-    return dist.get_rank() if joined() else 0
+    return dist.get_rank() if _joined() else 0
 
 
 def size() -> int:
     """How many processes there are."""
-    return dist.get_world_size() if joined() else 1
+    return dist.get_world_size() if _joined() else 1
 
 
 def is_first() -> bool:
@@ -110,20 +88,19 @@ def is_first() -> bool:
 
 def wait() -> None:
     """Wait until every process is here."""
-    if joined():
-        dist.all_reduce(torch.zeros(1))  # dist.barrier() would ask for a GPU where there are any
+    total(torch.zeros(1))  # dist.barrier() would ask for a GPU where there are any
 
 
 def total(values: Tensor) -> Tensor:
     """The sum over all processes, `[...] -> [...]`; the tensor itself is changed."""
-    if joined():
+    if _joined():
         dist.all_reduce(values)
     return values
 
 
 def gather(value: T) -> list[T]:
     """What each process gives, in their order, on every process; for tensors of the CPU."""
-    if not joined():
+    if not _joined():
         return [value]
     found: list[Any] = [None] * size()
     dist.all_gather_object(found, value)
@@ -131,9 +108,28 @@ def gather(value: T) -> list[T]:
 
 
 def part_of(n: int, number: int, parts: int) -> range:
-    """Which of `n` rows the `number`-th of `parts` processes takes.
-
-    Each row goes to one process, in their order; where there are fewer rows than processes, some
-    processes get none.
-    """
+    """Which of `n` rows the `number`-th of `parts` processes takes: each row goes to one process,
+    in their order, and some get none where there are fewer rows than processes."""
     return range(number * n // parts, (number + 1) * n // parts)
+
+
+class PartOf(NamedTuple):
+    """A DataLoader's `collate_fn` that reads one process's part of each batch.
+
+    Every process draws the same batches, from a generator in the same state. The parts in the order
+    of the processes are the batch. A process without a row gets one of another process, marked as
+    STAND_IN, that counts for nothing: every process has to take part in every step.
+    """
+
+    collate: Callable[[Sequence[int]], Interaction]
+    number: int
+    parts: int
+
+    def __call__(self, index: Sequence[int]) -> Interaction:
+        """This process's rows of a batch `[B]`, or one that is marked as STAND_IN."""
+        mine = part_of(len(index), self.number, self.parts)
+        if mine:
+            return self.collate(index[mine.start : mine.stop])
+        batch = self.collate(index[:1])
+        setattr(batch, STAND_IN, True)
+        return batch

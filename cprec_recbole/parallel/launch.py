@@ -34,36 +34,29 @@ def launch(nproc: int, task: Callable[..., Any], *arguments: Any) -> Any:
     """Run `task(*arguments)` in `nproc` processes; returns what the first one returns.
 
     In each, `group.place` is its place. Functions and arguments have to be ones that pickle
-    takes, and a script that calls this needs its `if __name__ == "__main__":`.
-
-    Raises:
-        CompressionError: a process raised one, or was killed.
-        RuntimeError: a process raised any other error; the message has its traceback.
+    takes, and a script that calls this needs its `if __name__ == "__main__":`. A CompressionError
+    where a process raised one or was killed; a RuntimeError with the traceback of any other error.
     """
-    with tempfile.TemporaryDirectory(prefix="cprec-") as folder:
-        context = start_processes(
-            _process,
-            (nproc, folder, task, arguments),
-            nprocs=nproc,
-            join=False,
-            start_method=START_METHOD,
-        )
+    with tempfile.TemporaryDirectory(prefix="cprec-") as name:
+        folder = Path(name)
+        work = (nproc, folder, task, arguments)
+        context = start_processes(_process, work, nproc, join=False, start_method=START_METHOD)
         try:
             while not context.join():
                 pass
         except ProcessException:
             codes = [process.exitcode or 0 for process in context.processes]
-            raise _first_error(codes, Path(folder)) from None
+            raise _first_error(codes, folder) from None
         finally:
             for process in context.processes:  # where the caller was interrupted
                 if process.is_alive():
                     process.kill()
                 process.join()
-        return pickle.loads((Path(folder) / "result").read_bytes())
+        return pickle.loads((folder / "result").read_bytes())
 
 
 def _process(
-    number: int, nproc: int, folder: str, task: Callable[..., Any], arguments: tuple
+    number: int, nproc: int, folder: Path, task: Callable[..., Any], arguments: tuple
 ) -> None:
     """One of the processes, from its first line to its last."""
     if "OMP_NUM_THREADS" not in os.environ:
@@ -77,48 +70,42 @@ def _process(
     try:
         result = task(*arguments)
         if number == 0:
-            (Path(folder) / "result").write_bytes(pickle.dumps(result))
+            (folder / "result").write_bytes(pickle.dumps(result))
         group.leave()
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        message = str(error) if isinstance(error, CompressionError) else None
-        failure = (time.monotonic_ns(), number, message, traceback.format_exc())
-        (Path(folder) / f"failure-{number}").write_bytes(pickle.dumps(failure))
+        failure: Exception = CompressionError(str(error))
+        if not isinstance(error, CompressionError):
+            trace = traceback.format_exc()
+            failure = RuntimeError(f"Process {number} of {nproc} ended with an error:\n{trace}")
+        failed = time.monotonic_ns(), failure
+        (folder / f"failure-{number}").write_bytes(pickle.dumps(failed))
         sys.exit(1)
 
 
 def end_with_parent() -> None:
-    """Have this process killed when its parent is gone.
-
-    Nobody else would end it, and it would write into the folder of a run that may be resumed.
-    """
-    parent = multiprocessing.parent_process()
+    """Have this process killed when its parent is gone: nobody else would end it, and it would
+    write into the folder of a run that may be resumed."""
 
     def watch(sentinel: int) -> None:
         connection.wait([sentinel])
         os.kill(os.getpid(), signal.SIGKILL)
 
+    parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=watch, args=(parent.sentinel,), daemon=True).start()
 
 
 def _first_error(codes: Sequence[int], folder: Path) -> Exception:
     """The error for processes with these exit codes: a kill, or else the first exception."""
-    n = len(codes)
-    wanted = f"Expected all {n} processes to work to the end, but process"
+    wanted = f"Expected all {len(codes)} processes to work to the end, but process"
     for number, code in enumerate(codes):
         if code < 0 and code != -signal.SIGTERM:  # with which torch ends the others
             name = signal.Signals(-code).name
-            out_of_memory = code == -signal.SIGKILL
-            reason = ", as a system does that runs out of memory" if out_of_memory else ""
+            reason = ", as a system does that runs out of memory" if name == "SIGKILL" else ""
             return CompressionError(f"{wanted} {number} was ended by {name}{reason}.")
-    failures = [pickle.loads(path.read_bytes()) for path in folder.glob("failure-*")]
-    raised = {number for _, number, _, _ in failures}
-    for number, code in enumerate(codes):
-        if code > 0 and number not in raised:
+        if code > 0 and not (folder / f"failure-{number}").exists():
             return CompressionError(f"{wanted} {number} left with exit code {code}.")
-    _, number, message, trace = min(failures)
-    if message is not None:
-        return CompressionError(message)
-    return RuntimeError(f"Process {number} of {n} ended with an error:\n{trace}")
+    failures = [pickle.loads(path.read_bytes()) for path in folder.glob("failure-*")]
+    return min(failures, key=lambda failed: failed[0])[1]

@@ -12,18 +12,10 @@ from recbole.utils.argument_list import dataset_arguments, evaluation_arguments
 from torch import nn
 
 from cprec_recbole.config import CompressionConfig, CompressionError, reject_unknown
+from cprec_recbole.host import library
 from cprec_recbole.host.checkpoint import Checkpoint, read_checkpoint, shown
-from cprec_recbole.host.library import (
-    in_a_line,
-    known_options,
-    model_options,
-    recbole_config,
-    recbole_dataset,
-    recbole_loaders,
-    recbole_model,
-)
 from cprec_recbole.host.numbering import check_checkpoint_numbering
-from cprec_recbole.models import MODELS, spec_named
+from cprec_recbole.models import MODELS
 from cprec_recbole.models.spec import ModelSpec
 
 # beside those of the model, the data set and the evaluation: what batches and random draws need
@@ -44,56 +36,48 @@ def load_trained(
 ) -> TrainedModel:
     """Read a RecBole checkpoint, without running anything that is in it, and build its model.
 
-    Args:
-        file: RecBole's `.pth`.
-        options: RecBole options that win over the checkpoint's, such as `data_path`.
-
-    Raises:
-        CompressionError: no checkpoint of RecBole's, one that asks for code to be run, a data set
-            that is not found or is not the one that the model was trained on.
+    RecBole options, such as `data_path`, win over the checkpoint's. A CompressionError for no
+    checkpoint of RecBole's, one that asks for code to be run, a data set that is not found or is
+    not the one that the model was trained on.
     """
     checkpoint = read_checkpoint(file)
-    model_class = _model_class(checkpoint, file)
-    spec = getattr(model_class, "spec", None) or spec_named(checkpoint.model)
+    known = {model.spec.name: (model.spec.model_class, model.spec) for model in MODELS}
+    known |= {model.__name__: (model, model.spec) for model in MODELS}
+    if checkpoint.model not in known:
+        raise CompressionError(
+            f"Expected `checkpoint` to be of one of {', '.join(known)}, but {os.fspath(file)} is "
+            f"of {shown(checkpoint.model)}."
+        )
+    model_class, spec = known[checkpoint.model]
     options = options or {}
-    config = recbole_config(model_class, checkpoint.dataset, _options(checkpoint, spec) | options)
-    reject_unknown(options, known_options(config))
+    config = library.recbole_config(
+        model_class, checkpoint.dataset, _options(checkpoint, spec) | options
+    )
+    reject_unknown(options, library.known_options(config))
     if not os.path.isdir(config["data_path"]):  # RecBole would look for it on the internet
         raise CompressionError(
             f"Expected `data_path` to have the folder {checkpoint.dataset} that {os.fspath(file)} "
             f"was trained on, but {config['data_path']} does not exist."
         )
     init_seed(config["seed"], config["reproducibility"])
-    dataset = recbole_dataset(config)
+    dataset = library.recbole_dataset(config)
     check_checkpoint_numbering(os.fspath(file), checkpoint.options, dataset)
-    train, valid, test = recbole_loaders(config, dataset)
-    model = recbole_model(config, train._dataset)
+    train, valid, test = library.recbole_loaders(config, dataset)
+    model = library.recbole_model(config, train._dataset)
     try:
         model.load_state_dict(checkpoint.state)
     except (RuntimeError, CompressionError) as error:
         raise CompressionError(
             f"Expected the data set {checkpoint.dataset} to be the one that {os.fspath(file)} was "
-            f"trained on, but the weights do not fit: {in_a_line(error)[:300]}"
+            f"trained on, but the weights do not fit: {library.in_a_line(error)[:300]}"
         ) from error
     return TrainedModel(model.to(config["device"]).eval(), train, valid, test)
-
-
-def _model_class(checkpoint: Checkpoint, file: str | os.PathLike[str]) -> Any:
-    """The class of a checkpoint's model, out of those that can be compressed."""
-    classes = [*(model.spec.model_class for model in MODELS), *MODELS]
-    known = {each.__name__: each for each in classes}
-    if checkpoint.model not in known:
-        raise CompressionError(
-            f"Expected `checkpoint` to be of one of {', '.join(known)}, but {os.fspath(file)} is "
-            f"of {shown(checkpoint.model)}."
-        )
-    return known[checkpoint.model]
 
 
 def _options(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, Any]:
     """What the model and its data set are made by, and nothing else that the file names."""
     names = {name if isinstance(name, str) else name[0] for name in spec.architecture}
-    names |= {*_ALSO, *CompressionConfig.option_names(), *model_options(spec.name)}
+    names |= {*_ALSO, *CompressionConfig.option_names(), *library.model_options(spec.name)}
     names |= {*dataset_arguments, *evaluation_arguments}
     options = {name: value for name, value in checkpoint.options.items() if name in names}
     options |= _negatives(checkpoint.options.get("train_neg_sample_args"))

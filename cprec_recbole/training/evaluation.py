@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from recbole.config import Config
@@ -23,67 +23,62 @@ _SCORES = 2**24  # dense scores at a time, where a metric needs them: 64 MiB
 _NEED_SCORES = ("rec.meanrank", "rec.score", "data.label")
 
 
-class HiddenStates(NamedTuple):
-    """What the collector gets in place of `[B, n_items]` scores.
-
-    Attributes:
-        model: whose they are.
-        hidden: a hidden state for each user, `[B, d]`.
-    """
-
-    model: CompressedRecommender
-    hidden: Tensor
-
-    @classmethod
-    def of(cls, model: CompressedRecommender, users: Interaction) -> HiddenStates:
-        """The hidden states of some users, which go through the layers in pieces."""
-        pieces = range(0, len(users), ROWS)
-        hidden = [model.last_hidden(users[start : start + ROWS]) for start in pieces]
-        return cls(model, torch.cat(hidden))
-
-
 class TopKCollector(Collector):
-    """RecBole's collector, which looks the best items up by `topk`.
+    """RecBole's collector, which can score a batch itself, a few rows at a time.
 
-    What it hands to the metrics is what RecBole's own does. Metrics that need more than the best
-    items (GAUC) get dense scores, a few rows at a time.
+    The best items of a compressed model are looked up by `topk`, unless a metric needs more (GAUC).
+    What the metrics get is what RecBole's own collector gives them.
     """
-
-    register: Any
-    data_struct: Any
-    topk: list[int]
 
     def eval_batch_collect(
         self,
-        scores_tensor: Tensor | HiddenStates,
+        scores_tensor: Tensor | nn.Module,
         interaction: Interaction,
         positive_u: Tensor,
         positive_i: Tensor,
+        history: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        """Keep what the metrics need of a batch."""
-        if not isinstance(scores_tensor, HiddenStates):
+        """Keep what the metrics need of a batch: of its scores, or else of what a model says."""
+        if isinstance(scores_tensor, Tensor):
             super().eval_batch_collect(scores_tensor, interaction, positive_u, positive_i)
             return
-        model, hidden = scores_tensor
-        positive_u, positive_i = positive_u.to(hidden.device), positive_i.to(hidden.device)
-        if any(self.register.need(what) for what in _NEED_SCORES):
-            size = max(1, _SCORES // model.n_items)
-            for start in range(0, len(hidden), size):
-                scores = model.softmax.scores(hidden[start : start + size])
-                scores[:, 0] = -torch.inf
-                users, items = _of_rows(positive_u, positive_i, start, size)
-                rows = interaction[start : start + size]
-                super().eval_batch_collect(scores, rows, users, items)
+        model: Any = scores_tensor
+        device = next(model.parameters()).device
+        interaction = interaction.to(device)
+        positive_u, positive_i = positive_u.to(device), positive_i.to(device)
+        by_lists = isinstance(model, CompressedRecommender) and history is None
+        if by_lists and not any(self.register.need(what) for what in _NEED_SCORES):
+            self._collect_lists(model, interaction, positive_u, positive_i)
             return
-        best = model.softmax.topk(hidden, max(self.topk)).items
+        size = max(1, min(ROWS, _SCORES // model.n_items))
+        for start in range(0, len(interaction), size):
+            rows = interaction[start : start + size]
+            scores = model.full_sort_predict(rows).view(len(rows), -1)
+            scores[:, 0] = -torch.inf
+            if history is not None:
+                scores[_of_rows(*history, start, size)] = -torch.inf
+            pairs = _of_rows(positive_u, positive_i, start, size)
+            super().eval_batch_collect(scores, rows, *pairs)
+
+    def _collect_lists(
+        self, model: Any, interaction: Interaction, users: Tensor, items: Tensor
+    ) -> None:
+        starts = range(0, len(interaction), ROWS)
+        hidden = [model.last_hidden(interaction[start : start + ROWS]) for start in starts]
+        best = model.softmax.topk(torch.cat(hidden), max(self.topk)).items
         if self.register.need("rec.items"):
             self.data_struct.update_tensor("rec.items", best)
         if self.register.need("rec.topk"):
-            rows = torch.arange(len(best), device=best.device).unsqueeze(1)
-            keys = positive_u * model.n_items + positive_i
-            hits = torch.isin(rows * model.n_items + best, keys)
-            n_positive = torch.bincount(positive_u, minlength=len(best)).unsqueeze(1)
+            row = torch.arange(len(best), device=best.device).unsqueeze(1)
+            hits = torch.isin(row * model.n_items + best, users * model.n_items + items)
+            n_positive = torch.bincount(users, minlength=len(best)).unsqueeze(1)
             self.data_struct.update_tensor("rec.topk", torch.cat([hits, n_positive], 1).int())
+
+
+def _of_rows(users: Tensor, items: Tensor, start: int, size: int) -> tuple[Tensor, Tensor]:
+    """The pairs of a user and an item that belong to some rows, users counted from the first."""
+    here = (users >= start) & (users < start + size)
+    return users[here] - start, items[here]
 
 
 @torch.no_grad()
@@ -103,34 +98,15 @@ def evaluate(model: nn.Module, data: Any) -> dict[str, float]:
     check_evaluation_data(data, "data")
     check_numbering(model, data, "data")
     collector = TopKCollector(data.config)
-    device = next(model.parameters()).device
     with in_eval_mode(model):
-        for interaction, history, positive_u, positive_i in data:
-            if isinstance(model, CompressedRecommender) and history is None:
-                states = HiddenStates.of(model, interaction.to(device))
-                collector.eval_batch_collect(states, interaction, positive_u, positive_i)
-                continue
-            for start in range(0, len(interaction), ROWS):
-                rows = interaction[start : start + ROWS]
-                predict: Any = model.full_sort_predict
-                scores = predict(rows.to(device)).view(len(rows), -1)
-                scores[:, 0] = -torch.inf
-                if history is not None:
-                    scores[_of_rows(history[0], history[1], start, ROWS)] = -torch.inf
-                users, items = _of_rows(positive_u, positive_i, start, ROWS)
-                collector.eval_batch_collect(scores, rows, users, items)
+        for interaction, history, users, items in data:
+            collector.eval_batch_collect(model, interaction, users, items, history)
     return plain(Evaluator(data.config).evaluate(collector.get_data_struct()))
 
 
 def plain(result: Any) -> Any:
     """Metrics as Python's numbers, which not all of RecBole's are; None where there are none."""
     return result and {name: float(value) for name, value in result.items()}
-
-
-def _of_rows(users: Tensor, items: Tensor, start: int, size: int) -> tuple[Tensor, Tensor]:
-    """The pairs of a user and an item that belong to some rows, users counted from the first."""
-    here = (users >= start) & (users < start + size)
-    return users[here] - start, items[here]
 
 
 def valid_metric(data: Any) -> str:
@@ -152,10 +128,8 @@ def check_valid_metric(config: Config) -> None:
 
 def check_topk(config: Config, dataset: Any) -> None:
     """Raise a CompressionError where `topk` asks for more items than a RecBole data set has."""
-    if config["eval_type"] != EvaluatorType.RANKING:
-        return
     most, n_items = max(config["topk"]), int(dataset.item_num) - 1
-    if most > n_items:
+    if config["eval_type"] == EvaluatorType.RANKING and most > n_items:
         raise CompressionError(
             f"Expected `topk` to be at most the {n_items} items of the data, but got {most}."
         )
@@ -168,12 +142,8 @@ def check_validation_data(data: Any) -> None:
 
 
 def check_evaluation_data(data: Any, argument: str = "valid_data") -> None:
-    """Raise a CompressionError for what is not RecBole's evaluation data with full ranking.
-
-    Args:
-        data: what was given.
-        argument: the name that it was given by.
-    """
+    """Raise a CompressionError, which calls the data by the `argument` that it was given as, for
+    what is not RecBole's evaluation data with full ranking."""
     if not isinstance(data, FullSortEvalDataLoader):
         raise CompressionError(
             f"Expected `{argument}` to be RecBole's evaluation data with full ranking, the second "
@@ -188,17 +158,9 @@ def check_evaluation_data(data: Any, argument: str = "valid_data") -> None:
 
 
 def check_metrics(config: Config, argument: str) -> None:
-    """Raise a CompressionError for metrics that RecBole computes from the training data too.
-
-    Args:
-        config: RecBole's.
-        argument: what the message says that they are of.
-    """
-    needy = [
-        name
-        for name in config["metrics"]
-        if any(need.startswith("data.") for need in metrics_dict[name.lower()].metric_need)
-    ]
+    """Raise a CompressionError for metrics that RecBole computes from the training data too."""
+    needs = {name: metrics_dict[name.lower()].metric_need for name in config["metrics"]}
+    needy = [name for name, need in needs.items() if any(n.startswith("data.") for n in need)]
     if needy:
         raise CompressionError(
             f"Expected the metrics in `{argument}` to be of users alone, as NDCG and Hit are, but "

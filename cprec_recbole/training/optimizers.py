@@ -1,8 +1,5 @@
-"""RecBole's `learner` for the compressed models.
-
-The optimizers are PyTorch's in their quickest forms, with sparse steps for rows that are only
-looked up.
-"""
+"""RecBole's `learner` for the compressed models: PyTorch's optimizers in their quickest forms, with
+sparse steps for rows that are only looked up."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop, SparseAdam
 
-from cprec_recbole.config import CompressionError
+from cprec_recbole.config import CompressionError, check_choice
 from cprec_recbole.embedding import Block
 
 _DENSE: dict[str, type[Optimizer]] = {
@@ -35,40 +32,27 @@ def sparse_parameters(model: nn.Module) -> list[nn.Parameter]:
 def build_optimizer(
     model: nn.Module, learner: str, learning_rate: float, weight_decay: float
 ) -> Optimizer:
-    """The optimizer that RecBole's options name.
-
-    Args:
-        model: whose parameters it moves; blocks that are marked `sparse` are stepped sparsely.
-        learner: `adam`, `adamw`, `sgd`, `adagrad`, `rmsprop` or `sparse_adam`.
-        learning_rate: of all parameters.
-        weight_decay: L2 weight.
-
-    Raises:
-        CompressionError: an unknown `learner`, or weight decay with `sparse_adam`.
-    """
+    """The optimizer that RecBole's options name; blocks that are marked `sparse` are stepped
+    sparsely. A CompressionError where it is none, or `sparse_adam` with weight decay."""
     name = learner.lower()
-    if name not in _DENSE:
-        raise CompressionError(
-            f"Expected `learner` to be one of {', '.join(_DENSE)}, but got {learner!r}."
-        )
+    check_choice("learner", name, tuple(_DENSE))
     if name == "sparse_adam" and weight_decay:
         raise CompressionError(
             f"Expected `weight_decay` to be 0 with `learner: sparse_adam`, but got {weight_decay}; "
             "it moves every row."
         )
-    looked_up = sparse_parameters(model)
-    sparse_ids = {id(parameter) for parameter in looked_up}
-    dense = [p for p in model.parameters() if p.requires_grad and id(p) not in sparse_ids]
-    # fused: one pass over parameters, moments and gradients instead of a dozen
-    devices = ("cpu",) if name == "adagrad" else ("cpu", "cuda")
-    known = all(p.is_floating_point() and p.device.type in devices for p in dense)
+    sparse = sparse_parameters(model)
+    known = {id(parameter) for parameter in sparse}
+    dense = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
     options: dict[str, Any] = {"lr": learning_rate, "weight_decay": weight_decay}
-    if name != "rmsprop" and known:
+    # fused: one pass over parameters, moments and gradients instead of a dozen
+    devices = {"adagrad": ("cpu",), "rmsprop": ()}.get(name, ("cpu", "cuda"))
+    if all(p.is_floating_point() and p.device.type in devices for p in dense):
         options["fused"] = True
     main = _DENSE[name](dense, **options)
-    if not looked_up:
+    if not sparse:
         return main
-    return Both(main, _SPARSE[name](looked_up, lr=learning_rate))  # type: ignore[call-arg]
+    return Both(main, _SPARSE[name](sparse, lr=learning_rate))  # type: ignore[call-arg]
 
 
 class Both(Optimizer):
@@ -88,11 +72,7 @@ class Both(Optimizer):
         return {name: part.state_dict() for name, part in self.parts.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the states of both.
-
-        Raises:
-            CompressionError: a state of another kind of optimizer.
-        """
+        """Take the states of both; a CompressionError for one of another kind of optimizer."""
         if set(state_dict) != set(self.parts):
             raise CompressionError(
                 "Expected the state of an optimizer with sparse and dense parts, but got one with "
@@ -103,22 +83,22 @@ class Both(Optimizer):
         self.param_groups = [group for part in self.parts.values() for group in part.param_groups]
 
 
-def clip_gradients(parameters: list[nn.Parameter], max_norm: float, **options: Any) -> Tensor:
-    """Scale gradients down to a norm of at most `max_norm`; returns the norm before, `[]`.
-
-    Args:
-        parameters: all of the model's; some may have sparse gradients.
-        max_norm: the norm that is left at most.
-        options: more of those of `torch.nn.utils.clip_grad_norm_`, such as `norm_type`.
-    """
+def clip_gradients(
+    parameters: list[nn.Parameter], max_norm: float, norm_type: float = 2.0, **options: Any
+) -> Tensor:
+    """What `torch.nn.utils.clip_grad_norm_` does, for sparse gradients too."""
+    for name, value in (("max_norm", max_norm), ("norm_type", norm_type)):
+        if not float(value) > 0:
+            raise CompressionError(
+                f"Expected the {name} of `clip_grad_norm` to be above 0, but got {value}."
+            )
     clipped: list[Tensor] = []
     for parameter in parameters:
+        stand_in: Tensor = parameter
         if parameter.grad is not None and parameter.grad.is_sparse:
             parameter.grad = parameter.grad.coalesce()  # each row once
             rows = parameter.grad._values()
             stand_in = torch.empty_like(rows)  # torch's function takes no sparse gradients
             stand_in.grad = rows
-            clipped.append(stand_in)
-        else:
-            clipped.append(parameter)
-    return nn.utils.clip_grad_norm_(clipped, max_norm, **options)
+        clipped.append(stand_in)
+    return nn.utils.clip_grad_norm_(clipped, max_norm, norm_type, **options)

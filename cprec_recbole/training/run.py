@@ -7,19 +7,13 @@ import logging
 import math
 import os
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from recbole.config import Config
-from recbole.utils import (
-    EvaluatorType,
-    get_model,
-    get_trainer,
-    init_logger,
-    init_seed,
-    set_color,
-)
+from recbole.utils import EvaluatorType, get_model, get_trainer, init_logger, init_seed, set_color
 
 from cprec_recbole.config import (
     CompressionConfig,
@@ -29,18 +23,9 @@ from cprec_recbole.config import (
     reject_unknown,
 )
 from cprec_recbole.files import held, make_folder, remove_leftovers, write_whole
-from cprec_recbole.host.library import (
-    fitting_options,
-    known_options,
-    read_options,
-    recbole_config,
-    recbole_dataset,
-    recbole_loaders,
-    recbole_model,
-)
+from cprec_recbole.host import library
 from cprec_recbole.models import MODELS
 from cprec_recbole.parallel import group
-from cprec_recbole.parallel.group import Place
 from cprec_recbole.parallel.launch import launch
 from cprec_recbole.training.evaluation import check_topk, check_valid_metric, plain
 from cprec_recbole.training.state import BEST, LAST, RESULT, Journal, digest, terms_of
@@ -53,27 +38,18 @@ _UNNAMED = ("encoding", "tail_ratio")  # options that RecBole reads and names no
 
 @dataclass(frozen=True)
 class Job:
-    """What a run is asked for; goes to every process.
+    """What a run is asked for; goes to every process."""
 
-    Attributes:
-        model: RecBole's name of the model.
-        dataset: RecBole's name of the data set.
-        options: RecBole's options.
-        saved: whether the best weights are written.
-        out: where everything is written; None for RecBole's `checkpoint_dir`.
-        resume: whether to go on with what `out` holds.
-        say: takes a line about where the run begins and about each epoch, in the first process;
-            None: RecBole's own log is written and shown.
-        named: which options RecBole or we have to know; a file may hold those of other models.
-    """
-
-    model: str
+    model: str  # RecBole's name of it
     dataset: str
-    options: dict[str, Any] = field(default_factory=dict)
-    saved: bool = True
-    out: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)  # RecBole's
+    saved: bool = True  # whether the best weights are written
+    out: str | None = None  # where everything is written; None for RecBole's `checkpoint_dir`
     resume: bool = False
+    # takes a line about where the run begins and about each epoch, in the first process; None:
+    # RecBole's own log is written and shown
     say: Callable[[str], None] | None = None
+    # the options that RecBole or we have to know; a file may hold those of other models
     named: tuple[str, ...] = ()
 
     @property
@@ -123,7 +99,7 @@ def run(
         )
     options: dict[str, Any] = {}
     for file in config_file_list or ():
-        options |= read_options(file, "config_file_list")
+        options |= library.read_options(file, "config_file_list")
     options |= config_dict or {}
     folder = None if out is None else os.fspath(out)
     return train(Job(model, dataset, options, saved, folder, resume), nproc)
@@ -131,53 +107,34 @@ def run(
 
 def train(job: Job, nproc: int | None = None) -> dict[str, Any]:
     """Carry out a job, here or on several processes; see `run`."""
-    place = Place.from_environment()
-    _check(job, nproc, place)
-    if place is not None:
-        group.place = place
-        result = train_here(job)
-        group.leave()
-        return result
-    if nproc in (None, 1):
-        return train_here(job)
+    n_processes = 1 if nproc is None else check_whole("nproc", nproc)
+    place = group.place_of_torchrun()
+    if place is not None and nproc not in (None, place.size):
+        raise CompressionError(
+            f"Expected no `nproc` under torchrun, which has started {place.size} processes, but "
+            f"got {nproc}."
+        )
+    group.place = place
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    _config_of(job)  # a bad option is known before anything is started
-    os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # RecBole's Config has set it
-    if visible is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible
-    return launch(int(nproc or 1), train_here, job)
-
-
-def train_here(job: Job) -> dict[str, Any]:
-    """One process's part of a job, or all of it."""
-    config = _config_of(job)
-    if job.out is None:
-        return _train_and_test(config, job)
-    config["checkpoint_dir"] = job.out
-    if not group.is_first():
-        return _train_and_test(config, job)
-    folder = Path(job.out)
-    make_folder(folder)
-    with held(folder):
-        for name in (LAST, BEST, RESULT):
-            remove_leftovers(folder / name)
-        return _train_and_test(config, job)
+    config = _checked_config(job)
+    if place is None and n_processes > 1:
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # RecBole's Config has set it
+        if visible is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = visible
+        return launch(n_processes, train_here, job)
+    result = train_here(job, config)
+    group.leave()
+    return result
 
 
 def _our_names() -> list[str]:
     return [model.__name__ for model in MODELS]
 
 
-def _check(job: Job, nproc: int | None, place: Place | None) -> None:
-    """Raise a CompressionError for everything that is known to be wrong before the start."""
+def _checked_config(job: Job) -> Config:
+    """RecBole's config of a job; a CompressionError for whatever is known to be wrong before the
+    start."""
     ours = ", ".join(_our_names())
-    if nproc is not None:
-        check_whole("nproc", nproc)
-    if place is not None and nproc not in (None, place.size):
-        raise CompressionError(
-            f"Expected no `nproc` under torchrun, which has started {place.size} processes, but "
-            f"got {nproc}."
-        )
     try:
         get_model(job.model)
     except (ValueError, AttributeError, TypeError, ImportError):
@@ -187,56 +144,51 @@ def _check(job: Job, nproc: int | None, place: Place | None) -> None:
         ) from None
     if job.out == "":
         raise CompressionError("Expected `out` to be a folder, but got ''.")
-    if job.resume and (job.out is None or not job.saved):
-        raise CompressionError(
-            "Expected `resume` with the `out` folder of the run to go on with, but got "
-            f"out={job.out!r}, saved={job.saved}."
-        )
-    if job.resume and not job.is_ours:
-        raise CompressionError(
-            f"Expected `resume` with one of {ours}, whose trainer writes its whole state, but got "
-            f"{job.model}."
-        )
-    if job.out is not None and not job.resume:
-        there = [name for name in (LAST, RESULT, BEST) if (Path(job.out) / name).exists()]
-        if there:
+    for name in (LAST, RESULT, BEST):
+        if job.out is not None and not job.resume and (Path(job.out) / name).exists():
             raise CompressionError(
-                f"Expected `out` to be a folder without a run, but got {job.out} with {there[0]}; "
+                f"Expected `out` to be a folder without a run, but got {job.out} with {name}; "
                 f"{'resume that run, or ' if job.is_ours else ''}choose another folder."
             )
-
-
-def _config_of(job: Job) -> Config:
-    """RecBole's config of a job; in a process that is one of several, joins the others."""
-    config = recbole_config(job.model, job.dataset, job.options)
-    ours = ", ".join(_our_names())
-    if job.is_ours:
-        if config["eval_type"] == EvaluatorType.RANKING and config["eval_step"] > 0:
-            check_valid_metric(config)
-    else:
-        for name in (*_OWN, *CompressionConfig.option_names()):
-            if name != "training" and config[name] is not None:
-                raise CompressionError(
-                    f"Expected `{name}` with one of {ours}, but got it for {job.model}, which is "
-                    "not compressed."
-                )
-    known = (*known_options(config), *_OWN, *_UNNAMED)
-    for name in job.named:
-        # RecBole's own models may read what is named nowhere
-        if name not in known and (job.is_ours or is_near(name, known)):
-            reject_unknown([name], known)
-    if _checkpoint_steps(config) and (not job.is_ours or job.out is None or not job.saved):
-        raise CompressionError(
-            f"Expected `checkpoint_steps` with an `out` folder and one of {ours}, but got it for "
-            f"{job.model} with out={job.out}, saved={job.saved}."
-        )
+    config = library.recbole_config(job.model, job.dataset, job.options)
+    if job.is_ours and config["eval_type"] == EvaluatorType.RANKING and config["eval_step"] > 0:
+        check_valid_metric(config)
+    refused = [] if job.is_ours else [*_OWN, *CompressionConfig.option_names()]
+    for name in refused:
+        if name != "training" and config[name] is not None:
+            raise CompressionError(
+                f"Expected `{name}` with one of {ours}, but got it for {job.model}, which is not "
+                "compressed."
+            )
+    known = (*library.known_options(config), *_OWN, *_UNNAMED)
+    # RecBole's own models may read what is named nowhere
+    reject_unknown([name for name in job.named if job.is_ours or is_near(name, known)], known)
+    steps = config["checkpoint_steps"]
+    if steps is not None:
+        check_whole("checkpoint_steps", steps, 0)
+    for name, asked in (("resume", job.resume), ("checkpoint_steps", steps)):
+        if asked and not (job.is_ours and job.saved and job.out is not None):
+            raise CompressionError(
+                f"Expected `{name}` with an `out` folder and one of {ours}, but got it for "
+                f"{job.model} with out={job.out}, saved={job.saved}."
+            )
     return config
 
 
-def _checkpoint_steps(config: Config) -> int:
-    """The option of that name; 0 where it was not given."""
-    given = config["checkpoint_steps"] is not None
-    return check_whole("checkpoint_steps", config["checkpoint_steps"], 0) if given else 0
+def train_here(job: Job, config: Config | None = None) -> dict[str, Any]:
+    """One process's part of a job, or all of it."""
+    if config is None:
+        config = library.recbole_config(job.model, job.dataset, job.options)  # joins the others
+    with ExitStack() as stack:
+        if job.out is not None:
+            config["checkpoint_dir"] = job.out
+        if job.out is not None and group.is_first():
+            folder = Path(job.out)
+            make_folder(folder)
+            stack.enter_context(held(folder))
+            for name in (LAST, BEST, RESULT):
+                remove_leftovers(folder / name)
+        return _train_and_test(config, job)
 
 
 def _train_and_test(config: Config, job: Job) -> dict[str, Any]:
@@ -250,18 +202,19 @@ def _train_and_test(config: Config, job: Job) -> dict[str, Any]:
         logger.info(config)
     loaders = _loaders(config, job)
     init_seed(config["seed"], config["reproducibility"])
-    model = recbole_model(config, loaders[0]._dataset).to(config["device"])
+    model = library.recbole_model(config, loaders[0]._dataset).to(config["device"])
     if not group.is_first():  # the same weights everywhere; what is drawn while training differs
         init_seed(config["seed"] + group.rank(), config["reproducibility"])
     logger.info(model)
-    with fitting_options(config["model"]):
+    with library.fitting_options(config["model"]):
         trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
         if job.out is None:
             return _fit_and_test(trainer, config, loaders, job)
         folder = Path(job.out)
         trainer.saved_model_file = str(folder / BEST)
         if isinstance(trainer, CompressedTrainer) and job.saved:
-            trainer.journal = Journal(folder, terms_of(config, loaders), _checkpoint_steps(config))
+            steps = config["checkpoint_steps"] or 0
+            trainer.journal = Journal(folder, terms_of(config, loaders), steps)
             state = _state_to_resume(trainer.journal, job) if job.resume else None
             if state is not None and (folder / RESULT).is_file():
                 _say(job, f"The run in {folder} is finished; this is its result.")
@@ -273,35 +226,31 @@ def _train_and_test(config: Config, job: Job) -> dict[str, Any]:
     if group.is_first():
         score = result["best_valid_score"]  # infinite where nothing was validated: no JSON
         found = {**result, "best_valid_score": score if math.isfinite(score) else None}
-        text = json.dumps(found, indent=1)
-        write_whole(folder / RESULT, lambda path: path.write_text(text + "\n", encoding="utf-8"))
+        text = json.dumps(found, indent=1) + "\n"
+        write_whole(folder / RESULT, lambda path: path.write_text(text, encoding="utf-8"))
     return result
 
 
 def _loaders(config: Config, job: Job) -> tuple[Any, Any, Any]:
-    """RecBole's loaders, which every process makes for itself.
-
-    Raises:
-        CompressionError: the processes do not read the same, or would have to download it.
-    """
+    """RecBole's loaders, which every process makes for itself. A CompressionError where they do not
+    read the same, or would have to download it."""
     if group.size() > 1 and not os.path.isdir(config["data_path"]):
         raise CompressionError(
             f"Expected `dataset` to be in {config['data_path']} before several processes read it, "
             "but there is no such folder; let one process download it first (`nproc` 1)."
         )
-    dataset = recbole_dataset(config)
+    dataset = library.recbole_dataset(config)
     logging.getLogger().info(dataset)
-    loaders = recbole_loaders(config, dataset)
+    loaders = library.recbole_loaders(config, dataset)
     if job.is_ours:
         check_topk(config, dataset)
-    if group.size() > 1:
-        first, *others = group.gather(digest(loaders))
-        for number, rows in enumerate(others, start=1):
-            if rows != first:
-                raise CompressionError(
-                    "Expected `dataset` to hold the same interactions for every process, but "
-                    f"those of process {number} are not those of process 0."
-                )
+    rows = group.gather(digest(loaders)) if group.size() > 1 else []
+    for number, found in enumerate(rows):
+        if found != rows[0]:
+            raise CompressionError(
+                "Expected `dataset` to hold the same interactions for every process, but those of "
+                f"process {number} are not those of process 0."
+            )
     return loaders
 
 
@@ -336,21 +285,19 @@ def _say(job: Job, line: str) -> None:
 def _state_to_resume(journal: Journal, job: Job) -> dict[str, Any] | None:
     """What to go on with; None to start afresh."""
     state = journal.read()
-    best = journal.path.with_name(BEST)
+    last, best, result = (journal.path.with_name(name) for name in (LAST, BEST, RESULT))
+    needed = [(last, other) for other in (best, result) if other.is_file()]
+    if state is not None and state["best_valid_result"] is not None:
+        needed.append((best, last))
+    for path, other in needed:
+        if not path.is_file():
+            raise CompressionError(
+                f"Expected {path.name} beside {other}, but it is missing; start afresh in another "
+                "folder."
+            )
     if state is None:
-        for path in (best, journal.path.with_name(RESULT)):
-            if path.is_file():
-                raise CompressionError(
-                    f"Expected {LAST} beside {path}, but it is missing; start afresh in another "
-                    "folder."
-                )
         _say(job, f"There is nothing to resume in {job.out} yet: starting afresh.")
-        return None
-    if state["best_valid_result"] is not None and not best.is_file():
-        raise CompressionError(
-            f"Expected {best} beside {LAST}, but it is missing; start afresh in another folder."
-        )
-    if not state["ended"]:
+    elif not state["ended"]:
         done = f", after {state['step']} of its steps" if state["step"] else ""
         _say(job, f"Resuming in epoch {state['epoch'] + 1}{done}.")
     return state
@@ -359,10 +306,8 @@ def _state_to_resume(journal: Journal, job: Job) -> dict[str, Any] | None:
 def _read_result(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        for name in ("best_valid_result", "test_result"):
-            if found[name] is not None:
-                found[name] = {metric: float(value) for metric, value in found[name].items()}
-        return found
+        parts = ("best_valid_result", "test_result")
+        return {**found, **{part: plain(found[part]) for part in parts}}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CompressionError(
             f"Expected {path} to hold the result of a run, but it is damaged: {error}. Remove it "

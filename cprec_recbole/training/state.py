@@ -9,9 +9,8 @@ import hashlib
 import json
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,39 +31,29 @@ _DEVICES = ["gpu_id", "use_gpu", "local_rank", "world_size", "single_spec"]
 _PLACES = ["config_files", "data_path", "checkpoint_dir", "dataset_save_path"]
 _SAVED = ["checkpoint_steps", "save_dataset", "save_dataloaders", "dataloaders_save_path"]
 _WITHOUT_EFFECT = {*_SHOWN, *_DEVICES, *_PLACES, *_SAVED}
-_OF_ALL = ("epoch", "step", "generator", "scaler", "ended")  # the same for every process
+_OF_EACH = ("loss", "random")  # of a Progress, what is another for each process
 
 
-@dataclass(frozen=True)
-class Progress:
-    """How far a training is.
+class Progress(NamedTuple):
+    """How far a training is."""
 
-    Attributes:
-        epoch: from 0.
-        step: steps of that epoch that are done.
-        loss: the sum of their losses; this process's part.
-        generator: the state of the training loader's generator when the epoch began, from which
-            its order of the rows follows.
-        scaler: the state of the gradient scaler.
-        ended: the training is over, early or not.
-        random: the random states to put back; empty when nothing is to be put back.
-    """
-
-    epoch: int
-    step: int
-    loss: float
-    generator: Tensor
-    scaler: dict[str, Any]
-    ended: bool = False
-    random: dict[str, Any] = field(default_factory=dict)
+    epoch: int  # from 0
+    step: int  # steps of that epoch that are done
+    loss: float  # the sum of their losses; this process's part
+    generator: Tensor  # the training loader's as the epoch began: the order of the rows follows
+    scaler: dict[str, Any]  # the state of the gradient scaler
+    ended: bool = False  # the training is over, early or not
+    random: Any = None  # the random states to put back, if any
 
 
 def state_of(trainer: Any, progress: Progress) -> dict[str, Any]:
     """The whole state of a trainer; every process has to call it, and the first has all of it."""
-    mine = {"loss": progress.loss, "random": random_state(trainer.device)}
+    shared = progress._asdict()
+    mine = {name: shared.pop(name) for name in _OF_EACH}
+    mine["random"] = _random_state(trainer.device)
     valid = getattr(trainer.valid_data, "generator", None)
     return {
-        **{name: getattr(progress, name) for name in _OF_ALL},
+        **shared,
         "valid_generator": None if valid is None else valid.get_state(),
         "cur_step": trainer.cur_step,
         "best_valid_score": float(trainer.best_valid_score),
@@ -79,11 +68,8 @@ def state_of(trainer: Any, progress: Progress) -> dict[str, Any]:
 
 
 def restore(trainer: Any, state: dict[str, Any]) -> Progress:
-    """Put a state back; returns how far the training was.
-
-    The generator of the training data and the random states are put back when the epoch begins.
-    """
-    mine = state["processes"][group.rank()]
+    """Put a state back, but the generator of the training data and the random states, for which it
+    is time when the epoch begins; returns how far the training was."""
     trainer.model.load_state_dict(state["model"])
     trainer.model.load_other_parameter(state["other_parameter"])
     trainer.optimizer.load_state_dict(state["optimizer"])
@@ -95,10 +81,11 @@ def restore(trainer: Any, state: dict[str, Any]) -> Progress:
         trainer.measured[name][:] = values
     if state["valid_generator"] is not None and trainer.valid_data is not None:
         trainer.valid_data.generator.set_state(state["valid_generator"])
-    return Progress(**{name: state[name] for name in _OF_ALL}, **mine)
+    found = {**state, **state["processes"][group.rank()]}
+    return Progress(**{name: found[name] for name in Progress._fields})
 
 
-def random_state(device: torch.device) -> dict[str, Any]:
+def _random_state(device: torch.device) -> dict[str, Any]:
     """The states of all generators that a training draws from."""
     version, words, gauss = random.getstate()
     numpy_state: Any = np.random.get_state()
@@ -112,7 +99,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Put the states back that `random_state` gave."""
+    """Put the random states of a `Progress` back."""
     version, words, gauss = state["python"]
     name, keys, *others = state["numpy"]
     random.setstate((version, tuple(words.tolist()), gauss))
@@ -132,20 +119,10 @@ class Journal:
     """
 
     def __init__(self, folder: Path, terms: Mapping[str, str], every: int = 0) -> None:
-        self.path = folder / LAST
-        self.terms = dict(terms)
-        self.every = every
-
-    def is_due(self, step: int) -> bool:
-        """Whether to write after the `step`-th step of an epoch, from 1."""
-        return self.every > 0 and step % self.every == 0
+        self.path, self.terms, self.every = folder / LAST, dict(terms), every
 
     def write(self, state: Mapping[str, Any]) -> None:
-        """Replace what was written before, in one step.
-
-        Raises:
-            CompressionError: a file that cannot be written.
-        """
+        """Replace what was written before, in one step; a CompressionError where that cannot be."""
         if not group.is_first():
             return
         whole = {"format": _FORMAT, "terms": self.terms, **state}
@@ -158,11 +135,8 @@ class Journal:
             ) from error
 
     def read(self) -> dict[str, Any] | None:
-        """The state that was written last; None where none was.
-
-        Raises:
-            CompressionError: a file that is cut short or damaged, or of a run with other terms.
-        """
+        """The state that was written last; None where none was. A CompressionError for a file that
+        is cut short or damaged, or of a run with other terms."""
         if not self.path.is_file():
             return None
         try:
@@ -179,34 +153,24 @@ class Journal:
                 f"Expected {self.path} to be of format {_FORMAT}, but got {written}: "
                 "another version of cprec_recbole wrote it."
             )
-        _check_terms(terms, self.terms)
+        for name in sorted({*terms, *self.terms}):
+            then, now = terms.get(name, "none"), self.terms.get(name, "none")
+            if then != now and name == "rows":
+                raise CompressionError(
+                    "Expected `dataset` to hold the interactions with which the run began, but "
+                    "they have changed; start afresh in another folder."
+                )
+            if then != now:
+                raise CompressionError(
+                    f"Expected `{name}` to be {then}, with which the run began, but got {now}; "
+                    "resume with the same options, or start afresh in another folder."
+                )
         return state
 
 
-def _check_terms(then: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """Raise a CompressionError that names the first option that is not what it was."""
-    for name in sorted({*then, *now}):
-        before, after = then.get(name, "none"), now.get(name, "none")
-        if before == after:
-            continue
-        if name == "rows":
-            raise CompressionError(
-                "Expected `dataset` to hold the interactions with which the run began, but they "
-                "have changed; start afresh in another folder."
-            )
-        raise CompressionError(
-            f"Expected `{name}` to be {before}, with which the run began, but got {after}; resume "
-            "with the same options, or start afresh in another folder."
-        )
-
-
 def terms_of(config: Any, loaders: tuple[Any, ...]) -> dict[str, str]:
-    """What decides how a training ends: options, the number of processes, the data.
-
-    Args:
-        config: a RecBole config.
-        loaders: RecBole's loaders of the training, validation and test rows.
-    """
+    """What decides how a training ends: RecBole's options, the number of processes, the rows of the
+    loaders for training, validation and test."""
     terms = {
         name: json.dumps(value, sort_keys=True, default=str)
         for name, value in config.final_config_dict.items()

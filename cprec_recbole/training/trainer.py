@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +22,7 @@ from cprec_recbole.host.checkpoint import read_checkpoint
 from cprec_recbole.host.numbering import check_numbering
 from cprec_recbole.models.recommender import HIDDEN_AT, CompressedRecommender
 from cprec_recbole.parallel import group
-from cprec_recbole.parallel.batches import STAND_IN
-from cprec_recbole.training.evaluation import HiddenStates, TopKCollector
+from cprec_recbole.training.evaluation import TopKCollector
 from cprec_recbole.training.optimizers import build_optimizer, clip_gradients, sparse_parameters
 from cprec_recbole.training.state import Journal, Progress, restore, set_random_state, state_of
 
@@ -38,18 +35,9 @@ class CompressedTrainer(Trainer):
     batch that one process would read, and all take the step that one would.
 
     Attributes:
-        journal: where the state is written after every epoch, for a run that can be resumed; or
-            None.
+        journal: where the state is written as every epoch begins, for a run that can be resumed.
         measured: figures of each epoch so far, by name, that a subclass keeps; part of the state.
     """
-
-    model: Any
-    device: Any
-    config: Any
-    optimizer: Any
-    saved_model_file: str
-    best_valid_score: float
-    best_valid_result: Any
 
     def __init__(self, config: Any, model: nn.Module) -> None:
         super().__init__(config, model)
@@ -60,25 +48,15 @@ class CompressedTrainer(Trainer):
         self._resumed: Progress | None = None
         self._is_resumed = False
         self._is_alone = bool(config["single_spec"])
-        self._loss: Callable[[Interaction], Tensor] = model.calculate_loss  # type: ignore[assignment]
-        if not self._is_alone:
-            self._loss = _distributed(model)
+        self._loss: Any = model.calculate_loss if self._is_alone else _distributed(model)
 
-    def _build_optimizer(self, **options: Any) -> Optimizer:
+    def _build_optimizer(self) -> Optimizer:
         """The optimizer of RecBole's options, in its quickest form."""
-        if options:
-            return super()._build_optimizer(**options)
         decay = self.weight_decay or 0.0
         return build_optimizer(self.model, self.learner, self.learning_rate, decay)
 
     def fit(
-        self,
-        train_data: Any,
-        valid_data: Any = None,
-        verbose: bool = True,
-        saved: bool = True,
-        show_progress: bool = False,
-        callback_fn: Callable[[int, float], Any] | None = None,
+        self, train_data: Any, valid_data: Any = None, *args: Any, **kwargs: Any
     ) -> tuple[float, Any]:
         """Train, as RecBole's; after `resume`, what is left to do."""
         self.valid_data = valid_data
@@ -88,64 +66,46 @@ class CompressedTrainer(Trainer):
             self.eval_collector.data_collect(train_data)  # as RecBole's begins
             set_random_state(self._resumed.random, self.device)  # of which a test may draw
             return self.best_valid_score, self.best_valid_result
-        result = super().fit(train_data, valid_data, verbose, saved, show_progress, callback_fn)
-        if self.journal is not None:
-            end = Progress(self.epochs, 0, 0.0, train_data.generator.get_state(), {}, ended=True)
-            self.journal.write(state_of(self, end))
+        result = super().fit(train_data, valid_data, *args, **kwargs)
+        self._write(Progress(self.epochs, 0, 0.0, train_data.generator.get_state(), {}, ended=True))
         return result
 
     def resume(self, state: dict[str, Any], valid_data: Any) -> bool:
-        """Go back to where a journal was written; returns whether there is anything left to do.
-
-        Args:
-            state: what `Journal.read` gives.
-            valid_data: the validation data that `fit` will be given.
-        """
+        """Go back to a state that `Journal.read` gave, for a `fit` with these validation data;
+        returns whether there is anything left to do."""
         self.valid_data = valid_data
         self._resumed, self._is_resumed = restore(self, state), True
         self.start_epoch = self._resumed.epoch
         return not self._resumed.ended
 
-    def _train_epoch(
-        self,
-        train_data: Any,
-        epoch_idx: int,
-        loss_func: Callable[[Interaction], Tensor] | None = None,
-        show_progress: bool = False,
-    ) -> float:
+    def _train_epoch(self, train_data: Any, epoch_idx: int, show_progress: bool = False) -> float:
         """Train for an epoch, or what is left of it; returns the sum of the steps' losses.
 
-        The loss is looked at once an epoch, so that a GPU is not waited for at every step.
-
-        Raises:
-            ValueError: the loss is not a number, as RecBole says it.
+        It is looked at once an epoch, so that a GPU is not waited for at every step; RecBole's
+        ValueError where it is not a number.
         """
         self.model.train()
         scaler = GradScaler(self.device.type, enabled=self.enable_scaler)
         begin = self._begin(train_data, epoch_idx, scaler)
+        every = self.journal.every if self.journal is not None else 0
         total = torch.tensor(begin.loss, dtype=torch.float64, device=self.device)
         batches = iter(train_data)
         for _ in range(begin.step):
             next(batches)  # trained on before the interruption
         if begin.random:
             set_random_state(begin.random, self.device)
-        bar = tqdm(
-            batches,
-            set_color(f"Train {epoch_idx:>5}", "pink"),
-            len(train_data),
-            ncols=100,
-            disable=not show_progress,
-            initial=begin.step,
-        )
+        look = {"ncols": 100, "disable": not show_progress, "initial": begin.step}
+        title = set_color(f"Train {epoch_idx:>5}", "pink")
+        bar = tqdm(batches, title, len(train_data), **look)
         for step, batch in enumerate(bar, begin.step + 1):
-            total += self._step(batch, loss_func or self._loss, scaler)
+            total += self._step(batch, scaler)
             if self.gpu_available and show_progress:
                 usage = get_gpu_usage(self.device)
                 bar.set_postfix_str(set_color("GPU RAM: " + usage, "yellow"))
-            if self.journal is not None and self.journal.is_due(step) and step < len(train_data):
+            if every and step % every == 0 and step < len(train_data):
                 self._check_nan(total)
-                now = replace(begin, step=step, loss=float(total), scaler=scaler.state_dict())
-                self.journal.write(state_of(self, now))
+                scale = scaler.state_dict()
+                self._write(begin._replace(step=step, loss=float(total), scaler=scale))
         group.total(total)
         self._check_nan(total)
         return float(total)
@@ -158,18 +118,19 @@ class CompressedTrainer(Trainer):
             scaler.load_state_dict(begin.scaler)
             return begin
         begin = Progress(epoch, 0, 0.0, train_data.generator.get_state(), scaler.state_dict())
-        if self.journal is not None:
-            self.journal.write(state_of(self, begin))
+        self._write(begin)
         return begin
 
-    def _step(
-        self, batch: Interaction, loss_func: Callable[[Interaction], Tensor], scaler: GradScaler
-    ) -> Tensor:
+    def _write(self, progress: Progress) -> None:
+        if self.journal is not None:
+            self.journal.write(state_of(self, progress))
+
+    def _step(self, batch: Interaction, scaler: GradScaler) -> Tensor:
         """One step of the optimizer; returns this process's part of the loss, `[]`."""
         self.optimizer.zero_grad()
         weight = self._weight(batch)
         with torch.autocast(device_type=self.device.type, enabled=self.enable_amp):
-            loss = loss_func(batch.to(self.device)) * weight
+            loss = self._loss(batch.to(self.device)) * weight
         # DistributedDataParallel takes the mean over processes where we need the sum
         scaler.scale(loss * group.size()).backward()
         if not self._is_alone:
@@ -186,12 +147,12 @@ class CompressedTrainer(Trainer):
         """This process's part of the targets of a batch: its mean loss counts for so much."""
         if self._is_alone:
             return 1.0
-        mine = 0 if getattr(batch, STAND_IN, False) else n_targets(batch)
+        mine = 0 if getattr(batch, group.STAND_IN, False) else n_targets(batch)
         return mine / max(1, int(group.total(torch.tensor(mine, dtype=torch.int64))))
 
     def _save_checkpoint(self, epoch: int, verbose: bool = True, **kwargs: Any) -> None:
         """Write RecBole's checkpoint, so that a crash leaves the one before or the new one."""
-        path = Path(kwargs.get("saved_model_file", self.saved_model_file))
+        path = Path(kwargs.get("saved_model_file") or self.saved_model_file)
 
         def write(file: Path) -> None:
             super(CompressedTrainer, self)._save_checkpoint(epoch, False, saved_model_file=file)
@@ -211,11 +172,8 @@ class CompressedTrainer(Trainer):
         model_file: str | None = None,
         show_progress: bool = False,
     ) -> Any:
-        """RecBole's metrics, of the rows of all processes.
-
-        Raises:
-            CompressionError: data that numbers its items otherwise than the model does.
-        """
+        """RecBole's metrics, of the rows of all processes; a CompressionError for data that numbers
+        its items otherwise than the model does."""
         if eval_data is not self.valid_data:  # which `fit` has compared
             check_numbering(self.model, eval_data, "eval_data")
         if load_best_model and self._is_resumed and eval_data:
@@ -229,8 +187,7 @@ class CompressedTrainer(Trainer):
         interaction, history, positive_u, positive_i = batched_data
         if not isinstance(self.model, CompressedRecommender) or history is not None:
             return super()._full_sort_batch_eval(batched_data)
-        states = HiddenStates.of(self.model, interaction.to(self.device))
-        return interaction, states, positive_u, positive_i
+        return interaction, self.model, positive_u, positive_i  # see TopKCollector
 
 
 class _Loss(nn.Module):
