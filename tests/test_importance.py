@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from cprec_recbole import CompressionConfig, compress
-from cprec_recbole.compression.importance import hidden_moment, importance_of
-from cprec_recbole.compression.original import Original
+from cprec_recbole.compression.original import Original, hidden_moment, importance_of
 
 ITEMS = torch.tensor([[1, 2, 3], [4, 9, 8], [5, 6, 1]])
 
