@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -63,7 +64,8 @@ class TableCost(NamedTuple):
         return int(blocks + (len(plan.ranks) - 1) * self.each_cluster)
 
 
-class PartSizes(NamedTuple):
+@dataclass(frozen=True)
+class PartSizes:
     """Parameters of each part, or their cost in another unit, each once: a tied softmax has nothing
     of its own but clusters."""
 
@@ -78,7 +80,7 @@ class PartSizes(NamedTuple):
 
     def as_dict(self) -> dict[str, int]:
         """The parts and their total, for JSON."""
-        return {**self._asdict(), "total": self.total}
+        return {**asdict(self), "total": self.total}
 
 
 def part_sizes(model: nn.Module) -> PartSizes:

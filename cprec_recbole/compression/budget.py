@@ -6,7 +6,8 @@ import math
 import sys
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from operator import itemgetter
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -38,6 +39,13 @@ _FRESH_POWER = 1 / 4
 _FRESH_SHARING = 0.05
 _N_RATIOS = 24  # between which max_loss is searched: five evaluations find one of them
 _LEAST_RATIO = 1.25
+# how a choice is explained: what blocks and ranks are chosen by, and what is said of sharing
+_ON_FRESH = "untrained: by the fourth root of the counts, an expected loss of", "taken to cost"
+_ON_TRAINED = (
+    "by the spectra of the trained table, items weighted by the cube root of their counts and "
+    "directions by how they are scored, it loses",
+    "error of the hidden states",
+)
 
 
 def check_number(name: str, value: object, words: str, lowest: float, highest: float) -> float:
@@ -58,16 +66,6 @@ def checked_bytes(size: object) -> int:
     if (found := size_in_bytes(size)) is None:
         raise CompressionError(f"Expected `size` to be {words}, but got {size!r}.")
     return found
-
-
-class _Candidate(NamedTuple):
-    """The best table for one way of sharing layers."""
-
-    options: CompressionConfig
-    cost: int  # of the whole model
-    sharing: str  # the scheme, in words
-    table: float  # share of the table that is lost
-    hidden: float  # relative error of the hidden states
 
 
 class OptionSearch:
@@ -165,7 +163,8 @@ class OptionSearch:
                 f"{limit:,}: {self.smallest - self.least_table:,} are in the layers, shared as far "
                 f"as they can be, {self.least_table:,} in a table of rank 1."
             )
-        candidates: list[_Candidate] = []
+        by, error = _ON_TRAINED if self.is_trained else _ON_FRESH
+        found: list[tuple[float, ChosenOptions, str]] = []
         impossible: list[str] = []
         seen: list[list[list[int]]] = []
         for scheme, layer_cost in self.layer_costs.items():
@@ -180,15 +179,22 @@ class OptionSearch:
                 impossible.append(f"not possible: {in_words} {why}")
                 continue
             options = replace(self.base, sharing=scheme, ranks=plan.ranks, cutoffs=plan.cutoffs)
+            cost, table = self.cost.of(plan) + layer_cost, self._spectra.loss(plan)
             freedom = (len(sets) - 1) / (len(layers) - 1) if len(layers) > 1 else 1.0
             hidden = _FRESH_SHARING * (1 - freedom)
             if self.is_trained:
                 hidden = self._hidden_error(options)
-            cost, table = self.cost.of(plan) + layer_cost, self._spectra.loss(plan)
-            candidates.append(_Candidate(options, cost, in_words, table, hidden))
-        best = min(candidates, key=lambda candidate: candidate.table + candidate.hidden)
-        reasons = (*self._reasons(best, candidates), *impossible)
-        return ChosenOptions(best.options, best.cost, limit, reasons, self.unit.name)
+            blocks = ", ".join(f"rank {r} for {size:,}" for r, size in zip(plan.ranks, plan.sizes))
+            reasons = (
+                f"items from head to tail: {blocks}; {by} {table:.1%}",
+                f"sharing {in_words}: {error} {hidden:.1%}",
+            )
+            choice = ChosenOptions(options, cost, limit, reasons, self.unit.name)
+            against = f"not {in_words}: table {table:.1%} and {error} {hidden:.1%}"
+            found.append((table + hidden, choice, against))
+        least = min(found, key=itemgetter(0))
+        others = [each[2] for each in found if each is not least]
+        return replace(least[1], reasons=(*least[1].reasons, *others, *impossible))
 
     @cached_property
     def _spectra(self) -> Spectra:
@@ -201,25 +207,3 @@ class OptionSearch:
     def _hidden_error(self, options: CompressionConfig) -> float:
         small = self.original.compressed(options, self.counts, self.moment)
         return warm_start(small, self.original, self.histories, quickly=True).refitted
-
-    def _reasons(self, best: _Candidate, candidates: list[_Candidate]) -> list[str]:
-        ranks, cutoffs = best.options.ranks or (), best.options.cutoffs or ()
-        blocks = zip(ranks, (0, *cutoffs), cutoffs)
-        table = ", ".join(f"rank {rank} for {end - start:,.0f}" for rank, start, end in blocks)
-        basis = "untrained: by the fourth root of the counts, an expected loss of"
-        error = "taken to cost"
-        if self.is_trained:
-            error = "error of the hidden states"
-            basis = (
-                "by the spectra of the trained table, items weighted by the cube root of their "
-                "counts and directions by how they are scored, it loses"
-            )
-        return [
-            f"items from head to tail: {table}; {basis} {best.table:.1%}",
-            f"sharing {best.sharing}: {error} {best.hidden:.1%}",
-            *(
-                f"not {other.sharing}: table {other.table:.1%} and {error} {other.hidden:.1%}"
-                for other in candidates
-                if other is not best
-            ),
-        ]

@@ -204,16 +204,12 @@ def check_finite(name: str, model: nn.Module) -> None:
 
 def _check_uncompressed(model: CompressedRecommender) -> None:
     """Refuse a Cp model that has lost something."""
-    if model.table.is_int8:
-        raise CompressionError(
-            "Expected `model` to have float rows, but its rows are in int8; compress the model "
-            "that it was made from."
-        )
     options = model.compression
     layers, sets = model.spec.sharing(model.inner, options.sharing)
     is_whole = set(model.table.ranks) == {model.table.dim} and len(sets) == len(layers)
-    if not is_whole or options.softmax != "full" or not options.tied:
+    if not is_whole or options.softmax != "full" or not options.tied or model.table.is_int8:
+        how = "in int8" if model.table.is_int8 else "compressed"
         raise CompressionError(
-            f"Expected `model` to be uncompressed, but got {type(model).__name__}, which is "
-            "compressed; compress the original model with the new options."
+            f"Expected `model` to be uncompressed, but got {type(model).__name__}, which is {how}; "
+            "compress the original model with the new options."
         )

@@ -34,8 +34,7 @@ LEARNING_RATE = 1e-2
 _LAST_RATE = 0.1  # of the learning rate, at the last step
 _WARM_UP = 0.05  # of all steps: Adam knows no sizes yet, and its first steps go anywhere
 _ETA = 8  # of the averaging: about the last ninth of the steps counts
-# Adam's first step is ten times the highest, which float32 must hold
-_LOWEST_RATE, _HIGHEST_RATE = sys.float_info.min, 1e30
+_HIGHEST_RATE = 1e30  # Adam's first step is ten times that, which float32 must hold
 
 
 def recover(
@@ -88,10 +87,9 @@ def recover(
         raise CompressionError(
             f"Expected `small` to be a compressed model, but got {type(small).__name__}."
         )
-    dtype = small.table.dtype
-    if dtype == torch.float16:
+    if small.table.dtype == torch.float16:
         raise CompressionError(
-            f"Expected `small` to be in float32, float64 or bfloat16, but got {dtype}, in which "
+            "Expected `small` to be in float32, float64 or bfloat16, but got float16, in which "
             "Adam's steps are lost; use small.float()."
         )
     original = None if teacher is None else Original.of(teacher)
@@ -100,8 +98,8 @@ def recover(
     check_whole("epochs", epochs)
     check_whole("batch_size", batch_size)
     check_whole("seed", seed, 0)
-    rates = f"above 0 and at most {_HIGHEST_RATE:g}"
-    check_number("learning_rate", learning_rate, rates, _LOWEST_RATE, _HIGHEST_RATE)
+    words = f"above 0 and at most {_HIGHEST_RATE:g}"
+    check_number("learning_rate", learning_rate, words, sys.float_info.min, _HIGHEST_RATE)
     check_number("distillation", distillation, "a share from 0 to 1", 0, 1)
     if valid_data is not None:
         check_validation_data(valid_data)
@@ -109,28 +107,28 @@ def recover(
         for model in (small, teacher):
             check_numbering(model, given, name)
     histories = histories_of(data, small.n_items, small.max_seq_length)
-    model = in_float(small) if small.table.is_int8 else small  # what is trained
+    learner = in_float(small) if small.table.is_int8 else small
     as_teacher = None
     if original is not None and distillation > 0:
-        as_teacher = Teacher(model, original, float(distillation))
+        as_teacher = Teacher(learner, original, float(distillation))
     device = small.table.partition.item_at.device
     was_training = small.training
     result = Recovery()
 
     def measured() -> dict[str, float]:
-        as_kept = model if model is small else to_int8(copied(model), small)
+        as_kept = learner if learner is small else to_int8(copied(learner), small)
         return evaluate(as_kept, valid_data)
 
     with (
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         in_eval_mode(teacher),
-        with_dense_gradients(model),
+        with_dense_gradients(learner),
         # what the original says of every item keeps the model from learning its few labels by
         # heart, and dropout would hide from a small model what it is to repeat
-        nullcontext() if as_teacher is None else without_dropout(model),
+        nullcontext() if as_teacher is None else without_dropout(learner),
     ):
         torch.manual_seed(seed)
-        best = copy.deepcopy(model.state_dict())
+        best = copy.deepcopy(learner.state_dict())
         if valid_data is not None:
             result.metric = valid_metric(valid_data)
             if original is not None:
@@ -140,21 +138,21 @@ def recover(
                 tqdm.write(f"recover: {result.scores_before()}")
         options = (epochs, batch_size, learning_rate, seed, progress)
         try:
-            with closing(_train(model, as_teacher, histories, *options)) as mean_losses:
+            with closing(_train(learner, as_teacher, histories, *options)) as mean_losses:
                 for epoch, mean_loss in enumerate(mean_losses, start=1):
                     result.losses.append(mean_loss)
                     if valid_data is not None:
                         result.epochs.append(measured())
                     if result.last_is_best():
-                        result.kept, best = epoch, copy.deepcopy(model.state_dict())
+                        result.kept, best = epoch, copy.deepcopy(learner.state_dict())
                     if progress:
                         tqdm.write(f"recover: {result.last_epoch()}")
         finally:
-            model.load_state_dict(best)
-            model.zero_grad(set_to_none=True)
-            model.train(was_training)
-            if model is not small:
-                kept = to_int8(model, small)
+            learner.load_state_dict(best)
+            learner.zero_grad(set_to_none=True)
+            learner.train(was_training)
+            if learner is not small:
+                kept = to_int8(learner, small)
                 small.load_state_dict(kept.state_dict())
                 small.int8_scales = kept.int8_scales
     return result
@@ -268,7 +266,7 @@ def _diverged(what_came: str, learning_rate: float, epoch: int) -> CompressionEr
 
 
 def _rate_at(progress: float) -> float:
-    """Share of the learning rate after a share of all steps: up evenly, then down evenly."""
+    """Share of the learning rate after a share of all steps: evenly up, then evenly down."""
     return min(progress / _WARM_UP, 1 - (1 - _LAST_RATE) * progress)
 
 

@@ -144,7 +144,9 @@ class Spectra:
             before = np.minimum.accumulate(value[blocks, :, ::-1], axis=1)[:, ::-1] + another
             value[blocks + 1] = (before[:, None] + block).min(axis=0)
         left, rank = map(int, np.unravel_index(value[:, -1].argmin(), value[:, -1].shape))
-        end, ranks, cutoffs = len(self.ends) - 1, [], []
+        end = len(self.ends) - 1
+        ranks: list[int] = []
+        cutoffs: list[int] = []
         while left:
             ranks.insert(0, rank)
             cutoffs.insert(0, self.ends[end])

@@ -143,7 +143,7 @@ class _Fit:
         real = self.look != PADDING
         if self.small.reads_last_column:
             real = torch.ones_like(real)
-        outputs: dict[str, list[Tensor | None]] = defaultdict(list)
+        outputs: dict[str, list[Any]] = defaultdict(list)
 
         def keep(name: str, module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             outputs[name].append(_rows(output, real) if inputs else None)
