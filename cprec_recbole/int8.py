@@ -1,10 +1,9 @@
 """Rows and matrices in int8, each row with a scale of its own.
 
 A row w is kept as whole numbers q from -127 to 127 and a scale s: `w = s q`, off by at most s / 2.
-Scales are numbers of bfloat16's precision: eight bits times seven are exact in float32, so that
-computations in float32 and float64 read the very same row. A table's rows are in int8 in memory
-too. Every other matrix is small, so it is in int8 in the folder alone, and in memory it holds the
-very products in float.
+Scales are numbers of bfloat16: eight bits times seven are exact in float32, so that float32 and
+float64 read the very same row. A table is so in memory too; every other matrix, which is small, in
+the folder alone: in memory it holds the very products in float.
 """
 
 from __future__ import annotations

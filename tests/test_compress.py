@@ -6,7 +6,6 @@ import pytest
 import torch
 from recbole.data import create_dataset
 
-import cprec_recbole
 from cprec_recbole import CompressionConfig, CompressionError, compress
 from cprec_recbole.costs import part_sizes
 from cprec_recbole.data.sequences import item_counts
@@ -203,7 +202,3 @@ def test_a_model_that_diverged_is_refused(fresh):
         model.item_embedding.weight[3, 1] = float("nan")
     with pytest.raises(CompressionError, match="finite weights"):
         compress(model, ranks=[16, 4])
-
-
-def test_the_public_names_are_there():
-    assert all(hasattr(cprec_recbole, name) for name in cprec_recbole.__all__)

@@ -51,20 +51,18 @@ def test_a_recovery_lowers_the_loss_and_reports_every_epoch(trained, data, softm
     assert scores[found.kept] == max(scores)
     assert evaluate(small, valid)["ndcg@10"] == pytest.approx(max(scores))
     # a line an epoch where there is no terminal
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"recover: ndcg@10 original {found.original['ndcg@10']:.4f}, " + (
-        f"compressed {scores[0]:.4f}"
-    )
-    assert lines[1:] == [
-        f"recover: epoch {i}, loss {found.losses[i - 1]:.4f}, ndcg@10 {scores[i]:.4f}"
-        for i in (1, 2, 3)
+    first, *lines = capsys.readouterr().out.splitlines()
+    whole = found.original["ndcg@10"]
+    assert first == f"recover: ndcg@10 original {whole:.4f}, compressed {scores[0]:.4f}"
+    assert lines == [
+        f"recover: epoch {i}, loss {loss:.4f}, ndcg@10 {score:.4f}"
+        for i, (loss, score) in enumerate(zip(found.losses, scores[1:]), start=1)
     ]
-    table = str(found).splitlines()
-    assert [line.split()[0] for line in table] == ["ndcg@10", "original", "compressed"] + (
-        3 * ["epoch"]
-    )
-    assert [line.endswith("(kept)") for line in table[2:]] == [i == found.kept for i in range(4)]
-    assert table[1].endswith("100.0%")
+    title, *table = str(found).splitlines()
+    assert title == "ndcg@10 on the validation data"
+    assert [line[:12].strip() for line in table[:3]] == ["original", "compressed", "epoch 1"]
+    assert [line.endswith("(kept)") for line in table[1:]] == [i == found.kept for i in range(4)]
+    assert table[0].endswith("100.0%")
 
 
 def test_the_divergence_is_that_of_two_softmaxes_within_blocks(trained):

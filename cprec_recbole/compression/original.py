@@ -127,12 +127,9 @@ class Original:
     def compressed(
         self, compression: CompressionConfig, counts: np.ndarray, moment: Tensor | None = None
     ) -> CompressedRecommender:
-        """A compressed model with the original's weights, before anything is fitted.
-
-        Factors come from the SVD of each block, rows weighted by counts `[n_items]` and directions
-        by the moment `[d, d]` of the hidden states. Shared layers are the first of each set,
-        clusters the mean of their items; everything else is copied.
-        """
+        """A compressed model with the original's weights, before anything is fitted: factors by the
+        SVD of each block, weighted by counts `[n_items]` and the moment `[d, d]` of the hidden
+        states; of shared layers the first of each set, clusters the mean of their items."""
         if compression.training not in self.spec.objectives:
             compression = replace(compression, training=self.spec.objectives[0])
         plan = compression.plan(self.dim, self.n_items)
@@ -182,9 +179,8 @@ def hidden_moment(original: Original, histories: Tensor) -> Tensor | None:
 def importance_of(moment: Tensor | None, *, tied: bool) -> Tensor | None:
     """What an error of an item's vector costs, as a quadratic form `[d, d]`; None without a moment.
 
-    A score is the product with a hidden state, and hidden states lie along some directions far more
-    than along others: an error across those costs nothing. So errors are measured by the moment,
-    mixed with the identity where the layers read the same vectors (`tied`) in any direction.
+    Scores are products with hidden states: an error across the directions of those costs nothing.
+    But where the layers read the same vectors (`tied`), any direction may matter.
     """
     if moment is None:
         return None

@@ -70,8 +70,7 @@ def recover(
         distillation: weight of the original's predictions, from 0 (none) to 1 (nothing else);
             without a teacher there are none.
         learning_rate: the highest, after the rise.
-        batch_size: predictions a step, as RecBole's `train_batch_size`; fewer than that, for a
-            recovery has few epochs and needs its steps.
+        batch_size: predictions a step; fewer than in training, for a recovery has few epochs.
         seed: of dropout and the order of batches. The process's random state is left as it was.
         progress: show a bar; a line an epoch where the output is no terminal.
 
@@ -114,6 +113,7 @@ def recover(
     device = small.table.partition.item_at.device
     was_training = small.training
     result = Recovery()
+    say = tqdm.write if progress else lambda line: None
 
     def measured() -> dict[str, float]:
         as_kept = learner if learner is small else to_int8(copied(learner), small)
@@ -134,8 +134,7 @@ def recover(
             if original is not None:
                 result.original = evaluate(original.model, valid_data)
             result.start = measured()
-            if progress:
-                tqdm.write(f"recover: {result.scores_before()}")
+            say(f"recover: {result.scores_before()}")
         options = (epochs, batch_size, learning_rate, seed, progress)
         try:
             with closing(_train(learner, as_teacher, histories, *options)) as mean_losses:
@@ -145,13 +144,12 @@ def recover(
                         result.epochs.append(measured())
                     if result.last_is_best():
                         result.kept, best = epoch, copy.deepcopy(learner.state_dict())
-                    if progress:
-                        tqdm.write(f"recover: {result.last_epoch()}")
+                    say(f"recover: {result.last_epoch()}")
         finally:
             learner.load_state_dict(best)
             learner.zero_grad(set_to_none=True)
             learner.train(was_training)
-            if learner is not small:
+            if learner is not small and result.kept:
                 kept = to_int8(learner, small)
                 small.load_state_dict(kept.state_dict())
                 small.int8_scales = kept.int8_scales

@@ -91,13 +91,11 @@ class Spectra:
         return cls(ends, np.where((share > 0)[..., None], share[..., None] * left, np.inf))
 
     def best_plan(self, limit: int, cost: TableCost) -> BlockPlan | None:
-        """The blocks and ranks that lose least and cost at most `limit`; None if not even one block
-        of rank 1 fits.
+        """The blocks and ranks that lose least and cost at most `limit`; None if nothing fits.
 
-        For a price on a parameter, or on a byte, dynamic programming finds the blocks and ranks of
-        least loss plus price; the price is bisected until the budget is met. That finds plans on
-        the convex hull of loss and cost, so what is left of the budget is spent on higher ranks and
-        on blocks in two.
+        Dynamic programming finds those of least loss plus price, for a price on a parameter or a
+        byte that is bisected until the budget is met. Such plans are on the convex hull of loss and
+        cost, so what is left of the budget is spent on higher ranks and on blocks in two.
         """
         best = BlockPlan((1,), (self.ends[-1],), self.dim)
         if cost.of(best) > limit:

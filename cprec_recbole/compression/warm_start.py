@@ -1,9 +1,7 @@
 """Where a compressed model starts: its hidden states and clusters fitted to the original's.
 
-Cutting the table to a low rank moves what the layers read, and layers that share cannot all keep
-what they had. What is left free is fitted by least squares on the hidden states of the original,
-over a few histories: no softmax, and no label, is needed for that. Then the clusters of a tree are
-fitted to the original's probabilities of its blocks.
+A table of low rank moves what the layers read, and layers that share cannot all keep what they had.
+What is left free is fitted to the original's hidden states over a few histories, without a label.
 """
 
 from __future__ import annotations
@@ -40,13 +38,12 @@ _STEPS = 50
 def warm_start(
     small: CompressedRecommender, original: Original, histories: Tensor, quickly: bool = False
 ) -> WarmStart:
-    """Fit the layers of a compressed model, which hold the original's weights, shared or not, to
-    the original's hidden states over some histories `[N, L]`; the table is left alone.
+    """Fit the layers of a compressed model, which hold the original's weights, to the original's
+    hidden states over some histories `[N, L]`; the table is left alone.
 
     In three steps, each kept only where it helps: each set of shared layers takes the parameters of
-    the member that serves the set best (or their mean); normalisation and linear layers that are
-    not shared are solved for by least squares, each to give what it gave in the original; then all
-    layers are fitted by gradient, which takes longest and is left out `quickly`.
+    its best member (or their mean); norms and linear maps that are not shared are solved for by
+    least squares; then all are fitted by gradient, which takes longest and is left out `quickly`.
     """
     generator = torch.Generator().manual_seed(0)
     n_compared = _QUICK_HISTORIES if quickly else _LOOK_HISTORIES
@@ -131,9 +128,8 @@ class _Fit:
         for members in self.sets:
             layers = [originals[i] for i in members]
             for (module, name), *slots in zip(self.layers[members[0]], *layers):
-                values = [getattr(*slot) for slot in slots]
-                mean = torch.stack(values).mean(0)
-                value = mean if member is None else values[member % len(values)]
+                values = torch.stack([getattr(*slot) for slot in slots])
+                value = values.mean(0) if member is None else values[member % len(values)]
                 getattr(module, name).copy_(value)
 
     def _refit(self) -> None:
