@@ -132,6 +132,11 @@ def test_it_can_be_trained_also_if_it_was_made_where_nothing_is(trained, world):
     assert small.table.blocks[1].weight.grad.abs().sum() > 0
 
 
+def test_one_history_is_enough(trained):
+    small = compress(trained["SASRec"], ranks=[16, 4], data=[[1, 2]])
+    assert all(torch.isfinite(p).all() for p in small.parameters())
+
+
 def test_what_is_counted_for_padding_does_not_matter(trained):
     counts = trained["SASRec"].train_item_counts.astype(float)
     found = []

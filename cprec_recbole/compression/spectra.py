@@ -108,9 +108,11 @@ class Spectra:
             low, high = (low, price) if fits else (price, high)
             if fits and self.loss(plan) <= self.loss(best):
                 best = plan
-        best = self._filled(best, limit, cost)
-        while (other := self._with_one_more(best, limit, cost)) is not None:
+        other: BlockPlan | None = best
+        while other is not None:
             best = self._filled(other, limit, cost)
+            one_more = len(best.ranks) < MOST_BLOCKS
+            other = self._with_one_more(best, limit, cost) if one_more else None
         full = max(1, best.ranks.count(self.dim))  # blocks that lose nothing are one
         return BlockPlan(best.ranks[full - 1 :], best.cutoffs[full - 1 :], self.dim)
 
@@ -171,8 +173,6 @@ class Spectra:
     def _with_one_more(self, plan: BlockPlan, limit: int, cost: TableCost) -> BlockPlan | None:
         """The plan with one of its blocks in two that loses least within the budget; None where
         none loses less."""
-        if len(plan.ranks) == MOST_BLOCKS:
-            return None
         costs, spent = self._costs(cost), cost.of(plan) + cost.each_cluster
         best, least = None, self.loss(plan) - _WORTH_A_BLOCK
         around = (self.dim, *plan.ranks, 1)
