@@ -250,11 +250,18 @@ def is_whole(value: object) -> TypeGuard[int]:
 
 def check_whole(name: str, value: object, lowest: int = 1) -> int:
     """The option `name` as a whole number, `lowest` or more; else a CompressionError."""
-    if not is_whole(value) or value < lowest:
+    if not is_whole(value) or not lowest <= value < 2**63:
         raise CompressionError(
             f"Expected `{name}` to be a whole number, {lowest} or more, but got {value!r}."
         )
     return int(value)
+
+
+def check_number(name: str, value: object, words: str, lowest: float, highest: float) -> float:
+    """The option `name` as a number within bounds, which `words` say; else a CompressionError."""
+    if not is_number(value) or not lowest <= value <= highest:
+        raise CompressionError(f"Expected `{name}` to be {words}, but got {value!r}.")
+    return float(value)
 
 
 def is_near(name: str, known: Sequence[str]) -> bool:

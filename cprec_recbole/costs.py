@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from cprec_recbole.config import BlockPlan, CompressionConfig
@@ -18,26 +17,13 @@ from cprec_recbole.models.spec import ModelSpec
 BYTES_PER_FLOAT = 4
 
 
-@dataclass(frozen=True)
-class Unit:
-    """What costs are counted in.
-
-    Attributes:
-        name: in words, for people.
-        entry: what an entry of a matrix costs.
-        row: what each row of a matrix costs besides.
-        other: what a parameter costs that is in no matrix.
-    """
+class Unit(NamedTuple):
+    """What costs are counted in, such as parameters or bytes."""
 
     name: str
-    entry: int
-    row: int
-    other: int
-
-    @classmethod
-    def int8_bytes(cls, dtype: torch.dtype) -> Unit:
-        """Bytes of a model whose matrices are in int8 and whose other parameters are not."""
-        return cls("bytes", 1, BYTES_PER_SCALE, dtype.itemsize)
+    entry: int  # what an entry of a matrix costs
+    row: int  # what each row of a matrix costs besides
+    other: int  # what a parameter costs that is in no matrix
 
     def matrix(self, n_rows: Any, n_columns: Any) -> Any:
         """What a matrix costs; or matrices, for arrays of sizes."""
@@ -53,40 +39,35 @@ class Unit:
 PARAMETERS = Unit("parameters", entry=1, row=0, other=1)
 
 
-@dataclass(frozen=True)
-class TableCost:
-    """What the item table and the softmax cost.
+class TableCost(NamedTuple):
+    """What the item table and the softmax cost, for item vectors of size `dim`."""
 
-    Attributes:
-        copies: tables of a plan: two where the softmax is untied.
-        each_cluster: what a block after the head costs besides its rows and projection.
-        unit: what is counted.
-    """
-
-    copies: int
-    each_cluster: int
+    dim: int
+    copies: int = 1  # two where the softmax is untied
+    each_cluster: int = 0  # of a block after the head, besides its rows and projection
     unit: Unit = PARAMETERS
 
     @classmethod
     def under(cls, options: CompressionConfig, dim: int, unit: Unit) -> TableCost:
-        """With the softmax of some options, for item vectors of size `dim`."""
+        """With the softmax of some options."""
         each_cluster = unit.matrix(1, dim) if options.softmax == "tree" else 0
-        return cls(1 if options.tied else 2, each_cluster, unit)
+        return cls(dim, 1 if options.tied else 2, each_cluster, unit)
+
+    def block(self, size: Any, rank: Any) -> Any:
+        """What the rows and the projection of a block cost; or of blocks, for arrays."""
+        projection = (rank != self.dim) * self.unit.matrix(rank, self.dim)
+        return self.copies * (self.unit.matrix(size, rank) + projection)
 
     def of(self, plan: BlockPlan) -> int:
         """What table and softmax cost with the ranks and cutoffs of a plan."""
-        unit = self.unit
-        table = sum(
-            unit.matrix(size, rank) + (unit.matrix(rank, plan.dim) if rank != plan.dim else 0)
-            for size, rank in zip(plan.sizes, plan.ranks)
-        )
-        return int(self.copies * table + (len(plan.ranks) - 1) * self.each_cluster)
+        blocks = sum(self.block(size, rank) for size, rank in zip(plan.sizes, plan.ranks))
+        return int(blocks + (len(plan.ranks) - 1) * self.each_cluster)
 
 
 @dataclass(frozen=True)
 class PartSizes:
-    """Parameters of each part, or what they cost in another unit; what several parts use is counted
-    once: a tied softmax has nothing of its own but clusters."""
+    """Parameters of each part, or their cost in another unit, each once: a tied softmax has nothing
+    of its own but clusters."""
 
     table: int
     layers: int
@@ -151,19 +132,13 @@ def describe_sharing(scheme: str, n_layers: int, n_sets: int) -> str:
     return f"{scheme} {n_sets}/{n_layers}{nothing}"
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """What one choice of options would cost, without building its table.
+class Estimate(NamedTuple):
+    """What one choice of options would cost, without building its table."""
 
-    Attributes:
-        sizes: by part, in the unit that was asked for.
-        plan: ranks and cutoffs.
-        score_flops: floating point operations to score the whole catalogue for one user, one
-            multiplication and one addition counted as two; the layers are not included.
-    """
-
-    sizes: PartSizes
+    sizes: PartSizes  # in the unit that was asked for
     plan: BlockPlan
+    # to score the whole catalogue for one user, without the layers: a multiplication and an
+    # addition are two operations
     score_flops: int
 
     @property
@@ -183,8 +158,8 @@ def estimate(
     """Count what a compression of a model would leave; exact, and as cheap for any catalogue: the
     inner model may be built for one of another size than `n_items`, padding included."""
     plan = compression.plan(dim, n_items)
-    layers = sum(unit.parameter(p) for p in layer_parameters(spec, inner, compression.sharing))
-    table = TableCost(copies=1, each_cluster=0, unit=unit).of(plan)
+    layers = sum(map(unit.parameter, layer_parameters(spec, inner, compression.sharing)))
+    table = TableCost(dim, unit=unit).of(plan)
     softmax = TableCost.under(compression, dim, unit).of(plan) - table
     n_clusters = len(plan.ranks) - 1 if compression.softmax == "tree" else 0
     flops = 2 * (plan.n_parameters + n_clusters * dim)

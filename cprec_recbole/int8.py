@@ -1,10 +1,9 @@
 """Rows and matrices in int8, each row with a scale of its own.
 
 A row w is kept as whole numbers q from -127 to 127 and a scale s: `w = s q`, off by at most s / 2.
-Scales are numbers of bfloat16's precision: eight bits times seven are exact in float32, so that
-computations in float32 and float64 read the very same row. A table's rows are in int8 in memory
-too. Every other matrix is small, so it is in int8 in the folder alone, and in memory it holds the
-very products in float.
+Scales are numbers of bfloat16: eight bits times seven are exact in float32, so that float32 and
+float64 read the very same row. A table is so in memory too; every other matrix, which is small, in
+the folder alone: in memory it holds the very products in float.
 """
 
 from __future__ import annotations
@@ -28,11 +27,8 @@ _SMALLEST_SCALE = 2.0**-126  # so that no product of a scale is below float32's 
 def quantized_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     """The nearest int8 rows and their scales, `[k, r] -> [k, r] int8, [k]`.
 
-    The scale of a row is the smallest number of bfloat16 that brings its longest entry to 127 or
-    below, so no entry is off by more than half of it.
-
-    Args:
-        rows: finite numbers, of float32 or float64.
+    Of finite float32 or float64. The scale of a row is the smallest number of bfloat16 that brings
+    its longest entry to 127 or below, so no entry is off by more than half of it.
     """
     values = torch.empty_like(rows, dtype=torch.int8)
     scales = rows.new_empty(len(rows))
@@ -49,12 +45,7 @@ def quantized_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 class Int8Rows:
     """Rows in int8 that read as float rows, as much of a tensor `[k, r]` as the search needs: a
-    piece becomes float when it is asked for.
-
-    Args:
-        values: `[k, r]`, int8.
-        scales: `[k]`, in the precision that rows are read in.
-    """
+    piece becomes float when it is asked for, in the precision of the scales `[k]`."""
 
     def __init__(self, values: Tensor, scales: Tensor) -> None:
         self.values, self.scales = values, scales
@@ -82,9 +73,9 @@ class Int8Rows:
         return Int8Rows(self.values, self.scales.double())[:]
 
     def multiply(self, start: int, end: int, factor: Tensor, out: Tensor | None = None) -> Tensor:
-        """Rows `start` to `end` times a matrix, `[r, B] -> [n, B]`: the whole numbers are
-        multiplied and the products scaled, which are fewer where the batch is thin. A part at a
-        time is in float, which stays in the cache."""
+        """Rows `start` to `end` times a matrix, `[r, B] -> [n, B]`. The products are scaled, which
+        are fewer than the rows' numbers where the batch is thin; the part that is in float at a
+        time stays in the cache."""
         if out is None:
             out = factor.new_empty(end - start, factor.shape[1])
         size = max(1, _NUMBERS // self.shape[1])
@@ -97,22 +88,21 @@ class Int8Rows:
 
 
 def float_matrices(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters with rows and columns, but for those that are in int8, and their names: by
-    name, so that nothing depends on the order in which a model makes them."""
+    """The float parameters with rows and columns and their names, sorted by name, so that nothing
+    depends on the order in which a model makes them."""
     for name, parameter in sorted(model.named_parameters(), key=itemgetter(0)):
         if parameter.ndim > 1 and parameter.numel() and parameter.is_floating_point():
             yield name, parameter
 
 
 def round_to_int8(matrix: Tensor) -> Tensor:
-    """Change a matrix `[n, ...]` to the nearest whole numbers times a scale a row, as a block's
-    rows are; returns the scales `[n]`."""
+    """Round a matrix `[n, ...]` to whole numbers times a scale a row; gives the scales `[n]`."""
     return fill_from_int8(matrix, *quantized_rows(matrix.detach().flatten(1)))
 
 
 @torch.no_grad()
 def fill_from_int8(matrix: Tensor, values: Tensor, scales: Tensor) -> Tensor:
-    """Give a matrix what was kept of one; returns the scales as `round_to_int8` does."""
+    """Give a matrix what was kept of one; gives the scales as `round_to_int8` does."""
     scales = scales.to(matrix.dtype)
     matrix.copy_(_products(values, scales, matrix))
     return scales

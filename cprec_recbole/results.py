@@ -9,21 +9,13 @@ from cprec_recbole.config import CompressionConfig
 
 @dataclass(frozen=True)
 class ChosenOptions:
-    """What was chosen for a budget, and why.
+    """What was chosen for a budget, and why."""
 
-    Attributes:
-        compression: the options, ranks and cutoffs spelt out.
-        parameters: of the model that they make; bytes of its weights where `unit` says so.
-        limit: the most that the budget allows.
-        reasons: a sentence for each choice.
-        unit: what both are counted in: `parameters`, or `bytes` with int8.
-    """
-
-    compression: CompressionConfig
-    parameters: int
-    limit: int
-    reasons: tuple[str, ...]
-    unit: str = "parameters"
+    compression: CompressionConfig  # the options, ranks and cutoffs spelt out
+    parameters: int  # of the model that they make; bytes of its weights where `unit` says so
+    limit: int  # the most that the budget allows
+    reasons: tuple[str, ...]  # a sentence for each choice
+    unit: str = "parameters"  # what both are counted in: or `bytes`, with int8
 
     def __str__(self) -> str:
         head = f"{self.parameters:,} {self.unit}, {self.limit:,} allowed"
@@ -33,45 +25,31 @@ class ChosenOptions:
 @dataclass(frozen=True)
 class WarmStart:
     """How near the start came to the original; squared errors of the hidden states, relative to
-    their variance.
+    their variance."""
 
-    Attributes:
-        kept: the layer of each set whose parameters the set started from, counted from 0; None: the
-            mean of all, or nothing is shared.
-        copied: with those parameters as they are.
-        refitted: after norms and unshared linear maps were refitted.
-        fitted: after all layers were fitted by gradient, where any are shared.
-    """
-
+    # the layer of each set, counted from 0, whose parameters the set started from; None: the mean
+    # of all, or nothing is shared
     kept: int | None
-    copied: float
-    refitted: float
-    fitted: float
+    copied: float  # with those parameters as they are
+    refitted: float  # after norms and unshared linear maps were refitted
+    fitted: float  # after all layers were fitted by gradient, where any are shared
 
 
 @dataclass
 class Recovery:
-    """What a recovery did, epoch by epoch; metrics by RecBole's names in lower case.
+    """What a recovery did, epoch by epoch; metrics by RecBole's names in lower case, where there
+    are validation data."""
 
-    Attributes:
-        metric: what the best epoch was chosen by; empty without validation data.
-        original: metrics of the original; empty without validation data or a teacher.
-        start: of the compressed model before the first epoch.
-        epochs: after each epoch.
-        losses: mean training loss of each epoch.
-        kept: the epoch whose weights the model now has, counted from 1; 0: those it started with.
-    """
-
-    metric: str = ""
-    original: dict[str, float] = field(default_factory=dict)
-    start: dict[str, float] = field(default_factory=dict)
-    epochs: list[dict[str, float]] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-    kept: int = 0
+    metric: str = ""  # what the best epoch was chosen by
+    original: dict[str, float] = field(default_factory=dict)  # where there is a teacher
+    start: dict[str, float] = field(default_factory=dict)  # before the first epoch
+    epochs: list[dict[str, float]] = field(default_factory=list)  # after each epoch
+    losses: list[float] = field(default_factory=list)  # mean training loss of each epoch
+    kept: int = 0  # the epoch whose weights the model now has; 0: those it started with
 
     def last_is_best(self) -> bool:
-        """Whether no earlier epoch was as good as the latest, nor the start; always, where nothing
-        was measured."""
+        """Whether neither the start nor an earlier epoch was as good as the latest; always, where
+        nothing was measured."""
         scores = [found[self.metric] for found in [self.start, *self.epochs]] if self.metric else []
         return all(scores[-1] > score for score in scores[:-1])
 
@@ -89,15 +67,12 @@ class Recovery:
     def __str__(self) -> str:
         if not self.metric:
             return f"{len(self.losses)} epochs, loss " + ", ".join(f"{x:.4f}" for x in self.losses)
+        names = ["original", "compressed", *(f"epoch {i + 1}" for i in range(len(self.epochs)))]
         whole = self.original.get(self.metric, 0.0)
-        rows = [("original", self.original)] if self.original else []
-        rows += [("compressed", self.start)]
-        first = len(rows) - 1
-        rows += [(f"epoch {i}", found) for i, found in enumerate(self.epochs, start=1)]
         lines = [f"{self.metric} on the validation data"]
-        for index, (name, found) in enumerate(rows):
-            score = found[self.metric]
-            share = f" {score / whole:7.1%}" if whole else ""
-            mark = " (kept)" if index == self.kept + first else ""
-            lines.append(f"  {name:<10} {score:.4f}{share}{mark}")
+        for name, found in zip(names, [self.original, self.start, *self.epochs]):
+            if found:
+                share = f" {found[self.metric] / whole:7.1%}" if whole else ""
+                mark = " (kept)" if name == names[self.kept + 1] else ""
+                lines.append(f"  {name:<10} {found[self.metric]:.4f}{share}{mark}")
         return "\n".join(lines)

@@ -13,13 +13,8 @@ from cprec_recbole.softmax import FullSoftmax
 
 
 class Teacher:
-    """The original's probabilities of the items as a loss, without all logits of a step at a time.
-
-    Args:
-        small: the model that learns; its `loss_memory` bounds the logits of this loss.
-        original: what it was compressed from.
-        share: weight of the original against the model's own loss, from 0 to 1.
-    """
+    """The original's probabilities of the items as a loss, mixed with the model's own: `share` of
+    it, from 0 to 1. The model's `loss_memory` bounds the logits that are there at a time."""
 
     def __init__(self, small: CompressedRecommender, original: Original, share: float) -> None:
         self.small, self.original, self.share = small, original, share
@@ -32,9 +27,9 @@ class Teacher:
         """The model's own loss mixed with the divergence from the original: within blocks, or where
         the model's softmax is flat over all items, less the original's entropy, a constant. Of the
         model's hidden states, the original's, and the next items, `[N, d], [N, d], [N] -> []`."""
-        small = self.small
-        if not isinstance(small.softmax, FullSoftmax) or small.loss_type == "BPR":
-            own = small.position_loss(hidden, target)
+        softmax = self.small.softmax
+        if not isinstance(softmax, FullSoftmax) or self.small.loss_type == "BPR":
+            own = self.small.position_loss(hidden, target)
             return (1 - self.share) * own + self.share * self.divergence(hidden, taught, target)
         column = self.partition.positions(target)
 
@@ -43,7 +38,7 @@ class Teacher:
             out.mul_(self.share)
             out[torch.arange(len(out), device=out.device), column[group]] += 1 - self.share
 
-        blocks = [block.logit_block(hidden) for block in small.softmax.table.blocks]
+        blocks = [block.logit_block(hidden) for block in softmax.table.blocks]
         return cross_entropy(blocks, mixed, self.workspace, padded=True) / max(1, len(target))
 
     def divergence(self, hidden: Tensor, taught: Tensor, target: Tensor) -> Tensor:

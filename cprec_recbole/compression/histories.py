@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,15 +20,10 @@ _ROWS = 2**14  # of a data set that are gathered together
 
 
 class Histories(NamedTuple):
-    """Windows of item ids, padded with 0 on the right.
+    """Windows of item ids, padded with 0 on the right."""
 
-    Attributes:
-        items: what was read, `[N, L]`.
-        targets: the next item at each position, `[N, L]`.
-    """
-
-    items: Tensor
-    targets: Tensor
+    items: Tensor  # what was read, [N, L]
+    targets: Tensor  # the next item at each position, [N, L]
 
     def prefixes(self) -> tuple[Tensor, Tensor]:
         """Each target with the items before it in its window, `[M, L], [M]`; for models that read
@@ -44,49 +38,42 @@ def sample(items: Tensor, n: int, generator: torch.Generator) -> Tensor:
     return items if len(items) <= n else items[torch.randperm(len(items), generator=generator)[:n]]
 
 
+def dataset_of(data: Any) -> Any:
+    """The RecBole data set that data is or loads from; None for anything else."""
+    dataset = getattr(data, "_dataset", data)
+    return dataset if hasattr(dataset, "inter_feat") else None
+
+
 def histories_of(data: Any, n_items: int, max_length: int, name: str = "data") -> Histories:
-    """Windows out of RecBole's training data or of lists of item ids.
+    """Windows out of RecBole's training data set or data loader, of a Cp model or of RecBole's own,
+    or out of lists of item ids, oldest first.
 
-    Args:
-        data: a RecBole training dataset or data loader, of a Cp model or of RecBole's own (whose
-            row for every prefix is brought back into windows); or histories of item ids, oldest
-            first.
-        n_items: items of the catalogue, padding included.
-        max_length: positions of the model.
-        name: what messages call the data.
-
-    Raises:
-        CompressionError: neither of them, empty, or of another catalogue.
+    A CompressionError, which calls the data by `name`, where it is neither of them, empty, or of
+    another catalogue than that of `n_items`, padding included.
     """
     if isinstance(data, FullSortEvalDataLoader | NegSampleEvalDataLoader):
         raise CompressionError(
             f"Expected `{name}` to be training data, but got evaluation data; pass the first of "
             "data_preparation(config, dataset)."
         )
-    dataset = getattr(data, "_dataset", data)
-    if hasattr(dataset, "inter_feat"):
-        return _of_dataset(dataset, n_items, max_length, name)
-    if not isinstance(data, Sequence | Tensor | np.ndarray):
-        raise CompressionError(
-            "Expected `data` to be RecBole's training data or lists of item ids, but got "
-            f"{type(data).__name__}."
-        )
-    if not len(data):
-        raise CompressionError("Expected `data` to hold histories, but it is empty.")
-    _, whole = pad_histories(data, n_items, max_length, "data")
+    dataset = dataset_of(data)
+    if dataset is not None:
+        return _windows(*_sequences_of(dataset, n_items, name), max_length)
+    _, whole = pad_histories(data, n_items, max_length, name)
     lengths = (whole != PADDING).sum(1)
     begins = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
     has_history = torch.arange(len(begins)) > begins
     if not has_history.any():
         raise CompressionError(
-            "Expected `data` to hold a history of two items or more, but got none; there is no "
+            f"Expected `{name}` to hold a history of two items or more, but got none; there is no "
             "next item to learn from."
         )
     pointers = Pointers(begins[has_history], has_history.nonzero()[:, 0], max_length)
     return _windows(whole[whole != PADDING], pointers, max_length)
 
 
-def _of_dataset(dataset: Any, n_items: int, max_length: int, name: str) -> Histories:
+def _sequences_of(dataset: Any, n_items: int, name: str) -> tuple[Tensor, Pointers]:
+    """The items of all users, `[n_interactions]`, and where the rows of a data set lie in them."""
     feat, lists = dataset.inter_feat, dataset.iid_field + dataset.config["LIST_SUFFIX"]
     if int(dataset.item_num) != n_items or not len(dataset):
         raise CompressionError(
@@ -94,14 +81,14 @@ def _of_dataset(dataset: Any, n_items: int, max_length: int, name: str) -> Histo
             f"{len(dataset)} rows of a data set of {int(dataset.item_num)}."
         )
     if isinstance(feat, SequenceRows):
-        return _windows(feat.lists()[lists], feat.pointers, max_length)
+        return feat.lists()[lists], feat.pointers
     if dataset.item_list_length_field not in feat:
         raise CompressionError(
             f"Expected `{name}` to be training data of a sequential model, but got a data set that "
             "has not been split; pass the first of data_preparation(config, dataset)."
         )
     names = (dataset.uid_field, lists, dataset.item_list_length_field, dataset.iid_field)
-    return _windows(*_sequences(*(feat[each] for each in names)), max_length)
+    return _rejoined(*(feat[each] for each in names))
 
 
 def _windows(items: Tensor, pointers: Pointers, max_length: int) -> Histories:
@@ -113,18 +100,16 @@ def _windows(items: Tensor, pointers: Pointers, max_length: int) -> Histories:
     return Histories(*(torch.cat(part) for part in zip(*parts)))
 
 
-def _sequences(
+def _rejoined(
     users: Tensor, items: Tensor, lengths: Tensor, targets: Tensor
 ) -> tuple[Tensor, Pointers]:
     """RecBole's row for every prefix, `[n, L]` with `[n]`, as the sequences that they come from:
-    rows of which each has the history of the one before it and then its target, whatever order they
-    lie in by user. What belongs to no other row is a sequence with one target."""
+    rows of which each has the history of the one before it and then its target. What belongs to no
+    other row is a sequence with one target."""
     order = torch.from_numpy(stable_order(users.numpy()))
-    follows = _follows(users[order], items, lengths, targets, order)
-    turned = order.flip(0)  # perhaps the longest are first
-    other = _follows(users[turned], items, lengths, targets, turned)
-    if other.sum() > follows.sum():
-        order, follows = turned, other
+    orders = (order, order.flip(0))  # benchmark files may have a user's longest history first
+    found = [_follows(users, items, lengths, targets, each) for each in orders]
+    order, follows = max(zip(orders, found), key=lambda each: int(each[1].sum()))
     # a sequence is the history of its first row, then the target of each
     firsts = order[~follows]
     ends = torch.where(follows, 1, lengths[order] + 1).cumsum(0) - 1
@@ -140,26 +125,21 @@ def _sequences(
 def _follows(
     users: Tensor, items: Tensor, lengths: Tensor, targets: Tensor, order: Tensor
 ) -> Tensor:
-    """Whether each row, in an order, has the history of the row before it and then that one's
-    target, of which RecBole keeps the newest items, `[n]`."""
+    """Whether each row, in an order, is of the user of the row before it and has that one's history
+    and then its target, of which RecBole keeps the newest items, `[n]`."""
     parts = [torch.zeros(1, dtype=torch.bool)]
     for before, after in zip(order[:-1].split(_ROWS), order[1:].split(_ROWS)):
         longer = torch.nn.functional.pad(items[before], (0, 1))
         longer[torch.arange(len(before)), lengths[before]] = targets[before]
         is_full = (lengths[before] == items.shape[1]).unsqueeze(1)
         expected = torch.where(is_full, longer[:, 1:], longer[:, :-1])
-        parts.append((items[after] == expected).all(1))
-    follows = torch.cat(parts)
-    follows[1:] &= users[1:] == users[:-1]
-    return follows
+        parts.append((items[after] == expected).all(1) & (users[after] == users[before]))
+    return torch.cat(parts)
 
 
 def drawn_histories(counts: np.ndarray, n: int, length: int, generator: torch.Generator) -> Tensor:
-    """Histories of items drawn by how often they occur, `[n, length]`.
-
-    They have no order to learn, but they reach every layer with the vectors that it will see: a
-    stand-in where no data is at hand.
-    """
+    """Histories of items drawn by how often they occur, `[n, length]`, where no data is at hand:
+    without an order to learn, but they reach every layer with the vectors that it will see."""
     weights = torch.from_numpy(counts).double()
     weights = torch.where(weights.sum() > 0, weights, torch.ones_like(weights))
     weights[PADDING] = 0

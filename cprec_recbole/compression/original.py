@@ -10,39 +10,36 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cprec_recbole.compression.importance import importance_of
+from cprec_recbole.compression.histories import dataset_of, sample
 from cprec_recbole.config import CompressionConfig, CompressionError
 from cprec_recbole.data.sequences import item_counts as count_items
 from cprec_recbole.embedding import BlockEmbedding
 from cprec_recbole.models import class_of, spec_of
+from cprec_recbole.models.eval_mode import in_eval_mode
 from cprec_recbole.models.item_tables import RecBoleModel
 from cprec_recbole.models.recommender import CompressedRecommender
+from cprec_recbole.models.saving import check_finite
 from cprec_recbole.models.spec import Encoder, ModelSpec, Parts
 from cprec_recbole.partition import PADDING, Partition
 from cprec_recbole.softmax import TreeSoftmax
 
 _MOST_OFTEN = 2**53  # an item's count: up to here a float holds every whole number
+# share of the moment in what an error costs (docs/compressing.md, "The start")
+_TIED = 0.5
+_UNTIED = 0.9  # nothing reads this table; the rest is for what these histories do not show
+_HISTORIES, _BATCH = 2048, 128
 
 
 @dataclass(frozen=True)
 class Original:
-    """One view of both kinds of model; nothing of the model is copied or changed.
-
-    Attributes:
-        model: the model itself.
-        inner: RecBole's model; for a Cp model the one inside.
-        spec: what compression knows of its kind.
-        table: item vectors in id order, `[n_items, d]`, without a gradient.
-        reads_last_column: it predicts from the last column of a padded batch, even from padding.
-        dtype: the precision in which the model was given.
-    """
+    """One view of both kinds of model; nothing of the model is copied or changed."""
 
     model: nn.Module
-    inner: RecBoleModel
+    inner: RecBoleModel  # for a Cp model the one inside
     spec: ModelSpec
-    table: Tensor
-    reads_last_column: bool
-    dtype: torch.dtype
+    table: Tensor  # item vectors in id order, [n_items, d], without a gradient
+    reads_last_column: bool  # it predicts from that of a padded batch, even from padding
+    dtype: torch.dtype  # in which the model was given
 
     @classmethod
     def of(cls, model: nn.Module) -> Original:
@@ -57,8 +54,7 @@ class Original:
             if not isinstance(inner.item_embedding, nn.Embedding):
                 raise CompressionError(
                     f"Expected `model` to have its own item table, but this {type(model).__name__} "
-                    f"has a {type(model.item_embedding).__name__}: it is a part of a compressed "
-                    "model."
+                    "is a part of a compressed model."
                 )
             table, last_column = spec.table.vectors(inner), spec.reads_last_column
         check_finite("model", model)
@@ -82,11 +78,6 @@ class Original:
         return self.table.shape[1]
 
     @property
-    def n_parameters(self) -> int:
-        """Parameters of the model, each once."""
-        return sum(p.numel() for p in self.model.parameters())
-
-    @property
     def encoder(self) -> Encoder:
         """The hidden states that the model predicts from."""
         return Encoder(self.spec, self.inner, self.reads_last_column)
@@ -102,17 +93,44 @@ class Original:
                 "`import cprec_recbole`, but got none; pass the training dataset or an array "
                 "[n_items]."
             )
-        return _checked_counts(item_counts, self.n_items)
+        dataset = dataset_of(item_counts)
+        if dataset is not None:
+            item_counts = count_items(dataset)
+        elif isinstance(item_counts, Tensor):
+            item_counts = item_counts.detach().cpu().double().numpy()
+        try:
+            counts = np.array(item_counts, dtype=np.float64)
+        except (TypeError, ValueError) as error:
+            raise CompressionError(
+                f"Expected `item_counts` to be a RecBole dataset or numbers [{self.n_items}], but "
+                f"got {type(item_counts).__name__}."
+            ) from error
+        if counts.shape != (self.n_items,):
+            raise CompressionError(
+                f"Expected `item_counts` to have one entry for each of the {self.n_items} items "
+                f"(padding included), but got shape {list(counts.shape)}."
+            )
+        wrong = ~((counts >= 0) & (counts <= _MOST_OFTEN))
+        if wrong.any():
+            item = int(wrong.argmax())
+            raise CompressionError(
+                "Expected `item_counts` to be zero or above and at most 2^53, but got "
+                f"{counts[item]:g} for item {item}."
+            )
+        counts[PADDING] = 0  # padding is no item, however often lists are padded
+        if (counts % 1).any() and counts.max() <= 1:
+            raise CompressionError(
+                "Expected `item_counts` to be how often each item occurs, but got shares such as "
+                f"{counts.max():g}; multiply them by the number of interactions."
+            )
+        return counts
 
     def compressed(
         self, compression: CompressionConfig, counts: np.ndarray, moment: Tensor | None = None
     ) -> CompressedRecommender:
-        """A compressed model with the original's weights, before anything is fitted.
-
-        Factors come from the SVD of each block, rows weighted by counts `[n_items]` and directions
-        by the moment of the hidden states, `[d, d]`. Shared layers are the first of each set,
-        clusters the mean of their items; everything else is copied.
-        """
+        """A compressed model with the original's weights, before anything is fitted: factors by the
+        SVD of each block, weighted by counts `[n_items]` and the moment `[d, d]` of the hidden
+        states; of shared layers the first of each set, clusters the mean of their items."""
         if compression.training not in self.spec.objectives:
             compression = replace(compression, training=self.spec.objectives[0])
         plan = compression.plan(self.dim, self.n_items)
@@ -145,61 +163,41 @@ class Original:
         return small
 
 
-def check_finite(name: str, model: nn.Module) -> None:
-    """Raise a CompressionError for a model, given as `name`, with NaN or inf among its weights."""
-    for parameter_name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise CompressionError(
-                f"Expected `{name}` to have finite weights, but {parameter_name} has NaN or inf."
-            )
+@torch.no_grad()
+def hidden_moment(original: Original, histories: Tensor) -> Tensor | None:
+    """Second moment of an original's hidden states over some histories `[N, L]`, scaled to a mean
+    eigenvalue of 1, `[d, d]` in float64. None where the states are all zero or not finite."""
+    some = sample(histories, _HISTORIES, torch.Generator().manual_seed(0))
+    moment = torch.zeros(original.dim, original.dim, dtype=torch.float64).to(original.table.device)
+    with in_eval_mode(original.model):
+        for batch in some.to(moment.device).split(_BATCH):
+            states = original.encoder.all_states(batch).double()
+            moment += states.T @ states
+    mean = moment.trace() / original.dim
+    return moment / mean if mean > 0 and torch.isfinite(moment).all() else None
+
+
+def importance_of(moment: Tensor | None, *, tied: bool) -> Tensor | None:
+    """What an error of an item's vector costs, as a quadratic form `[d, d]`; None without a moment.
+
+    Scores are products with hidden states: an error across the directions of those costs nothing.
+    But where the layers read the same vectors (`tied`), any direction may matter.
+    """
+    if moment is None:
+        return None
+    share = _TIED if tied else _UNTIED
+    identity = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    return share * moment + (1 - share) * identity
 
 
 def _check_uncompressed(model: CompressedRecommender) -> None:
-    """Raise a CompressionError for a Cp model that has lost something."""
-    if model.table.is_int8:
-        raise CompressionError(
-            "Expected `model` to have float rows, but its rows are in int8; compress the model "
-            "that it was made from."
-        )
+    """Refuse a Cp model that has lost something."""
     options = model.compression
     layers, sets = model.spec.sharing(model.inner, options.sharing)
     is_whole = set(model.table.ranks) == {model.table.dim} and len(sets) == len(layers)
-    if not is_whole or options.softmax != "full" or not options.tied:
+    if not is_whole or options.softmax != "full" or not options.tied or model.table.is_int8:
+        how = "in int8" if model.table.is_int8 else "compressed"
         raise CompressionError(
-            f"Expected `model` to be uncompressed, but got {type(model).__name__}, which is "
-            "compressed; compress the original model with the new options."
+            f"Expected `model` to be uncompressed, but got {type(model).__name__}, which is {how}; "
+            "compress the original model with the new options."
         )
-
-
-def _checked_counts(item_counts: Any, n_items: int) -> np.ndarray:
-    dataset = getattr(item_counts, "_dataset", item_counts)  # of a data loader
-    if hasattr(dataset, "inter_feat"):
-        item_counts = count_items(dataset)
-    elif isinstance(item_counts, Tensor):
-        item_counts = item_counts.detach().cpu().double().numpy()
-    try:
-        counts = np.array(item_counts, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise CompressionError(
-            f"Expected `item_counts` to be a RecBole dataset or numbers [{n_items}], but got "
-            f"{type(item_counts).__name__}."
-        ) from error
-    if counts.shape != (n_items,):
-        raise CompressionError(
-            f"Expected `item_counts` to have one entry for each of the {n_items} items (padding "
-            f"included), but got shape {list(counts.shape)}."
-        )
-    wrong = ~((counts >= 0) & (counts <= _MOST_OFTEN))
-    if wrong.any():
-        item = int(wrong.argmax())
-        raise CompressionError(
-            "Expected `item_counts` to be zero or above and at most 2^53, but got "
-            f"{counts[item]:g} for item {item}."
-        )
-    counts[PADDING] = 0  # padding is no item, however often lists are padded
-    if (counts % 1).any() and counts.max() <= 1:
-        raise CompressionError(
-            "Expected `item_counts` to be how often each item occurs, but got no number above 1 "
-            f"and shares such as {counts.max():g}; multiply them by the number of interactions."
-        )
-    return counts

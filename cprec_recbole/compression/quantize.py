@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from itertools import repeat
+from itertools import zip_longest
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from cprec_recbole.compression.original import check_finite
 from cprec_recbole.config import CompressionError
 from cprec_recbole.embedding import Block, Int8Block
 from cprec_recbole.int8 import float_matrices, quantized_rows, round_to_int8
 from cprec_recbole.models.eval_mode import can_be_trained
-from cprec_recbole.models.recommender import CompressedRecommender
+from cprec_recbole.models.recommender import CompressedRecommender, copied
+from cprec_recbole.models.saving import check_finite
 
 
 @can_be_trained
@@ -53,54 +50,39 @@ def quantize(small: nn.Module) -> CompressedRecommender:
         )
     check_precision("small", small.table.dtype)
     check_finite("small", small)
-    return _to_int8(copied(small), repeat(None), {})
+    return to_int8(copied(small))
 
 
-@contextmanager
-def in_float(small: CompressedRecommender) -> Iterator[Callable[[], CompressedRecommender]]:
-    """While it lasts, a model's rows are in float, to be trained; then those that were in int8 are
-    so again, and what was rounded is again. What was not changed keeps its very numbers.
-
-    Gives a function for the model as it would be by then: a copy, or the model itself where it is
-    in float anyway.
-    """
-    if not small.table.is_int8:
-        yield lambda: small
-        return
-    blocks = [cast(Int8Block, factors[j]) for factors, j in _places(small)]
-    matrices = {name: p.detach().clone() for name, p in float_matrices(small)}
-    floats = [_float_block(block) for block in blocks]
-    for (factors, j), block in zip(_places(small), floats):
-        factors[j] = block
-    try:
-        yield lambda: _to_int8(copied(small), blocks, matrices)
-    finally:
-        _to_int8(small, blocks, matrices)
-
-
-def _to_int8(
-    model: CompressedRecommender,
-    blocks: Iterable[Int8Block | None],
-    matrices: Mapping[str, Tensor],
+def to_int8(
+    model: CompressedRecommender, before: CompressedRecommender | None = None
 ) -> CompressedRecommender:
-    """Put a model's rows in int8 and round its other matrices, in place; what is still as in given
-    blocks and matrices keeps the numbers that it had there."""
-    for (factors, j), before in zip(_places(model), blocks):
-        factors[j] = int8_block(cast(Block, factors[j]), before)
+    """Put a model's rows in int8 and round its other matrices, in place; blocks and matrices that
+    are still as in the model before keep the very numbers that they have there."""
+    olds = [] if before is None else [block for each in before.tables for block in each.blocks]
+    places = [(table.factors, j) for table in model.tables for j in range(len(table.factors))]
+    for (factors, j), old in zip_longest(places, olds):
+        factors[j] = int8_block(cast(Block, factors[j]), cast(Int8Block | None, old))
+    matrices = {} if before is None else dict(float_matrices(before))
     for name, matrix in float_matrices(model):
         if name not in matrices or not torch.equal(matrix, matrices[name]):
             model.int8_scales = {**model.int8_scales, name: round_to_int8(matrix)}
     return model
 
 
-def _places(model: CompressedRecommender) -> list[tuple[nn.ModuleList, int]]:
-    """Where the blocks are."""
-    return [(table.factors, j) for table in model.tables for j in range(len(table.factors))]
+def in_float(small: CompressedRecommender) -> CompressedRecommender:
+    """A copy of a model in int8 whose rows are in float, to be trained."""
+    model = copied(small)
+    for table in model.tables:
+        for j, block in enumerate(table.blocks):
+            result = Block(0, 0, 0)
+            result.weight, result.projection = nn.Parameter(block.whole()), block.projection
+            table.factors[j] = result.requires_grad_().train(block.training)
+    return model
 
 
 def int8_block(block: Block, before: Int8Block | None = None) -> Int8Block:
-    """A block's rows in int8, those of the block before where nothing changed; it takes over the
-    projection, which is trained no more."""
+    """A block's rows in int8, those of the block before where nothing changed, and its projection,
+    which is trained no more."""
     result = Int8Block(0, 0, 0)
     result.projection = block.projection
     if before is not None and torch.equal(before.whole(), block.weight):
@@ -110,20 +92,8 @@ def int8_block(block: Block, before: Int8Block | None = None) -> Int8Block:
     return result.requires_grad_(False).train(block.training)
 
 
-def _float_block(block: Int8Block) -> Block:
-    result = Block(0, 0, 0)
-    result.weight, result.projection = nn.Parameter(block.whole()), block.projection
-    return result.requires_grad_().train(block.training)
-
-
-def copied(model: CompressedRecommender) -> CompressedRecommender:
-    """A copy that shares tokens and counts."""
-    known = (model.vocabulary, model.item_tokens, model.train_item_counts)
-    return copy.deepcopy(model, {id(each): each for each in known if each is not None})
-
-
 def check_precision(name: str, dtype: torch.dtype) -> None:
-    """Raise a CompressionError for a model, given as `name`, whose rows no int8 row stands for."""
+    """Refuse a model, given as `name`, whose rows no int8 row stands for."""
     if dtype not in (torch.float32, torch.float64):
         raise CompressionError(
             f"Expected `{name}` to be in float32 or float64 to put its rows in int8, but got "

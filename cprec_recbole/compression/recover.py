@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator, Iterator, Sequence
+import sys
+from collections.abc import Generator, Iterator
 from contextlib import closing, nullcontext
 from typing import Any
 
@@ -14,25 +15,20 @@ from tqdm import tqdm
 from cprec_recbole.compression.distillation import Teacher
 from cprec_recbole.compression.histories import Histories, histories_of
 from cprec_recbole.compression.original import Original
-from cprec_recbole.compression.quantize import in_float
+from cprec_recbole.compression.quantize import in_float, to_int8
 from cprec_recbole.compression.warm_start import fill
-from cprec_recbole.config import CompressionError, check_whole, is_number, is_whole
+from cprec_recbole.config import CompressionError, check_number, check_whole
 from cprec_recbole.host.numbering import check_numbering
 from cprec_recbole.models.eval_mode import in_eval_mode, with_dense_gradients, without_dropout
-from cprec_recbole.models.recommender import CompressedRecommender
+from cprec_recbole.models.recommender import CompressedRecommender, copied
 from cprec_recbole.models.spec import Encoder
 from cprec_recbole.partition import PADDING
 from cprec_recbole.results import Recovery
 from cprec_recbole.training.evaluation import check_validation_data, evaluate, valid_metric
 from cprec_recbole.training.optimizers import build_optimizer
 
-# SASRec at ratio 3.5 on MovieLens-100K (seed 2020), loss on the validation data after 5 epochs, the
-# original's 5.818: 6.009 with 2048 and 3e-3, 5.994 with 512 and 1e-3, 5.972 with 512 and 3e-3.
-# SASRec at ratio 4 on amazon-beauty, share of NDCG@20 after 10 epochs, validation / test: 95.2 /
-# 95.1% with 512, 96.6 / 96.1% with 256, 97.6 / 97.0% with 128
+# what was tried: docs/compressing.md, and benchmarks/results/recovery-rates.md for the rates
 _BATCH_SIZE = 128
-# Better than 3e-3 in 32 of 45 searches, by 3% on average: docs/compressing.md, and
-# benchmarks/results/recovery-rates.md for originals that were trained at RecBole's .001
 LEARNING_RATE = 1e-2
 _LAST_RATE = 0.1  # of the learning rate, at the last step
 _WARM_UP = 0.05  # of all steps: Adam knows no sizes yet, and its first steps go anywhere
@@ -73,8 +69,7 @@ def recover(
         distillation: weight of the original's predictions, from 0 (none) to 1 (nothing else);
             without a teacher there are none.
         learning_rate: the highest, after the rise.
-        batch_size: predictions a step, as RecBole's `train_batch_size`; fewer than that, for a
-            recovery has few epochs and needs its steps.
+        batch_size: predictions a step; fewer than in training, for a recovery has few epochs.
         seed: of dropout and the order of batches. The process's random state is left as it was.
         progress: show a bar; a line an epoch where the output is no terminal.
 
@@ -90,62 +85,73 @@ def recover(
         raise CompressionError(
             f"Expected `small` to be a compressed model, but got {type(small).__name__}."
         )
-    dtype = small.table.dtype
-    if dtype == torch.float16:
+    if small.table.dtype == torch.float16:
         raise CompressionError(
-            f"Expected `small` to be in float32, float64 or bfloat16, but got {dtype}, in which "
+            "Expected `small` to be in float32, float64 or bfloat16, but got float16, in which "
             "Adam's steps are lost; use small.float()."
         )
     original = None if teacher is None else Original.of(teacher)
     if original is not None:
         _check_pair(small, original)
-    _check_numbers(epochs, batch_size, learning_rate, distillation, seed)
+    check_whole("epochs", epochs)
+    check_whole("batch_size", batch_size)
+    check_whole("seed", seed, 0)
+    words = f"above 0 and at most {_HIGHEST_RATE:g}"
+    check_number("learning_rate", learning_rate, words, sys.float_info.min, _HIGHEST_RATE)
+    check_number("distillation", distillation, "a share from 0 to 1", 0, 1)
     if valid_data is not None:
         check_validation_data(valid_data)
     for given, name in ((data, "data"), (valid_data, "valid_data")):
         for model in (small, teacher):
             check_numbering(model, given, name)
     histories = histories_of(data, small.n_items, small.max_seq_length)
+    learner = in_float(small) if small.table.is_int8 else small
     as_teacher = None
     if original is not None and distillation > 0:
-        as_teacher = Teacher(small, original, float(distillation))
+        as_teacher = Teacher(learner, original, float(distillation))
     device = small.table.partition.item_at.device
     was_training = small.training
     result = Recovery()
+    say = tqdm.write if progress else lambda line: None
+
+    def measured() -> dict[str, float]:
+        as_kept = learner if learner is small else to_int8(copied(learner), small)
+        return evaluate(as_kept, valid_data)
+
     with (
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         in_eval_mode(teacher),
-        in_float(small) as as_kept,
-        with_dense_gradients(small),
-        # What the original says of every item keeps the model from learning its few labels by
-        # heart, and dropout would hide from a small model what it is to repeat (SASRec as above:
-        # loss 5.868 without, 5.923 with 0.4 of it, 5.972 with all of it).
-        nullcontext() if as_teacher is None else without_dropout(small),
+        with_dense_gradients(learner),
+        # what the original says of every item keeps the model from learning its few labels by
+        # heart, and dropout would hide from a small model what it is to repeat
+        nullcontext() if as_teacher is None else without_dropout(learner),
     ):
         torch.manual_seed(seed)
-        best = copy.deepcopy(small.state_dict())
+        best = copy.deepcopy(learner.state_dict())
         if valid_data is not None:
             result.metric = valid_metric(valid_data)
             if original is not None:
                 result.original = evaluate(original.model, valid_data)
-            result.start = evaluate(as_kept(), valid_data)
-            if progress:
-                tqdm.write(f"recover: {result.scores_before()}")
+            result.start = measured()
+            say(f"recover: {result.scores_before()}")
         options = (epochs, batch_size, learning_rate, seed, progress)
         try:
-            with closing(_train(small, as_teacher, histories, *options)) as mean_losses:
+            with closing(_train(learner, as_teacher, histories, *options)) as mean_losses:
                 for epoch, mean_loss in enumerate(mean_losses, start=1):
                     result.losses.append(mean_loss)
                     if valid_data is not None:
-                        result.epochs.append(evaluate(as_kept(), valid_data))
+                        result.epochs.append(measured())
                     if result.last_is_best():
-                        result.kept, best = epoch, copy.deepcopy(small.state_dict())
-                    if progress:
-                        tqdm.write(f"recover: {result.last_epoch()}")
+                        result.kept, best = epoch, copy.deepcopy(learner.state_dict())
+                    say(f"recover: {result.last_epoch()}")
         finally:
-            small.load_state_dict(best)
-            small.zero_grad(set_to_none=True)
-            small.train(was_training)
+            learner.load_state_dict(best)
+            learner.zero_grad(set_to_none=True)
+            learner.train(was_training)
+            if learner is not small and result.kept:
+                kept = to_int8(learner, small)
+                small.load_state_dict(kept.state_dict())
+                small.int8_scales = kept.int8_scales
     return result
 
 
@@ -167,20 +173,22 @@ def _train(
     size = max(1, round(batch_size * len(items) / n_targets))
     n_batches = -(-len(items) // size)
     if small.table.dtype == torch.bfloat16:
-        generator = torch.Generator().manual_seed(seed)
+        first = next(_batches(items, targets, size, torch.Generator().manual_seed(seed)))
         try:
             with torch.no_grad():
-                _loss(small, teacher, *next(_batches(items, targets, size, generator)))
+                _loss(small, teacher, *first)
         except RuntimeError as error:
             raise CompressionError(
                 f"Expected `small` to be in float32 or float64, but got {small.table.dtype}, in "
                 f"which the layers of {small.spec.name} do not run; use small.float()."
             ) from error
     optimizer = build_optimizer(small, "adam", learning_rate, weight_decay=0.0)
-    n_steps = epochs * n_batches
+    n_steps, step = epochs * n_batches, 0
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: _rate_at((i + 1) / n_steps))
-    parameters = list(small.parameters())
-    averages, step = averages_of(parameters), 0
+    parameters = [parameter.detach() for parameter in small.parameters()]
+    # in half precision the later, smaller shares would round to nothing, as in AveragedModel
+    types = [torch.promote_types(each.dtype, torch.float32) for each in parameters]
+    averages = [each.to(kind, copy=True) for each, kind in zip(parameters, types)]
     generator = torch.Generator().manual_seed(seed)
     # `disable=None` shows the bar on a terminal alone
     with tqdm(total=n_steps, desc="recover", disable=None if progress else True) as bar:
@@ -195,37 +203,20 @@ def _train(
                 loss.backward()
                 optimizer.step()
                 step += 1
-                take_in(parameters, averages, step)
+                # Polynomial-decay averaging (Shamir and Zhang, Stochastic gradient descent for
+                # non-smooth optimization, ICML 2013, section 4): it needs no horizon
+                for average, parameter in zip(averages, parameters):
+                    average.lerp_(parameter.to(average.dtype), (_ETA + 1) / (_ETA + step))
                 schedule.step()
                 total += loss.item()
                 bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
                 bar.update()
             if not all(torch.isfinite(parameter).all() for parameter in parameters):
                 raise _diverged("weights became NaN or inf", learning_rate, epoch)
-            latest = [parameter.detach().clone() for parameter in parameters]
+            latest = [parameter.clone() for parameter in parameters]
             fill(parameters, averages)
             yield total / n_batches
             fill(parameters, latest)
-
-
-def averages_of(parameters: Sequence[Tensor]) -> list[Tensor]:
-    """Copies of parameters to average them in: in single precision at least, since in half
-    precision the later, smaller shares would round to nothing, as in torch's AveragedModel."""
-    types = [torch.promote_types(each.dtype, torch.float32) for each in parameters]
-    return [each.detach().to(kind, copy=True) for each, kind in zip(parameters, types)]
-
-
-@torch.no_grad()
-def take_in(parameters: Sequence[Tensor], averages: Sequence[Tensor], step: int) -> None:
-    """Take the parameters after a step, counted from 1, into their averages along the training.
-
-    Polynomial-decay averaging (Shamir and Zhang, Stochastic gradient descent for non-smooth
-    optimization, ICML 2013, section 4): it follows a training of any length, with no horizon to
-    set.
-    """
-    weight = (_ETA + 1) / (_ETA + step)
-    for average, parameter in zip(averages, parameters):
-        average.lerp_(parameter.to(average.dtype), weight)
 
 
 def _batches(
@@ -272,35 +263,16 @@ def _diverged(what_came: str, learning_rate: float, epoch: int) -> CompressionEr
 
 
 def _rate_at(progress: float) -> float:
-    """Share of the learning rate after a share of all steps: up evenly, then down evenly."""
+    """Share of the learning rate after a share of all steps: evenly up, then evenly down."""
     return min(progress / _WARM_UP, 1 - (1 - _LAST_RATE) * progress)
 
 
 def _check_pair(small: CompressedRecommender, original: Original) -> None:
-    same = small.spec is original.spec and small.table.dim == original.dim
-    if not same or small.n_items != original.n_items:
+    known = []
+    for model, dim in ((small, small.table.dim), (original, original.dim)):
+        reads = "last column of a batch" if model.reads_last_column else "last item"
+        known.append(f"{model.spec.name}, {model.n_items} items, d {dim}, reads the {reads}")
+    if known[0] != known[1]:
         raise CompressionError(
-            f"Expected `teacher` to be the original of `small` ({small.spec.name}, "
-            f"{small.n_items} items, d {small.table.dim}), but got "
-            f"{type(original.model).__name__}, {original.n_items} items, d {original.dim}."
+            f"Expected `teacher` to be the original of `small` ({known[0]}), but got {known[1]}."
         )
-    if original.reads_last_column != small.reads_last_column:
-        raise CompressionError(
-            "Expected `teacher` to read histories as `small` does, but one reads the last column "
-            "of a padded batch and the other the last item; compress this teacher."
-        )
-
-
-def _check_numbers(
-    epochs: object, batch_size: object, rate: object, distillation: object, seed: object
-) -> None:
-    check_whole("epochs", epochs)
-    check_whole("batch_size", batch_size)
-    rates, shares = f"above 0 and at most {_HIGHEST_RATE:g}", "a share from 0 to 1"
-    for name, value, expected, is_right in (
-        ("seed", seed, "a whole number from 0", is_whole(seed) and 0 <= seed < 2**63),
-        ("learning_rate", rate, rates, is_number(rate) and 0 < rate <= _HIGHEST_RATE),
-        ("distillation", distillation, shares, is_number(distillation) and 0 <= distillation <= 1),
-    ):
-        if not is_right:
-            raise CompressionError(f"Expected `{name}` to be {expected}, but got {value!r}.")

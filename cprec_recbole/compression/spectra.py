@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise, product
+from itertools import combinations, pairwise
 
 import numpy as np
 import torch
@@ -30,14 +30,11 @@ def block_ends(n_items: int) -> list[int]:
 
 
 def looks_trained(table: Tensor) -> bool:
-    """Whether the item vectors `[n_items, d]` have a direction stronger than random ones would.
-
-    The strongest of n random rows is at most `(1 + sqrt(d / n))^2` times the mean (the
-    Marchenko-Pastur law). Fresh models of 41 to 12,000 items reach 0.7 to 1.03 of that, models that
-    were trained for some epochs 1.6 to 16.
-    """
+    """Whether the item vectors `[n_items, d]` have a direction stronger than random ones would."""
     rows = table[1:]  # padding is no item
     values = torch.linalg.eigvalsh(_gram(rows, torch.ones(len(rows), device=rows.device)))
+    # Marchenko and Pastur: at most so many times the mean are the strongest of random rows. Fresh
+    # models of 41 to 12,000 items reach .7 to 1.03 of that, trained ones 1.6 to 16.
     edge = (1 + math.sqrt(rows.shape[1] / len(rows))) ** 2
     return float(values[-1]) > _ABOVE_CHANCE * edge * float(values.mean())
 
@@ -52,26 +49,15 @@ def _gram(rows: Tensor, weights: Tensor) -> Tensor:
 
 
 class Spectra:
-    """What each possible block would lose at each rank, as a share of the whole table.
-
-    Args:
-        ends: where a block may end, rising, `[G]`; the last is `n_items`.
-        lost: the share lost by the block from one end to another at each rank,
-            `[G + 1, G + 1, d + 1]`; the first axis counts from the start of the catalogue.
-    """
+    """What each possible block would lose at each rank, as a share of the whole table: of blocks
+    between two of `(0, *ends)`, `lost` `[start, end, rank]`. The last of the ends is `n_items`."""
 
     def __init__(self, ends: Sequence[int], lost: np.ndarray) -> None:
-        self.ends = (0, *ends)
-        self.lost = lost
-        self.dim = lost.shape[2] - 1
+        self.ends, self.lost, self.dim = (0, *ends), lost, lost.shape[2] - 1
 
     @classmethod
     def of_table(
-        cls,
-        table: Tensor,
-        counts: np.ndarray,
-        ends: Sequence[int],
-        importance: Tensor | None = None,
+        cls, table: Tensor, counts: np.ndarray, ends: Sequence[int], importance: Tensor | None
     ) -> Spectra:
         """Of a trained table `[n_items, d]`: the error of each block's best factors, weighted by
         counts and by the importance of directions as BlockEmbedding.approximate weights it."""
@@ -84,12 +70,11 @@ class Spectra:
             root = torch.linalg.cholesky(importance)  # any root has the same eigenvalues
             grams = [root.T @ gram @ root for gram in grams]
         sums = torch.stack([torch.zeros_like(grams[0]), *grams]).cumsum(0)
-        lost = np.full((len(ends) + 1, len(ends) + 1, dim + 1), np.inf)
-        for a in range(len(ends)):
-            for b in range(a + 1, len(ends) + 1):
-                values = torch.linalg.eigvalsh(sums[b] - sums[a]).clamp(min=0)
-                lost[a, b, :dim] = values.cumsum(0).flip(0).cpu().numpy()
-                lost[a, b, dim] = 0.0
+        lost = np.full((len(sums), len(sums), dim + 1), np.inf)
+        for a, b in combinations(range(len(sums)), 2):
+            values = torch.linalg.eigvalsh(sums[b] - sums[a]).clamp(min=0)
+            lost[a, b, :dim] = values.cumsum(0).flip(0).cpu().numpy()
+            lost[a, b, dim] = 0.0
         return cls(ends, lost / max(float(sums[-1].trace()), 1e-300))
 
     @classmethod
@@ -106,12 +91,11 @@ class Spectra:
         return cls(ends, np.where((share > 0)[..., None], share[..., None] * left, np.inf))
 
     def best_plan(self, limit: int, cost: TableCost) -> BlockPlan | None:
-        """The blocks and ranks that lose least and cost at most `limit`.
+        """The blocks and ranks that lose least and cost at most `limit`; None if nothing fits.
 
-        For a price on a parameter, or on a byte, dynamic programming finds the blocks and ranks of
-        least loss plus price; the price is bisected until the budget is met. That finds plans on
-        the convex hull of loss and cost, so what is left of the budget is spent on higher ranks and
-        on blocks in two. None if not even one block of rank 1 fits.
+        Dynamic programming finds those of least loss plus price, for a price on a parameter or a
+        byte that is bisected until the budget is met. Such plans are on the convex hull of loss and
+        cost, so what is left of the budget is spent on higher ranks and on blocks in two.
         """
         best = BlockPlan((1,), (self.ends[-1],), self.dim)
         if cost.of(best) > limit:
@@ -120,60 +104,57 @@ class Spectra:
         for _ in range(_BISECTIONS):
             price = math.sqrt(low * high)
             plan = self._priced(price, cost)
-            if cost.of(plan) > limit:
-                low = price
-                continue
-            high = price
-            if self.loss(plan) <= self.loss(best):
+            fits = cost.of(plan) <= limit
+            low, high = (low, price) if fits else (price, high)
+            if fits and self.loss(plan) <= self.loss(best):
                 best = plan
-        best = self._filled(best, limit, cost)
-        while (other := self._with_one_more(best, limit, cost)) is not None:
+        other: BlockPlan | None = best
+        while other is not None:
             best = self._filled(other, limit, cost)
+            one_more = len(best.ranks) < MOST_BLOCKS
+            other = self._with_one_more(best, limit, cost) if one_more else None
         full = max(1, best.ranks.count(self.dim))  # blocks that lose nothing are one
         return BlockPlan(best.ranks[full - 1 :], best.cutoffs[full - 1 :], self.dim)
 
     def loss(self, plan: BlockPlan) -> float:
         """The share of the table that a plan loses."""
-        places = [self.ends.index(end) for end in (0, *plan.cutoffs)]
-        return float(sum(self.lost[a, b, r] for (a, b), r in zip(pairwise(places), plan.ranks)))
+        places = pairwise(self._places(plan))
+        return float(sum(self.lost[a, b, rank] for (a, b), rank in zip(places, plan.ranks)))
+
+    def _places(self, plan: BlockPlan) -> list[int]:
+        return [self.ends.index(end) for end in (0, *plan.cutoffs)]
+
+    def _costs(self, cost: TableCost) -> np.ndarray:
+        """What each possible block costs at each rank, as `lost`."""
+        sizes = np.subtract.outer(self.ends, self.ends).T[..., None]
+        return np.asarray(cost.block(sizes, np.arange(self.dim + 1)))
 
     def _priced(self, price: float, cost: TableCost) -> BlockPlan:
         """The plan of least loss plus price times cost; ranks never rise.
 
-        `value[b, e, r]` is the least for the items before end e in b blocks, the last of rank r;
-        `before[b, e, r]` are the end and the rank of the block before that one.
+        `value[b, e, r]` is the least for the items before end e in b blocks, the last of rank r.
         """
-        n, dim, unit = len(self.ends), self.dim, cost.unit
-        ranks = np.arange(dim + 1)
-        projections = np.where(ranks == dim, 0, unit.matrix(ranks, dim))
-        sizes = np.subtract.outer(self.ends, self.ends).T[..., None]  # [start, end, 1]
-        block = self.lost + price * cost.copies * (unit.matrix(sizes, ranks) + projections)
+        block = self.lost + price * self._costs(cost)
         block[..., 0] = np.inf  # every block has a rank
-        value = np.full((MOST_BLOCKS + 1, n, dim + 1), np.inf)
-        before = np.zeros((MOST_BLOCKS + 1, n, dim + 1, 2), dtype=np.int64)
-        value[1, 1:] = block[0, 1:]
-        for blocks in range(2, MOST_BLOCKS + 1):
-            # of each end and rank: the best with that rank or a higher one, and which it is
-            above = np.minimum.accumulate(value[blocks - 1][:, ::-1], axis=1)[:, ::-1]
-            source_rank = np.where(value[blocks - 1] == above, ranks, dim)
-            source = np.minimum.accumulate(source_rank[:, ::-1], axis=1)[:, ::-1]
-            # of equal plans the one with fewer blocks
-            above = above + price * (cost.each_cluster + 1)
-            for end in range(2, n):
-                total = above[1:end] + block[1:end, end]
-                start = total.argmin(0)
-                value[blocks, end] = total[start, ranks]
-                before[blocks, end, :, 0] = start + 1
-                before[blocks, end, :, 1] = source[start + 1, ranks]
-        blocks, rank = map(int, np.unravel_index(value[:, -1].argmin(), value[:, -1].shape))
-        end = n - 1
-        plan_ranks: list[int] = []
+        another = price * (cost.each_cluster + 1)  # of equal plans the one with fewer blocks
+        value = np.full((MOST_BLOCKS + 1, len(self.ends), self.dim + 1), np.inf)
+        value[0, 0] = -another
+        for blocks in range(MOST_BLOCKS):
+            # of each end and rank: the best with that rank or a higher one
+            before = np.minimum.accumulate(value[blocks, :, ::-1], axis=1)[:, ::-1] + another
+            value[blocks + 1] = (before[:, None] + block).min(axis=0)
+        left, rank = map(int, np.unravel_index(value[:, -1].argmin(), value[:, -1].shape))
+        end = len(self.ends) - 1
+        ranks: list[int] = []
         cutoffs: list[int] = []
-        for left in range(blocks, 0, -1):
-            plan_ranks.insert(0, rank)
+        while left:
+            ranks.insert(0, rank)
             cutoffs.insert(0, self.ends[end])
-            end, rank = map(int, before[left, end, rank])
-        return BlockPlan(tuple(plan_ranks), tuple(cutoffs), dim)
+            left -= 1
+            before = value[left, :, rank:].min(axis=1) + another
+            end = int((before + block[:, end, rank]).argmin())
+            rank += int(value[left, end, rank:].argmin())
+        return BlockPlan(tuple(ranks), tuple(cutoffs), self.dim)
 
     def _filled(self, plan: BlockPlan, limit: int, cost: TableCost) -> BlockPlan:
         """Spend what is left of the budget on the ranks that gain most for a parameter."""
@@ -192,28 +173,23 @@ class Spectra:
     def _with_one_more(self, plan: BlockPlan, limit: int, cost: TableCost) -> BlockPlan | None:
         """The plan with one of its blocks in two that loses least within the budget; None where
         none loses less."""
-        if len(plan.ranks) == MOST_BLOCKS:
-            return None
+        costs, spent = self._costs(cost), cost.of(plan) + cost.each_cluster
         best, least = None, self.loss(plan) - _WORTH_A_BLOCK
-        places = [self.ends.index(end) for end in (0, *plan.cutoffs)]
         around = (self.dim, *plan.ranks, 1)
-
-        def split(j: int, middle: int, first: int, second: int) -> BlockPlan:
-            ranks = (*plan.ranks[:j], first, second, *plan.ranks[j + 1 :])
-            cutoffs = (*plan.cutoffs[:j], self.ends[middle], *plan.cutoffs[j:])
-            return BlockPlan(ranks, cutoffs, self.dim)
-
-        for j, (start, end) in enumerate(pairwise(places)):
+        for j, (start, end) in enumerate(pairwise(self._places(plan))):
             highest, rank, lowest = around[j : j + 3]
+            # [middle, first rank, second rank]: of equals the higher second rank
+            high, low = range(lowest, highest + 1), range(highest, lowest - 1, -1)
+            middle, first, second = np.ix_(range(start + 1, end), high, low)
             rest = self.loss(plan) - self.lost[start, end, rank]
-            for middle, first in product(range(start + 1, end), range(lowest, highest + 1)):
-                # the second rank costs more the higher it is, and loses less
-                low, high = lowest - 1, first
-                while low < high:
-                    second = (low + high + 1) // 2
-                    fits = cost.of(split(j, middle, first, second)) <= limit
-                    low, high = (second, high) if fits else (low, second - 1)
-                lost = rest + self.lost[start, middle, first] + self.lost[middle, end, low]
-                if low >= lowest and lost < least:
-                    best, least = split(j, middle, first, low), lost
+            lost = rest + self.lost[start, middle, first] + self.lost[middle, end, second]
+            needed = spent - costs[start, end, rank]
+            needed = needed + costs[start, middle, first] + costs[middle, end, second]
+            lost[(needed > limit) | (second > first)] = np.inf
+            if lost.min(initial=np.inf) < least:
+                least = float(lost.min())
+                a, b, c = map(int, np.unravel_index(lost.argmin(), lost.shape))
+                ranks = (*plan.ranks[:j], high[b], low[c], *plan.ranks[j + 1 :])
+                cutoffs = (*plan.cutoffs[:j], self.ends[start + 1 + a], *plan.cutoffs[j:])
+                best = BlockPlan(ranks, cutoffs, self.dim)
         return best

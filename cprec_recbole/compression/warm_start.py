@@ -1,14 +1,15 @@
 """Where a compressed model starts: its hidden states and clusters fitted to the original's.
 
-Cutting the table to a low rank moves what the layers read, and layers that share cannot all keep
-what they had. What is left free is fitted by least squares on the hidden states of the original,
-over a few histories: no softmax, and no label, is needed for that.
+A table of low rank moves what the layers read, and layers that share cannot all keep what they had.
+What is left free is fitted to the original's hidden states over a few histories, without a label.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,51 +20,46 @@ from cprec_recbole.compression.histories import sample
 from cprec_recbole.compression.original import Original
 from cprec_recbole.models.eval_mode import in_eval_mode, with_gradients
 from cprec_recbole.models.recommender import CompressedRecommender
-from cprec_recbole.partition import PADDING
+from cprec_recbole.partition import PADDING, Partition
 from cprec_recbole.results import WarmStart
+from cprec_recbole.softmax import TreeSoftmax
 
 FIT_HISTORIES = 2048  # what the layers are fitted on
-LOOK_HISTORIES = 256  # what starts are compared on, in one batch
+_LOOK_HISTORIES, _QUICK_HISTORIES = 256, 64  # what starts are compared on, in one batch
 _PASSES = 3
 _BATCH = 32
 _LEARNING_RATE = 1e-3
 _RIDGE = 1e-3  # of a feature's mean square: how strongly a refit clings to what was there
+_ROWS = 2048  # hidden states that clusters are fitted on
+_LOGITS = 2**24  # of the original's scores at a time: 64 MiB
+_STEPS = 50
 
 
 def warm_start(
-    small: CompressedRecommender,
-    original: Original,
-    histories: Tensor,
-    *,
-    descend: bool = True,
-    look_at: int = LOOK_HISTORIES,
+    small: CompressedRecommender, original: Original, histories: Tensor, quickly: bool = False
 ) -> WarmStart:
-    """Fit the layers of a compressed model to the hidden states of the original.
+    """Fit the layers of a compressed model, which hold the original's weights, to the original's
+    hidden states over some histories `[N, L]`; the table is left alone.
 
     In three steps, each kept only where it helps: each set of shared layers takes the parameters of
-    the member that serves the set best (or their mean); normalisation and linear layers that are
-    not shared are solved for by least squares, each to give what it gave in the original; then all
-    layers are fitted by gradient. The table is left alone.
-
-    Args:
-        small: the compressed model; its layers hold the original's weights, shared or not.
-        original: what it was made from.
-        histories: what to fit on, `[N, L]`; a few thousand are enough.
-        descend: whether to do the last step, which takes longest.
-        look_at: histories on which starts are compared and norms are refitted.
+    its best member (or their mean); norms and linear maps that are not shared are solved for by
+    least squares; then all are fitted by gradient, which takes longest and is left out `quickly`.
     """
     generator = torch.Generator().manual_seed(0)
-    look = trimmed(small, sample(histories, look_at, generator))
+    n_compared = _QUICK_HISTORIES if quickly else _LOOK_HISTORIES
+    look = _trimmed(small, sample(histories, n_compared, generator))
     with in_eval_mode(small, original.model):
         fit = _Fit(small, original, look)
         kept, copied, refitted = fit.choose_start()
-        if fit.sets and descend:
-            fit.descend(sample(histories, FIT_HISTORIES, generator), generator)
-        return WarmStart(kept, copied, refitted, fit.error())
+        fitted = refitted
+        if fit.sets and not quickly:
+            some = sample(histories, FIT_HISTORIES, generator)
+            fitted = fit.improved(refitted, lambda: fit.descend(some, generator))
+        return WarmStart(kept, copied, refitted, fitted)
 
 
 class _Fit:
-    """A compressed model and its original on the same histories, `look` `[N, L]`."""
+    """A compressed model and its original on the same histories `[N, L]`."""
 
     def __init__(self, small: CompressedRecommender, original: Original, look: Tensor) -> None:
         self.small, self.original, self.look = small, original, look
@@ -79,24 +75,28 @@ class _Fit:
         """Relative squared error of the hidden states."""
         return float(_relative_error(self.small.encoder.all_states(self.look), self.wanted))
 
+    def improved(self, before: float, change: Callable[[], None]) -> float:
+        """Make a change and give the error after it; where it is no less than `before`, or a refit
+        met numbers that it could not solve, undo it."""
+        plain = [p.detach().clone() for p in self.free]
+        change()
+        after = self.error()
+        if after < before:
+            return after
+        fill(self.free, plain)
+        return before
+
     @torch.no_grad()
     def choose_start(self) -> tuple[int | None, float, float]:
         """Take the best parameters for each set, then refit what is not shared. Gives the member
         that was taken, and the error with its parameters and after the refit."""
         copied = [p.clone() for p in self.free]
-        members: list[int | None] = [None]
-        if self.sets:
-            members += range(max(map(len, self.sets)))
         starts = []
-        for member in members:
+        for member in (None, *range(max(map(len, self.sets), default=0))):
             fill(self.free, copied)
             self._take(member)
-            before, plain = self.error(), [p.clone() for p in self.free]
-            self._refit()
-            after = self.error()
-            if not after < before:  # also where a refit met numbers that it could not solve
-                fill(self.free, plain)
-                after = before
+            before = self.error()
+            after = self.improved(before, self._refit)
             starts.append((after, before, member, [p.clone() for p in self.free]))
         after, before, member, best = min(starts, key=lambda start: start[0])
         fill(self.free, best)
@@ -104,14 +104,13 @@ class _Fit:
 
     def descend(self, histories: Tensor, generator: torch.Generator) -> None:
         """A few passes of gradient descent on the error of the hidden states."""
-        before, plain = self.error(), [p.detach().clone() for p in self.free]
         optimizer = torch.optim.Adam(self.free, lr=_LEARNING_RATE)
         n_steps = _PASSES * -(-len(histories) // _BATCH)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, n_steps)
         for _ in range(_PASSES):
             order = torch.randperm(len(histories), generator=generator)
             for rows in order.split(_BATCH):
-                items = trimmed(self.small, histories[rows])
+                items = _trimmed(self.small, histories[rows])
                 with torch.no_grad():
                     wanted = self.original.encoder.all_states(items)
                 with torch.enable_grad(), with_gradients(self.small):
@@ -122,8 +121,6 @@ class _Fit:
                 optimizer.step()
                 schedule.step()
         optimizer.zero_grad()
-        if not self.error() < before:
-            fill(self.free, plain)
 
     def _take(self, member: int | None) -> None:
         """Set shared parameters to those of one member of each set, or to the mean of them."""
@@ -131,58 +128,52 @@ class _Fit:
         for members in self.sets:
             layers = [originals[i] for i in members]
             for (module, name), *slots in zip(self.layers[members[0]], *layers):
-                values = [getattr(*slot) for slot in slots]
-                mean = torch.stack(values).mean(0)
-                value = mean if member is None else values[member % len(values)]
+                values = torch.stack([getattr(*slot) for slot in slots])
+                value = values.mean(0) if member is None else values[member % len(values)]
                 getattr(module, name).copy_(value)
 
     def _refit(self) -> None:
         """Solve for each free norm and linear map, in the order in which they run, so that it gives
         what it gave in the original; each sees what those before it now give. One that runs more
         than once, or whose input comes by name, stays as it is."""
-        real = torch.ones_like(self.look, dtype=torch.bool)
-        if not self.small.reads_last_column:
-            real = self.look != PADDING
-        outputs: dict[str, list[Tensor | None]] = {}
+        real = self.look != PADDING
+        if self.small.reads_last_column:
+            real = torch.ones_like(real)
+        outputs: dict[str, list[Any]] = defaultdict(list)
 
-        def keep(name: str) -> Any:
-            def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-                outputs.setdefault(name, []).append(_rows(output, real) if inputs else None)
+        def keep(name: str, module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            outputs[name].append(_rows(output, real) if inputs else None)
 
-            return hook
+        def solve(name: str, module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            _solve(module, _rows(inputs[0], real), _rows(output, real), outputs[name][0])
+            return type(module).forward(module, inputs[0])  # without this hook
 
-        def solve(wanted: Tensor) -> Any:
-            def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-                _solve(module, _rows(inputs[0], real), _rows(output, real), wanted)
-                return type(module).forward(module, inputs[0])  # without this hook
-
-            return hook
-
-        free = self._affine_layers()
-        modules = dict(self.original.inner.named_modules())
-        with ExitStack() as hooks:
-            for name in free:
-                hooks.enter_context(modules[name].register_forward_hook(keep(name)))
-            self.original.encoder.all_states(self.look)
-        with ExitStack() as hooks:
-            for name, (wanted, *others) in outputs.items():
-                if wanted is not None and not others:
-                    hooks.enter_context(free[name].register_forward_hook(solve(wanted)))
-            self.small.encoder.all_states(self.look)
-
-    def _affine_layers(self) -> dict[str, nn.Module]:
-        """Norms and linear maps that are not shared, by name."""
         shared = {id(getattr(*slot)) for members in self.sets for slot in self.layers[members[0]]}
-        return {
+        free = {
             name: module
             for name, module in self.small.inner.named_modules()
             if isinstance(module, nn.LayerNorm | nn.Linear)
             and module.weight is not None  # of a norm without parameters of its own
             and not any(id(p) in shared for p in module.parameters())
         }
+        modules = dict(self.original.inner.named_modules())
+        with _hooked(keep, {name: modules[name] for name in free}):
+            self.original.encoder.all_states(self.look)
+        once = [name for name, (first, *more) in outputs.items() if first is not None and not more]
+        with _hooked(solve, {name: free[name] for name in once}):
+            self.small.encoder.all_states(self.look)
 
 
-def trimmed(small: CompressedRecommender, histories: Tensor) -> Tensor:
+@contextmanager
+def _hooked(hook: Callable[..., Any], modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Within, modules call `hook(name, module, inputs, output)` after they ran."""
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            stack.enter_context(module.register_forward_hook(partial(hook, name)))
+        yield
+
+
+def _trimmed(small: CompressedRecommender, histories: Tensor) -> Tensor:
     """Histories on the model's device, without columns that are padding for all."""
     items = histories.to(small.table.partition.item_at.device)
     return items if small.reads_last_column else items[:, : int((items != PADDING).sum(1).max())]
@@ -196,8 +187,8 @@ def fill(parameters: Iterable[Tensor], values: Iterable[Tensor]) -> None:
 
 
 def _rows(states: Tensor, real: Tensor) -> Tensor:
-    """What a layer reads or gives as rows, `[..., d] -> [N, d]`: where it has a state for each
-    position, of those that count; of models that read whole histories, all it has."""
+    """What a layer reads or gives, `[..., d] -> [N, d]`: where it has a state for each position, of
+    those that count; of models that read whole histories, all it has."""
     return states[real] if states.shape[:-1] == real.shape else states.flatten(0, -2)
 
 
@@ -208,10 +199,8 @@ def _relative_error(hidden: Tensor, wanted: Tensor) -> Tensor:
 
 
 def _solve(module: Any, inputs: Tensor, output: Tensor, wanted: Tensor) -> None:
-    """Change a norm or a linear map so that its outputs `[N, d]` come nearest to what is wanted.
-
-    Ridge regression of what is missing, so that with nothing missing nothing changes.
-    """
+    """Change a norm or a linear map so that its outputs `[N, d]` come nearest to what is wanted, by
+    ridge regression of what is missing: with nothing missing nothing changes."""
     if len(inputs) < 2:
         return
     missing = (wanted - output).double()
@@ -231,3 +220,54 @@ def _solve(module: Any, inputs: Tensor, output: Tensor, wanted: Tensor) -> None:
     module.weight += slope.to(module.weight.dtype)
     if module.bias is not None:
         module.bias += shift.to(module.bias.dtype)
+
+
+@torch.no_grad()
+def fit_clusters_to(small: CompressedRecommender, original: Original, histories: Tensor) -> None:
+    """Fit the clusters of a tree softmax, where there are any, to the original's probabilities of
+    the blocks."""
+    if not isinstance(small.softmax, TreeSoftmax) or not small.softmax.tails:
+        return
+    generator = torch.Generator().manual_seed(0)
+    items = _trimmed(small, sample(histories, _LOOK_HISTORIES, generator))
+    with in_eval_mode(small, original.model):
+        wanted, given = original.encoder.all_states(items), small.encoder.all_states(items)
+    rows = torch.randperm(len(wanted), generator=generator)[:_ROWS].to(items.device)
+    probabilities = block_probabilities(small.table.partition, original, wanted[rows])
+    fit_clusters(small.softmax, given[rows], probabilities)
+
+
+def block_probabilities(partition: Partition, original: Original, hidden: Tensor) -> Tensor:
+    """The original's probability of each block, given its hidden states, a few rows at a time,
+    `[N, d] -> [N, n_blocks]`. Padding has none."""
+    by_position = original.table[partition.item_at.long()]
+    parts = []
+    for rows in hidden.split(max(1, _LOGITS // original.n_items)):
+        logits = rows @ by_position.T
+        logits[:, PADDING] = -torch.inf
+        blocks = logits.split(partition.sizes, dim=1)
+        parts.append(torch.stack([block.logsumexp(1) for block in blocks], dim=1).softmax(1))
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def fit_clusters(softmax: TreeSoftmax, hidden: Tensor, probabilities: Tensor) -> None:
+    """Fit the cluster vectors so that each block gets the original's probability `[N, n_blocks]` at
+    the hidden states `[N, d]` of the compressed model: a softmax regression on the head as a whole
+    and each cluster, convex, solved by L-BFGS from where the clusters stand."""
+    exact = hidden.double()
+    head = softmax.head_block.logits(hidden)[:, 1:].double().logsumexp(1, keepdim=True)
+    clusters = softmax.clusters.detach().double().clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([clusters], max_iter=_STEPS, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        with torch.enable_grad():
+            logits = torch.cat([head, exact @ clusters.T], dim=1)
+            loss = -(probabilities.double() * F.log_softmax(logits, dim=1)).sum(1).mean()
+            loss = loss + 1e-6 * clusters.square().sum()
+            (clusters.grad,) = torch.autograd.grad(loss, [clusters])
+        return loss
+
+    optimizer.step(closure)
+    if torch.isfinite(clusters).all():
+        softmax.clusters.copy_(clusters)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -394,3 +395,9 @@ def _same(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are equal; numbers that are none are equal to each other."""
     same_shape = one.shape == other.shape
     return same_shape and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+def copied(model: CompressedRecommender) -> CompressedRecommender:
+    """A copy that shares tokens and counts."""
+    known = (model.vocabulary, model.item_tokens, model.train_item_counts)
+    return copy.deepcopy(model, {id(each): each for each in known if each is not None})

@@ -22,7 +22,7 @@ import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from cprec_recbole.config import CompressionConfig, CompressionError
 from cprec_recbole.embedding import Block, BlockEmbedding, Int8Block
@@ -49,11 +49,7 @@ _OURS = re.compile(
 
 def save_model(model: Any, folder: str | os.PathLike[str], vocabulary: Vocabulary) -> Path:
     """Write a model; see `CompressedRecommender.save_pretrained`."""
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise CompressionError(
-                f"Expected a model with finite weights, but {name} has NaN or inf."
-            )
+    check_finite("model", model)
     out, table, weights = as_path("folder", folder), model.table, _kept_weights(model)
     is_rounded = "scales" in weights
     plan = {"ranks": list(table.ranks), "cutoffs": list(table.partition.cutoffs)}
@@ -82,6 +78,15 @@ def save_model(model: Any, folder: str | os.PathLike[str], vocabulary: Vocabular
             f"{getattr(error, 'strerror', None) or error}."
         ) from error
     return out
+
+
+def check_finite(name: str, model: nn.Module) -> None:
+    """Refuse a model, given as `name`, with NaN or inf among its weights."""
+    for parameter_name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise CompressionError(
+                f"Expected `{name}` to have finite weights, but {parameter_name} has NaN or inf."
+            )
 
 
 def _kept_weights(model: Any) -> dict[str, Tensor]:

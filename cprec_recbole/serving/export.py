@@ -16,13 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cprec_recbole.compression.quantize import copied
 from cprec_recbole.config import CompressionError, check_choice
 from cprec_recbole.costs import part_sizes, saved_bytes
 from cprec_recbole.embedding import Int8Block
 from cprec_recbole.files import write_whole
 from cprec_recbole.int8 import SCALE_DTYPE, Int8Rows
-from cprec_recbole.models.recommender import CompressedRecommender
+from cprec_recbole.models.recommender import CompressedRecommender, copied
 from cprec_recbole.models.saving import as_path, write_tokens
 from cprec_recbole.partition import PADDING
 from cprec_recbole.search.topk import check_k
