@@ -121,7 +121,7 @@ def test_a_sample_has_no_window_twice():
         ([[1, 99]], "item ids from 1 to 40"),
         ([], "every history of `data` to hold an item, but history 0 has none"),
         ([[]], "every history of `data` to hold an item, but history 0 has none"),
-        (7, "`data` to hold item ids, which are whole numbers, but got 7"),
+        (7, "`data` to be RecBole's training data or lists of item ids, but got int"),
     ],
 )
 def test_other_data_is_refused(data, match):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,6 +60,11 @@ def histories_of(data: Any, n_items: int, max_length: int, name: str = "data") -
     dataset = dataset_of(data)
     if dataset is not None:
         return _windows(*_sequences_of(dataset, n_items, name), max_length)
+    if not isinstance(data, Sequence | Tensor | np.ndarray):
+        raise CompressionError(
+            f"Expected `{name}` to be RecBole's training data or lists of item ids, but got "
+            f"{type(data).__name__}."
+        )
     _, whole = pad_histories(data, n_items, max_length, name)
     lengths = (whole != PADDING).sum(1)
     begins = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
