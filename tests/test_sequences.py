@@ -14,7 +14,7 @@ from cprec_recbole.data.windows import PositionsDataLoader
 from tests.builders import World
 from tests.oracles import StockDataset
 
-SPLITS = [{"LS": "valid_and_test"}, {"RS": [0.8, 0.1, 0.1]}, {"TS": [0.7, 0.1, 0.2]}]
+FIELDS = ("user_id", "item_id_list", "item_length", "item_id")
 
 
 def rows(dataset):
@@ -42,31 +42,14 @@ def assert_same_rows(ours, expected):
         assert found[field].dtype == column.dtype
 
 
-def training_histories(stock_train):
-    """Each user's training items, oldest first, out of RecBole's own prefix rows."""
-    histories: dict[int, list[int]] = {}
-    batch = rows(stock_train)
-    order = np.lexsort((batch["item_length"], batch["user_id"]))
-    for i in order:
-        user, target = int(batch["user_id"][i]), int(batch["item_id"][i])
-        first = int(batch["item_id_list"][i][0])
-        histories.setdefault(user, [first]).append(target)
-    return histories
+LAST_POSITION = {"training": "last_position"}
 
 
-@pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("length", [1, 3, 8, 50])
-@pytest.mark.parametrize(
-    ("model", "options"),
-    [("SASRec", {}), ("CpSASRec", {}), ("CpSASRec", {"training": "last_position"})],
-)
-def test_rows_are_recboles_own(world, model, options, split, length):
-    common = {
-        "MAX_ITEM_LIST_LENGTH": length,
-        "eval_args": {"split": split, "group_by": "user", "order": "TO", "mode": "full"},
-    }
-    loaders = world.loaders(world.config(model, **common, **options))
-    for expected, loader in zip(stock(world, **common), loaders):
+@pytest.mark.parametrize("length", [1, 8, 50])
+@pytest.mark.parametrize(("model", "options"), [("SASRec", {}), ("CpSASRec", LAST_POSITION)])
+def test_rows_are_recboles_own(world, model, options, length):
+    loaders = world.loaders(world.config(model, MAX_ITEM_LIST_LENGTH=length, **options))
+    for expected, loader in zip(stock(world, MAX_ITEM_LIST_LENGTH=length), loaders):
         assert_same_rows(loader._dataset, expected)
 
 
@@ -95,10 +78,10 @@ def test_rows_have_a_list_of_every_column(tmp_path, numerical):
         assert_same_rows(ours._dataset, expected)
 
 
-@pytest.mark.parametrize("model", ["SASRec", "CpSASRec"])
-def test_what_a_data_set_says_of_its_interactions_is_what_recboles_says(world, model):
-    whole = create_dataset(world.config(model))
-    parts = [loader._dataset for loader in data_preparation(world.config(model), whole)]
+def test_what_a_data_set_says_of_its_interactions_is_what_recboles_says(world):
+    config = world.config("CpSASRec")
+    whole = create_dataset(config)
+    parts = [loader._dataset for loader in data_preparation(config, whole)]
     theirs = StockDataset(world.config("SASRec"))
     for ours, expected in zip([whole, *parts], [theirs, *theirs.build()]):
         assert type(ours) is SequentialDataset
@@ -133,11 +116,11 @@ def test_what_is_done_to_rows_is_done_to_their_lists(world):
     assert len(ours.inter_feat[is_first]) == int(is_first.sum()) > 0
     for each in (ours.inter_feat.to("cpu"), copy.deepcopy(ours.inter_feat).repeat(2)):
         assert torch.equal(each["item_id_list"][: len(ours)], expected.inter_feat["item_id_list"])
+    columns = ours.inter_feat.interaction
     for found in (
-        dict(ours.inter_feat.interaction),
-        ours.inter_feat.interaction.copy(),
-        {name: ours.inter_feat.interaction.get(name) for name in ours.inter_feat},
-        {name: copy.deepcopy(ours.inter_feat.interaction).pop(name) for name in ours.inter_feat},
+        columns.copy(),
+        {name: columns.get(name) for name in columns},
+        {name: copy.deepcopy(columns).pop(name) for name in columns},
     ):
         assert found
         assert all(torch.equal(found[name], expected.inter_feat[name]) for name in found)
@@ -165,15 +148,6 @@ class MyDataset(SequentialDataset):
     def data_augmentation(self):
         super().data_augmentation()
         self.inter_feat = self.inter_feat[self.inter_feat["item_length"] > 1]
-
-
-@pytest.mark.parametrize("training", ["all_positions", "last_position"])
-def test_a_data_set_that_a_script_made_is_trained_on(world, training):
-    config = world.config("CpSASRec", training=training)
-    train = data_preparation(config, SequentialDataset(config))[0]
-    expected = world.loaders(config)[0]
-    for a, b in zip(train, expected):
-        assert torch.equal(a["item_id_list"], b["item_id_list"])
 
 
 def test_rows_that_do_not_tell_where_they_lie_are_trained_on_one_by_one(world):
@@ -235,28 +209,17 @@ def test_windows_of_what_is_left_of_a_split_ask_for_every_row_once(world, length
         assert (item_counts(part) >= counts).all()
 
 
-FIELDS = ("user_id", "item_id_list", "item_length", "item_id")
-
-
-@pytest.mark.parametrize("model", ["CpSASRec", "SASRec"])
-@pytest.mark.parametrize("training", ["all_positions", "last_position"])
-def test_counts_are_those_of_the_training_interactions(world, model, training):
+def test_counts_are_those_of_the_training_interactions_under_any_limit_of_items(world):
     train = stock(world, MAX_ITEM_LIST_LENGTH=50)[0]
-    expected = np.zeros(train.item_num, dtype=np.int64)
-    for history in training_histories(train).values():
-        np.add.at(expected, history, 1)
-    options = {"training": training} if model.startswith("Cp") else {}
-    dataset = world.loaders(world.config(model, **options))[0]._dataset
-    assert item_counts(dataset).tolist() == expected.tolist()
-
-
-@pytest.mark.parametrize("model", ["CpSASRec", "SASRec"])
-def test_a_limit_of_one_item_counts_the_same(world, model):
-    counts = [
-        item_counts(world.loaders(world.config(model, MAX_ITEM_LIST_LENGTH=n))[0]._dataset)
-        for n in (1, 8)
-    ]
-    assert counts[0].tolist() == counts[1].tolist()
+    batch = rows(train)
+    firsts = batch["item_id_list"][batch["item_length"] == 1][:, 0]
+    expected = torch.cat([batch["item_id"], firsts]).bincount(minlength=train.item_num)
+    for dataset in (
+        train,
+        world.loaders(world.config("SASRec"))[0]._dataset,
+        world.loaders(world.config("CpSASRec", MAX_ITEM_LIST_LENGTH=1))[0]._dataset,
+    ):
+        assert item_counts(dataset).tolist() == expected.tolist()
 
 
 def test_a_batch_holds_about_as_many_predictions_as_train_batch_size(world):
@@ -294,10 +257,8 @@ def test_files_that_hold_prefixes_are_read_and_trained_on(tmp_path, model):
         "benchmark_filename": ["train", "valid", "test"],
         "load_col": {"inter": ["user_id", "item_id_list", "item_id"]},
         "alias_of_item_id": ["item_id_list"],
-        "training": "last_position",
     }
-    if model == "SASRec":
-        del options["training"]
+    options |= LAST_POSITION if model == "CpSASRec" else {}
     config = world.config(model, **options)
     if model == "CpSASRec":
         with pytest.raises(CompressionError, match="`training` to be last_position"):
