@@ -1,8 +1,4 @@
-"""What RecBole's data sets need: current pandas, any size, full precision of times.
-
-RecBole reads with pandas' parser in Python. Here the one in C reads what both read alike, without
-an object for each row.
-"""
+"""What RecBole's data sets need: current pandas, any size, full precision of times."""
 
 from __future__ import annotations
 
@@ -62,17 +58,17 @@ def _unless_stale(original: Callable, config: Any) -> Any:
 @replaces("recbole.data.utils.save_split_dataloaders")
 def _save_split_dataloaders(original: Callable, config: Any, dataloaders: Any) -> None:
     # RecBole takes the generators away to pickle the loaders, and trains with those
-    holders = [part for loader in dataloaders for part in (loader, loader.sampler)]
-    kept = [(holder, getattr(holder, "generator", None)) for holder in holders]
+    kept = [loader.generator for loader in dataloaders]
     try:
         original(config, dataloaders)
     finally:
-        for holder, generator in kept:
-            holder.generator = generator
+        for loader, generator in zip(dataloaders, kept):
+            loader.generator = loader.sampler.generator = generator
 
 
 def read_csv(filepath: str, **options: Any) -> pd.DataFrame:
-    """pandas' function as RecBole calls it; files of tokens and floats by the parser in C."""
+    """pandas' function as RecBole calls it, for the parser in Python, which makes an object of each
+    row; files of tokens and floats that the parser in C reads alike are read by that."""
     tokens = [name for name in options["dtype"] if name.endswith(":token")]
     floats = [name for name in options["dtype"] if name.endswith(":float")]
     if (
@@ -133,10 +129,9 @@ def _fill_nan(original: Callable, self: Any) -> None:
 def _change_feat_format(original: Callable, self: Any) -> None:
     # RecBole makes times float32: those of today lie two minutes apart there. Rows are put into the
     # order of time before; its sort is stable and leaves those that have become equal as they are
-    from recbole.data.dataset import SequentialDataset
-
     feat, time = self.inter_feat, self.time_field
-    by_time = isinstance(self, SequentialDataset) or self.config["eval_args"]["order"] == "TO"
+    is_sequential = hasattr(self, "item_list_length_field")
+    by_time = is_sequential or self.config["eval_args"]["order"] == "TO"
     if by_time and self.benchmark_filename_list is None and time in feat:
         times = feat[time].to_numpy()
         if times.dtype == np.float64:

@@ -71,21 +71,19 @@ def recbole_config(
 
 
 def recbole_dataset(config: Config) -> Any:
-    """RecBole's data set of a config, read from its files and filtered; never one that was saved.
-    A CompressionError where RecBole cannot read it with these options."""
+    """RecBole's data set of a config, from its files and filtered; never one that was saved."""
     with _data_errors(config), without_saved_data(config):
         return create_dataset(config)
 
 
 def recbole_loaders(config: Config, dataset: Any) -> tuple[Any, Any, Any]:
-    """RecBole's loaders of the training, validation and test rows of a data set; never saved ones.
-    A CompressionError where it cannot be split with these options."""
+    """RecBole's loaders of training, validation and test rows of a data set; never saved ones."""
     with _data_errors(config), without_saved_data(config):
         return data_preparation(config, dataset)
 
 
 def recbole_model(config: Config, dataset: Any) -> Any:
-    """The model of a config, fresh; a CompressionError for options that no such model can have."""
+    """The model of a config, fresh."""
     with fitting_options(config["model"]):
         return config.model_class(config, dataset)
 
@@ -104,7 +102,7 @@ def _recbole_errors(message: str) -> Iterator[None]:
 
 
 def fitting_options(model: str) -> AbstractContextManager[None]:
-    """Where RecBole's own layers work: what they say of options is of the user's."""
+    """Within: what RecBole's own layers say of options is a CompressionError."""
     return _recbole_errors(f"Expected options that a {model} can have, but RecBole says: ")
 
 

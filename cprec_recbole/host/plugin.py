@@ -25,7 +25,7 @@ import torch
 
 from cprec_recbole.config import CompressionConfig, CompressionError, is_near, reject_unknown
 from cprec_recbole.host.numbering import check_checkpoint_numbering, remember
-from cprec_recbole.host.patching import Values, View, is_ours, replace_all, replaces
+from cprec_recbole.host.patching import Values, View, replace_all, replaces
 from cprec_recbole.host.registration import importing_models, provider, register_model
 
 _PLAIN = (str, int, float, list, tuple, dict, bool, type(None))
@@ -193,15 +193,6 @@ def _init_model(original: Callable, self: Any, config: Any, dataset: Any) -> Non
         remember(self, config, dataset)
         if self.type.name == "SEQUENTIAL":
             self.train_item_counts = item_counts(dataset)
-
-
-@replaces("recbole.data.utils.get_dataloader")
-def _get_dataloader(original: Callable, config: Any, phase: str) -> type:
-    from cprec_recbole.data.windows import PositionsDataLoader
-
-    if phase == "train" and is_ours(config) and config["training"] == "all_positions":
-        return PositionsDataLoader
-    return original(config, phase)
 
 
 _ENTRY_POINTS = ("recbole.quick_start", "recbole.quick_start.quick_start")

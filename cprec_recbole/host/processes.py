@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from recbole.data.dataloader import FullSortEvalDataLoader, NegSampleEvalDataLoader
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import BatchSampler, RandomSampler
@@ -81,8 +82,6 @@ def _gpus(options: dict[str, Any], given: bool, place: Place) -> list[int]:
 def _init_loader(
     original: Callable, self: Any, config: Any, dataset: Any, sampler: Any, shuffle: bool = False
 ) -> None:
-    from recbole.data.dataloader import FullSortEvalDataLoader, NegSampleEvalDataLoader
-
     original(self, config, dataset, sampler, shuffle)
     if config["single_spec"]:
         return
@@ -119,15 +118,18 @@ def _init_abstract_trainer(original: Callable, self: Any, config: Any, model: nn
 @replaces("recbole.trainer.trainer.Trainer.__init__")
 def _init_trainer(original: Callable, self: Any, config: Any, model: nn.Module) -> None:
     original(self, config, model)
-    # the name holds a time, which need not be the others'
-    self.saved_model_file = group.gather(self.saved_model_file)[0]
+    if not config["single_spec"]:  # the name holds a time, which need not be the others'
+        self.saved_model_file = group.gather(self.saved_model_file)[0]
 
 
 @replaces("recbole.trainer.trainer.Trainer._save_checkpoint")
 def _save_checkpoint(original: Callable, self: Any, *args: Any, **options: Any) -> None:
     config = self.config
+    if config["single_spec"]:
+        original(self, *args, **options)
+        return
     if group.is_first():
-        self.config = config if config["single_spec"] else _alone(config)
+        self.config = _alone(config)
         try:
             original(self, *args, **options)
         finally:
@@ -155,9 +157,7 @@ def _map_reduce(original: Callable, self: Any, result: Any, num_sample: int) -> 
 @replaces("recbole.evaluator.Collector.get_data_struct")
 def _get_data_struct(original: Callable, self: Any) -> Any:
     # RecBole calls `cpu` of everything, also of the numbers and counts of the training data
-    from recbole.evaluator.collector import DataStruct
-
-    kept, struct = self.data_struct, DataStruct()
+    kept, struct = self.data_struct, type(self.data_struct)()
     for name, value in list(kept._data_dict.items()):
         struct.set(name, value.cpu() if isinstance(value, torch.Tensor) else value)
         if name in _COLLECTED:

@@ -35,12 +35,11 @@ class Provider(NamedTuple):
     run: Callable[..., Any]  # `training.run.run`, which starts several processes
 
 
-_current: Provider | None = None
+_current: Provider  # since `activate`, which is the first that this package does
 
 
 def provider() -> Provider:
     """The provider that RecBole asks."""
-    assert _current is not None  # `activate` is the first that this package does
     return _current
 
 

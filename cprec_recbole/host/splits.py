@@ -16,7 +16,8 @@ import torch
 
 from cprec_recbole.config import CompressionError
 from cprec_recbole.data.sequences import List, Pointers, SequenceRows, stable_order
-from cprec_recbole.host.patching import replaces
+from cprec_recbole.data.windows import PositionsDataLoader
+from cprec_recbole.host.patching import is_ours, replaces
 
 
 @replaces("recbole.data.dataset.SequentialDataset.data_augmentation")
@@ -131,3 +132,10 @@ def _parts(dataset: Any, rows: np.ndarray, *lengths: np.ndarray) -> list[Any]:
     parts = [rows[part_of == part] for part in range(n_parts)]
     dataset._drop_unused_col()
     return [dataset.copy(dataset.inter_feat.take(part)) for part in parts]
+
+
+@replaces("recbole.data.utils.get_dataloader")
+def _get_dataloader(original: Callable, config: Any, phase: str) -> type:
+    if phase == "train" and is_ours(config) and config["training"] == "all_positions":
+        return PositionsDataLoader
+    return original(config, phase)
