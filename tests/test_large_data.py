@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from recbole.data.dataset import SequentialDataset
 
@@ -107,6 +107,10 @@ def test_a_file_gives_recboles_ids_and_tokens(folder, lines, options):
 
 
 @several
+@example("u\t1\t2\t\n", "")  # what the parsers of pandas differ over
+@example('"u\t1\t2', "\n")
+@example("u\t1\r\t2", "\n")
+@example("u\t1\0\t2", "\n")
 @given(st.text('a1\t\n\r" ,.\0', max_size=40), st.sampled_from(["", "\n", "\r\n"]))
 def test_a_file_of_anything_is_read_as_recbole_reads_it(folder, text, end):
     write(folder, HEADER + "u\ti\t1\n" + text + end)

@@ -97,10 +97,9 @@ def _time_based_split(
     original: Callable, self: Any, ratios: list[float], group_by: str | None
 ) -> list[Any]:
     # what is later than the boundary of all groups is the test; a share of the rest, training
-    times = self.inter_feat[self.time_field].numpy() if self.time_field in self.inter_feat else None
-    if not _has_groups(self, group_by) or times is None or len(ratios) != 3:
-        return original(self, ratios, group_by)
-    if (np.diff(times) < 0).any():
+    times = np.asarray(self.inter_feat.interaction.get(self.time_field, []))
+    can_be_cut = _has_groups(self, group_by) and len(ratios) == 3 and len(times)
+    if not can_be_cut or (np.diff(times) < 0).any():
         return original(self, ratios, group_by)
     train, _, test = (ratio / sum(ratios) for ratio in ratios)
     is_early = times <= np.percentile(times, 100 * (1 - test))
