@@ -11,8 +11,7 @@ from typing import Any
 
 import lazy_loader
 
-from cprec_recbole.host.provider import Provider
-from cprec_recbole.host.registration import activate
+from cprec_recbole.host.registration import Provider, activate
 
 __version__ = "0.1.0"
 

@@ -9,8 +9,8 @@ from unittest import mock
 import torch
 from recbole.data.dataset import SequentialDataset
 
-from cprec_recbole.data import interactions
 from cprec_recbole.embedding import BlockEmbedding
+from cprec_recbole.host import data
 from cprec_recbole.softmax import Softmax, TreeSoftmax
 
 
@@ -18,7 +18,7 @@ class StockDataset(SequentialDataset):
     """RecBole's own data set, without what this package puts in the place of its methods."""
 
     def _load_feat(self, *arguments):
-        with mock.patch.object(interactions, "is_simple", return_value=False):
+        with mock.patch.object(data, "is_simple", return_value=False):
             return super()._load_feat(*arguments)
 
     sort = SequentialDataset.sort._cprec_original

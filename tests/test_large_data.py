@@ -9,16 +9,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from recbole.data.dataset import SequentialDataset
 
 from cprec_recbole import CompressionError
 from cprec_recbole.compression.histories import histories_of
-from cprec_recbole.data import NEXT_ITEMS, interactions
-from cprec_recbole.data.interactions import is_simple
+from cprec_recbole.data import NEXT_ITEMS
 from cprec_recbole.data.sequences import item_counts
 from cprec_recbole.data.windows import PositionsDataLoader
+from cprec_recbole.host import data
 from tests.builders import World
 from tests.oracles import StockDataset, windows
 from tests.test_memory import STATUS
@@ -29,20 +29,14 @@ SPLITS = [
     ({"LS": "valid_and_test"}, "user"),
     ({"LS": "valid_only"}, "user"),
     ({"LS": "test_only"}, "user"),
-    ({"RS": [0.8, 0.1, 0.1]}, "user"),
     ({"RS": [5, 3, 2]}, "user"),
     ({"RS": [0.5, 0.25, 0.25]}, "none"),
     ({"TS": [0.7, 0.1, 0.2]}, "user"),
-    ({"TS": [1, 0, 1]}, "user"),
 ]
 FILTERS = [
     {},
-    {"user_inter_num_interval": "[2,inf)", "item_inter_num_interval": "[2,inf)"},
-    {"user_inter_num_interval": "(1,4]"},
-    {"user_inter_num_interval": "[1,1];[3,9]", "item_inter_num_interval": None},
-    {"rm_dup_inter": "first"},
-    {"rm_dup_inter": "last", "item_inter_num_interval": "[2,inf)"},
-    {"val_interval": {"timestamp": "[2,inf)"}},
+    {"user_inter_num_interval": "[1,1];[3,9]", "item_inter_num_interval": "[2,inf)"},
+    {"rm_dup_inter": "first", "val_interval": {"timestamp": "[2,inf)"}},
     {"val_interval": {"item_id": ["1", "01", "b"]}},
 ]
 
@@ -56,7 +50,7 @@ few = st.lists(
     max_size=60,
 ).map(lambda rows: ["\t".join(map(str, row)) for row in rows])
 several = settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
@@ -113,34 +107,17 @@ def test_a_file_gives_recboles_ids_and_tokens(folder, lines, options):
 
 
 @several
-@given(st.text('a1\t\n\r" ,.', max_size=40), st.sampled_from(["", "\n", "\r\n"]))
+@example("u\t1\t2\t\n", "")  # what the parsers of pandas differ over
+@example('"u\t1\t2', "\n")
+@example("u\t1\r\t2", "\n")
+@example("u\t1\0\t2", "\n")
+@given(st.text('a1\t\n\r" ,.\0', max_size=40), st.sampled_from(["", "\n", "\r\n"]))
 def test_a_file_of_anything_is_read_as_recbole_reads_it(folder, text, end):
     write(folder, HEADER + "u\ti\t1\n" + text + end)
-    stock, ours = both(folder.config("CpSASRec"))
+    with mock.patch.object(data, "_BYTES", 8):
+        stock, ours = both(folder.config("CpSASRec"))
     if stock is not None:
         assert_same_data(stock, ours)
-
-
-@pytest.mark.parametrize(
-    ("text", "separator"),
-    [
-        ('"u\t1\t2\n', "\t"),
-        ("u\t1\r\t2\n", "\t"),
-        ("u\t1\t2\t\n", "\t"),
-        ("u\t1\0\t2\n", "\t"),
-        ("u\t1\t2\n", "\t\t"),
-        ("u\t1\t2\n", " "),
-    ],
-    ids=["quote", "return", "longer", "nul", "two characters", "space"],
-)
-def test_what_the_parsers_differ_over_is_left_to_recbole(folder, text, separator):
-    for line in range(3):  # wherever the line is
-        lines = ["v\t1\r\n", "w\t\t\n"]
-        lines.insert(line, text)
-        path = write(folder, HEADER + "".join(lines))
-        with mock.patch.object(interactions, "_BYTES", 8):
-            assert not is_simple(str(path), separator)
-    assert is_simple(str(write(folder, HEADER + "v\t1\r\n\nw\t\t")), "\t")
 
 
 def test_a_plain_file_is_not_read_by_recbole(folder):
@@ -152,86 +129,49 @@ def test_a_plain_file_is_not_read_by_recbole(folder):
     assert (dataset.user_num, dataset.item_num) == (2, 3)  # padding counted
 
 
+COLUMNS = "shop:token\tuser_id:token\trating:float\titem_id:token\ttimestamp:float\n"
+PEOPLE = "user_id:token\tage:float\tsex:token\nw\t3\tf\nu\t\tm\nx\t5\tf\n"
+GENRES = "item_id:token\tgenre:token\nk\tg\ni\tg\nj\t\n"
+ALL = {"load_col": None}
+# options, interactions, and other files
 MORE = {
-    "no times": (
-        {"load_col": {"inter": ["user_id", "item_id"]}},
-        {"inter": HEADER + "u\ti\t1\nv\tj\t2\nu\tj\t2\n"},
-    ),
+    "no times": ({"load_col": {"inter": ["user_id", "item_id"]}}, "u\ti\t1\nv\tj\t2\nu\tj\t2\n"),
     "more columns": (
-        {"load_col": None, "normalize_all": True},
-        {
-            "inter": "shop:token\tuser_id:token\trating:float\titem_id:token\ttimestamp:float\n"
-            "s\tu\t1\ti\t1\nt\tv\t2.5\tj\t2\n\tu\t\tj\t3\n"
-        },
+        {**ALL, "normalize_all": True},
+        COLUMNS + "s\tu\t1\ti\t1\nt\tv\t2.5\tj\t2\n\tu\t\tj\t3\n",
     ),
-    "left out": (
-        {"load_col": None, "unload_col": {"inter": ["rating"]}, "alias_of_item_id": ["last"]},
-        {
-            "inter": "user_id:token\titem_id:token\trating:float\ttimestamp:float\tlast:token\n"
-            "u\ti\tx\t1\tj\nv\tj\ty\t2\tk\n"
-        },
-    ),
-    "lists": (
-        {"load_col": None},
-        {
-            "inter": "user_id:token\titem_id:token\ttimestamp:float\ttags:token_seq\n"
-            "u\ti\t1\ta b\nu\tj\t2\tc\nv\tj\t2\ta\n"
-        },
-    ),
+    "lists": (ALL, HEADER[:-1] + "\ttags:token_seq\nu\ti\t1\ta b\nu\tj\t2\tc\nv\tj\t2\ta\n"),
     "users and items": (
-        {"load_col": None, "user_inter_num_interval": "[2,inf)"},
-        {
-            "inter": HEADER + "u\ti\t1\nu\tj\t2\nv\tj\t3\nw\tk\t4\nw\ti\t3\n",
-            "user": "user_id:token\tage:float\tsex:token\nw\t3\tf\nu\t\tm\nx\t5\tf\n",
-            "item": "item_id:token\tgenre:token\nk\tg\ni\tg\nj\t\n",
-        },
-    ),
-    "commas": (
-        {"field_separator": ","},
-        {"inter": HEADER.replace("\t", ",") + "u,i,1\nv,j,2\nu,j,2\n"},
+        {**ALL, "user_inter_num_interval": "[2,inf)"},
+        "u\ti\t1\nu\tj\t2\nv\tj\t3\nw\tk\t4\nw\ti\t3\n",
+        {"user": PEOPLE, "item": GENRES},
     ),
     "two characters": (
-        {"field_separator": "::", "load_col": None},
-        {"inter": HEADER.replace("\t", "::") + "u::i::1\nv::j::2\nu::j::2\n"},
+        {**ALL, "field_separator": "::"},
+        HEADER.replace("\t", "::") + "u::i::1\nv::j::2\nu::j::2\n",
     ),
-    "no type": ({"load_col": None}, {"inter": "user_id\titem_id:token\nu\ti\n"}),
-    "unknown type": (
-        {},
-        {"inter": HEADER.replace("\n", "\tplace:point\n") + "u\ti\t1\tx\nv\ti\t1\tx\n"},
-    ),
-    "twice": ({}, {"inter": HEADER.replace("\n", "\titem_id:token\n") + "u\ti\t1\tj\n"}),
-    "two types": (
-        {"load_col": None},
-        {"inter": HEADER.replace("\n", "\titem_id:float\n") + "u\ti\t1\t2\nu\tj\t1\t2\n"},
-    ),
-    "no number": ({}, {"inter": HEADER + "u\ti\tyesterday\n"}),
-    "python's number": ({}, {"inter": HEADER + "u\ti\t1_0\nu\tj\t2\n"}),
-    "no rows": ({}, {"inter": HEADER}),
-    "nobody left": ({"user_inter_num_interval": "[9,inf)"}, {"inter": HEADER + "u\ti\t1\n"}),
-    "latin": ({"encoding": "latin-1"}, {"inter": HEADER + "u\tä\t1\nu\tj\t2\n"}),
-    "byte order mark": ({}, {"inter": "\ufeff" + HEADER + "u\ti\t1\n"}),
+    "latin": ({"encoding": "latin-1"}, "u\tä\t1\nu\tj\t2\n"),
+    "python's number": ({}, "u\ti\t1_0\nu\tj\t2\n"),
+}
+REFUSED = {
+    "twice": ({}, HEADER[:-1] + "\titem_id:token\nu\ti\t1\tj\n"),
+    "no number": ({}, "u\ti\tyesterday\n"),
+    "no rows": ({}, ""),
+    "byte order mark": ({}, "\ufeff" + HEADER + "u\ti\t1\n"),
 }
 
 
-@pytest.mark.parametrize("case", MORE)
+@pytest.mark.parametrize("case", [*MORE, *REFUSED])
 def test_beyond_the_plain_case(tmp_path, case):
-    options, files = MORE[case]
+    options, text, *others = {**MORE, **REFUSED}[case]
     world = World(str(tmp_path))
     (tmp_path / world.name).mkdir()
-    for suffix, text in files.items():
-        write(world, text, suffix)
+    write(world, text if ":token" in text else HEADER + text)
+    for suffix, other in (others[0] if others else {}).items():
+        write(world, other, suffix)
     stock, ours = both(world.config("CpSASRec", **options))
-    refused = {
-        "no type",
-        "unknown type",
-        "twice",
-        "two types",
-        "no number",
-        "no rows",
-        "nobody left",
-    }
     if case != "lists":  # which RecBole cannot read with pandas 3
-        assert (stock is None) == (case in refused | {"byte order mark"})
+        assert (stock is None) == (case in REFUSED)
     if stock is not None:
         assert_same_data(stock, ours)
 

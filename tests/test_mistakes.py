@@ -46,9 +46,15 @@ OWN_NAMES = ["--USER_ID_FIELD=session", "--ITEM_ID_FIELD=product", "--load_col=n
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--load_col=null"], "`USER_ID_FIELD` to be a column of made-up.inter, but got user_id"),
+        (
+            ["--load_col=null"],
+            "`USER_ID_FIELD` to be a column of made-up.inter that is loaded, but got user_id",
+        ),
         ([*OWN_NAMES, "--ITEM_ID_FIELD=item"], "`ITEM_ID_FIELD` to be a column of made-up.inter"),
-        (["--USER_ID_FIELD=session", "--ITEM_ID_FIELD=product"], "`load_col` to name session"),
+        (
+            ["--USER_ID_FIELD=session", "--ITEM_ID_FIELD=product"],
+            "load it, as by --load_col='{inter: [session, product]}'",
+        ),
         (OWN_NAMES, "or write one, such as timestamp:float with the number of each line"),
         ([*OWN_NAMES, "--TIME_FIELD=null"], "time_field isn't set"),
         (
@@ -69,33 +75,27 @@ def test_columns_that_are_not_there(other, capsys, more, message):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ([SPLIT_BY % "{LS: leave_one}"], "to leave one out by valid_and_test, valid_only, test_on"),
-        ([SPLIT_BY % "{XX: [1, 2]}"], "The splitting_method [XX] has not been implemented"),
+        ([SPLIT_BY % "{LS: leave_one}"], "`LS` to be one of valid_and_test, valid_only, test_only"),
         ([SPLIT_BY % "null"], "The split_args in eval_args should not be None"),
-        ([SPLIT_BY % "[8, 1, 1]"], "The split_args [[8, 1, 1]] should be a dict"),
         (["--log_wandb=True"], "`log_wandb` with the package wandb, but it is not installed"),
         (["--transform=crop"], "There is no transform named 'crop'"),
         (["--metrics=[Nothing]"], "There is no metric named 'Nothing'"),
-        (["--metrics=7"], "RecBole refuses these options"),
-        (["--topk=0"], "topk must be a positive integer"),
         (["--valid_metric=7"], "RecBole refuses these options"),
         (["--learner=null", "--loss_type=XE"], "`loss_type` to be CE or BPR, but got 'XE'"),
         (["--n_heads=x"], "options that a CpSASRec can have"),
-        (["--hidden_dropout_prob=2"], "options that a CpSASRec can have"),
         (["--clip_grad_norm=x"], "options that a CpSASRec can have"),
         (["--eval_step=x"], "`eval_step` to be a whole number"),
         (["--MAX_ITEM_LIST_LENGTH=0"], "`MAX_ITEM_LIST_LENGTH` to be a whole number, 1 or more"),
-        (["--worker=x"], "`worker` to be a whole number"),
-        (["--eval_batch_size=x"], "`eval_batch_size` to be a whole number"),
+        (["--learning_rate=0"], "`learning_rate` to be a number above 0, but got 0"),
+        (["--weight_decay=x"], "`weight_decay` to be a number, 0 or more, but got 'x'"),
         (["--user_inter_num_interval=[99,inf)"], "Some feat is empty"),
-        (["--rm_dup_inter=x"], "it says: ValueError"),
+        (["--rm_dup_inter=x"], "it says: keep must be"),
     ],
 )
-@pytest.mark.parametrize("model", ["SASRec", "CpSASRec"])
-def test_options_that_recbole_cannot_have(world, capsys, more, message, model):
-    assert main([*arguments(world, model), *more]) == 2
+def test_options_that_recbole_cannot_have(world, capsys, more, message):
+    assert main([*arguments(world, "CpSASRec"), *more]) == 2
     said = capsys.readouterr().err
-    assert message.replace("CpSASRec", model) in said or model == "SASRec"
+    assert message in said
     assert len(said.splitlines()) == 1
 
 
@@ -113,13 +113,13 @@ def test_every_metric_ends_in_a_result(world, tmp_path, model):
     assert json.loads((tmp_path / "out" / "result.json").read_text()) == found
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", "NaN", '{"best_valid_result": 3}', "{"])
-def test_a_damaged_result_is_named(world, tmp_path, capsys, text):
+def test_a_damaged_result_is_named(world, tmp_path, capsys):
     command = [*arguments(world, "CpSASRec", epochs=0), "--out", str(tmp_path / "out")]
     assert main(command) == 0
-    (tmp_path / "out" / "result.json").write_text(text)
-    assert main([*command, "--resume"]) == 2
-    assert "to hold the result of a run, but it is damaged" in capsys.readouterr().err
+    for text in ("[]", "{}", "NaN", '{"best_valid_result": 3}', "{"):
+        (tmp_path / "out" / "result.json").write_text(text)
+        assert main([*command, "--resume"]) == 2
+        assert "to hold the result of a run, but it is damaged" in capsys.readouterr().err
 
 
 LAST_POSITION = {"training": "last_position"}
@@ -152,11 +152,10 @@ def test_without_validation_rows_the_test_is_measured(world, tmp_path, capsys):
     evaluation = {"split": {"LS": "test_only"}, "order": "TO", "group_by": "user", "mode": "full"}
     checkpoint = trained(world, "SASRec", tmp_path, eval_args=evaluation)
     command = ["compress", checkpoint, "--ranks", "8,4", "--out", str(tmp_path / "small")]
-    for more in ([], ["--recover", "1"]):
-        assert main([*command, *more]) == 0
-        printed = capsys.readouterr().out
-        assert "test ndcg@10" in printed
-        assert "valid ndcg@10" not in printed
+    assert main([*command, "--recover", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "test ndcg@10" in printed
+    assert "valid ndcg@10" not in printed
     command = ["compress", checkpoint, "--max-loss", "0.5", "--out", str(tmp_path / "other")]
     assert main(command) == 2
     assert "`valid_data` to hold rows to evaluate, but it has none" in capsys.readouterr().err

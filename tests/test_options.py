@@ -17,7 +17,7 @@ from cprec_recbole.training.checkpoint import load_trained
 from tests.test_checkpoint import trained
 from tests.test_train_command import arguments
 
-TEXTS = ["2024", "key", "param", "[1]", "True", "1e-3", "lambda: 0", "(" * 300, ""]
+TEXTS = ["2024", "[1]", "True", "1e-3", "(" * 300, ""]
 UNPICKLED = ["dataset_save_path", "dataloaders_save_path", "pre_model_path", "mf_pretrain_path"]
 
 
@@ -48,9 +48,8 @@ def test_a_text_stays_a_text(world, tmp_path, text):
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        *[("5", 5), ("1e-3", 1e-3), ("[64, 16]", [64, 16]), ("{'a': None}", {"a": None})],
-        *[("None", None), ("true", True), ("False", False), ("(1, 2)", (1, 2)), ("'x'", "x")],
-        *[("[5,inf)", "[5,inf)"), ("key", "key"), ("list", "list"), ("2**3", "2**3")],
+        *[("1e-3", 1e-3), ("{'a': None}", {"a": None}), ("true", True), ("(1, 2)", (1, 2))],
+        *[("'x'", "x"), ("[5,inf)", "[5,inf)"), ("key", "key"), ("2**3", "2**3")],
         *[("{1, 2}", "{1, 2}"), ("[" * 300, "[" * 300), ("a\0b", "a\0b")],
     ],
 )
@@ -69,50 +68,45 @@ def test_no_code_of_a_text_is_run(world, tmp_path, monkeypatch):
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("command", ["train", "compare", "report", "study"])
-@pytest.mark.parametrize("tag", ["object/apply:os.getcwd []", "name:os.getcwd ''", "tuple [1]"])
-def test_a_file_makes_nothing_but_plain_values(tmp_path, capsys, command, tag):
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train", "--model", "CpSASRec", "--config"],
+        ["compare", "--model", "SASRec", "--config"],
+        ["report", "SASRec", "--config"],
+        ["compare", "--out", "out", "--study"],
+    ],
+)
+def test_a_file_makes_nothing_but_plain_values(tmp_path, capsys, command):
     file = tmp_path / "options.yaml"
-    file.write_text(f"epochs: !!python/{tag}\n")
-    given = {
-        "train": ["train", "--model", "CpSASRec", "--config", str(file)],
-        "compare": ["compare", "--model", "SASRec", "--config", str(file)],
-        "report": ["report", "SASRec", "--config", str(file)],
-        "study": ["compare", "--study", str(file), "--out", str(tmp_path / "out")],
-    }[command]
-    assert main(given) == 2
-    assert "to be a YAML file" in capsys.readouterr().err
+    for tag in ("object/apply:os.getcwd []", "tuple [1]"):
+        file.write_text(f"epochs: !!python/{tag}\n")
+        assert main([*command, str(file)]) == 2
+        assert "to be a YAML file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", UNPICKLED)
-@pytest.mark.parametrize("way", ["command line", "file", "run"])
-def test_what_recbole_would_unpickle_is_refused(world, tmp_path, capsys, name, way):
-    marker, file = tmp_path / "ran", tmp_path / "evil.pth"
+def test_what_recbole_would_unpickle_is_refused(world, tmp_path, capsys, name):
+    marker, file, options = (tmp_path / each for each in ("ran", "evil.pth", "options.yaml"))
     file.write_bytes(pickle.dumps(RunsCode(marker)))
-    if way == "run":
-        with pytest.raises(CompressionError, match=f"Expected no `{name}`"):
-            run("CpSASRec", world.name, config_dict=world.options("CpSASRec", **{name: str(file)}))
-    else:
-        options = tmp_path / "options.yaml"
-        options.write_text(yaml.safe_dump({name: str(file)}))
-        more = [f"--{name}={file}"] if way == "command line" else ["--config", str(options)]
+    options.write_text(yaml.safe_dump({name: str(file)}))
+    with pytest.raises(CompressionError, match=f"Expected no `{name}`"):
+        run("CpSASRec", world.name, config_dict=world.options("CpSASRec", **{name: str(file)}))
+    for more in ([f"--{name}={file}"], ["--config", str(options)]):
         assert main([*arguments(world, "CpSASRec"), *more]) == 2
         assert f"Expected no `{name}`" in capsys.readouterr().err
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("command", ["train", "compare"])
-def test_a_saved_data_set_is_not_read(world, tmp_path, monkeypatch, command):
+def test_a_saved_data_set_is_not_read(world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("saved").mkdir()
     evil = pickle.dumps(RunsCode(tmp_path / "ran"))
     for name in ("SequentialDataset", "for-CpSASRec-dataloader"):
         Path(f"saved/{world.name}-{name}.pth").write_bytes(evil)
-    if command == "train":
-        assert main(arguments(world, "CpSASRec")) == 0
-    else:
-        more = [*arguments(world, "SASRec")[1:], "--ranks", "8,4", "--out", "out"]
-        assert main(["compare", *more]) == 0
+    assert main(arguments(world, "CpSASRec")) == 0
+    compare = ["compare", *arguments(world, "SASRec")[1:], "--ranks", "8,4", "--out", "out"]
+    assert main(compare) == 0
     assert not Path("ran").exists()
 
 
@@ -122,10 +116,6 @@ def test_the_best_weights_of_an_interrupted_run_are_read_without_running_them(
     out, marker = tmp_path / "out", tmp_path / "ran"
     command = [*arguments(world, "CpSASRec"), "--out", str(out)]
     assert main(command) == 0
-    expected = json.loads((out / "result.json").read_text())
-    (out / "result.json").unlink()
-    assert main([*command, "--resume"]) == 0
-    assert json.loads((out / "result.json").read_text()) == expected
     (out / "result.json").unlink()
     torch.save({"state_dict": RunsCode(marker)}, out / "best.pth")
     assert main([*command, "--resume"]) == 2
@@ -143,10 +133,10 @@ def test_a_data_set_brings_no_pickle(tmp_path, world):
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("name", ["../made-up", "a/b", "", ".."])
-def test_a_data_set_is_the_name_of_a_folder(world, name):
-    with pytest.raises(CompressionError, match="`dataset` to be the name of a folder"):
-        recbole_config("CpSASRec", name, world.options("CpSASRec"))
+def test_a_data_set_is_the_name_of_a_folder(world):
+    for name in ("../made-up", "a/b", "", ".."):
+        with pytest.raises(CompressionError, match="`dataset` to be the name of a folder"):
+            recbole_config("CpSASRec", name, world.options("CpSASRec"))
 
 
 @pytest.fixture(scope="module")
@@ -180,22 +170,8 @@ def test_of_a_checkpoint_only_what_the_model_and_its_data_need_is_read(
     assert sorted(os.listdir()) == ["changed.pth", "evil.pth"]
 
 
-@pytest.mark.parametrize("option", ["dataset", "seq_separator", "USER_ID_FIELD", "metrics"])
-def test_a_checkpoint_whose_options_are_code_is_refused(checkpoint, tmp_path, option):
-    marker = tmp_path / "ran"
-    text = [code(marker)] if option == "metrics" else code(marker)
-    file = changed(checkpoint, tmp_path / "changed.pth", **{option: text})
-    if option == "seq_separator":  # no column here has lists
-        load_trained(file)
-    else:
-        with pytest.raises(CompressionError):
-            load_trained(file)
-    assert not marker.exists()
-
-
-@pytest.mark.parametrize("model", ["S3Rec", "../SASRec"])
-def test_a_checkpoint_of_a_model_that_cannot_be_compressed_is_refused(checkpoint, tmp_path, model):
-    file = changed(checkpoint, tmp_path / "changed.pth", model=model)
+def test_a_checkpoint_of_a_model_that_cannot_be_compressed_is_refused(checkpoint, tmp_path):
+    file = changed(checkpoint, tmp_path / "changed.pth", model="S3Rec")
     with pytest.raises(CompressionError, match="`checkpoint` to be of one of NextItNet, SASRec"):
         load_trained(file)
 
@@ -231,7 +207,7 @@ def file(world, tmp_path):
     return str(path)
 
 
-@pytest.mark.parametrize("flag", ["--config", "--config_files", "--config-files", "--config_file"])
+@pytest.mark.parametrize("flag", ["--config", "--config-files"])
 def test_a_file_says_what_the_command_line_does_not(world, file, tmp_path, capsys, flag):
     assert main(["train", f"{flag}={file}", "--out", str(tmp_path / "out")]) == 0
     assert f"CpSASRec on {world.name}" in capsys.readouterr().out
@@ -271,7 +247,6 @@ def test_compare_and_report_take_the_data_set_of_a_file(world, file, tmp_path, c
         (["train"], "`model` to be the name of a model, but got none; use --model"),
         (["train", "--model", "CpSASRec", "--config_file=none.yaml"], "none.yaml is none"),
         (["train", "--model", "CpSASRec", "--rankss=4"], "did you mean `ranks`"),
-        (["train", "--model", "CpSASRec", "--softmx=full"], "did you mean `softmax`"),
         (["train", "--model", "CpSASRec", "--rank=4"], "but got `rank`"),
         (["compare"], "`model` to be one of NextItNet"),
     ],
@@ -279,12 +254,6 @@ def test_compare_and_report_take_the_data_set_of_a_file(world, file, tmp_path, c
 def test_what_is_not_used_is_refused(arguments, message, capsys):
     assert main(arguments) == 2
     assert message in " ".join(capsys.readouterr().err.split())
-
-
-def test_a_misspelling_in_a_file_is_refused(file, capsys):
-    Path(file).write_text(Path(file).read_text() + "cutofs: 3\n")
-    assert main(["train", "--config", file]) == 2
-    assert "did you mean `cutoffs`" in capsys.readouterr().err
 
 
 def test_config_file_names_nothing(world, checkpoint, tmp_path, capsys):

@@ -1,10 +1,8 @@
 """RecBole's own functions with our models, and what the rest of the process sees."""
 
 import importlib
-import io
 import subprocess
 import sys
-from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -32,7 +30,7 @@ def alone(monkeypatch, tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("name", ["CpNextItNet", "CpSASRec", "CpGRU4Rec", "SASRec"])
+@pytest.mark.parametrize("name", ["CpGRU4Rec", "SASRec"])
 def test_recbole_runs_it_on_movielens_and_loads_it_again(alone, name):
     small = SMALL[name.removeprefix("Cp")]
     result = recbole.quick_start.run_recbole(
@@ -59,25 +57,17 @@ def test_options_come_from_the_command_line_too(monkeypatch):
     assert config["sharing"] == "cross_block"
 
 
-@pytest.mark.parametrize(
-    ("options", "match"),
-    [
-        ({"rankss": [64, 16]}, "got `rankss`; did you mean `ranks`"),
-        ({"training": "every"}, "`training` to be one of"),
-    ],
-)
-def test_a_bad_option_stops_before_any_data_is_read(world, options, match):
-    with pytest.raises(CompressionError, match=match):
-        world.config("CpSASRec", **options)
-
-
-def test_unrelated_options_of_recboles_are_left_alone(world):
+def test_a_bad_option_stops_before_any_data_is_read_and_unrelated_ones_are_left_alone(world):
+    with pytest.raises(CompressionError, match="got `rankss`; did you mean `ranks`"):
+        world.config("CpSASRec", rankss=[64, 16])
+    with pytest.raises(CompressionError, match="`training` to be one of"):
+        world.config("CpSASRec", training="every")
     assert world.config("CpSASRec", my_own_option=3)["my_own_option"] == 3
     with pytest.warns(UserWarning, match="`rank` is an option of another of RecBole's models"):
         assert world.config("CpSASRec", rank=3)["rank"] == 3
 
 
-@pytest.mark.parametrize("name", ["LightGCN", "NGCF", "SpectralCF"])
+@pytest.mark.parametrize("name", ["LightGCN", "SpectralCF"])
 def test_graph_models_are_built_on_current_scipy(world, name):
     model, batch = world.model(name), world.batch(name)
     loss = model.calculate_loss(batch)
@@ -103,10 +93,9 @@ def test_missing_values_are_filled_on_current_pandas(world, tmp_path):
     assert ratings.iloc[2] == pytest.approx(np.mean([0, 1, 3, 4, 5]))
 
 
-@pytest.mark.parametrize("model", ["SASRec", "CpSASRec"])
-def test_columns_of_lists_are_read_on_current_pandas(model):
+def test_columns_of_lists_are_read_on_current_pandas():
     columns = {"inter": ["user_id", "item_id", "timestamp"], "item": ["item_id", "class"]}
-    dataset = create_dataset(recbole_config(model, "ml-100k", {"load_col": columns}))
+    dataset = create_dataset(recbole_config("CpSASRec", "ml-100k", {"load_col": columns}))
     genres = dict(zip(dataset.item_feat["item_id"], dataset.item_feat["class"]))
     films = {"1": ["Animation", "Children's", "Comedy"], "242": ["Comedy"]}
     for film, expected in films.items():
@@ -114,10 +103,8 @@ def test_columns_of_lists_are_read_on_current_pandas(model):
         assert list(dataset.id2token("class", found)) == expected
 
 
-@pytest.mark.parametrize("name", ["SASRec", "CpSASRec"])
-def test_loaders_that_are_saved_can_be_trained_with(world, tmp_path, name):
-    options = {"save_dataloaders": True, "checkpoint_dir": str(tmp_path)}
-    config = world.config(name, **options)
+def test_loaders_that_are_saved_can_be_trained_with(world, tmp_path):
+    config = world.config("SASRec", save_dataloaders=True, checkpoint_dir=str(tmp_path))
     loaders = world.loaders(config)
     assert list(tmp_path.glob("*dataloader.pth"))
     assert all(loader.generator is not None for loader in loaders)
@@ -125,13 +112,12 @@ def test_loaders_that_are_saved_can_be_trained_with(world, tmp_path, name):
 
 
 def test_a_saved_data_set_is_of_its_own_split(world, tmp_path):
-    split = {"order": "TO", "mode": "full", "group_by": "user"}
     rows = []
     for given in ({"LS": "valid_and_test"}, {"RS": [6, 2, 2]}):
-        options = {"save_dataset": True, "checkpoint_dir": str(tmp_path)}
-        config = world.config("CpSASRec", eval_args={**split, "split": given}, **options)
-        config["dataset_save_path"] = None
-        rows.append([len(loader._dataset) for loader in world.loaders(config)])
+        split = {"order": "TO", "mode": "full", "group_by": "user", "split": given}
+        options = {"save_dataset": True, "checkpoint_dir": str(tmp_path), "eval_args": split}
+        loaders = world.loaders(world.config("CpSASRec", **options))
+        rows.append([len(loader._dataset) for loader in loaders])
     assert rows[0] != rows[1]
 
 
@@ -140,14 +126,6 @@ def test_importing_and_registering_twice_changes_nothing():
     importlib.reload(cprec_recbole)
     assert Config._load_internal_config_dict is before
     assert recbole.quick_start.run_recbole is cprec_recbole.run_recbole
-
-
-def test_torch_load_elsewhere_still_refuses_pickled_code():
-    file = io.BytesIO()
-    torch.save({"x": Fraction(1, 2)}, file)
-    file.seek(0)
-    with pytest.raises(Exception, match="Weights only load failed"):
-        torch.load(file)
 
 
 OUTSIDE = """
@@ -160,7 +138,7 @@ sys.argv = ["test"]
 Config(model="CpSASRec", dataset="ml-100k")
 assert not set(dir(numpy)) - names - {"f2py", "testing", "ctypeslib", "ma", "matlib"}
 assert not hasattr(numpy, "float"), "RecBole's names were put back into NumPy for everybody"
-assert torch.load is load
+assert torch.load is load, "pickled code is run by it"
 assert not torch.is_anomaly_enabled(), "RecBole's sine.py turned anomaly detection on"
 ray = sys.modules.get("ray")
 assert ray is None or hasattr(ray, "__file__"), "the stand-in for ray is visible"

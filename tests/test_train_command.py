@@ -137,7 +137,8 @@ def test_a_reader_that_has_had_enough_is_no_error(unbuffered):
         (["--checkpoint_step=2"], "did you mean `checkpoint_steps`"),
         (
             ["--load_col={inter: [user_id, item_id]}"],
-            "`load_col` to name timestamp, the `TIME_FIELD`, but it was not loaded; write "
+            "`TIME_FIELD` to be a column of made-up.inter that is loaded, but got timestamp, and "
+            "it has user_id, item_id, timestamp; load it, as by "
             "--load_col='{inter: [user_id, item_id, timestamp]}'",
         ),
         (["--out", "/dev/null/x"], "`out` to be a folder that can be written"),

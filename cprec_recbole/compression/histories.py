@@ -11,8 +11,7 @@ from recbole.data.dataloader import FullSortEvalDataLoader, NegSampleEvalDataLoa
 from torch import Tensor
 
 from cprec_recbole.config import CompressionError
-from cprec_recbole.data.interactions import stable_order
-from cprec_recbole.data.sequences import Pointers, SequenceRows
+from cprec_recbole.data.sequences import Pointers, SequenceRows, stable_order
 from cprec_recbole.data.windows import Windows
 from cprec_recbole.models.inputs import pad_histories
 from cprec_recbole.partition import PADDING

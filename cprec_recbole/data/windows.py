@@ -11,36 +11,24 @@ from torch import Tensor
 
 from cprec_recbole.config import CompressionError
 from cprec_recbole.data import NEXT_ITEMS
-from cprec_recbole.data.interactions import stable_order
-from cprec_recbole.data.sequences import Pointers, SequenceRows, gather, no_targets
+from cprec_recbole.data.sequences import Pointers, SequenceRows, gather, stable_order
 
 
 class Windows(NamedTuple):
     """Windows that hold each target of some rows once.
 
     From a user's newest target back, so that only the oldest window of a user is short.
-
-    Attributes:
-        rows: the row of a window's newest target, `[n_windows]`.
-        ends: that target's place in the sequence, `[n_windows]`.
-        lengths: positions of a window, `[n_windows]`.
-        is_target: whether a place of the sequence is a target, `[n_interactions]`.
     """
 
-    rows: Tensor
-    ends: Tensor
-    lengths: Tensor
-    is_target: Tensor
+    rows: Tensor  # the row of a window's newest target, [n_windows]
+    ends: Tensor  # that target's place in the sequence, [n_windows]
+    lengths: Tensor  # positions of a window, [n_windows]
+    is_target: Tensor  # whether a place of the sequence is a target, [n_interactions]
 
     @classmethod
     def of(cls, pointers: Pointers, n_interactions: int, length: int) -> Windows:
-        """Cut the targets of rows into windows.
-
-        Args:
-            pointers: of the rows, in any order and with any left out.
-            n_interactions: places that they point into.
-            length: positions of a window at most.
-        """
+        """Cut the targets of rows, in any order and with any left out, into windows of `length`
+        positions at most; the rows point into `n_interactions` places."""
         order = torch.from_numpy(stable_order(pointers.ends.numpy()))  # by user, then time
         targets, begins = pointers.ends[order], pointers.begins[order]
         counts = begins.unique_consecutive(return_counts=True)[1]
@@ -61,13 +49,8 @@ class Windows(NamedTuple):
         return int(self.is_target.sum())
 
     def gather(self, items: Tensor, index: Any, length: int) -> tuple[Tensor, Tensor]:
-        """What windows read and what is to be predicted at each position, `[n, length]` twice.
-
-        Args:
-            items: the item id at each place of the sequence, `[n_interactions]`.
-            index: which windows.
-            length: columns; 0 behind a window, and where there is no target.
-        """
+        """What some windows read and what is to be predicted at each position, `[n, length]` twice;
+        0 behind a window, and where there is no target. `items` has the id at each place."""
         ends = self.ends[index]
         starts = ends - self.lengths[index]
         targets = gather(items, starts + 1, ends + 1, length)
@@ -88,21 +71,23 @@ class PositionsDataLoader(TrainDataLoader):
     step: int
 
     def __init__(self, config: Any, dataset: Any, sampler: Any, shuffle: bool = False) -> None:
-        feat = dataset.inter_feat
         self._name = dataset.iid_field + config["LIST_SUFFIX"]
+        feat = dataset.inter_feat
         lists = feat.lists() if isinstance(feat, SequenceRows) else {}
-        if self._name not in lists or dataset.iid_field not in feat:
-            raise _no_sequences()
-        self._items = lists[self._name]
-        # rows must still be what the interactions have at their places
-        if not torch.equal(self._items[feat.pointers.ends], feat[dataset.iid_field]):
-            raise _no_sequences()
-        if not len(feat):
-            raise no_targets()
-        self._columns = {name: column[:] for name, column in feat.others().items()}
-        self._windows = Windows.of(feat.pointers, len(self._items), dataset.max_item_list_len)
-        if self._windows.n_targets != len(feat):  # some are there twice
-            raise _no_sequences()
+        windows = None
+        if self._name in lists and dataset.iid_field in feat:
+            self._items = lists[self._name]
+            # rows must still be what the interactions have at their places
+            if torch.equal(self._items[feat.pointers.ends], feat[dataset.iid_field]):
+                windows = Windows.of(feat.pointers, len(self._items), dataset.max_item_list_len)
+        if windows is None or windows.n_targets != len(feat):  # some are there twice
+            raise CompressionError(
+                "Expected `training` to be last_position with rows that hold prefixes and not "
+                "sequences, as `benchmark_filename` has, and data sets with a `data_augmentation` "
+                "of their own or whose items, lists or rows were changed, but got all_positions."
+            )
+        self._columns = {name: feat[name] for name in feat if name not in lists}
+        self._windows = windows
         super().__init__(config, dataset, sampler, shuffle=shuffle)
 
     def _init_batch_size_and_step(self) -> None:
@@ -120,11 +105,3 @@ class PositionsDataLoader(TrainDataLoader):
         columns |= {self._name: items, NEXT_ITEMS: targets}
         batch = dataset.join(Interaction(columns))
         return self._neg_sampling(self.transform(dataset, batch))
-
-
-def _no_sequences() -> CompressionError:
-    return CompressionError(
-        "Expected `training` to be last_position with rows that hold prefixes and not sequences, "
-        "as `benchmark_filename` has, and data sets with a `data_augmentation` of their own or "
-        "whose items, lists or rows were changed, but got all_positions."
-    )

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,43 +27,31 @@ from torch import Tensor
 
 from cprec_recbole.config import CompressionError
 
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_OTHERS = (torch.complex128, torch.complex64, torch.int64, torch.int32, torch.int16, torch.int8)
+_NUMBERS = "float64 float32 float16 bfloat16 complex128 complex64 int64 int32 int16 int8 uint8 bool"
 _DTYPES = {  # torch.FloatStorage and so on
     torch.empty(0, dtype=dtype).type().replace("Tensor", "Storage"): dtype
-    for dtype in (*_FLOATS, *_OTHERS, torch.uint8, torch.bool)
+    for dtype in (getattr(torch, name) for name in _NUMBERS.split())
 }
 _LEFT_OUT = ("recbole.utils.enum_type", "cprec_recbole.models")
 _PATHS = "(Pure)?(Posix|Windows)Path"
 _DEEPEST = 8  # RecBole's options are lists in dicts in dicts
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """What a checkpoint of RecBole says of a model.
-
-    Attributes:
-        model: RecBole's name of the model.
-        dataset: RecBole's name of the data set.
-        options: the options it was trained with: numbers, strings, truth values, None, and lists,
-            tuples and dicts of these; a device, an enum or a class is left out.
-        state: the model's `state_dict`, on the CPU; tensors share memory where the model's did.
-        epoch: the epoch after which it was written, from 0.
-    """
+class Checkpoint(NamedTuple):
+    """What a checkpoint of RecBole says of a model."""
 
     model: str
     dataset: str
+    # what it was trained with: numbers, strings, truth values, None, and lists, tuples and dicts of
+    # these; a device, an enum or a class is left out
     options: dict[str, Any]
-    state: dict[str, Tensor]
-    epoch: int
+    state: dict[str, Tensor]  # on the CPU; tensors share memory where the model's did
+    epoch: int  # after which it was written, from 0
 
 
 def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
-    """Read what RecBole's trainer wrote; nothing that the file names is imported or run.
-
-    Raises:
-        CompressionError: no file, a damaged one, none of RecBole's, or one that asks for code.
-    """
+    """Read what RecBole's trainer wrote; nothing that the file names is imported or run. A
+    CompressionError for no file, a damaged one, none of RecBole's, or one that asks for code."""
     if not os.path.isfile(path) or not os.access(path, os.R_OK):
         raise CompressionError(
             f"Expected `checkpoint` to be a file that can be read, but {path} is none."
@@ -108,7 +96,7 @@ class _Named:
         return make(*arguments) if make else _Named(self.name, arguments)
 
     def __setstate__(self, state: object) -> None:
-        """Without this method the unpickler would set attributes."""
+        """Sets nothing; without this method the unpickler would set attributes."""
 
 
 def _number(dtype: _Named, data: bytes) -> object:

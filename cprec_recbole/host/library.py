@@ -16,7 +16,7 @@ import yaml
 from recbole.config import Config
 from recbole.data import create_dataset, data_preparation
 
-from cprec_recbole.config import CompressionError, check_whole, is_number
+from cprec_recbole.config import CompressionError, check_choice, check_whole, is_number
 from cprec_recbole.host.data import without_saved_data
 from cprec_recbole.host.patching import Values
 
@@ -25,16 +25,8 @@ _PROPERTIES = Path(recbole.__file__).parent / "properties"
 _RUNNING_CODE = ["dataset_save_path", "dataloaders_save_path", "pre_model_path", "pretrain_path"]
 _RUNNING_CODE += ["mf_pretrain_path", "mlp_pretrain_path", "warm_up", "teacher"]
 _READ_BY_NOTHING = {"config_file", "config_files", "config_file_list"}  # of RecBole's own lists
-_LOWEST = {
-    "train_batch_size": 1,
-    "eval_batch_size": 1,
-    "epochs": 0,
-    "stopping_step": 0,
-    "eval_step": -1,
-    "MAX_ITEM_LIST_LENGTH": 1,
-    "worker": 0,
-    "seed": 0,
-}
+_WHOLE = {"train_batch_size": 1, "eval_batch_size": 1, "MAX_ITEM_LIST_LENGTH": 1, "eval_step": -1}
+_WHOLE |= dict.fromkeys(("epochs", "stopping_step", "worker", "seed"), 0)  # the lowest of each
 
 
 def recbole_config(
@@ -43,16 +35,11 @@ def recbole_config(
     options: dict[str, Any],
     config_files: Sequence[str] | None = None,
 ) -> Config:
-    """A RecBole config from its arguments alone.
+    """A RecBole config of a model (its name or class) from its arguments alone; options win over
+    YAML files.
 
     RecBole's Config also parses `sys.argv`, which belongs to whoever called us, and evaluates the
     texts among the options; here they are values, whatever they look like.
-
-    Args:
-        model: RecBole's name of the model, or its class.
-        dataset: RecBole's name of the data set.
-        options: RecBole options; they win over the files.
-        config_files: YAML files.
 
     Raises:
         CompressionError: no such data set, no such file, options that RecBole refuses, or that
@@ -71,7 +58,7 @@ def recbole_config(
             )
     # RecBole looks for files of its own by the name of a data set
     if dataset in ("", "..") or Path(dataset).name != dataset:
-        raise _expected("dataset", "be the name of a folder in `data_path`", dataset)
+        raise _expected("dataset", "the name of a folder in `data_path`", dataset)
     argv = sys.argv
     sys.argv = argv[:1] or [""]
     try:
@@ -84,65 +71,45 @@ def recbole_config(
 
 
 def recbole_dataset(config: Config) -> Any:
-    """RecBole's data set of a config, read from its files and filtered; never one that was saved.
-
-    Raises:
-        CompressionError: files that RecBole cannot read with these options.
-    """
+    """RecBole's data set of a config, from its files and filtered; never one that was saved."""
     with _data_errors(config), without_saved_data(config):
         return create_dataset(config)
 
 
 def recbole_loaders(config: Config, dataset: Any) -> tuple[Any, Any, Any]:
-    """RecBole's loaders of the training, validation and test rows of a data set; never saved ones.
-
-    Raises:
-        CompressionError: a data set that cannot be split with these options.
-    """
+    """RecBole's loaders of training, validation and test rows of a data set; never saved ones."""
     with _data_errors(config), without_saved_data(config):
         return data_preparation(config, dataset)
 
 
 def recbole_model(config: Config, dataset: Any) -> Any:
-    """The model of a config, fresh.
-
-    Raises:
-        CompressionError: options that no such model can have.
-    """
+    """The model of a config, fresh."""
     with fitting_options(config["model"]):
         return config.model_class(config, dataset)
 
 
 @contextmanager
-def _recbole_errors(message: str, *, with_kind: bool = False) -> Iterator[None]:
+def _recbole_errors(message: str) -> Iterator[None]:
     """Within: what RecBole raises, which has no errors of its own, is a CompressionError."""
     try:
         yield
     except (CompressionError, OSError):
         raise
     except Exception as error:  # some are asserts
-        said = in_a_line(error)
-        if with_kind:
-            said = f"{type(error).__name__}: {said}"
-        elif isinstance(error, KeyError):  # of an activation's name, say
-            said = f"nothing is called {said}"
+        # of an activation's name, say
+        said = f"nothing is called {error}" if isinstance(error, KeyError) else in_a_line(error)
         raise CompressionError(message + said) from error
 
 
 def fitting_options(model: str) -> AbstractContextManager[None]:
-    """Where RecBole's own layers work: what they say of options is of the user's.
-
-    Raises:
-        CompressionError: options that no such model can have.
-    """
+    """Within: what RecBole's own layers say of options is a CompressionError."""
     return _recbole_errors(f"Expected options that a {model} can have, but RecBole says: ")
 
 
 def _data_errors(config: Config) -> AbstractContextManager[None]:
     return _recbole_errors(
         "Expected `dataset` to be one that RecBole reads and splits with these options, but of "
-        f"{config['dataset']} in {config['data_path']} it says: ",
-        with_kind=True,
+        f"{config['dataset']} in {config['data_path']} it says: "
     )
 
 
@@ -168,15 +135,8 @@ def read_yaml(text: str) -> Any:
 
 
 def read_options(file: str, name: str = "config") -> dict[str, Any]:
-    """The names and values of a YAML file.
-
-    Args:
-        file: its path.
-        name: of the option that the file was given as.
-
-    Raises:
-        CompressionError: no file, or none that holds names and values.
-    """
+    """The names and values of a YAML file that the option `name` gave; a CompressionError where
+    there is no such file, or none that holds names and values."""
     try:
         options = read_yaml(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
@@ -188,35 +148,30 @@ def read_options(file: str, name: str = "config") -> dict[str, Any]:
     return options
 
 
-def _expected(name: str, what: str, value: object) -> CompressionError:
-    return CompressionError(f"Expected `{name}` to {what}, but got {value!r}.")
-
-
 def known_options(config: Config) -> list[str]:
     """The names of all options that RecBole or this package knows for a model."""
     arguments = [name for names in config.parameters.values() for name in names]
     return sorted({*config.internal_config_dict, *arguments} - _READ_BY_NOTHING)
 
 
-def model_options(model: str | None = None) -> set[str]:
+def model_options(model: str = "*") -> set[str]:
     """The names of the options of one of RecBole's models, or of all; empty for another's."""
-    files = (_PROPERTIES / "model").glob(f"{model or '*'}.yaml")
+    files = (_PROPERTIES / "model").glob(f"{model}.yaml")
     return {name for file in files for name in read_yaml(file.read_text(encoding="utf-8")) or ()}
 
 
 def _check(config: Config) -> None:
     """What RecBole takes, or knows to be wrong only once it gets there, perhaps after an epoch."""
-    for name, lowest in _LOWEST.items():
+    for name, lowest in _WHOLE.items():
         check_whole(name, config[name], lowest)
     rate, decay = config["learning_rate"], config["weight_decay"]
     if rate is not None and not (is_number(rate) and rate > 0):
-        raise _expected("learning_rate", "be a number above 0", rate)
+        raise _expected("learning_rate", "a number above 0", rate)
     if decay is not None and not (is_number(decay) and decay >= 0):
-        raise _expected("weight_decay", "be a number, 0 or more", decay)
+        raise _expected("weight_decay", "a number, 0 or more", decay)
     split = config["eval_args"]["split"]
-    ways = ("valid_and_test", "valid_only", "test_only")
-    if isinstance(split, dict) and split.get("LS", "test_only") not in ways:
-        raise _expected("eval_args", f"leave one out by {', '.join(ways)}", split["LS"])
+    if isinstance(split, dict) and "LS" in split:
+        check_choice("LS", split["LS"], ("valid_and_test", "valid_only", "test_only"))
     if config["log_wandb"] and importlib.util.find_spec("wandb") is None:
         raise CompressionError(
             "Expected `log_wandb` with the package wandb, but it is not installed; install it, or "
@@ -230,6 +185,10 @@ def _check(config: Config) -> None:
             "Expected `dataset` to be ml-100k, or the name of a folder in `data_path` that holds "
             f"{name}.inter, but {folder} does not exist."
         )
+
+
+def _expected(name: str, what: str, value: object) -> CompressionError:
+    return CompressionError(f"Expected `{name}` to be {what}, but got {value!r}.")
 
 
 @contextmanager

@@ -13,42 +13,6 @@ from typing import Any
 from cprec_recbole.config import CompressionError
 
 
-def check_numbering(model: Any, data: Any, argument: str) -> None:
-    """Raise a CompressionError where a model and data call an item by different ids, or a user, of
-    models that know users. Nothing is compared where either does not know its tokens.
-
-    Args:
-        model: one of ours, or one of RecBole's that was built after `import cprec_recbole`.
-        data: RecBole's data set or data loader; whatever else is left alone.
-        argument: the name that the data was given by.
-    """
-    dataset = getattr(data, "_dataset", data)
-    if not hasattr(dataset, "field2id_token"):
-        return
-    vocabulary = getattr(model, "vocabulary", None)
-    items, users = getattr(model, "item_tokens", None), getattr(model, "user_tokens", None)
-    for kind, field, own in (
-        ("item", dataset.iid_field, items if vocabulary is None else ("", *vocabulary.tokens)),
-        ("user", dataset.uid_field, users if hasattr(model, "user_embedding") else None),
-    ):
-        if own is None:
-            continue
-        own, tokens = tokens_by_id(own), tokens_by_id(dataset.field2id_token[field])
-        if own == tokens:
-            continue
-        if len(own) != len(tokens):
-            difference = f"the model has {len(own)} {kind}s and the data {len(tokens)}"
-        else:
-            i = next(i for i, (a, b) in enumerate(zip(own, tokens)) if a != b)
-            difference = f"{kind} {i + 1} is {own[i]!r} in the model and {tokens[i]!r} in the data"
-        raise CompressionError(
-            f"Expected `{argument}` to number its {kind}s as the model does, but {difference}. "
-            "RecBole counts them by first appearance: keep the rows that the model was trained on "
-            "first, in their order and with the same filters, new ones behind them, and give items "
-            "that the model does not know to `add_items` in the order of their ids."
-        )
-
-
 def remember(model: Any, config: Any, dataset: Any) -> None:
     """Let a model know the tokens that it is built with, and its checkpoints a checksum of them."""
     for name, field in (("item", dataset.iid_field), ("user", dataset.uid_field)):
@@ -58,10 +22,35 @@ def remember(model: Any, config: Any, dataset: Any) -> None:
                 config.final_config_dict[f"{name}_numbering"] = numbering(dataset, field)
 
 
-def numbering(dataset: Any, field: str) -> str:
-    """A checksum of the tokens of a field of a RecBole data set, in the order of their ids."""
-    tokens = "\0".join(tokens_by_id(dataset.field2id_token[field]))
-    return hashlib.sha256(tokens.encode()).hexdigest()[:16]
+def check_numbering(model: Any, data: Any, argument: str) -> None:
+    """Raise a CompressionError where a model and data, given as `argument`, call an item by
+    different ids, or a user, of models that know users. Nothing is compared where the model does
+    not know its tokens, or the data is no data set or data loader of RecBole's."""
+    dataset = getattr(data, "_dataset", data)
+    if not hasattr(dataset, "field2id_token"):
+        return
+    vocabulary = getattr(model, "vocabulary", None)
+    items = getattr(model, "item_tokens", None)
+    users = getattr(model, "user_tokens", None) if hasattr(model, "user_embedding") else None
+    for kind, field, known in (
+        ("item", dataset.iid_field, items if vocabulary is None else ("", *vocabulary.tokens)),
+        ("user", dataset.uid_field, users),
+    ):
+        if known is None:
+            continue
+        own, tokens = tokens_by_id(known), tokens_by_id(dataset.field2id_token[field])
+        if own == tokens:
+            continue
+        difference = f"the model has {len(own)} {kind}s and the data {len(tokens)}"
+        if len(own) == len(tokens):
+            i = next(i for i, (a, b) in enumerate(zip(own, tokens)) if a != b)
+            difference = f"{kind} {i + 1} is {own[i]!r} in the model and {tokens[i]!r} in the data"
+        raise CompressionError(
+            f"Expected `{argument}` to number its {kind}s as the model does, but {difference}. "
+            "RecBole counts them by first appearance: keep the rows that the model was trained on "
+            "first, in their order and with the same filters, new ones behind them, and give items "
+            "that the model does not know to `add_items` in the order of their ids."
+        )
 
 
 def check_checkpoint_numbering(
@@ -75,9 +64,14 @@ def check_checkpoint_numbering(
         raise CompressionError(
             f"Expected `data_path` to hold the data that {file} was trained on, but the {kind}s of "
             f"{dataset.dataset_name} in {dataset.dataset_path} have other numbers: RecBole numbers "
-            "them in the order of their first appearance, and the rows, their order or the filters "
-            "have changed."
+            "them by first appearance, and the rows, their order or the filters have changed."
         )
+
+
+def numbering(dataset: Any, field: str) -> str:
+    """A checksum of the tokens of a field of a RecBole data set, in the order of their ids."""
+    tokens = "\0".join(tokens_by_id(dataset.field2id_token[field]))
+    return hashlib.sha256(tokens.encode()).hexdigest()[:16]
 
 
 def tokens_by_id(tokens: Iterable[object]) -> list[str]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import builtins
 import functools
 import pkgutil
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-_REPLACEMENTS: list[tuple[str, Callable[[Callable], Callable]]] = []
+_REPLACEMENTS: list[tuple[str, Callable[..., Any]]] = []
 
 
 class View(ModuleType):
@@ -23,20 +24,11 @@ class View(ModuleType):
 
 
 def replaces(*places: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Have `replace_all` put a function in the place of some of RecBole's.
-
-    Args:
-        places: their full names, such as `recbole.config.Config._init_device`.
-
-    Returns:
-        A decorator. The function gets the original one first, then what that is called with.
-    """
+    """Have `replace_all` put a function in the place of RecBole's of these full names. It gets the
+    original one first (None where RecBole has none), then what that is called with."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        def make(original: Callable) -> Callable:
-            return lambda *args, **kwargs: function(original, *args, **kwargs)
-
-        _REPLACEMENTS.extend((place, make) for place in places)
+        _REPLACEMENTS.extend((place, function) for place in places)
         return function
 
     return register
@@ -44,24 +36,21 @@ def replaces(*places: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]
 
 def replace_all() -> None:
     """Make all replacements that are registered; a second time changes nothing."""
-    for place, make in _REPLACEMENTS:
+    for place, function in _REPLACEMENTS:
         owner, _, name = place.rpartition(".")
-        replace(pkgutil.resolve_name(owner), name, make)
+        _replace(pkgutil.resolve_name(owner), name, function)
 
 
-def replace(owner: Any, name: str, make: Callable[[Callable], Callable]) -> None:
-    """Replace a function of RecBole's by one made from it; a second time changes nothing.
+def _replace(owner: Any, name: str, function: Callable[..., Any]) -> None:
+    original: Any = getattr(owner, name, getattr(builtins, name, None))
+    if hasattr(original, "_cprec_original"):
+        return
 
-    Args:
-        owner: a class or a module of RecBole's.
-        name: the function's name there.
-        make: takes the original and returns what stands in its place.
-    """
-    original = getattr(owner, name)
-    if not hasattr(original, "_cprec_original"):
-        replacement = functools.wraps(original)(make(original))
-        replacement._cprec_original = original  # type: ignore[attr-defined]
-        setattr(owner, name, replacement)
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        return function(original, *args, **kwargs)
+
+    replacement._cprec_original = original  # type: ignore[attr-defined]
+    setattr(owner, name, functools.wraps(original)(replacement))
 
 
 class Values(dict[str, Any]):

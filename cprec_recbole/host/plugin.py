@@ -9,34 +9,26 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from logging import getLogger
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import scipy.sparse
 import torch
 
 from cprec_recbole.config import CompressionConfig, CompressionError, is_near, reject_unknown
-from cprec_recbole.host import provider
 from cprec_recbole.host.numbering import check_checkpoint_numbering, remember
-from cprec_recbole.host.patching import Values, View, is_ours, replace_all, replaces
-from cprec_recbole.host.provider import importing_models, register_model
+from cprec_recbole.host.patching import Values, View, replace_all, replaces
+from cprec_recbole.host.registration import importing_models, provider, register_model
 
 _PLAIN = (str, int, float, list, tuple, dict, bool, type(None))
-_REMOVED_FROM_NUMPY = {
-    "bool": np.bool_,
-    "int": np.int_,
-    "long": np.int64,
-    "float": np.float64,
-    "complex": np.complex128,
-    "object": np.object_,
-    "str": np.str_,
-    "unicode": np.str_,
-}
 
 
 def _trusting_load(file: Any, *args: Any, **kwargs: Any) -> Any:
@@ -56,9 +48,10 @@ class _DokMatrix(scipy.sparse.dok_matrix):
         self._dict.update(data)
 
 
+_REMOVED = {"bool": np.bool_, "int": np.int_, "long": np.int64, "float": np.float64, "str": np.str_}
 # by the name that RecBole's modules give a library: the library, and what they see in its place
 _LIBRARIES = {
-    "np": (np, View(np, load=_load_numbers, **_REMOVED_FROM_NUMPY)),
+    "np": (np, View(np, load=_load_numbers, **_REMOVED)),
     "torch": (torch, View(torch, load=_trusting_load)),
     "sp": (scipy.sparse, View(scipy.sparse, dok_matrix=_DokMatrix)),
 }
@@ -86,19 +79,19 @@ def ray_if_possible() -> Iterator[None]:
     The stand-in's `report`, with which RecBole's `objective_function` ends, tells nobody; RecBole
     needs ray for its own search of hyper-parameters only, and none with hyperopt.
     """
-    before, ray = set(sys.modules), None
+    before, stand_in = set(sys.modules), None
     try:
         importlib.import_module("ray.tune")
     except Exception:  # whatever a broken ray raises: missing modules, removed NumPy names
         for name in set(sys.modules) - before:
             if name.split(".")[0] == "ray":
                 del sys.modules[name]
-        ray = sys.modules["ray"] = ModuleType("ray")
-        ray.tune = SimpleNamespace(report=lambda **metrics: None)  # type: ignore[attr-defined]
+        stand_in = sys.modules["ray"] = ModuleType("ray")
+        stand_in.tune = SimpleNamespace(report=lambda **metrics: None)  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        if ray is not None:
+        if stand_in is not None:
             del sys.modules["ray"]
 
 
@@ -108,13 +101,11 @@ def _compatibility_settings(original: Callable, self: Any) -> None:
 
 
 @replaces("recbole.config.Config._convert_config_dict")
-def _convert_config_dict(
-    original: Callable, self: Any, config_dict: dict[str, Any]
-) -> dict[str, Any]:
+def _convert_config_dict(original: Callable, self: Any, given: dict[str, Any]) -> dict[str, Any]:
     # RecBole calls eval for each text, in a function where `key` and `param` are names too
-    if isinstance(config_dict, Values):
-        return dict(config_dict)
-    return {name: _literal(value) for name, value in config_dict.items()}
+    if isinstance(given, Values):
+        return dict(given)
+    return {name: _literal(value) for name, value in given.items()}
 
 
 def _literal(value: Any) -> Any:
@@ -138,7 +129,10 @@ def _load_internal_config_dict(
     given, defaults = self.external_config_dict, self.internal_config_dict
     if spec:
         _register_subclass(model_class)
-        defaults.update(_compression_defaults(given, defaults, spec))
+        _check_compression(given, defaults, spec)
+        names = CompressionConfig.option_names()
+        defaults.update({name: getattr(CompressionConfig(), name) for name in names})
+        defaults["training"] = spec.objectives[0]
     loss_type = given.get("loss_type", defaults.get("loss_type"))
     if model_class.type.name == "SEQUENTIAL" and loss_type in ("CE", "NLL"):
         # overall.yaml samples negatives, which Config then refuses for a CE model
@@ -149,10 +143,9 @@ def _register_subclass(model_class: type) -> None:
     """Let RecBole find a class that was made from one of ours."""
     from recbole.utils import get_model
 
-    try:
+    known = None
+    with suppress(ValueError, ImportError):  # of lightgbm, among whose models it looks last
         known = get_model(model_class.__name__)
-    except (ValueError, ImportError):  # of lightgbm, among whose models it looks last
-        known = None
     if known is not None and not hasattr(known, "spec"):
         raise CompressionError(
             f"Expected `model` to have a name of its own, but {model_class.__name__} is one of "
@@ -162,36 +155,29 @@ def _register_subclass(model_class: type) -> None:
         register_model(model_class)
 
 
-def _compression_defaults(
-    given: dict[str, Any], defaults: dict[str, Any], spec: Any
-) -> dict[str, Any]:
-    """The compression options that were not given; those given, and their spelling, are checked."""
+def _check_compression(given: dict[str, Any], defaults: dict[str, Any], spec: Any) -> None:
+    """Raise a CompressionError for a compression option that does not fit, or a misspelt one.
+
+    RecBole takes any key; one that is nearly an option of ours is taken for a misspelling. Of an
+    option of another of RecBole's models, which a file for several may hold, there is a warning.
+    """
+    from cprec_recbole.host.library import model_options
+
     names = CompressionConfig.option_names()
     known = (*names, "checkpoint_steps", "shard_tails")
     for name in given:
-        if name not in defaults and name not in known:
-            _reject_misspelling(name, known)
+        if name in defaults or name in known or not is_near(name, known):
+            continue
+        if name not in model_options():
+            reject_unknown([name], known)
+        warnings.warn(
+            f"`{name}` is an option of another of RecBole's models and is not read here; "
+            f"compression has {', '.join(known)}.",
+            stacklevel=2,
+        )
     compression = CompressionConfig(**{name: given[name] for name in names if name in given})
     spec.check_loss(compression, given.get("loss_type", defaults.get("loss_type", "CE")))
     spec.check_training(given.get("training", spec.objectives[0]))
-    own = {name: getattr(CompressionConfig(), name) for name in names}
-    return own | {"training": spec.objectives[0]}
-
-
-def _reject_misspelling(name: str, names: tuple[str, ...]) -> None:
-    """RecBole takes any key; one that is nearly an option of ours is taken for a misspelling. Of an
-    option of another of RecBole's models, which a file for several may hold, there is a warning."""
-    from cprec_recbole.host.library import model_options
-
-    if not is_near(name, names):
-        return
-    if name not in model_options():
-        reject_unknown([name], names)
-    warnings.warn(
-        f"`{name}` is an option of another of RecBole's models and is not read here; compression "
-        f"has {', '.join(names)}.",
-        stacklevel=2,
-    )
 
 
 @replaces(
@@ -209,15 +195,6 @@ def _init_model(original: Callable, self: Any, config: Any, dataset: Any) -> Non
             self.train_item_counts = item_counts(dataset)
 
 
-@replaces("recbole.data.utils.get_dataloader")
-def _get_dataloader(original: Callable, config: Any, phase: str) -> type:
-    from cprec_recbole.data.windows import PositionsDataLoader
-
-    if phase == "train" and is_ours(config) and config["training"] == "all_positions":
-        return PositionsDataLoader
-    return original(config, phase)
-
-
 _ENTRY_POINTS = ("recbole.quick_start", "recbole.quick_start.quick_start")
 
 
@@ -229,8 +206,6 @@ def _load_data_and_model(original: Callable, model_file: str) -> tuple:
     is the data set that the checkpoint's options name as a saved one. For files of your own;
     `cprec compress` reads others without running anything.
     """
-    from logging import getLogger
-
     from recbole.data import create_dataset, data_preparation
     from recbole.utils import get_model, init_logger, init_seed
 
@@ -243,48 +218,32 @@ def _load_data_and_model(original: Callable, model_file: str) -> tuple:
     dataset = create_dataset(config)
     getLogger().info(dataset)
     check_checkpoint_numbering(model_file, trained_with, dataset)
-    train_data, valid_data, test_data = data_preparation(config, dataset)
+    loaders = data_preparation(config, dataset)
     init_seed(config["seed"], config["reproducibility"])
-    model = get_model(config["model"])(config, train_data._dataset).to(config["device"])
+    model = get_model(config["model"])(config, loaders[0]._dataset).to(config["device"])
     if hasattr(model, "user_embedding"):
         check_checkpoint_numbering(model_file, trained_with, dataset, "user")
     model.load_state_dict(checkpoint["state_dict"])
     model.load_other_parameter(checkpoint.get("other_parameter"))
-    return config, model, dataset, train_data, valid_data, test_data
+    return config, model, dataset, *loaders
 
 
 @replaces(*(f"{module}.run" for module in _ENTRY_POINTS))
-def _run(
-    original: Callable,
-    model: str | None,
-    dataset: str | None,
-    config_file_list: list[str] | None = None,
-    config_dict: dict[str, Any] | None = None,
-    saved: bool = True,
-    nproc: int = 1,
-    world_size: int = -1,
-    *others: Any,
-    **named: Any,
-) -> Any:
-    """RecBole's `run`, whose processes know this package and need no GPU.
-
-    What it was asked for on several machines is left to RecBole; torchrun starts those, too.
-    """
+def _run(original: Callable, *args: Any, **kwargs: Any) -> Any:
+    """RecBole's `run`, whose processes know this package and need no GPU. What it was asked for on
+    several machines is left to RecBole; torchrun starts those, too."""
     from recbole.config import Config
 
-    if (nproc == 1 and world_size <= 0) or world_size not in (-1, nproc):
-        same = (model, dataset, config_file_list, config_dict, saved, nproc, world_size)
-        return original(*same, *others, **named)
+    call = inspect.signature(original).bind(*args, **kwargs)
+    call.apply_defaults()
+    given, own = call.arguments, ("nproc", "config_file_list", "saved")
+    nproc, size = given["nproc"], given["world_size"]
+    if (nproc == 1 and size <= 0) or size not in (-1, nproc):
+        return original(*args, **kwargs)
     reader = Config.__new__(Config)  # its `run` reads the command line, and texts as values
-    options = reader._convert_config_dict(config_dict or {}) | reader._load_cmd_line()
-    return provider.current().run(
-        model or options.get("model", ""),
-        dataset or options.get("dataset", ""),
-        nproc=nproc,
-        config_file_list=config_file_list,
-        config_dict=options,
-        saved=saved,
-    )
+    options = reader._convert_config_dict(given["config_dict"] or {}) | reader._load_cmd_line()
+    names = [given[name] or options.get(name, "") for name in ("model", "dataset")]
+    return provider().run(*names, config_dict=options, **{name: given[name] for name in own})
 
 
 def _trainer_by_name(name: str) -> Any:
@@ -296,7 +255,7 @@ def _trainer_by_name(name: str) -> Any:
         with suppress(ValueError, ImportError, AttributeError):
             model = get_model(name.removesuffix("Trainer"))
     if hasattr(model, "spec"):
-        return provider.current().trainer()
+        return provider().trainer()
     raise AttributeError(f"module 'recbole.trainer' has no attribute {name!r}")
 
 
@@ -311,19 +270,19 @@ def prepare() -> None:
     from recbole.trainer import hyper_tuning
     from recbole.utils.argument_list import dataset_arguments, training_arguments
 
-    from cprec_recbole.host import data, processes
+    # these import RecBole, and register what they replace
+    from cprec_recbole.host import data, processes, splits  # noqa: F401
 
     # hyperopt asks for a Generator since 0.2.7
     generators = View(np.random, RandomState=np.random.default_rng)
     hyper_tuning.np = View(_LIBRARIES["np"][1], random=generators)
+    _LIBRARIES["pd"] = pd, View(pd, read_csv=data.read_csv)
     _adapt_libraries()
     for message in _WARNINGS:
         warnings.filterwarnings("ignore", message=message, module=r"recbole\.")
-    data.adapt()
-    processes.adapt()
     replace_all()
     if "training" not in dataset_arguments:  # a saved dataset is reused only where these agree
         dataset_arguments += ["training", "eval_args", "data_path"]
         training_arguments.append("checkpoint_steps")
     trainer.__getattr__ = _trainer_by_name
-    provider.current().register_models()
+    provider().register_models()

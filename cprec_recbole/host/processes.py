@@ -2,8 +2,7 @@
 
 RecBole starts torch.distributed with NCCL and a GPU for each process, on every machine; pads the
 evaluation rows with rows that it then counts twice; weighs the processes' metrics by the number of
-fields of a batch; and lets every process write. All of that is mended inside RecBole's own modules,
-for runs on several processes: one process alone does what it did.
+fields of a batch; and lets every process write. One process alone does what it did.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from recbole.data.dataloader import FullSortEvalDataLoader, NegSampleEvalDataLoader
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import BatchSampler, RandomSampler
@@ -26,26 +26,13 @@ from cprec_recbole.parallel import group
 from cprec_recbole.parallel.group import PartOf, Place
 
 # what the collector keeps of evaluation batches, a row for each user or interaction
-COLLECTED = ("rec.topk", "rec.meanrank", "rec.score", "rec.items", "data.label")
-_OF_A_GROUP = ("local_rank", "world_size", "nproc", "ip", "port", "offset")
-
-
-def alone(config: Any) -> Any:
-    """A copy of a RecBole config that says nothing of several processes, to be written to a file
-    from which one process reads."""
-    single = copy.copy(config)
-    for name in ("final", "external", "variable", "cmd", "file"):
-        options = getattr(config, f"{name}_config_dict", {})
-        kept = {key: value for key, value in options.items() if key not in _OF_A_GROUP}
-        setattr(single, f"{name}_config_dict", kept)
-    single.final_config_dict.update(single_spec=True, local_rank=0)
-    return single
+_COLLECTED = ("rec.topk", "rec.meanrank", "rec.score", "rec.items", "data.label")
+_OF_A_GROUP = {"local_rank", "world_size", "nproc", "ip", "port", "offset"}
 
 
 @replaces("recbole.config.Config._init_device")
 def _init_device(original: Callable, self: Any) -> None:
-    final = self.final_config_dict
-    place = group.place
+    final, place = self.final_config_dict, group.place
     if place is None and "local_rank" in final:  # RecBole's own `run` says it in options
         local_rank, size, nproc = final["local_rank"], final["world_size"], final["nproc"]
         meeting = f"tcp://{final['ip']}:{final['port']}"
@@ -58,23 +45,17 @@ def _init_device(original: Callable, self: Any) -> None:
     device = torch.device("cuda", gpus[place.local_rank]) if gpus else torch.device("cpu")
     if gpus:
         torch.cuda.set_device(device)
-    final.update(
-        single_spec=False,
-        device=device,
-        local_rank=place.rank,  # RecBole asks it who writes, and adds it to the seed
-        world_size=place.size,
-        nproc=place.local_size,
-    )
+    # RecBole asks `local_rank` who writes, and adds it to the seed
+    final.update(single_spec=False, device=device, local_rank=place.rank)
+    final.update(world_size=place.size, nproc=place.local_size)
     if place.rank:
         final.update(state="error", show_progress=False, verbose=False, log_wandb=False)
         final.update(save_dataset=False, save_dataloaders=False)
 
 
 def _gpus(options: dict[str, Any], given: bool, place: Place) -> list[int]:
-    """A GPU for each process of this machine, by its number; none to work on the CPU.
-
-    RecBole's option `gpu_id` says which; where it was not given, the first ones.
-    """
+    """A GPU for each process of this machine, by its number; none to work on the CPU. RecBole's
+    option `gpu_id` says which; where it was not given, the first ones."""
     gpu_id = options["gpu_id"]
     listed = ",".join(map(str, gpu_id)) if isinstance(gpu_id, tuple | list) else str(gpu_id)
     names = [name for name in listed.split(",") if name.strip()]
@@ -91,9 +72,8 @@ def _gpus(options: dict[str, Any], given: bool, place: Place) -> list[int]:
     if found >= place.local_size:
         return list(range(place.local_size))
     if place.local_rank == 0:
-        logging.getLogger().warning(
-            "%d processes find %d GPUs, and work on the CPU.", place.local_size, found
-        )
+        text = "%d processes find %d GPUs, and work on the CPU."
+        logging.getLogger().warning(text, place.local_size, found)
     return []
 
 
@@ -101,24 +81,22 @@ def _gpus(options: dict[str, Any], given: bool, place: Place) -> list[int]:
 def _init_loader(
     original: Callable, self: Any, config: Any, dataset: Any, sampler: Any, shuffle: bool = False
 ) -> None:
-    from recbole.data.dataloader import FullSortEvalDataLoader, NegSampleEvalDataLoader
-
     original(self, config, dataset, sampler, shuffle)
     if config["single_spec"]:
         return
     number, parts = group.rank(), group.size()
     if isinstance(self, FullSortEvalDataLoader | NegSampleEvalDataLoader):
-        rows = group.part_of(self.sample_size, number, parts)
-        batches: Any = BatchSampler(rows, self.step, drop_last=False)
+        order: Any = group.part_of(self.sample_size, number, parts)
     elif is_ours(config):
         self._init_batch_size_and_step()  # RecBole has divided the batch by the processes
-        every = range(self.sample_size)
-        order = RandomSampler(every, generator=self.generator) if shuffle else every
-        batches = BatchSampler(order, self.step, drop_last=False)
+        order = range(self.sample_size)
+        if shuffle:
+            order = RandomSampler(order, generator=self.generator)
         self.collate_fn = PartOf(self.collate_fn, number, parts)
     else:
         return
-    self.__dict__["batch_sampler"] = batches  # which a DataLoader does not let one set
+    # which a DataLoader does not let one set
+    self.__dict__["batch_sampler"] = BatchSampler(order, self.step, drop_last=False)
 
 
 @replaces("recbole.trainer.trainer.AbstractTrainer.__init__")
@@ -150,12 +128,24 @@ def _save_checkpoint(original: Callable, self: Any, *args: Any, **options: Any) 
         original(self, *args, **options)
         return
     if group.is_first():
-        self.config = alone(config)
+        self.config = _alone(config)
         try:
             original(self, *args, **options)
         finally:
             self.config = config
     group.wait()  # the others may be about to read the file
+
+
+def _alone(config: Any) -> Any:
+    """A copy of a RecBole config that says nothing of several processes, to be written to a file
+    from which one process reads."""
+    single = copy.copy(config)
+    for name in ("final", "external", "variable", "cmd", "file"):
+        options = getattr(config, f"{name}_config_dict", {})
+        kept = {key: value for key, value in options.items() if key not in _OF_A_GROUP}
+        setattr(single, f"{name}_config_dict", kept)
+    single.final_config_dict.update(single_spec=True, local_rank=0)
+    return single
 
 
 @replaces("recbole.trainer.trainer.Trainer._map_reduce")
@@ -166,17 +156,15 @@ def _map_reduce(original: Callable, self: Any, result: Any, num_sample: int) -> 
 @replaces("recbole.evaluator.Collector.get_data_struct")
 def _get_data_struct(original: Callable, self: Any) -> Any:
     # RecBole calls `cpu` of everything, also of the numbers and counts of the training data
-    from recbole.evaluator.collector import DataStruct
-
-    kept, struct = self.data_struct, DataStruct()
+    kept, struct = self.data_struct, type(self.data_struct)()
     for name, value in list(kept._data_dict.items()):
         struct.set(name, value.cpu() if isinstance(value, torch.Tensor) else value)
-        if name in COLLECTED:
+        if name in _COLLECTED:
             del kept[name]
     if self.config["single_spec"]:
         return struct
-    parts = group.gather({name: struct.get(name) for name in COLLECTED if name in struct})
-    for name in COLLECTED:
+    parts = group.gather({name: struct.get(name) for name in _COLLECTED if name in struct})
+    for name in _COLLECTED:
         found = [part[name] for part in parts if name in part]  # one may have had no rows
         if found:
             struct.set(name, torch.cat(found))
@@ -187,11 +175,8 @@ def _get_data_struct(original: Callable, self: Any) -> Any:
 def _get_tensorboard(original: Callable, logger: Any) -> Any:
     if group.is_first():
         return original(logger)
-    return SimpleNamespace(add_scalar=_write_nothing, add_hparams=_write_nothing)
-
-
-def _write_nothing(*args: Any, **kwargs: Any) -> None:
-    pass
+    writers = ("add_scalar", "add_hparams")
+    return SimpleNamespace(**dict.fromkeys(writers, lambda *args, **kwargs: None))
 
 
 @replaces("recbole.trainer.trainer.ensure_dir")
@@ -199,11 +184,7 @@ def _ensure_dir(original: Callable, dir_path: str) -> None:
     os.makedirs(dir_path, exist_ok=True)  # another process may be making it
 
 
-def adapt() -> None:
-    """Give RecBole's loaders a truth value, which it asks by `if not valid_data`.
-
-    It is that of all processes: where this one has no rows, others have.
-    """
-    from recbole.data.dataloader.abstract_dataloader import AbstractDataLoader
-
-    AbstractDataLoader.__bool__ = lambda loader: loader.sample_size > 0
+@replaces("recbole.data.dataloader.abstract_dataloader.AbstractDataLoader.__bool__")
+def _has_rows(original: None, self: Any) -> bool:
+    # RecBole asks `if not valid_data`: of all processes, where this one has no rows
+    return self.sample_size > 0

@@ -4,20 +4,20 @@ Where RecBole runs in this process already, at once. Otherwise behind the first 
 configuration, data sets, trainers or evaluation, which take seconds to import: a process that only
 loads a folder and recommends needs none of them.
 
-RecBole's side imports nothing of the rest of this package. What RecBole asks for is a Provider's.
+RecBole's side imports nothing of the rooms above. What RecBole asks them for is a Provider's.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
+from typing import Any, NamedTuple
 
-from cprec_recbole.host import provider
-from cprec_recbole.host.provider import MODULES_OF_MODELS, Provider
-
+_MODULES_OF_MODELS = "recbole.model.sequential_recommender"
 _RUNS_RECBOLE = (
     "recbole.config",
     "recbole.data.dataset",
@@ -27,18 +27,44 @@ _RUNS_RECBOLE = (
 )
 
 
+class Provider(NamedTuple):
+    """What RecBole may ask this package for; each function is called when RecBole asks."""
+
+    register_models: Callable[[], Any]  # calls `register_model` for every compressed model
+    trainer: Callable[[], type]  # the trainer of the compressed models
+    run: Callable[..., Any]  # `training.run.run`, which starts several processes
+
+
+_current: Provider  # since `activate`, which is the first that this package does
+
+
+def provider() -> Provider:
+    """The provider that RecBole asks."""
+    return _current
+
+
+def activate(of_package: Provider) -> None:
+    """Prepare RecBole now where it runs in this process already, else when it first does."""
+    global _current
+    _current = of_package
+    if any(name in sys.modules for name in _RUNS_RECBOLE):
+        from cprec_recbole.host import plugin
+
+        plugin.prepare()
+    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+
+
 class _Finder(MetaPathFinder):
     """Prepares RecBole behind the first import of what runs it."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name.startswith(f"{MODULES_OF_MODELS}.cp"):  # `get_model` asks for one of ours
-            provider.current().register_models()
+        if name.startswith(f"{_MODULES_OF_MODELS}.cp"):  # `get_model` asks for one of ours
+            provider().register_models()
             return getattr(sys.modules.get(name), "__spec__", None)
-        if name not in _RUNS_RECBOLE:
-            return None
-        spec = PathFinder.find_spec(name, path)
+        spec = PathFinder.find_spec(name, path) if name in _RUNS_RECBOLE else None
         if spec is None or spec.loader is None:
             return None
         sys.meta_path.remove(self)
@@ -59,12 +85,24 @@ class _Finder(MetaPathFinder):
         return spec
 
 
-def activate(of_package: Provider) -> None:
-    """Prepare RecBole now where it runs in this process already, else when it first does."""
-    provider.use(of_package)
-    if any(name in sys.modules for name in _RUNS_RECBOLE):
-        from cprec_recbole.host import plugin
+def register_model(model_class: type) -> None:
+    """Let RecBole's `get_model` find a class by its name: it looks for a module of the name in
+    lower case, and asks `sys.modules` first."""
+    name = f"{_MODULES_OF_MODELS}.{model_class.__name__.lower()}"
+    module = ModuleType(name, f"Where RecBole looks for {model_class.__name__}.")
+    module.__spec__ = ModuleSpec(name, loader=None, origin="cprec_recbole")
+    setattr(module, model_class.__name__, model_class)
+    sys.modules[name] = module
 
-        plugin.prepare()
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+
+@contextmanager
+def importing_models() -> Iterator[None]:
+    """Within: imports of RecBole's model classes, of which one (sine.py) turns autograd's anomaly
+    detection on for the whole process. That doubles the time of a step; it is turned back after."""
+    import torch
+
+    was_on, checked_nan = torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
+    try:
+        yield
+    finally:
+        torch.autograd.set_detect_anomaly(was_on, checked_nan)
