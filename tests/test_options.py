@@ -170,6 +170,15 @@ def test_of_a_checkpoint_only_what_the_model_and_its_data_need_is_read(
     assert sorted(os.listdir()) == ["changed.pth", "evil.pth"]
 
 
+@pytest.mark.parametrize("option", ["dataset", "metrics"])
+def test_a_checkpoint_whose_options_are_code_is_refused(checkpoint, tmp_path, option):
+    marker = tmp_path / "ran"
+    text = [code(marker)] if option == "metrics" else code(marker)
+    with pytest.raises(CompressionError):
+        load_trained(changed(checkpoint, tmp_path / "changed.pth", **{option: text}))
+    assert not marker.exists()
+
+
 def test_a_checkpoint_of_a_model_that_cannot_be_compressed_is_refused(checkpoint, tmp_path):
     file = changed(checkpoint, tmp_path / "changed.pth", model="S3Rec")
     with pytest.raises(CompressionError, match="`checkpoint` to be of one of NextItNet, SASRec"):
