@@ -1,6 +1,6 @@
 """The comparison of `cprec compare` from Python: a tree softmax against the uncompressed SASRec.
 
-python examples/compare.py [EPOCHS]
+python examples/compare.py [--epochs=10] [any other option of RecBole's]
 """
 
 import sys
@@ -8,13 +8,14 @@ import sys
 from rich.console import Console
 
 from cprec_recbole import CompressionConfig
+from cprec_recbole.commands.cli import recbole_options
 from cprec_recbole.compare import Experiment, as_table, contenders
 
 
 def main() -> None:
-    epochs = int(sys.argv[1]) if len(sys.argv) > 1 else 10
+    options = {"epochs": 10, **recbole_options(sys.argv[1:])}
     columns = contenders("SASRec", CompressionConfig(softmax="tree"))
-    experiment = Experiment(columns, "ml-100k", seeds=1, options={"epochs": epochs})
+    experiment = Experiment(columns, "ml-100k", seeds=1, options=options)
     comparison = experiment.run(
         command="python examples/compare.py",
         on_epoch=lambda name, seed, epoch, score: print(f"{name}, epoch {epoch}: {score:.4f}"),

@@ -21,13 +21,13 @@ CONFIGS = sorted((ROOT / "recbole_configs").glob("Cp*.yaml"))
 @pytest.mark.parametrize(
     ("script", "arguments", "printed"),
     [
-        ("quickstart.py", ["--epochs=1", "--block_num=1"], "recommended films: ["),
+        ("quickstart.py", ["--epochs=1", "--block_num=1", FEW_USERS], "recommended films: ["),
         (
             "compress_trained.py",
             ["--epochs=1", "--MAX_ITEM_LIST_LENGTH=5", FEW_USERS],
             "compressed: ",
         ),
-        ("compare.py", ["1"], "NDCG@20"),
+        ("compare.py", ["--epochs=1", "--MAX_ITEM_LIST_LENGTH=5", FEW_USERS], "NDCG@20"),
         (
             "trained.py",
             ["--models", "GRU4Rec", "--ratios", "1.5", "--epochs", "1", *SMALL_DATA],
