@@ -319,11 +319,12 @@ class _Part:
     def sort_near(self, scores: Tensor, positions: Tensor | None = None) -> TopK:
         """The k best of items with scores of the first pass, `[B, m], [B, m]`; of all items where
         no positions are given."""
-        best, at = scores.topk(min(self.k + 1, scores.shape[1]), dim=1)
+        k = self.k
+        best, at = scores.topk(min(k + 1, scores.shape[1]), dim=1)
+        floor = best[:, k - 1 : k] - self.slack.unsqueeze(1)
         if best.shape[1] == 1:
-            return self.sort_close(scores, positions)
-        places = at[:, : self.k]
-        places = places + 1 if positions is None else positions.gather(1, places)
+            return self.sort_close(scores, positions, floor)
+        places = at[:, :k] + 1 if positions is None else positions.gather(1, at[:, :k])
         topk = TopK(self.table.item_at[places].long(), self.exact(places).to(self.table.dtype))
         apart = best[:, :-1] - best[:, 1:] - self.slack.unsqueeze(1)
         low, high = apart.aminmax()
@@ -331,15 +332,15 @@ class _Part:
             return topk  # no two are close, and all are numbers
         close = (~((apart > 0) & (apart < math.inf)).all(1)).nonzero().squeeze(1)
         if len(close) == len(scores):
-            return self.sort_close(scores, positions)
-        positions = None if positions is None else positions[close]
-        sorted_ = self.take(close).sort_close(scores[close], positions)
-        topk.items[close], topk.scores[close] = sorted_
+            return self.sort_close(scores, positions, floor)
+        near = None if positions is None else positions[close]
+        found = self.take(close).sort_close(scores[close], near, floor[close])
+        topk.items[close], topk.scores[close] = found
         return topk
 
-    def sort_close(self, scores: Tensor, positions: Tensor | None) -> TopK:
-        """The same where rounding could have changed the order."""
-        floor = scores.topk(self.k, dim=1).values[:, -1:] - self.slack.unsqueeze(1)
+    def sort_close(self, scores: Tensor, positions: Tensor | None, floor: Tensor) -> TopK:
+        """The same where rounding could have changed the order, given what reaches the result but
+        for rounding, `[B, 1]`."""
         n_near = max(self.k, int((scores >= floor).sum(1).max()))
         self.check_number(n_near * len(scores))
         best, at = scores.topk(n_near, dim=1)
