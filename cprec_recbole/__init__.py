@@ -11,7 +11,8 @@ from typing import Any
 
 import lazy_loader
 
-from cprec_recbole.host.registration import Provider, activate
+from cprec_recbole.host.provider import Provider
+from cprec_recbole.host.registration import activate
 
 __version__ = "0.1.0"
 

@@ -26,7 +26,7 @@ import torch
 from cprec_recbole.config import CompressionConfig, CompressionError, is_near, reject_unknown
 from cprec_recbole.host.numbering import check_checkpoint_numbering, remember
 from cprec_recbole.host.patching import Values, View, replace_all, replaces
-from cprec_recbole.host.registration import importing_models, provider, register_model
+from cprec_recbole.host.provider import importing_models, provider, register_model
 
 _PLAIN = (str, int, float, list, tuple, dict, bool, type(None))
 

@@ -10,14 +10,13 @@ RecBole's side imports nothing of the rooms above. What RecBole asks them for is
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
-from typing import Any, NamedTuple
 
-_MODULES_OF_MODELS = "recbole.model.sequential_recommender"
+from cprec_recbole.host.provider import MODULES_OF_MODELS, Provider, provider, use
+
 _RUNS_RECBOLE = (
     "recbole.config",
     "recbole.data.dataset",
@@ -27,26 +26,9 @@ _RUNS_RECBOLE = (
 )
 
 
-class Provider(NamedTuple):
-    """What RecBole may ask this package for; each function is called when RecBole asks."""
-
-    register_models: Callable[[], Any]  # calls `register_model` for every compressed model
-    trainer: Callable[[], type]  # the trainer of the compressed models
-    run: Callable[..., Any]  # `training.run.run`, which starts several processes
-
-
-_current: Provider  # since `activate`, which is the first that this package does
-
-
-def provider() -> Provider:
-    """The provider that RecBole asks."""
-    return _current
-
-
 def activate(of_package: Provider) -> None:
     """Prepare RecBole now where it runs in this process already, else when it first does."""
-    global _current
-    _current = of_package
+    use(of_package)
     if any(name in sys.modules for name in _RUNS_RECBOLE):
         from cprec_recbole.host import plugin
 
@@ -61,7 +43,7 @@ class _Finder(MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name.startswith(f"{_MODULES_OF_MODELS}.cp"):  # `get_model` asks for one of ours
+        if name.startswith(f"{MODULES_OF_MODELS}.cp"):  # `get_model` asks for one of ours
             provider().register_models()
             return getattr(sys.modules.get(name), "__spec__", None)
         spec = PathFinder.find_spec(name, path) if name in _RUNS_RECBOLE else None
@@ -83,26 +65,3 @@ class _Finder(MetaPathFinder):
 
         spec.loader.exec_module = load_and_prepare  # type: ignore[method-assign]
         return spec
-
-
-def register_model(model_class: type) -> None:
-    """Let RecBole's `get_model` find a class by its name: it looks for a module of the name in
-    lower case, and asks `sys.modules` first."""
-    name = f"{_MODULES_OF_MODELS}.{model_class.__name__.lower()}"
-    module = ModuleType(name, f"Where RecBole looks for {model_class.__name__}.")
-    module.__spec__ = ModuleSpec(name, loader=None, origin="cprec_recbole")
-    setattr(module, model_class.__name__, model_class)
-    sys.modules[name] = module
-
-
-@contextmanager
-def importing_models() -> Iterator[None]:
-    """Within: imports of RecBole's model classes, of which one (sine.py) turns autograd's anomaly
-    detection on for the whole process. That doubles the time of a step; it is turned back after."""
-    import torch
-
-    was_on, checked_nan = torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
-    try:
-        yield
-    finally:
-        torch.autograd.set_detect_anomaly(was_on, checked_nan)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from cprec_recbole.config import CompressionError
-from cprec_recbole.host.registration import importing_models, register_model
+from cprec_recbole.host.provider import importing_models, register_model
 from cprec_recbole.models.known import TEN
 from cprec_recbole.models.recommender import CompressedRecommender
 from cprec_recbole.models.saving import load_model

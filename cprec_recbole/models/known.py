@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from cprec_recbole.host.registration import importing_models
+from cprec_recbole.host.provider import importing_models
 from cprec_recbole.models.item_tables import MaskedTable, RecBoleModel, with_one
 from cprec_recbole.models.recommender import HIDDEN_AT, CompressedRecommender
 from cprec_recbole.models.spec import ModelSpec

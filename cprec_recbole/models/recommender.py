@@ -17,7 +17,7 @@ from cprec_recbole.config import CompressionError
 from cprec_recbole.data import NEXT_ITEMS
 from cprec_recbole.embedding import BlockEmbedding
 from cprec_recbole.host.numbering import check_numbering, remember
-from cprec_recbole.host.registration import importing_models
+from cprec_recbole.host.provider import importing_models
 from cprec_recbole.int8 import not_trained
 from cprec_recbole.models.deprecated import renamed
 from cprec_recbole.models.eval_mode import can_be_trained, in_eval_mode
