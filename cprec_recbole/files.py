@@ -63,8 +63,8 @@ def remove_leftovers(path: Path) -> None:
 
 @contextmanager
 def held(folder: Path, option: str = "out") -> Iterator[None]:
-    """Within: no other process that asks for it gets this folder; given back when a process dies. A
-    CompressionError, which calls the folder `option`, where another process has it."""
+    """Within: no other process that asks for it gets this folder; given back when a process dies.
+    Refuses a folder that another process has; the error names the option."""
     if fcntl is None:
         yield
         return

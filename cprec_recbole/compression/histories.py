@@ -45,12 +45,9 @@ def dataset_of(data: Any) -> Any:
 
 
 def histories_of(data: Any, n_items: int, max_length: int, name: str = "data") -> Histories:
-    """Windows out of RecBole's training data set or data loader, of a Cp model or of RecBole's own,
-    or out of lists of item ids, oldest first.
-
-    A CompressionError, which calls the data by `name`, where it is neither of them, empty, or of
-    another catalogue than that of `n_items`, padding included.
-    """
+    """Windows of RecBole's training data set or data loader, for a Cp model or RecBole's own, or of
+    lists of item ids, oldest first. Refuses other data, empty data, and data of another catalogue
+    than the `n_items`, padding included; the error names the option."""
     if isinstance(data, FullSortEvalDataLoader | NegSampleEvalDataLoader):
         raise CompressionError(
             f"Expected `{name}` to be training data, but got evaluation data; pass the first of "

@@ -100,8 +100,8 @@ def check_k(k: object, left: int) -> int:
 
 
 def check_ids(ids: Any, n_items: int, name: str) -> Tensor:
-    """Item ids, 0 among them, as int64 of the same shape; a CompressionError that calls them by
-    `name` where they are no whole numbers, or outside the catalogue."""
+    """Item ids, 0 among them, as int64 of the same shape. Refuses what is no whole number, and ids
+    outside the catalogue; the error names the option."""
     if isinstance(ids, np.ndarray):  # PyTorch does not read every byte order and direction
         ids = ids.astype(np.int64) if ids.dtype.kind in "iu" else ids.tolist()
     try:

@@ -142,8 +142,8 @@ def check_validation_data(data: Any) -> None:
 
 
 def check_evaluation_data(data: Any, argument: str = "valid_data") -> None:
-    """Raise a CompressionError, which calls the data by the `argument` that it was given as, for
-    what is not RecBole's evaluation data with full ranking."""
+    """Refuse what is not RecBole's evaluation data with full ranking; the error names the
+    `argument`."""
     if not isinstance(data, FullSortEvalDataLoader):
         raise CompressionError(
             f"Expected `{argument}` to be RecBole's evaluation data with full ranking, the second "
