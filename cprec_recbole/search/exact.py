@@ -73,7 +73,7 @@ class _Part:
 
     Attributes:
         slack: scores that are closer than this may be in either order, `[B]`.
-        best: the k best scores so far of different items, `[k, B]`.
+        best: while blocks are read, the k best scores of different items so far, `[k, B]`.
         offsets: of each block, `[B, n_blocks]`, float64.
         found: rows, positions and scores of candidates.
         tail_rows: products of a row of the tail and a row of the batch.
@@ -85,14 +85,12 @@ class _Part:
         lengths = torch.linalg.vector_norm(hidden, dim=1)
         slack = lengths * table.rounding
         self.offsets = hidden.new_zeros(len(hidden), len(table.blocks))
-        self.clusters = self.offsets[:, 1:]  # their logits
         if table.clusters is not None:
             self.clusters = (hidden.unsqueeze(1) * table.clusters).sum(2)
             # normalisers are off by as much as logits, and by what rounding does to their sums
             scale = lengths * table.longest + math.log(table.partition.n_items)
             slack = 2 * slack + 16 * torch.finfo(table.dtype).eps * scale
         self.slack = slack.to(table.dtype)
-        self.best = self.slack.new_full((self.k, len(hidden)), -torch.inf)
         self.found: list[tuple[Tensor, Tensor, Tensor]] = []
         self.tail_rows = 0
 
@@ -100,8 +98,9 @@ class _Part:
         """Some of the rows as a part of their own, with nothing found."""
         part = copy.copy(self)
         part.hidden, part.limits = self.hidden[rows], self.limits.of_rows(rows)
-        part.slack, part.best = self.slack[rows], self.best[:, rows]
-        part.offsets, part.clusters = self.offsets[rows], self.clusters[rows]
+        part.slack, part.offsets = self.slack[rows], self.offsets[rows]
+        if self.is_tree:
+            part.clusters = self.clusters[rows]
         part.found, part.tail_rows = [], 0
         return part
 
@@ -147,6 +146,7 @@ class _Part:
 
     def search(self) -> TopK:
         """Read what may hold one of the best, and sort it."""
+        self.best = self.slack.new_full((self.k, len(self.hidden)), -torch.inf)
         for j, block in enumerate(self.table.blocks):
             indexed = self.table.indexed[j]
             if self.limits.allowed is not None:
@@ -211,11 +211,13 @@ class _Part:
         opened = [rows[:0]]
         for some in rows.split(_SHARED) if len(rows) else ():
             part = self.take(some)
+            part.best = self.best[:, some]
             opened.append(some[part.read_near(j, block, groups, query[:, some])])
             self.give(part, some)
         rows = torch.cat(opened)
         if len(rows):
             part = self.take(rows)
+            part.best = self.best[:, rows]
             part.read_all(j, self.table.blocks[j])
             self.give(part, rows)
 
@@ -321,9 +323,8 @@ class _Part:
         no positions are given."""
         k = self.k
         best, at = scores.topk(min(k + 1, scores.shape[1]), dim=1)
-        floor = best[:, k - 1 : k] - self.slack.unsqueeze(1)
         if best.shape[1] == 1:
-            return self.sort_close(scores, positions, floor)
+            return self.sort_close(scores, positions, best)
         places = at[:, :k] + 1 if positions is None else positions.gather(1, at[:, :k])
         topk = TopK(self.table.item_at[places].long(), self.exact(places).to(self.table.dtype))
         apart = best[:, :-1] - best[:, 1:] - self.slack.unsqueeze(1)
@@ -332,15 +333,15 @@ class _Part:
             return topk  # no two are close, and all are numbers
         close = (~((apart > 0) & (apart < math.inf)).all(1)).nonzero().squeeze(1)
         if len(close) == len(scores):
-            return self.sort_close(scores, positions, floor)
+            return self.sort_close(scores, positions, best)
         near = None if positions is None else positions[close]
-        found = self.take(close).sort_close(scores[close], near, floor[close])
+        found = self.take(close).sort_close(scores[close], near, best[close])
         topk.items[close], topk.scores[close] = found
         return topk
 
-    def sort_close(self, scores: Tensor, positions: Tensor | None, floor: Tensor) -> TopK:
-        """The same where rounding could have changed the order, given what reaches the result but
-        for rounding, `[B, 1]`."""
+    def sort_close(self, scores: Tensor, positions: Tensor | None, best: Tensor) -> TopK:
+        """The same where rounding could have changed the order, given the best scores, sorted."""
+        floor = best[:, self.k - 1 : self.k] - self.slack.unsqueeze(1)
         n_near = max(self.k, int((scores >= floor).sum(1).max()))
         self.check_number(n_near * len(scores))
         best, at = scores.topk(n_near, dim=1)

@@ -12,6 +12,7 @@ from torch import Tensor
 from cprec_recbole.config import CompressionError, is_whole
 from cprec_recbole.partition import PADDING, Partition
 
+_NOTHING = torch.empty(0, dtype=torch.int64)
 Ids = Tensor | np.ndarray | Sequence
 
 
@@ -60,7 +61,7 @@ def check_limits(
 ) -> Limits:
     """Check what `topk` is asked for a batch of `n_rows`; see there."""
     device, n_items = partition.position_of.device, partition.n_items
-    excluded, places = torch.empty(0, dtype=torch.int64, device=device), None
+    excluded, places = _NOTHING, None
     if exclude is not None:
         ids = check_ids(exclude, n_items, "exclude")
         if ids.ndim not in (1, 2) or (ids.ndim == 2 and len(ids) != n_rows):
