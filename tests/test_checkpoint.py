@@ -204,13 +204,16 @@ class Calls:
         return self.call
 
 
+class Pickler(pickle.Pickler):
+    def persistent_id(self, part):
+        return part.pid if isinstance(part, Stored) else None
+
+
 def described(good, target, *arguments):
     """A checkpoint of one tensor that is described by hand, over six numbers."""
     tensor = Calls(torch._utils._rebuild_tensor_v2, *arguments, False, OrderedDict())
     buffer = io.BytesIO()
-    pickler = pickle.Pickler(buffer, 4)
-    pickler.persistent_id = lambda part: part.pid if isinstance(part, Stored) else None
-    pickler.dump({**trusted(good), "state_dict": {"w": tensor}, "optimizer": None})
+    Pickler(buffer, 4).dump({**trusted(good), "state_dict": {"w": tensor}, "optimizer": None})
     numbers = np.arange(6, dtype="<f4").tobytes()
     return rewritten(good, target, {"data.pkl": buffer.getvalue(), "data/0": numbers})
 
