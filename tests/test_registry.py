@@ -100,7 +100,7 @@ def test_layers_of_any_kind_are_fitted_and_kept(world, tmp_path):
         batch = world.evaluation_batch("SASRec")
         scores = model.full_sort_predict(batch)
         torch.testing.assert_close(same.full_sort_predict(batch), scores, atol=1e-4, rtol=0)
-        assert small.warm_start.refitted <= small.warm_start.copied
+        assert small.warm_start.fitted < 1
         loaded = load_pretrained(small.save_pretrained(tmp_path))
         scores = small.full_sort_predict(batch)
         torch.testing.assert_close(loaded.full_sort_predict(batch), scores, atol=1e-5, rtol=0)
