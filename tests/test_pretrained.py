@@ -11,11 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import cprec_recbole
-from cprec_recbole import CompressionConfig, CompressionError, compress, load_pretrained
+from cprec_recbole import CompressionConfig, CompressionError, CpSASRec, compress, load_pretrained
 from cprec_recbole.files import held
 from cprec_recbole.models import saving
 from cprec_recbole.models.saving import read_folder
 from tests.builders import SCHEMES, train_a_step
+from tests.test_serving import catalogue_model
 
 OPTIONS = {"ranks": [16, 4, 1], "cutoffs": [6, 20]}
 
@@ -348,3 +349,12 @@ def test_the_names_of_version_0_1_work_with_a_warning():
     spec = model.spec
     made = old(host=spec.model_class, group=2, size_option="n", table_std=len, architecture=())
     assert (made.model_class, made.layers_per_block) == (spec.model_class, 2)
+
+
+def test_tokens_of_any_text_come_back(tmp_path):
+    """They are read in pieces, which must not be cut within a token."""
+    ends = ('","', "\\", '\\","', '"', ",", '\\"', "é", '","' * 9, "\\\\")
+    tokens = [f"{i}{end}" for i in range(3_000) for end in ends]
+    model = catalogue_model(CpSASRec, len(tokens) + 1)
+    model.save_pretrained(tmp_path, tokens)
+    assert list(load_pretrained(tmp_path).known_vocabulary().tokens) == tokens

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ FORMAT = "cprec_recbole"
 # 2: rows in int8, 3: other matrices too; what has neither is written as 1, as older readers know it
 FORMAT_VERSION = 3
 _CONFIG = "config.json"
+_BETWEEN = re.compile(rb'[^\\]","')  # two tokens: quotation marks within one are escaped
 _OURS = re.compile(
     r"(weights|items)-[0-9a-f]{16}\.(safetensors|json)|\.(cprec|config\.json)-.*\.tmp"
 )
@@ -229,11 +230,22 @@ def _contents(out: Path, files: Mapping[str, Any]) -> tuple[dict[str, Tensor], V
     try:
         tokens = None
         if "items" in files:
-            tokens = Vocabulary(json.loads(_checked(out, files["items"]).read_bytes()))
+            tokens = Vocabulary(_tokens(_checked(out, files["items"]).read_bytes()))
         weights = safetensors.torch.load_file(_checked(out, files["weights"]))
     except (SafetensorError, OSError, RuntimeError) as error:
         raise CompressionError(f"Expected the files of {out} to be readable: {error}.") from error
     return {name_in_model(name): tensor for name, tensor in weights.items()}, tokens
+
+
+def _tokens(text: bytes) -> Iterator[str]:
+    """The texts of a JSON list as `write_tokens` writes it, made a piece at a time: a million take
+    70 MB."""
+    start = 1
+    while start < len(text):
+        between = _BETWEEN.search(text, start + 2**16)
+        end = between.start() + 2 if between else len(text) - 1
+        yield from json.loads(b"[" + text[start:end] + b"]")
+        start = end + 1
 
 
 class _Options(dict[str, Any]):

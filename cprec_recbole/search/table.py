@@ -105,9 +105,9 @@ class Rows:
         basis = torch.eye(size, dtype=torch.float64, device=values.device)
         if projection is not None:
             basis = projection.detach().T.double().contiguous()
-        parts = values.split(max(1, _NUMBERS // size))
-        norms = [torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in parts]
-        longest = float(torch.cat(norms).max())
+        parts = values.split(max(1, _FEW_NUMBERS // size))
+        norms = (torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in parts)
+        longest = float(torch.stack([norm.max() for norm in norms]).max())
         if not math.isfinite(longest) or not basis.isfinite().all():
             raise CompressionError(
                 "Expected the weights of the item table to be finite numbers, but found NaN or "
@@ -262,7 +262,7 @@ class SearchTable:
         self.rounding = torch.finfo(self.dtype).eps * (max(self.ranks) + 4) * self.longest
         self.joint_basis = torch.cat([block.basis for block in self.blocks], 1)  # [d, sum r]
         self._columns = [
-            block.values.T.contiguous() if block.n_items <= FEW_ITEMS else None
+            block.values.T.contiguous() if partition.n_items <= FEW_ITEMS else None
             for block in self.blocks
         ]
         self.item_at = partition.item_at
