@@ -347,8 +347,9 @@ def _read_config(out: Path) -> dict[str, Any]:
     try:
         header = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise CompressionError(
-            f"{wanted} {path} is missing, cut short or damaged: {error}."
+            f"{wanted} {path} is missing, cut short or damaged: {reason}."
         ) from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise CompressionError(f"{wanted} {path} is of something else.")
