@@ -214,12 +214,12 @@ class Trained:
     """A trained head, and hidden states of sessions that it was not trained on.
 
     Attributes:
-        head: over blocks of `cutoffs_of`, ranks 64, 16 and 4.
+        softmax: over blocks of `cutoffs_of`, ranks 64, 16 and 4.
         hidden: hidden state before the last item of each session, `[N, d]`.
         last: that item, `[N]`.
     """
 
-    head: Softmax
+    softmax: Softmax
     hidden: Tensor
     last: Tensor
 

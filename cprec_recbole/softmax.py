@@ -13,9 +13,10 @@ from cprec_recbole.config import LOSS_MEMORY, CompressionError
 from cprec_recbole.embedding import Block, BlockEmbedding
 from cprec_recbole.losses import LogitBlock, Workspace, cross_entropy
 from cprec_recbole.partition import PADDING
-from cprec_recbole.search.exact import Found, search
+from cprec_recbole.search.compiled import compiled_search
+from cprec_recbole.search.exact import search
 from cprec_recbole.search.table import SearchTable
-from cprec_recbole.search.topk import Ids, TopK, check_limits
+from cprec_recbole.search.topk import Found, Ids, TopK, check_limits
 
 
 class Softmax(nn.Module, ABC):
@@ -72,9 +73,8 @@ class Softmax(nn.Module, ABC):
     ) -> TopK:
         """The k best items of each row, exact, with their `scores`; equal scores by lower item id.
 
-        Never builds `[B, n_items]` of a large catalogue. Reads every row of the table in pieces,
-        unless `build_index` was called: then it skips groups of rows that cannot hold one of the
-        best.
+        Never builds `[B, n_items]` of a large catalogue. With an index it skips groups of rows that
+        cannot hold one of the best, else it reads every row of the table in pieces.
 
         Args:
             hidden: hidden states, `[B, d]`.
@@ -110,23 +110,29 @@ class Softmax(nn.Module, ABC):
         return search(self._current(), hidden, limits)
 
     def build_index(self) -> None:
-        """Prepare `topk` to skip most of the tail: sort its rows into groups with bounds.
+        """Make the index of a large catalogue now: tail rows in groups with bounds, of which `topk`
+        reads few. Without this call it is made by itself, after some hundreds of searches.
 
         It takes seconds for a million items and about as much memory as the tail. It is no part of
-        the model's state, and dropped when weights change; then `topk` reads all rows again.
-        Changes that are written through `.data` are not noticed, by `topk` without an index
-        neither: build the index again after them, or drop it.
+        the model's state, and dropped when weights change. Changes that are written through
+        `.data` are not noticed: call this or `drop_index` after them. Only searches on a CPU have
+        an index, where numba is installed.
 
         Raises:
             CompressionError: weights that are not finite numbers.
         """
-        self._search_table = self._new_search_table(is_indexed=True)
+        self._search_table = None
+        compiled = compiled_search(self._current())
+        if compiled is not None:
+            compiled.build_index()
 
     @property
     def is_indexed(self) -> bool:
         """Whether there is an index of the weights as they are."""
         table = self._search_table
-        return table is not None and table.is_indexed and table.is_current(self._watched())
+        if table is None or table.compiled is None or not table.is_current(self._watched()):
+            return False
+        return table.compiled.is_indexed
 
     def drop_index(self) -> None:
         """Forget the index and free its memory."""
@@ -139,19 +145,15 @@ class Softmax(nn.Module, ABC):
     def _current(self) -> SearchTable:
         table = self._search_table
         if table is None or not table.is_current(self._watched()):
-            self._search_table = table = self._new_search_table(is_indexed=False)
+            blocks = self.table.blocks
+            self._search_table = table = SearchTable(
+                self.table.partition,
+                [block.rows() for block in blocks],
+                [block.projection for block in blocks],
+                None if self._tree is None else self._tree.clusters,
+                self._watched(),
+            )
         return table
-
-    def _new_search_table(self, *, is_indexed: bool) -> SearchTable:
-        blocks = self.table.blocks
-        return SearchTable(
-            self.table.partition,
-            [block.rows() for block in blocks],
-            [block.projection for block in blocks],
-            None if self._tree is None else self._tree.clusters,
-            self._watched(),
-            is_indexed,
-        )
 
     def _watched(self) -> list[Tensor]:
         """The tensors that a search table is made from."""

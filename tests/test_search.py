@@ -4,17 +4,17 @@ every path that large ones do."""
 import copy
 import io
 import math
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cprec_recbole import CompressionError, FullSoftmax, TreeSoftmax
-from cprec_recbole.search import exact, maxima, table
+from cprec_recbole.search import compiled, exact, kernel, maxima, table
 from tests.builders import block_embedding
 from tests.oracles import best_by_sort
 
@@ -29,6 +29,24 @@ def build(head_class, sizes=SIZES, ranks=RANKS, dim=DIM):
     return head
 
 
+WAYS = ("torch", "compiled", "indexed")  # that give the same result
+
+
+@contextmanager
+def way(name, head=None, **moved):
+    """Within, a search takes one of the ways, with thresholds moved; `indexed` indexes the head."""
+    with thresholds(**moved), mock.patch.object(compiled, "loops", NO_LOOPS[name]):
+        if head is not None:
+            head.drop_index()
+            if name == "indexed":
+                head.build_index()
+                assert head.is_indexed
+        yield
+
+
+NO_LOOPS = {"torch": lambda: None, "compiled": compiled.loops, "indexed": compiled.loops}
+
+
 def thresholds(*, sort_all=False, few=2**14, piece=2**19, most=2**21):
     """Where the search changes its ways: the smallest catalogue is searched and indexed."""
     stack = ExitStack()
@@ -38,7 +56,8 @@ def thresholds(*, sort_all=False, few=2**14, piece=2**19, most=2**21):
         (exact, "_FEW_LOGITS", few),
         (exact, "_MOST", most),
         (maxima, "_PIECE", piece),
-        (table, "_MIN_ROWS", 1),
+        (compiled, "_PIECE", piece),
+        (compiled, "_MIN_ROWS", 1),
     ):
         stack.enter_context(mock.patch.object(module, name, value))
     return stack
@@ -60,7 +79,7 @@ def check(head, hidden, k, exclude=None, allowed=None):
     exclude=st.sampled_from([None, (1,), (7,), (40,), "shared"]),
     allow=st.sampled_from([None, 1.0, 0.5, 0.02]),
     tied=st.booleans(),
-    indexed=st.booleans(),
+    name=st.sampled_from(WAYS),
     few=st.sampled_from([0, 500, 2**18]),
     piece=st.sampled_from([64, 3000, 2**21]),
     most=st.sampled_from([50, 2**21]),
@@ -68,7 +87,7 @@ def check(head, hidden, k, exclude=None, allowed=None):
     seed=st.integers(0, 2**31),
 )
 def test_a_search_is_a_dense_sort(
-    head_class, sizes, batch, wanted, exclude, allow, tied, indexed, few, piece, most, whole, seed
+    head_class, sizes, batch, wanted, exclude, allow, tied, name, few, piece, most, whole, seed
 ):
     torch.manual_seed(seed)
     sizes = (sizes[0] + 1, *sizes[1:])
@@ -92,86 +111,84 @@ def test_a_search_is_a_dense_sort(
     if not left:
         return
     k = min(wanted, left) if isinstance(wanted, int) else max(1, round(wanted * left))
-    with thresholds(few=few, piece=piece, most=most, sort_all=whole):
-        if indexed:
-            head.build_index()
+    with way(name, head, few=few, piece=piece, most=most, sort_all=whole):
         check(head, hidden, k, barred, allowed)
 
 
 @pytest.mark.parametrize("head_class", HEADS)
-@pytest.mark.parametrize("indexed", [False, True])
+@pytest.mark.parametrize("name", WAYS)
 @pytest.mark.parametrize("batch", [1, 300])
-def test_a_large_catalogue_is_searched_exactly(head_class, indexed, batch):
+def test_a_large_catalogue_is_searched_exactly(head_class, name, batch):
     head = build(head_class, (2_000, 48_000, 250_000), (16, 8, 4), 16)
     with torch.no_grad():  # concentrated like trained factors, so that bounds do skip
         for block, spread in zip(head.table.blocks, (0.6, 0.5, 0.3)):
             centres = torch.randn(50, block.weight.shape[1])
             near = centres[torch.randint(50, (len(block.weight),))]
             block.weight.copy_(spread * (near + 0.2 * torch.randn_like(near)))
-    hidden = torch.randn(batch, 16)
-    if indexed:
-        head.build_index()
-        assert head.search(hidden[:1], 20).tail_share < 1
-    check(head, hidden[:64], 20, exclude=torch.randint(0, 300_000, (min(64, batch), 30)))
+    hidden, barred = torch.randn(batch, 16), torch.randint(0, 300_000, (min(64, batch), 30))
+    with mock.patch.object(compiled, "loops", NO_LOOPS[name]):
+        if name == "indexed":
+            head.build_index()
+            assert head.search(hidden[:1], 20).tail_share < 1
+        check(head, hidden[:64], 20, exclude=barred)
 
 
 @pytest.mark.parametrize("head_class", HEADS)
 @pytest.mark.parametrize("sort_all", [True, False])
-def test_a_result_does_not_depend_on_batch_pieces_or_index(head_class, sort_all):
+def test_a_result_does_not_depend_on_batch_pieces_index_or_way(head_class, sort_all):
     head = build(head_class)
     with torch.no_grad():  # pairs of rows that float32 hardly tells apart
         for block in head.table.blocks:
             half = len(block.weight) // 2
             block.weight[half : 2 * half] = block.weight[:half] * (1 + 1e-7 * torch.randn(half, 1))
     hidden = torch.randn(70, DIM)
-    with thresholds(sort_all=sort_all):
-        whole = head.topk(hidden, 30)
-        alone = [head.topk(row.unsqueeze(0), 30) for row in hidden]
-        head.build_index()
-        with thresholds(piece=100, few=0):
-            other = head.topk(hidden.flip(0), 30)
-    results = [other.items.flip(0), torch.cat([one.items for one in alone])]
-    assert all(torch.equal(whole.items, items) for items in results)
-    scores = [other.scores.flip(0), torch.cat([one.scores for one in alone])]
-    for part in scores:
+    found = []
+    for name in WAYS:
+        with way(name, head, sort_all=sort_all):
+            found.append(head.topk(hidden, 30))
+            alone = [head.topk(row.unsqueeze(0), 30) for row in hidden]
+            found.append([torch.cat(part) for part in zip(*alone)])
+            with thresholds(piece=100, few=0, sort_all=sort_all):
+                found.append([part.flip(0) for part in head.topk(hidden.flip(0), 30)])
+    for items, scores in found:
+        assert torch.equal(items, found[0].items)
         if head_class is FullSoftmax:
-            assert torch.equal(whole.scores, part)
-        torch.testing.assert_close(whole.scores, part, rtol=1e-6, atol=1e-6)
+            assert torch.equal(scores, found[0].scores)
+        torch.testing.assert_close(scores, found[0].scores, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("head_class", HEADS)
-@pytest.mark.parametrize("indexed", [False, True])
+@pytest.mark.parametrize("name", WAYS)
 @pytest.mark.parametrize("piece", [200, 2**19])
-def test_scores_that_all_tie_come_by_lower_id(head_class, indexed, piece):
+def test_scores_that_all_tie_come_by_lower_id(head_class, name, piece):
     head = build(head_class)
-    with thresholds(piece=piece, most=300), torch.no_grad():
+    with torch.no_grad():
         for block in head.table.blocks:
             block.weight.zero_()
-        if indexed:
-            head.build_index()
+    with way(name, head, piece=piece, most=300):
         hidden = torch.randn(3, DIM)
         check(head, hidden, 20, exclude=torch.tensor([[1, 2], [0, 0], [5, 5]]))
 
 
 @pytest.mark.parametrize("sort_all", [True, False])
-def test_a_hidden_state_of_zeros_gets_the_lowest_ids(sort_all):
+@pytest.mark.parametrize("name", WAYS)
+def test_a_hidden_state_of_zeros_gets_the_lowest_ids(name, sort_all):
     head = build(FullSoftmax)
     hidden = torch.randn(3, DIM)
     hidden[1] = 0
-    with thresholds(sort_all=sort_all):
+    with way(name, head, sort_all=sort_all):
         assert head.topk(hidden, 9).items[1].tolist() == list(range(1, 10))
         check(head, hidden, 9)
 
 
-@pytest.mark.parametrize("indexed", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_copies_of_a_row_keep_the_order_of_their_ids(indexed, dtype):
+@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_copies_of_a_row_keep_the_order_of_their_ids(name, dtype):
     head = build(FullSoftmax).to(dtype)
-    with thresholds(), torch.no_grad():
+    with torch.no_grad():
         for block in head.table.blocks:  # every row several times, far from each other
             block.weight.copy_(block.weight[torch.randint(7, (len(block.weight),))])
-        if indexed:
-            head.build_index()
+    with way(name, head):
         hidden = torch.randn(40, DIM).to(dtype)
         found = head.topk(hidden, 25)
         tied = found.scores[:, 1:] == found.scores[:, :-1]
@@ -181,7 +198,8 @@ def test_copies_of_a_row_keep_the_order_of_their_ids(indexed, dtype):
 
 
 @pytest.mark.parametrize("sort_all", [True, False])
-def test_near_ties_between_blocks_whose_logits_cancel(sort_all):
+@pytest.mark.parametrize("name", WAYS)
+def test_near_ties_between_blocks_whose_logits_cancel(name, sort_all):
     """Rounding of the normalisers alone may turn the order of two blocks around."""
     head = build(TreeSoftmax, (40, 60, 60), (8, 8, 8))
     with torch.no_grad():
@@ -192,7 +210,7 @@ def test_near_ties_between_blocks_whose_logits_cancel(sort_all):
         head.clusters[1] = head.clusters[0]
     hidden = torch.randn(40, DIM)
     hidden[:, 1] = hidden[:, 0] + 0.01 * torch.randn(40)
-    with thresholds(sort_all=sort_all):
+    with way(name, head, sort_all=sort_all):
         found = head.topk(hidden, 5)
     items, scores = best_by_sort(head, hidden, 5)
     assert torch.equal(found.items, items)
@@ -201,31 +219,33 @@ def test_near_ties_between_blocks_whose_logits_cancel(sort_all):
 
 def test_equal_rows_can_be_indexed():
     head = build(FullSoftmax, (5, 3000), (16, 16), 16)
-    with thresholds(), torch.no_grad():
+    with torch.no_grad():
         rows = head.table.blocks[1].weight
         rows.copy_(rows[:3].repeat(1000, 1))
-        head.build_index()
+    with way("indexed", head):
         check(head, torch.randn(2, 16), 5)
 
 
-@pytest.mark.parametrize("indexed", [False, True])
+@pytest.mark.parametrize("name", WAYS)
 @pytest.mark.parametrize("head_class", HEADS)
-def test_the_whole_head_excluded_and_part_of_the_tail_allowed(head_class, indexed):
+def test_the_whole_head_excluded_and_part_of_the_tail_allowed(head_class, name):
     head = build(head_class, (500, 20_000, 60_000))
-    if indexed:
-        head.build_index()
     order = head.table.partition.item_at.long()
     tail = order[500 + torch.randperm(80_000)[:40_000]]
-    check(head, torch.randn(3, DIM), 7, exclude=order[:500], allowed=torch.cat([tail, order[:9]]))
+    allowed = torch.cat([tail, order[:9]])
+    with way(name, head):
+        check(head, torch.randn(3, DIM), 7, exclude=order[:500], allowed=allowed)
 
 
 @pytest.mark.parametrize("sort_all", [True, False])
-def test_float32_is_not_trusted_where_it_cannot_tell(sort_all):
+@pytest.mark.parametrize("name", WAYS)
+def test_float32_is_not_trusted_where_it_cannot_tell(name, sort_all):
     head = build(FullSoftmax, (3, 600), (8, 8))
-    with thresholds(sort_all=sort_all), torch.no_grad():
+    with torch.no_grad():
         rows = head.table.blocks[1].weight
         rows.copy_(rows[:1].expand_as(rows))
         rows[:, 0] += torch.randn(600) * 1e-7  # differences that a product in float32 loses
+    with way(name, head, sort_all=sort_all):
         check(head, 3 + torch.randn(20, DIM), 30)
 
 
@@ -233,18 +253,17 @@ def test_float32_is_not_trusted_where_it_cannot_tell(sort_all):
 @pytest.mark.parametrize("head_class", HEADS)
 def test_other_precisions(head_class, dtype):
     head = build(head_class).to(dtype)
-    with thresholds():
-        for indexed in (False, True):
-            if indexed:
-                head.build_index()
+    for name in WAYS if dtype != torch.float64 else WAYS[:1]:
+        with way(name, head):
             check(head, torch.randn(5, DIM).to(dtype), 20)
 
 
 @pytest.mark.parametrize("sort_all", [True, False])
+@pytest.mark.parametrize("name", WAYS)
 @pytest.mark.parametrize("head_class", HEADS)
-def test_autocast_does_not_make_it_inexact(head_class, sort_all):
+def test_autocast_does_not_make_it_inexact(head_class, name, sort_all):
     head, hidden = build(head_class), torch.randn(1, DIM)
-    with thresholds(sort_all=sort_all), torch.autocast("cpu", dtype=torch.bfloat16):
+    with way(name, head, sort_all=sort_all), torch.autocast("cpu", dtype=torch.bfloat16):
         found = head.topk(hidden, 20)
     assert torch.equal(found.items, best_by_sort(head, hidden, 20)[0])
 
@@ -315,14 +334,14 @@ def test_the_index_is_dropped_when_weights_change(head_class, change):
         assert not head.is_indexed
         hidden = torch.randn(4, DIM, dtype=head.table.blocks[0].weight.dtype)
         check(head, hidden, 20)
-        head.build_index()
-        check(head, hidden, 20)
 
 
-def test_searching_twice_keeps_the_index():
+def test_an_index_is_made_by_itself_once_it_pays():
     head = build(FullSoftmax)
-    with thresholds():
-        head.build_index()
+    with thresholds(), mock.patch.object(compiled, "_ROWS_THAT_PAY", 5):
+        for number in (2, 4):
+            head.topk(torch.randn(2, DIM), 5)
+            assert not head.is_indexed, number
         head.topk(torch.randn(2, DIM), 5)
         assert head.is_indexed
         head.drop_index()
@@ -348,33 +367,43 @@ def test_the_index_is_no_part_of_the_models_state():
 def test_a_small_block_is_not_indexed():
     head = build(FullSoftmax)
     head.build_index()
-    with mock.patch.object(exact, "_FEW_SCORES", 0), mock.patch.object(table, "FEW_ITEMS", 0):
-        assert head.search(torch.randn(2, DIM), 5).tail_share == 1
+    assert head.search(torch.randn(2, DIM), 5).tail_share == 1
 
 
 @settings(deadline=None, max_examples=100)
-@example(n_rows=1, rank=3, seed=1171586)  # the log of the sum is 50 and a sum of one logit
-@given(n_rows=st.integers(1, 3000), rank=st.sampled_from([1, 3, 8, 16]), seed=st.integers(0, 2**31))
-def test_bounds_hold_and_groups_hold_every_row_once(n_rows, rank, seed):
-    torch.manual_seed(seed)
-    head = FullSoftmax(block_embedding((3, n_rows), (16, rank), 16))
-    with thresholds():
-        head.build_index()
-    block = head._current().indexed[1]
-    positions = block.positions(torch.arange(n_rows))
-    assert sorted(positions.tolist()) == list(range(3, n_rows + 3))
-    expected = torch.cat([torch.full((3,), -1), positions.argsort()])
-    assert torch.equal(block.find(torch.arange(n_rows + 3)), expected)
+@given(
+    n_rows=st.integers(1, 3000),
+    rank=st.sampled_from([1, 3, 8, 16]),
+    spread=st.sampled_from([0.0, 1e-3, 1.0, 1e6]),
+    seed=st.integers(0, 2**31),
+)
+def test_an_order_by_nearness_holds_every_row_once(n_rows, rank, spread, seed):
+    rng = np.random.default_rng(seed)
+    rows = (spread * rng.standard_normal((n_rows, rank))).astype(np.float32)
+    rows[n_rows // 2 :] = rows[: n_rows - n_rows // 2]  # copies
+    for depth in range(4):
+        order = kernel.sort_by_nearness(rows, -(-n_rows >> depth), depth)
+        assert sorted(order.tolist()) == list(range(n_rows))
 
-    query = block.query(3 * torch.randn(9, 16).double())
-    logits = block.values @ query
-    log_sum = logits[:n_rows].double().logsumexp(0)
-    for bounds in block.bounds:
-        upper = bounds.above(query)
-        groups = logits.split(bounds.size)
-        assert len(groups) == len(upper)
-        assert all((bound >= group.amax(0)).all() for bound, group in zip(upper, groups))
-        assert (bounds.log_sum_below(query) <= log_sum + 1e-4 + 1e-5 * log_sum.abs()).all()
+
+def test_rows_apart_come_into_groups_of_their_own():
+    centres = torch.tensor([[9.0, 0.0], [0.0, 9.0], [-9.0, 0.0], [0.0, -9.0]])
+    cluster = torch.arange(4).repeat(100)
+    rows = (centres[cluster] + torch.rand(400, 2)).numpy()
+    groups = cluster[kernel.sort_by_nearness(rows, 100, 2)].view(4, 100)
+    assert (groups == groups[:, :1]).all()
+    assert sorted(groups[:, 0].tolist()) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("head_class", HEADS)
+def test_several_threads_find_the_same(head_class):
+    head, hidden = build(head_class), torch.randn(70, DIM)
+    with way("indexed", head), mock.patch.object(compiled, "_ROWS_OF_A_THREAD", 7):
+        one = head.topk(hidden, 9)
+        with mock.patch.object(torch, "get_num_threads", return_value=3):
+            three = head.topk(hidden, 9)
+    assert torch.equal(one.items, three.items)
+    assert torch.equal(one.scores, three.scores)
 
 
 # -- the first pass -------------------------------------------------------------------------------
@@ -440,11 +469,12 @@ BAD = {
 
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("sort_all", [True, False])
-def test_bad_input_is_named(sort_all, bad):
+@pytest.mark.parametrize("name", WAYS)
+def test_bad_input_is_named(name, sort_all, bad):
     options, message = BAD[bad]
-    for head_class in HEADS:
-        with thresholds(sort_all=sort_all), pytest.raises(CompressionError, match=message):
-            build(head_class).topk(**{"hidden": torch.randn(2, DIM), "k": 5, **options})
+    for head in map(build, HEADS):
+        with way(name, head, sort_all=sort_all), pytest.raises(CompressionError, match=message):
+            head.topk(**{"hidden": torch.randn(2, DIM), "k": 5, **options})
 
 
 @pytest.mark.parametrize("name", ["exclude", "allowed"])
@@ -479,11 +509,12 @@ def test_weights_that_cannot_be_searched_are_named(value, words):
 
 
 @pytest.mark.parametrize("sort_all", [True, False])
+@pytest.mark.parametrize("name", WAYS)
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("head_class", HEADS)
-def test_scores_that_overflow_are_named(head_class, sort_all, batch):
+def test_scores_that_overflow_are_named(head_class, name, sort_all, batch):
     head = build(head_class)
-    with thresholds(sort_all=sort_all), torch.no_grad():
+    with torch.no_grad():
         head.table.blocks[0].weight.mul_(1e12)
-        with pytest.raises(CompressionError, match="overflow"):
-            head.topk(torch.full((batch, DIM), 1e30), 3)
+    with way(name, head, sort_all=sort_all), pytest.raises(CompressionError, match="overflow"):
+        head.topk(torch.full((batch, DIM), 1e30), 3)

@@ -1,4 +1,4 @@
-"""Exact top-k over a factorised catalogue, most of which need not be read (CpRec, section 3.2).
+"""Exact top-k over a factorised catalogue (CpRec, section 3.2), in operations of torch.
 
 A first pass in the model's precision finds every item that rounding could let into the result.
 Scores of these candidates are computed in float64, each from its own products alone, rounded to the
@@ -9,29 +9,20 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from cprec_recbole.config import CompressionError
+from cprec_recbole.search.compiled import compiled_search
 from cprec_recbole.search.maxima import group_maxima
-from cprec_recbole.search.table import Bounds, Rows, SearchTable
-from cprec_recbole.search.topk import Limits, TopK
+from cprec_recbole.search.table import Rows, SearchTable
+from cprec_recbole.search.topk import Found, Limits, TopK, not_finite
 
 _BATCH = 256  # rows of a batch that are searched together
-_SHARED = 32  # of those, rows that read the same groups
 _FEW_SCORES = 2**18  # that are sooner computed all
 _FEW_LOGITS = 2**15  # that are sooner looked at one by one than in groups
 _NUMBERS = 2**20  # to work on at a time
 _MOST = 2**21  # candidates of several rows that are kept together
-
-
-class Found(NamedTuple):
-    """A search's result, and the share of the tail's rows that were read, a row of the batch."""
-
-    topk: TopK
-    tail_share: float
 
 
 class TooManyCandidates(Exception):
@@ -57,6 +48,9 @@ def search(table: SearchTable, hidden: Tensor, limits: Limits) -> Found:
     if not n_rows:
         scores = hidden.new_empty(0, limits.k, dtype=table.dtype)
         return Found(TopK(scores.long(), scores), 0.0)
+    compiled = compiled_search(table)
+    if compiled is not None:
+        return compiled.search(hidden, limits)
     parts = [whole := _Part(table, hidden.double(), limits)]
     if n_rows > size:
         rows = torch.arange(n_rows, device=hidden.device).split(size)
@@ -104,17 +98,11 @@ class _Part:
         part.found, part.tail_rows = [], 0
         return part
 
-    def give(self, part: _Part, rows: Tensor) -> None:
-        """Add what was found for some of the rows."""
-        self.best[:, rows], self.offsets[rows] = part.best, part.offsets
-        self.found += [(rows[number], positions, s) for number, positions, s in part.found]
-        self.tail_rows += part.tail_rows
-
     def topk(self) -> TopK:
         """The result."""
         n_scores = len(self.hidden) * self.table.partition.n_items
         try:
-            if n_scores <= _FEW_SCORES or self.table.vectors is not None:
+            if n_scores <= _FEW_SCORES or self.table.is_small:
                 return self.sort_all()
             return self.search()
         except TooManyCandidates:
@@ -130,8 +118,8 @@ class _Part:
         table, allowed = self.table, self.limits.allowed
         queries = (self.hidden @ table.joint_basis).to(table.dtype).split_with_sizes(table.ranks, 1)
         scores = queries[0].new_empty(len(self.hidden), table.partition.n_items - 1)
-        logits = scores.split_with_sizes([block.n_items for block in table.blocks], 1)
-        for j, (query, columns, part) in enumerate(zip(queries, table.columns(), logits)):
+        logits = scores.split_with_sizes([len(block.values) for block in table.blocks], 1)
+        for j, (query, columns, part) in enumerate(zip(queries, table.columns, logits)):
             torch.mm(query, columns, out=part)
             if self.is_tree:
                 self.offsets[:, j] = self.offset(j, part.logsumexp(1))
@@ -148,13 +136,8 @@ class _Part:
         """Read what may hold one of the best, and sort it."""
         self.best = self.slack.new_full((self.k, len(self.hidden)), -torch.inf)
         for j, block in enumerate(self.table.blocks):
-            indexed = self.table.indexed[j]
-            if self.limits.allowed is not None:
-                self.read_all(j, block.pick(self.limits.allowed))
-            elif indexed.bounds is not None:
-                self.read_groups(j, indexed, *indexed.bounds)
-            else:
-                self.read_all(j, block)
+            allowed = self.limits.allowed
+            self.read(j, block if allowed is None else block.pick(allowed))
         numbers, positions, scores = (torch.cat(part) for part in zip(*self.found))
         real = scores >= self.floor()[numbers]
         if len(self.limits.excluded):
@@ -176,18 +159,14 @@ class _Part:
 
     # -- the first pass ----------------------------------------------------------------------------
 
-    def read_all(self, j: int, block: Rows) -> None:
-        """Read all rows of a block."""
-        n_rows, rank = block.values.shape
-        size = 1
+    def read(self, j: int, block: Rows) -> None:
+        """Read all rows of a block, or those that are allowed."""
+        (n_rows, rank), query, size = block.values.shape, block.query(self.hidden), 1
         if n_rows * len(self.hidden) > _FEW_LOGITS:
             # larger groups mean fewer maxima to sort, and more rows to read again for each
             size = min(round((2 * n_rows / (self.k * rank)) ** 0.5), n_rows // (8 * self.k))
-        self.read(j, block, block.query(self.hidden), max(1, size))
-
-    def read(self, j: int, block: Rows, query: Tensor, size: int) -> None:
-        """Find the best of some rows of a block, of all of them for a tree."""
-        maxima, log_sum = self.maxima(j, block, query, size, with_sums=self.is_tree)
+        size = max(1, size)
+        maxima, log_sum = self.maxima(j, block, query, size)
         if self.is_tree:
             whole = self.table.blocks[j]
             if block is not whole:
@@ -197,58 +176,7 @@ class _Part:
         self.best = torch.cat([self.best, maxima]).topk(self.k, dim=0).values
         self.keep(j, block, query, maxima, size)
 
-    def read_groups(self, j: int, block: Rows, groups: Bounds, branches: Bounds) -> None:
-        """Read those groups of a block that may hold one of the best.
-
-        In a tree scores have the block's normaliser, and that takes all of the block: it is read
-        for those rows where, for all that bounds say of the normaliser, an item may do.
-        """
-        query = block.query(self.hidden)
-        upper = branches.above(query)
-        rows = (upper.amax(0) >= self.floor_of_logits(j, branches, query)).nonzero().squeeze(1)
-        # those that look for near items beside each other, to read the same groups
-        rows = rows[upper[:, rows].argmax(0).argsort()]
-        opened = [rows[:0]]
-        for some in rows.split(_SHARED) if len(rows) else ():
-            part = self.take(some)
-            part.best = self.best[:, some]
-            opened.append(some[part.read_near(j, block, groups, query[:, some])])
-            self.give(part, some)
-        rows = torch.cat(opened)
-        if len(rows):
-            part = self.take(rows)
-            part.best = self.best[:, rows]
-            part.read_all(j, self.table.blocks[j])
-            self.give(part, rows)
-
-    def read_near(self, j: int, block: Rows, groups: Bounds, query: Tensor) -> Tensor:
-        """Read the groups that any of the rows needs; returns for which of them all of a tree's
-        block has to be read, `[B]`."""
-        upper, floor = groups.above(query), self.floor_of_logits(j, groups, query)
-        chosen = _reaching(upper, floor)
-        if self.is_tree:
-            maxima, _ = self.maxima(j, block.of_groups(chosen, groups.size), query, groups.size)
-            return (maxima >= floor).any(0)
-        if len(chosen) * groups.size * len(floor) > _FEW_SCORES:
-            upper = upper[chosen]  # the most promising first, to raise the floor
-            lowest = torch.where(floor == -torch.inf, upper.amin(0), floor)
-            first = _reaching(upper, torch.maximum(floor, (3 * upper.amax(0) + lowest) / 4))
-            some = block.of_groups(chosen[first], groups.size)
-            self.read(j, some, query, self.size_of_few(some, groups.size))
-            upper[first] = torch.nan  # which reaches nothing: no group is read twice
-            chosen = chosen[_reaching(upper, self.floor())]
-        some = block.of_groups(chosen, groups.size)
-        size = self.size_of_few(some, groups.size)
-        self.keep(j, some, query, self.maxima(j, some, query, size)[0], size)
-        return torch.zeros_like(floor, dtype=torch.bool)
-
-    def size_of_few(self, block: Rows, size: int) -> int:
-        """Rows to a group where there are few: one, which makes for a higher floor."""
-        return 1 if len(block.values) * len(self.hidden) <= _FEW_SCORES else size
-
-    def maxima(
-        self, j: int, block: Rows, query: Tensor, size: int, *, with_sums: bool = False
-    ) -> tuple[Tensor, Tensor]:
+    def maxima(self, j: int, block: Rows, query: Tensor, size: int) -> tuple[Tensor, Tensor]:
         """See group_maxima; without what is excluded."""
         self.tail_rows += len(block.values) * len(self.hidden) if j else 0
         excluded = None
@@ -257,7 +185,7 @@ class _Part:
             rows, order = block.find(positions).sort()
             here = rows >= 0
             excluded = rows[here], numbers[order][here]
-        return group_maxima(block.values, query, size, excluded, with_sums=with_sums)
+        return group_maxima(block.values, query, size, excluded, with_sums=self.is_tree)
 
     def keep(self, j: int, block: Rows, query: Tensor, maxima: Tensor, size: int) -> None:
         """Take the items of groups that may be among the best."""
@@ -289,12 +217,6 @@ class _Part:
     def floor(self) -> Tensor:
         """What an item must reach to be among the k best, but for rounding, `[B]`."""
         return self.best[-1] - self.slack
-
-    def floor_of_logits(self, j: int, bounds: Bounds, query: Tensor) -> Tensor:
-        """The same for logits of a block of which only bounds are known, `[B]`."""
-        if not self.is_tree:
-            return self.floor()
-        return self.floor() - self.offset(j, bounds.log_sum_below(query)).to(query.dtype)
 
     # -- offsets of a tree -------------------------------------------------------------------------
 
@@ -362,15 +284,7 @@ class _Part:
         order = order[:, : self.k]
         scores = exact.gather(1, order).to(self.table.dtype)
         if not scores.isfinite().all():
-            if not self.hidden.isfinite().all():
-                raise CompressionError(
-                    "Expected `hidden` to hold finite numbers, but found NaN or infinity; the "
-                    "model diverged in training, or its input is damaged."
-                )
-            raise CompressionError(
-                "Expected scores to be finite numbers, but they overflow; the hidden states or the "
-                "weights of the item table are far too large."
-            )
+            raise not_finite(self.hidden)
         return TopK(items.gather(1, order), scores)
 
     def exact(self, positions: Tensor) -> Tensor:
@@ -394,11 +308,6 @@ class _Part:
         across = self.table.partition.blocks(positions).diff(dim=1) != 0
         unsure = (gap > 0) & (gap <= digits) | across & (gap <= self.slack.unsqueeze(1))
         return unsure.any(1).nonzero().squeeze(1)
-
-
-def _reaching(upper: Tensor, floor: Tensor) -> Tensor:
-    """Groups with a bound that reaches the floor of some row, `[G, B], [B] -> [G']`."""
-    return ((upper - floor).amax(1) >= 0).nonzero().squeeze(1)
 
 
 def _joined(parts: list[TopK]) -> TopK:

@@ -28,6 +28,13 @@ class TopK(NamedTuple):
     scores: Tensor
 
 
+class Found(NamedTuple):
+    """A search's result, and the share of the tail's rows that were read, a row of the batch."""
+
+    topk: TopK
+    tail_share: float
+
+
 class Limits(NamedTuple):
     """What a search may return, in positions of popularity order."""
 
@@ -54,6 +61,19 @@ class Limits(NamedTuple):
         owners, positions = self.pairs()
         keys = (number[owners] * self.n_items + positions)[number[owners] >= 0]
         return self._replace(n_rows=len(rows), excluded=keys)
+
+
+def not_finite(hidden: Tensor) -> CompressionError:
+    """What is said where scores are no finite numbers."""
+    if not hidden.isfinite().all():
+        return CompressionError(
+            "Expected `hidden` to hold finite numbers, but found NaN or infinity; the model "
+            "diverged in training, or its input is damaged."
+        )
+    return CompressionError(
+        "Expected scores to be finite numbers, but they overflow; the hidden states or the weights "
+        "of the item table are far too large."
+    )
 
 
 def check_limits(

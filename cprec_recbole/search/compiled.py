@@ -1,0 +1,325 @@
+"""The search by compiled loops: of weights on a CPU, in float32 or int8, where numba is installed.
+
+Of a large catalogue most rows need not be read: those of the tail blocks are sorted into groups of
+near ones, with bounds on their logits.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cprec_recbole.int8 import Int8Rows
+from cprec_recbole.search.table import Rows, SearchTable
+from cprec_recbole.search.topk import Found, Limits, TopK, not_finite
+
+_BATCH = 256  # rows of a batch that are searched together
+_THIN = 12  # below so many, a loop is quicker than a product of matrices
+_PIECE = 2**18  # logits at a time: 1 MiB, which stays in the cache
+_ROWS_OF_A_THREAD = 16  # of a batch, at least
+_MAX_RANK = 32  # above it bounds skip too little to be worth a copy of the rows
+_MIN_ROWS = 2**14  # below it reading is quicker than looking at bounds
+_GROUP_VALUES = 256  # numbers to a group: 64 rows of rank 4, 16 of rank 16
+_NO_SUMS = np.empty((0, 2))
+_ROWS_THAT_PAY = 512  # of batches; searched without an index, they take as long as making one
+
+
+@functools.cache
+def loops() -> Any:
+    """The module of the compiled loops; None where numba is missing."""
+    try:
+        from cprec_recbole.search import kernel
+    except ImportError:
+        return None
+    return kernel
+
+
+def compiled_search(table: SearchTable) -> CompiledSearch | None:
+    """The compiled search of a table, made once; None where torch has to search it."""
+    fits = table.dtype == torch.float32 and table.partition.item_at.device.type == "cpu"
+    if table.compiled is None and fits and loops() is not None:
+        table.compiled = CompiledSearch(table)
+    return table.compiled
+
+
+@functools.cache
+def _pool(n_threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(n_threads, thread_name_prefix="cprec-search")
+
+
+class CompiledSearch:
+    """A table as the loops read it, with an index once that pays or `build_index` was called."""
+
+    def __init__(self, table: SearchTable) -> None:
+        self.table, self.loops = table, loops()
+        self.item_at = table.partition.item_at.numpy()
+        ends = np.cumsum(table.ranks).tolist()
+        self.blocks = [
+            self.loops.Block(*_numbers(rows.values), rows.start, j, end - rank, 0)
+            for j, (rows, rank, end) in enumerate(zip(table.blocks, table.ranks, ends))
+        ]
+        # what brings hidden states into the spaces of all blocks, [d, sum r]; a tree's clusters too
+        basis = table.joint_basis
+        if table.clusters is not None:
+            basis = torch.cat([basis, table.clusters.T], 1)
+        self.basis, self.moved_basis = basis.numpy(), basis[:, :0].numpy()
+        self.tiles: list[Any] = [None] * len(self.blocks)
+        self.is_indexed, self.n_searched = False, 0
+
+    def build_index(self) -> None:
+        """Sort the rows of large tail blocks into groups with bounds."""
+        bases = [self.moved_basis]
+        for j, rows in enumerate(self.table.blocks):
+            if j and len(rows.values) >= _MIN_ROWS and rows.values.shape[1] <= _MAX_RANK:
+                column = sum(basis.shape[1] for basis in bases)
+                self.blocks[j] = self.blocks[j]._replace(moved_column=column)
+                basis, self.tiles[j] = _sorted_into_tiles(rows)
+                bases.append(basis)
+        self.moved_basis = np.concatenate(bases, axis=1)
+        self.is_indexed = True
+
+    def search(self, hidden: Tensor, limits: Limits) -> Found:
+        """See exact.search."""
+        self.n_searched += len(hidden)
+        if self.n_searched >= _ROWS_THAT_PAY and not self.is_indexed:
+            self.build_index()
+        states = hidden.detach().double().contiguous().numpy()
+        limits_of_parts = [limits]
+        if len(states) > _BATCH:
+            rows = torch.arange(len(states)).split(_BATCH)
+            limits_of_parts = [limits.of_rows(some) for some in rows]
+        parts = [
+            _Part(self, states[i * _BATCH : (i + 1) * _BATCH], each)
+            for i, each in enumerate(limits_of_parts)
+        ]
+        best = [part.search() for part in parts]
+        scores, places = best[0] if len(best) == 1 else map(np.concatenate, zip(*best))
+        scores = scores.astype(np.float32)
+        if not np.isfinite(scores).all():
+            raise not_finite(hidden)
+        items = torch.from_numpy(self.item_at[places].astype(np.int64))
+        share = sum(part.tail_rows for part in parts) / max(1, len(states) * self.table.n_tail)
+        return Found(TopK(items, torch.from_numpy(scores)), share)
+
+
+class _Part:
+    """Rows of a batch that are searched together.
+
+    Attributes:
+        tail_rows: products of a row of the tail and a row of the batch.
+    """
+
+    def __init__(self, whole: CompiledSearch, hidden: np.ndarray, limits: Limits) -> None:
+        self.whole, self.loops, self.limits = whole, whole.loops, limits
+        self.hidden = hidden
+        self.n_rows = len(self.hidden)
+        self.excluded = limits.excluded.numpy()
+        self.allowed = None if limits.allowed is None else limits.allowed.numpy()
+        self.tail_rows = 0
+        exact = self.loops.queries_of(self.hidden, whole.basis)
+        self.lengths = np.sqrt(np.square(self.hidden).sum(1))
+        self.queries = self.loops.Queries(
+            exact,
+            exact.astype(np.float32),
+            self.loops.queries_of(self.hidden, whole.moved_basis).astype(np.float32),
+            (self.lengths * whole.table.rounding).astype(np.float32),
+            np.zeros((len(whole.blocks), self.n_rows)),
+            rounds=True,
+        )
+
+    def search(self) -> tuple[np.ndarray, np.ndarray]:
+        """Scores in float64 and positions of the best, `[B, k], [B, k]`, best first."""
+        if self.whole.table.clusters is None:
+            best = self._by_offsets()
+            return best.scores, best.places
+        clusters = self.queries.exact[:, sum(self.whole.table.ranks) :]
+        best = self._by_rough_normalisers(clusters)
+        scores, places = best.scores[:, :-1], best.places[:, :-1]
+        unsure = np.flatnonzero(self._are_unsure(best.scores, best.places))
+        if len(unsure):
+            limits = self.limits.of_rows(torch.from_numpy(unsure))
+            part = _Part(self.whole, self.hidden[unsure], limits)
+            part._find_exact_offsets(clusters[unsure])
+            exact = part._by_offsets()
+            scores[unsure], places[unsure] = exact.scores, exact.places
+        return scores, places
+
+    def _by_offsets(self) -> Any:
+        """The best by logits and the blocks' offsets, rounded to float32."""
+        best = self._none(self.limits.k)
+        for block, tiles in zip(self.whole.blocks, self.whole.tiles):
+            if self.allowed is not None:
+                self._take_allowed(best, block, self.allowed)
+            elif tiles is None:
+                self._read(best, block)
+            else:
+                self._on_threads(self.loops.take_groups, best, block, tiles, self.queries)
+        self.loops.sort(best)
+        return best
+
+    def _by_rough_normalisers(self, clusters: np.ndarray) -> Any:
+        """The best of a tree and one more, given the logits of clusters, `[B, n_blocks - 1]`, by
+        normalisers in float32; scores are not rounded.
+
+        Of a score, the head's normaliser is what all items have in common; in the other blocks
+        there are a cluster's logit and the block's own normaliser besides.
+        """
+        self.queries = self.queries._replace(rounds=False)
+        best = self._none(self.limits.k + 1)
+        for j, (block, tiles) in enumerate(zip(self.whole.blocks, self.whole.tiles)):
+            if tiles is not None and self.allowed is None:
+                self.queries.offsets[j] = clusters[:, j - 1]
+                loop = self.loops.take_groups_of_tree
+                self._on_threads(loop, best, block, tiles, self.queries)
+                continue
+            inside = self._none(self.limits.k + 1)
+            sums = np.tile([-np.inf, 0.0], (self.n_rows, 1))
+            self._read(inside, block, sums)
+            log_sums = sums[:, 0] + np.log(sums[:, 1])
+            if self.allowed is not None:
+                inside = self._none(self.limits.k + 1)
+                self._take_allowed(inside, block, self.allowed)
+            if j == 0:
+                normaliser = np.logaddexp.reduce(np.column_stack([log_sums, clusters]), axis=1)
+            self.loops.merge(best, inside, clusters[:, j - 1] - log_sums if j else 0.0 * log_sums)
+        self.loops.sort(best)
+        best.scores[:] -= normaliser[:, np.newaxis]
+        return best
+
+    def _find_exact_offsets(self, clusters: np.ndarray) -> None:
+        """Offsets in float64, each row's on its own."""
+        blocks, offsets = self.whole.blocks, self.queries.offsets
+        log_sums = [self.loops.exact_log_sums(block, self.queries) for block in blocks]
+        for j in range(1, len(blocks)):
+            offsets[j] = clusters[:, j - 1] - log_sums[j]
+        offsets -= np.logaddexp.reduce(np.column_stack([log_sums[0], clusters]), axis=1)
+
+    def _are_unsure(self, scores: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """Rows whose order errors of the normalisers could change, `[B]`: that of two blocks, or in
+        one where it decides to which numbers scores are rounded."""
+        table, eps = self.whole.table, np.finfo(np.float32).eps
+        # off by as much as logits, and by what rounding does to the sums
+        scale = self.lengths * table.longest + math.log(table.partition.n_items)
+        error = 2 * self.lengths * table.rounding + 16 * eps * scale
+        gaps = scores[:, :-1] - scores[:, 1:]
+        blocks = np.searchsorted(table.partition.cutoffs, places, side="right")
+        across = (np.diff(blocks, axis=1) != 0) & (gaps <= error[:, np.newaxis])
+        return (across | (gaps > 0) & (gaps <= 4 * eps * np.abs(scores[:, :-1]))).any(1)
+
+    # -- one block ---------------------------------------------------------------------------------
+
+    def _none(self, k: int) -> Any:
+        scores, places = np.full((self.n_rows, k), -np.inf), np.zeros((self.n_rows, k), np.int64)
+        return self.loops.Best(scores, places, self.whole.item_at, self.excluded)
+
+    def _take_allowed(self, best: Any, block: Any, allowed: np.ndarray) -> None:
+        """Offer the items of a block that are allowed."""
+        ends = np.searchsorted(allowed, [block.start, block.start + len(block.values)])
+        some = allowed[slice(*ends)]
+        self.tail_rows += len(some) * self.n_rows if block.number else 0
+        self._on_threads(self.loops.take_places, best, block, some, self.queries)
+
+    def _read(self, best: Any, block: Any, sums: np.ndarray = _NO_SUMS) -> None:
+        """Offer all items of a block; `sums` as in the loops."""
+        n = len(block.values)
+        self.tail_rows += self.n_rows * n if block.number else 0
+        if self.n_rows < _THIN:
+            self._on_threads(self.loops.read_rows, best, block, sums, self.queries)
+            return
+        rows = self.whole.table.blocks[block.number].values
+        queries = self.queries.rough[:, block.column : block.column + rows.shape[1]]
+        width = max(1, _PIECE // self.n_rows)
+        memory = torch.empty(self.n_rows * min(width, n))
+        for start in range(0, n, width):
+            end = min(start + width, n)
+            logits = memory[: self.n_rows * (end - start)].view(self.n_rows, -1)
+            torch.mm(torch.from_numpy(queries), rows[start:end].T, out=logits)
+            arguments = best, block, start, logits.numpy(), sums, self.queries
+            self._on_threads(self.loops.take_rows, *arguments)
+
+    def _on_threads(self, loop: Any, *arguments: Any) -> None:
+        """Run a loop over the rows on torch's number of threads, and count the rows of the tail
+        that it says it read."""
+        n_threads = min(torch.get_num_threads(), self.n_rows // _ROWS_OF_A_THREAD)
+        if n_threads <= 1:
+            self.tail_rows += loop(*arguments, (0, self.n_rows)) or 0
+            return
+        cuts = [self.n_rows * i // n_threads for i in range(n_threads + 1)]
+        pool = _pool(n_threads)
+        parts = [pool.submit(partial(loop, *arguments, pair)) for pair in pairwise(cuts)]
+        self.tail_rows += sum(part.result() or 0 for part in parts)
+
+
+def _numbers(values: Tensor | Int8Rows) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and scales as the loops read them."""
+    if isinstance(values, Int8Rows):
+        return values.values.numpy(), values.scales.numpy()
+    return values.detach().numpy(), np.empty(0, dtype=np.float32)
+
+
+# -- the index -----------------------------------------------------------------------------------
+
+
+def _sorted_into_tiles(rows: Rows) -> tuple[np.ndarray, Any]:
+    """Rows in groups of near ones with bounds, and what brings hidden states into the space of the
+    bounds, `[d, r]`.
+
+    There, rows are as long as their item vectors, so that bounds are not stretched by how training
+    shared out the length between the factors. The axes are the rows' principal ones, along which
+    boxes are tight.
+    """
+    loops_ = loops()
+    orthonormal, triangular = torch.linalg.qr(rows.basis)
+    vectors = rows.values.double() @ triangular.T
+    centred = vectors - vectors.mean(0)
+    axes = torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(1)
+    moved = (vectors @ axes).float()
+    # halved until a group has few enough numbers
+    depth = max(0, math.ceil(math.log2(moved.numel() / _GROUP_VALUES)))
+    size = -(-len(moved) >> depth)
+    order = torch.from_numpy(loops_.sort_by_nearness(moved.numpy(), size, depth))
+    bounds, counts = _bounds(moved[order], size)
+    branch_bounds, branch_counts = _bounds(moved[order], size * loops_.FAN)
+    order = torch.cat([order, order[-1:].expand(-len(order) % size)])
+    values, scales = (torch.from_numpy(each) for each in _numbers(rows.values))
+    tiles = loops_.Tiles(
+        values=values[order].view(len(counts), size, -1).transpose(1, 2).contiguous().numpy(),
+        scales=(scales[order] if len(scales) else scales).numpy(),
+        order=order.int().numpy(),
+        counts=counts,
+        bounds=bounds,
+        branch_counts=branch_counts,
+        branch_bounds=branch_bounds,
+    )
+    return (orthonormal @ axes).contiguous().numpy(), tiles
+
+
+def _bounds(rows: Tensor, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Centre, radius, middle and half widths of groups of `size` rows, as `Tiles` has them, and
+    the rows of each group."""
+    n_groups, fan = -(-len(rows) // size), loops().FAN
+    last = (n_groups - 1) * size
+    counts = np.full(n_groups, size)
+    counts[-1] = len(rows) - last
+    groups = torch.cat([rows, rows[-1:].expand(-len(rows) % size, -1)])
+    groups = groups.view(n_groups, size, rows.shape[1])
+    centre = groups.mean(1)
+    centre[-1] = rows[last:].mean(0)
+    radius = (groups - centre.unsqueeze(1)).norm(dim=2).amax(1, keepdim=True)
+    low, high = groups.amin(1), groups.amax(1)
+    middle, half = (low + high) / 2, (high - low) / 2
+    # wider by what rounding may do to the products
+    error = (2 * rows.shape[1] + 8) * torch.finfo(rows.dtype).eps
+    radius += error * (radius + centre.norm(dim=1, keepdim=True))
+    half += error * (half + middle.abs())
+    bounds = F.pad(torch.cat([centre, radius, middle, half], 1), (0, 0, 0, -n_groups % fan))
+    return bounds.view(-1, fan, bounds.shape[1]).transpose(1, 2).contiguous().numpy(), counts
