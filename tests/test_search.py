@@ -58,6 +58,7 @@ def thresholds(*, sort_all=False, few=2**14, piece=2**19, most=2**21):
         (maxima, "_PIECE", piece),
         (compiled, "_PIECE", piece),
         (compiled, "_MIN_ROWS", 1),
+        (compiled, "_LARGE_HEAD", 1),
     ):
         stack.enter_context(mock.patch.object(module, name, value))
     return stack

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cprec_recbole.int8 import Int8Rows
+from cprec_recbole.int8 import Int8Rows, quantized_rows
 from cprec_recbole.search.table import Rows, SearchTable
 from cprec_recbole.search.topk import Found, Limits, TopK, not_finite
 
@@ -30,6 +30,7 @@ _MAX_RANK = 32  # above it bounds skip too little to be worth a copy of the rows
 _MIN_ROWS = 2**14  # below it reading is quicker than looking at bounds
 _GROUP_VALUES = 256  # numbers to a group: 64 rows of rank 4, 16 of rank 16
 _NO_SUMS = np.empty((0, 2))
+_LARGE_HEAD = 2**12  # rows
 _ROWS_THAT_PAY = 512  # of batches; searched without an index, they take as long as making one
 
 
@@ -74,6 +75,18 @@ class CompiledSearch:
         self.basis, self.moved_basis = basis.numpy(), basis[:, :0].numpy()
         self.tiles: list[Any] = [None] * len(self.blocks)
         self.is_indexed, self.n_searched = False, 0
+        # a large head of a flat softmax in int8 too: a look at it takes a quarter of the memory
+        self.rough = list(self.blocks)
+        self.rough_errors = np.zeros((len(self.blocks), 1))
+        head = table.blocks[0].values
+        if table.clusters is None and isinstance(head, Tensor) and len(head) >= _LARGE_HEAD:
+            rough = Int8Rows(*quantized_rows(head))
+            self.rough[0] = self.blocks[0]._replace(
+                values=rough.values.numpy(), scales=rough.scales.numpy()
+            )
+            # of two logits, one may be off by this much upwards, and one downwards
+            longest = float(torch.linalg.matrix_norm(table.blocks[0].basis, 2))
+            self.rough_errors[0] = 2 * longest * float((head - rough[:]).norm(dim=1).max())
 
     def build_index(self) -> None:
         """Sort the rows of large tail blocks into groups with bounds."""
@@ -126,12 +139,14 @@ class _Part:
         self.allowed = None if limits.allowed is None else limits.allowed.numpy()
         self.tail_rows = 0
         exact = self.loops.queries_of(self.hidden, whole.basis)
+        self.clusters = exact[:, sum(whole.table.ranks) :]  # logits of a tree's
         self.lengths = np.sqrt(np.square(self.hidden).sum(1))
+        errors = whole.rough_errors if self.n_rows < _THIN else 0 * whole.rough_errors
         self.queries = self.loops.Queries(
             exact,
             exact.astype(np.float32),
             self.loops.queries_of(self.hidden, whole.moved_basis).astype(np.float32),
-            (self.lengths * whole.table.rounding).astype(np.float32),
+            (self.lengths * (whole.table.rounding + errors)).astype(np.float32),
             np.zeros((len(whole.blocks), self.n_rows)),
             rounds=True,
         )
@@ -141,79 +156,112 @@ class _Part:
         if self.whole.table.clusters is None:
             best = self._by_offsets()
             return best.scores, best.places
-        clusters = self.queries.exact[:, sum(self.whole.table.ranks) :]
-        best = self._by_rough_normalisers(clusters)
+        best = self._by_rough_normalisers()
         scores, places = best.scores[:, :-1], best.places[:, :-1]
-        unsure = np.flatnonzero(self._are_unsure(best.scores, best.places))
+        blocks = np.searchsorted(self.whole.table.partition.cutoffs, best.places, side="right")
+        unsure = np.flatnonzero(self._are_unsure(best.scores, blocks))
         if len(unsure):
-            limits = self.limits.of_rows(torch.from_numpy(unsure))
-            part = _Part(self.whole, self.hidden[unsure], limits)
-            part._find_exact_offsets(clusters[unsure])
+            part = self._some(unsure)
+            part._find_exact_offsets(self._are_of_interest(best.scores, blocks)[:, unsure])
             exact = part._by_offsets()
             scores[unsure], places[unsure] = exact.scores, exact.places
         return scores, places
+
+    def _some(self, rows: np.ndarray) -> _Part:
+        """Some of the rows as a part of their own."""
+        return _Part(self.whole, self.hidden[rows], self.limits.of_rows(torch.from_numpy(rows)))
 
     def _by_offsets(self) -> Any:
         """The best by logits and the blocks' offsets, rounded to float32."""
         best = self._none(self.limits.k)
         for block, tiles in zip(self.whole.blocks, self.whole.tiles):
             if self.allowed is not None:
-                self._take_allowed(best, block, self.allowed)
+                self._take_allowed(best, block, self.queries, self.allowed)
             elif tiles is None:
-                self._read(best, block)
+                self._read(best, block, self.queries)
             else:
                 self._on_threads(self.loops.take_groups, best, block, tiles, self.queries)
         self.loops.sort(best)
         return best
 
-    def _by_rough_normalisers(self, clusters: np.ndarray) -> Any:
-        """The best of a tree and one more, given the logits of clusters, `[B, n_blocks - 1]`, by
-        normalisers in float32; scores are not rounded.
+    def _by_rough_normalisers(self) -> Any:
+        """The best of a tree and one more, by normalisers in float32; scores are not rounded.
 
         Of a score, the head's normaliser is what all items have in common; in the other blocks
         there are a cluster's logit and the block's own normaliser besides.
         """
-        self.queries = self.queries._replace(rounds=False)
         best = self._none(self.limits.k + 1)
+        normaliser = np.zeros(self.n_rows)
         for j, (block, tiles) in enumerate(zip(self.whole.blocks, self.whole.tiles)):
-            if tiles is not None and self.allowed is None:
-                self.queries.offsets[j] = clusters[:, j - 1]
-                loop = self.loops.take_groups_of_tree
-                self._on_threads(loop, best, block, tiles, self.queries)
-                continue
-            inside = self._none(self.limits.k + 1)
-            sums = np.tile([-np.inf, 0.0], (self.n_rows, 1))
-            self._read(inside, block, sums)
-            log_sums = sums[:, 0] + np.log(sums[:, 1])
-            if self.allowed is not None:
-                inside = self._none(self.limits.k + 1)
-                self._take_allowed(inside, block, self.allowed)
+            rows, part = np.arange(self.n_rows), self
+            if j:
+                self.queries.offsets[j] = self.clusters[:, j - 1]
+            if tiles is not None:
+                is_open = np.zeros(self.n_rows, dtype=bool)
+                loop = self.loops.find_open
+                self._on_threads(loop, is_open, best, block, tiles, self.queries)
+                rows = np.flatnonzero(is_open)
+                part = self if len(rows) == self.n_rows else self._some(rows)
+            if len(rows):
+                inside, log_sums = part._best_inside(block)
+                offsets = self.queries.offsets[j][rows] - log_sums if j else np.zeros(len(rows))
+                self.loops.merge(best, rows, inside, offsets)
             if j == 0:
-                normaliser = np.logaddexp.reduce(np.column_stack([log_sums, clusters]), axis=1)
-            self.loops.merge(best, inside, clusters[:, j - 1] - log_sums if j else 0.0 * log_sums)
+                logits = np.column_stack([log_sums, self.clusters])
+                normaliser = np.logaddexp.reduce(logits, axis=1)
         self.loops.sort(best)
         best.scores[:] -= normaliser[:, np.newaxis]
         return best
 
-    def _find_exact_offsets(self, clusters: np.ndarray) -> None:
-        """Offsets in float64, each row's on its own."""
-        blocks, offsets = self.whole.blocks, self.queries.offsets
-        log_sums = [self.loops.exact_log_sums(block, self.queries) for block in blocks]
-        for j in range(1, len(blocks)):
-            offsets[j] = clusters[:, j - 1] - log_sums[j]
-        offsets -= np.logaddexp.reduce(np.column_stack([log_sums[0], clusters]), axis=1)
+    def _best_inside(self, block: Any) -> tuple[Any, np.ndarray]:
+        """The best of a tree's block and one more, by logits, and its normaliser, `[B]`."""
+        offsets = np.zeros_like(self.queries.offsets)
+        queries = self.queries._replace(offsets=offsets, rounds=False)
+        best, sums = self._none(self.limits.k + 1), np.tile([-np.inf, 0.0], (self.n_rows, 1))
+        self._read(best, block, queries, sums)
+        if self.allowed is not None:
+            best = self._none(self.limits.k + 1)
+            self._take_allowed(best, block, queries, self.allowed)
+        return best, sums[:, 0] + np.log(sums[:, 1])
 
-    def _are_unsure(self, scores: np.ndarray, places: np.ndarray) -> np.ndarray:
+    def _find_exact_offsets(self, wanted: np.ndarray) -> None:
+        """Offsets in float64, each row's on its own, of the blocks `[n_blocks, B]` that are wanted;
+        of others -inf."""
+        offsets = self.queries.offsets
+        offsets[:] = -np.inf
+        for j, block in enumerate(self.whole.blocks):
+            rows = np.flatnonzero(wanted[j])
+            if len(rows):
+                log_sums = self.loops.exact_log_sums(block, self._some(rows).queries)
+                if j == 0:  # wanted of all rows
+                    logits = np.column_stack([log_sums, self.clusters])
+                    offsets[0] = -np.logaddexp.reduce(logits, axis=1)
+                else:
+                    offsets[j, rows] = self.clusters[rows, j - 1] + offsets[0, rows] - log_sums
+
+    def _errors(self) -> np.ndarray:
+        """How far errors of the normalisers may move two scores apart, `[B, 1]`."""
+        # off by as much as logits, and by what rounding does to the sums
+        table = self.whole.table
+        scale = self.lengths * table.longest + math.log(table.partition.n_items)
+        errors = 2 * self.lengths * table.rounding + 16 * np.finfo(np.float32).eps * scale
+        return errors[:, np.newaxis]
+
+    def _are_unsure(self, scores: np.ndarray, blocks: np.ndarray) -> np.ndarray:
         """Rows whose order errors of the normalisers could change, `[B]`: that of two blocks, or in
         one where it decides to which numbers scores are rounded."""
-        table, eps = self.whole.table, np.finfo(np.float32).eps
-        # off by as much as logits, and by what rounding does to the sums
-        scale = self.lengths * table.longest + math.log(table.partition.n_items)
-        error = 2 * self.lengths * table.rounding + 16 * eps * scale
         gaps = scores[:, :-1] - scores[:, 1:]
-        blocks = np.searchsorted(table.partition.cutoffs, places, side="right")
-        across = (np.diff(blocks, axis=1) != 0) & (gaps <= error[:, np.newaxis])
-        return (across | (gaps > 0) & (gaps <= 4 * eps * np.abs(scores[:, :-1]))).any(1)
+        across = (np.diff(blocks, axis=1) != 0) & (gaps <= self._errors())
+        digits = 4 * np.finfo(np.float32).eps * np.abs(scores[:, :-1])
+        return (across | (gaps > 0) & (gaps <= digits)).any(1)
+
+    def _are_of_interest(self, scores: np.ndarray, blocks: np.ndarray) -> np.ndarray:
+        """Blocks that may have one of the best, `[n_blocks, B]`: those that have one, unless what
+        comes next is near; and the head, for its normaliser."""
+        near = scores[:, -2] - scores[:, -1] <= self._errors()[:, 0]
+        numbers = np.arange(len(self.whole.blocks))[:, np.newaxis]
+        has_one = (blocks[:, :-1, np.newaxis] == numbers.T).any(1).T
+        return has_one | near | (numbers == 0)
 
     # -- one block ---------------------------------------------------------------------------------
 
@@ -221,29 +269,30 @@ class _Part:
         scores, places = np.full((self.n_rows, k), -np.inf), np.zeros((self.n_rows, k), np.int64)
         return self.loops.Best(scores, places, self.whole.item_at, self.excluded)
 
-    def _take_allowed(self, best: Any, block: Any, allowed: np.ndarray) -> None:
+    def _take_allowed(self, best: Any, block: Any, queries: Any, allowed: np.ndarray) -> None:
         """Offer the items of a block that are allowed."""
         ends = np.searchsorted(allowed, [block.start, block.start + len(block.values)])
         some = allowed[slice(*ends)]
         self.tail_rows += len(some) * self.n_rows if block.number else 0
-        self._on_threads(self.loops.take_places, best, block, some, self.queries)
+        self._on_threads(self.loops.take_places, best, block, some, queries)
 
-    def _read(self, best: Any, block: Any, sums: np.ndarray = _NO_SUMS) -> None:
+    def _read(self, best: Any, block: Any, queries: Any, sums: np.ndarray = _NO_SUMS) -> None:
         """Offer all items of a block; `sums` as in the loops."""
         n = len(block.values)
         self.tail_rows += self.n_rows * n if block.number else 0
         if self.n_rows < _THIN:
-            self._on_threads(self.loops.read_rows, best, block, sums, self.queries)
+            rough = self.whole.rough[block.number]
+            self._on_threads(self.loops.read_rows, best, block, rough, sums, queries)
             return
         rows = self.whole.table.blocks[block.number].values
-        queries = self.queries.rough[:, block.column : block.column + rows.shape[1]]
+        rough = queries.rough[:, block.column : block.column + rows.shape[1]]
         width = max(1, _PIECE // self.n_rows)
         memory = torch.empty(self.n_rows * min(width, n))
         for start in range(0, n, width):
             end = min(start + width, n)
             logits = memory[: self.n_rows * (end - start)].view(self.n_rows, -1)
-            torch.mm(torch.from_numpy(queries), rows[start:end].T, out=logits)
-            arguments = best, block, start, logits.numpy(), sums, self.queries
+            torch.mm(torch.from_numpy(rough), rows[start:end].T, out=logits)
+            arguments = best, block, start, logits.numpy(), sums, queries
             self._on_threads(self.loops.take_rows, *arguments)
 
     def _on_threads(self, loop: Any, *arguments: Any) -> None:

@@ -63,7 +63,7 @@ class Queries(NamedTuple):
     exact: Array  # [B, sum r], float64
     rough: Array  # the same in float32
     moved: Array  # in the spaces of bounds, [B, sum r], float32
-    slack: Array  # what rounding may change of a score in float32, [B]
+    slack: Array  # what rounding may change of a score in float32, [n_blocks, B]
     offsets: Array  # score = logit + offset, [n_blocks, B], float64
     rounds: bool  # whether scores are rounded to float32, by which equal ones come by id
 
@@ -178,7 +178,10 @@ def _consider(best: Best, i: int, block: Block, row: int, queries: Queries) -> N
 @_in_order
 def _floor(best: Best, i: int, block: Block, queries: Queries) -> np.float32:
     """What a logit in float32 must reach to be of interest."""
-    return np.float32(best.scores[i, 0] - queries.offsets[block.number, i]) - queries.slack[i]
+    return (
+        np.float32(best.scores[i, 0] - queries.offsets[block.number, i])
+        - queries.slack[block.number, i]
+    )
 
 
 @_in_order
@@ -220,7 +223,7 @@ def _take(best: Best, block: Block, start: int, logits: Array, queries: Queries,
     for j in range(len(lasts)):
         lasts[j] = best.scores[i, j] - queries.offsets[block.number, i]
     for takes in (False, True):
-        floor = lasts[0] - queries.slack[i] if takes else lasts[0]
+        floor = lasts[0] - queries.slack[block.number, i] if takes else lasts[0]
         for first in range(0, len(logits), FAN):
             last = min(first + FAN, len(logits))
             if _reaches(logits[first:last], floor):
@@ -252,15 +255,20 @@ def take_rows(
 
 @_in_order
 def read_rows(
-    best: Best, block: Block, sums: Array, queries: Queries, some: tuple[int, int]
+    best: Best,
+    block: Block,
+    rough: Block,
+    sums: Array,
+    queries: Queries,
+    some: tuple[int, int],
 ) -> None:
-    """Offer all rows of a block; and add the exponentials of their logits to `sums`, peaks and
-    totals, `[B, 2]`, unless that is empty."""
+    """Offer all rows of a block, of which `rough` has the logits within the slack; and add the
+    exponentials of their logits to `sums`, peaks and totals, `[B, 2]`, unless that is empty."""
     logits = np.empty(min(_PIECE, len(block.values)), dtype=np.float32)
     for i in range(some[0], some[1]):
         for start in range(0, len(block.values), _PIECE):
             part = logits[: min(_PIECE, len(block.values) - start)]
-            _multiply(block, start, queries, i, part)
+            _multiply(rough, start, queries, i, part)
             if len(sums):
                 _add_powers(sums, i, part)
             _take(best, block, start, part, queries, i)
@@ -277,12 +285,12 @@ def take_places(
 
 
 @_in_order
-def merge(best: Best, part: Best, offsets: Array) -> None:
-    """Offer the best of other heaps, whose scores get an offset, `[B]`."""
-    for i in range(len(offsets)):
+def merge(best: Best, rows: Array, part: Best, offsets: Array) -> None:
+    """Offer the best of other heaps, those of some rows, whose scores get an offset, `[m]`."""
+    for i in range(len(rows)):
         for j in range(part.scores.shape[1]):
             if part.scores[i, j] > -np.inf:
-                _offer(best, i, part.scores[i, j] + offsets[i], part.places[i, j])
+                _offer(best, rows[i], part.scores[i, j] + offsets[i], part.places[i, j])
 
 
 # -- groups --------------------------------------------------------------------------------------
@@ -354,7 +362,7 @@ def _take_branch(
             n_read += size
             for g in range(tiles.counts[first + s]):
                 if logits[g] >= floor:
-                    row = tiles.order[(first + s) * size + g]
+                    row = np.int64(tiles.order[(first + s) * size + g])
                     _consider(best, i, block, row, queries)
                     floor = _floor(best, i, block, queries)
     return n_read
@@ -410,17 +418,23 @@ def _sum_of_powers(logits: Array, peak: np.float32) -> np.float32:
 
 @_in_any_order
 def _highest(logits: Array) -> np.float32:
-    highest = logits[0]
-    for s in range(1, len(logits)):
-        highest = logits[s] if logits[s] > highest else highest
+    lanes = np.full(FAN, -np.inf, dtype=np.float32)  # beside each other: several at once
+    n_whole = len(logits) - len(logits) % FAN
+    for first in range(0, n_whole, FAN):
+        for s in range(FAN):
+            logit = logits[first + s]
+            lanes[s] = logit if logit > lanes[s] else lanes[s]
+    highest = lanes.max()
+    for s in range(n_whole, len(logits)):
+        highest = max(highest, logits[s])
     return highest
 
 
 @_in_order
 def _add_powers(sums: Array, i: int, logits: Array) -> None:
-    """Add the exponentials to a row's peak and total, `[B, 2]`."""
-    peak = _highest(logits)
-    if peak > sums[i, 0]:
+    """Add the exponentials to a row's peak and total, `[B, 2]`: `log(sum) = peak + log(total)`."""
+    if _reaches(logits, np.float32(sums[i, 0] + 32)):  # far from float32's largest number
+        peak = _highest(logits)
         sums[i, 1] *= math.exp(sums[i, 0] - peak)
         sums[i, 0] = peak
     for first in range(0, len(logits), 1024):  # short sums, for their rounding
@@ -429,7 +443,9 @@ def _add_powers(sums: Array, i: int, logits: Array) -> None:
 
 
 @_in_order
-def _log_sum_below(bounds: Array, counts: Array, size: int, query: Array, memory: Array) -> float:
+def _log_sum_below(
+    bounds: Array, counts: Array, size: int, query: Array, memory: Array
+) -> np.float32:
     """What the log of the summed exponentials of all rows is not below. By Jensen a group of n
     rows sums to at least `n exp(z . centre)`; those that are not full are left out."""
     sums = np.full((1, 2), -np.inf)
@@ -442,66 +458,53 @@ def _log_sum_below(bounds: Array, counts: Array, size: int, query: Array, memory
             memory[1, :FAN] = 0
             _add_products(memory[1], query, bounds[t])
             _add_powers(sums, 0, memory[1, :n])
-    return sums[0, 0] + math.log(sums[0, 1] * size) if sums[0, 1] else -np.inf
+    log_sum = sums[0, 0] + math.log(sums[0, 1] * size) if sums[0, 1] else -np.inf
+    return np.float32(log_sum)
 
 
 @_in_order
-def _log_sum(block: Block, tiles: Tiles, queries: Queries, i: int, logits: Array) -> float:
-    """The log of the summed exponentials of all rows, in float32."""
-    sums = np.full((1, 2), -np.inf)
-    sums[0, 1] = 0.0
-    for group in range(len(tiles.counts)):
-        _multiply_tile(block, tiles, group, queries, i, logits)
-        _add_powers(sums, 0, logits[: tiles.counts[group]])
-    return sums[0, 0] + math.log(sums[0, 1])
-
-
-@_in_order
-def take_groups_of_tree(
-    best: Best, block: Block, tiles: Tiles, queries: Queries, some: tuple[int, int]
-) -> int:
-    """As take_groups, for a tree: `offsets` are cluster logits, from which the block's normaliser
-    is taken here; that takes all rows, unless by its lower bound no item may do."""
-    memory = np.empty((2, max(FAN, tiles.values.shape[2])), dtype=np.float32)
-    n_groups, size = len(tiles.counts), tiles.values.shape[2]
-    n_read = 0
+def find_open(
+    is_open: Array,
+    best: Best,
+    block: Block,
+    tiles: Tiles,
+    queries: Queries,
+    some: tuple[int, int],
+) -> None:
+    """For which rows of a tree's batch a block has to be read, into `is_open`, `[B]`: those where,
+    for all that bounds say of its normaliser, an item may do. Offsets are cluster logits here."""
+    memory = np.empty((2, FAN), dtype=np.float32)
+    n_groups, size, rank = len(tiles.counts), tiles.values.shape[2], block.values.shape[1]
     for i in range(some[0], some[1]):
-        moved = queries.moved[i, block.moved_column : block.moved_column + block.values.shape[1]]
-        below = _log_sum_below(tiles.branch_bounds, tiles.branch_counts, FAN * size, moved, memory)
+        moved = queries.moved[i, block.moved_column : block.moved_column + rank]
         floor = _floor(best, i, block, queries)
-        if not (_above_branches(block, tiles, queries, i, floor + below) > -np.inf).any():
+        below = _log_sum_below(tiles.branch_bounds, tiles.branch_counts, FAN * size, moved, memory)
+        if _above_branches(block, tiles, queries, i, floor + below).max() == -np.inf:
             continue
-        below = max(below, _log_sum_below(tiles.bounds, tiles.counts, size, moved, memory))
-        floor += below
+        floor += _log_sum_below(tiles.bounds, tiles.counts, size, moved, memory)
         upper = _above_branches(block, tiles, queries, i, floor)
         for branch in range(len(upper)):
-            if upper[branch] >= floor and _reaching(
-                tiles.bounds[branch], block, queries, i, floor, memory[0]
-            ):
+            if upper[branch] >= floor and not is_open[i]:
+                _reaching(tiles.bounds[branch], block, queries, i, floor, memory[0])
                 n = min(FAN, n_groups - branch * FAN)
-                if _reaches(memory[0, :n], floor):
-                    queries.offsets[block.number, i] -= _log_sum(
-                        block, tiles, queries, i, memory[1]
-                    )
-                    n_read += n_groups * size
-                    n_read += take_groups(best, block, tiles, queries, (i, i + 1))
-                    break
-    return n_read
+                is_open[i] = _reaches(memory[0, :n], floor)
 
 
-@_in_order
+@_in_any_order
 def exact_log_sums(block: Block, queries: Queries) -> Array:
     """The log of the summed exponentials of all rows, `[B]`, in float64."""
     result = np.empty(len(queries.exact))
+    logits = np.empty(len(block.values))
     for i in range(len(result)):
-        peak, total = -np.inf, 0.0
-        for row in range(len(block.values)):
-            logit = _exact_logit(block, row, queries, i)
-            if logit > peak:
-                total = total * math.exp(peak - logit) + 1.0
-                peak = logit
-            else:
-                total += math.exp(logit - peak)
+        query = queries.exact[i, block.column :]
+        for row in range(len(logits)):
+            logit = 0.0
+            for a in range(block.values.shape[1]):
+                logit += np.float64(block.values[row, a]) * query[a]
+            logits[row] = logit * block.scales[row] if len(block.scales) else logit
+        peak, total = logits.max(), 0.0
+        for row in range(len(logits)):
+            total += math.exp(logits[row] - peak)
         result[i] = peak + math.log(total)
     return result
 
@@ -551,24 +554,34 @@ def _select(keys: Array, order: Array, start: int, end: int, middle: int) -> Non
 def _project(rows: Array, order: Array, start: int, end: int, along: Array) -> None:
     """Coordinates of some rows along their principal direction, that of a sample, into `along`."""
     rank, step = rows.shape[1], max(1, (end - start) // 256)
-    sample = rows[order[start:end:step]]
-    mean, scatter = np.zeros(rank, np.float32), np.zeros((rank, rank), np.float32)
-    for row in sample:
-        mean += row
-    mean /= np.float32(len(sample))
-    for row in sample:
-        row -= mean
+    mean, row = np.zeros(rank, np.float32), np.zeros(rank, np.float32)
+    scatter = np.zeros((rank, rank), np.float32)
+    direction, other = np.ones(rank, np.float32), np.zeros(rank, np.float32)
+    for g in range(start, end, step):
+        for a in range(rank):
+            mean[a] += rows[order[g], a]
+    for a in range(rank):
+        mean[a] /= np.float32(len(range(start, end, step)))
+    for g in range(start, end, step):
+        for a in range(rank):
+            row[a] = rows[order[g], a] - mean[a]
         for a in range(rank):
             for b in range(rank):
                 scatter[a, b] += row[a] * row[b]
-    direction = scatter.sum(1)
     for _ in range(8):  # towards the eigenvector of the largest eigenvalue
-        direction = (scatter * direction).sum(1)
-        direction /= np.float32(max(np.sqrt((direction * direction).sum()), 1e-30))
-    for g in range(start, end):
-        along[g] = 0
+        length = np.float32(1e-30)
         for a in range(rank):
-            along[g] += rows[order[g], a] * direction[a]
+            other[a] = 0
+            for b in range(rank):
+                other[a] += scatter[a, b] * direction[b]
+            length = max(length, abs(other[a]))
+        for a in range(rank):
+            direction[a] = other[a] / length
+    for g in range(start, end):
+        total = np.float32(0)
+        for a in range(rank):
+            total += rows[order[g], a] * direction[a]
+        along[g] = total
 
 
 @_in_order
