@@ -142,11 +142,14 @@ class _Part:
         self.clusters = exact[:, sum(whole.table.ranks) :]  # logits of a tree's
         self.lengths = np.sqrt(np.square(self.hidden).sum(1))
         errors = whole.rough_errors if self.n_rows < _THIN else 0 * whole.rough_errors
+        slack = self.lengths * (whole.table.rounding + errors)
+        if not (slack < np.finfo(np.float32).max).all():
+            raise not_finite(torch.from_numpy(self.hidden))
         self.queries = self.loops.Queries(
             exact,
             exact.astype(np.float32),
             self.loops.queries_of(self.hidden, whole.moved_basis).astype(np.float32),
-            (self.lengths * (whole.table.rounding + errors)).astype(np.float32),
+            slack.astype(np.float32),
             np.zeros((len(whole.blocks), self.n_rows)),
             rounds=True,
         )
