@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -56,8 +57,13 @@ class Workspace:
     def holds(self, n_rows: int, n_columns: int, like: Tensor) -> bool:
         """Whether logits `[n_rows, n_columns]` and their softmax fit, in the precision of `like`
         or float32."""
-        exact = torch.promote_types(like.dtype, torch.float32)
-        return 2 * n_rows * n_columns * exact.itemsize <= self.memory
+        return 2 * n_rows * n_columns * max(like.element_size(), 4) <= self.memory
+
+    @staticmethod
+    def is_cached(like: Tensor) -> bool:
+        """Whether what is worked on at a time should fit a cache, and nothing is waited for: on a
+        CPU. On a GPU launches cost, and there is no such cache."""
+        return like.device.type == "cpu"
 
     def take(self, size: int, like: Tensor) -> Tensor:
         """So many numbers, not initialised, with the device and precision of `like`."""
@@ -278,7 +284,7 @@ class _Sweeps:
             n_columns,
             logits=workspace.memory // exact.itemsize,
             soft=soft,
-            caches=self.zero.device.type == "cpu",
+            caches=workspace.is_cached(self.zero),
         )
         self.groups = [slice(i, min(i + size, n_rows)) for i in range(0, n_rows, size)]
         self.spans = _spans(blocks, width)
@@ -306,18 +312,18 @@ class _Sweeps:
         by_span = torch.stack(log_sums, 1)  # [m, spans]
         log_sum = by_span.logsumexp(1, keepdim=True)
         if self.differentiated:
-            weights = (by_span - log_sum).exp()  # probability of each span
             for span in self.spans:
                 slope = self._kept(m, span)
                 if not self.keeps:
                     torch.exp(self._logits(group, span).sub_(log_sum), out=slope)
                 elif not span.is_all:
-                    slope.mul_(weights.narrow(1, span.number, 1))
+                    own = by_span.narrow(1, span.number, 1)
+                    slope.mul_((own - log_sum).exp_())  # the span's probability
                 if self.counts is not None:
                     slope.mul_(share.unsqueeze(1))
                 aim.subtract(span, slope)
                 self._add_gradients(group, span, slope)
-        return (log_sum.squeeze(1) - sum(agreements)).dot(share)
+        return (log_sum.squeeze(1) - reduce(torch.add, agreements)).dot(share)
 
     def _aim(self, group: slice, share: Tensor) -> _Columns | _Probabilities:
         """The targets of a group."""

@@ -53,11 +53,12 @@ class Softmax(nn.Module, ABC):
         """
         workspace, counts = Workspace(self.loss_memory), target != PADDING
         is_small = workspace.holds(len(target), self.table.partition.n_items, hidden)
-        if is_small and hidden.device.type != "cpu":  # to choose rows costs more than to have them
+        if is_small and not workspace.is_cached(hidden):  # choosing rows takes longer than all do
             total = self._summed_loss(hidden, target, counts, workspace)
             return total / counts.sum().clamp(min=1)
-        hidden, target = hidden[counts], target[counts]
-        return self._summed_loss(hidden, target, None, workspace) / max(1, len(target))
+        rows = counts.nonzero().squeeze(1)
+        hidden, target = hidden.index_select(0, rows), target.index_select(0, rows)
+        return self._summed_loss(hidden, target, None, workspace) / max(1, len(rows))
 
     @abstractmethod
     def _summed_loss(
@@ -273,7 +274,7 @@ class TreeSoftmax(Softmax):
         branch = torch.where(here[0], positions, len(self.head_block.weight) - 1 + blocks)
         total = cross_entropy(self._branches(hidden), branch, workspace, padded=True, counts=counts)
         if counts is None:
-            n_targets = here.sum(1).tolist()  # the only wait for the device
+            n_targets = here.sum(1).tolist()  # one wait for the device, not one a block
             rows = zip(hidden.split(n_targets), positions.split(n_targets), repeat(None))
         else:
             rows = zip(repeat(hidden), repeat(positions), here)

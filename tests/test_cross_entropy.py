@@ -5,14 +5,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import cprec_recbole.losses as module
 from cprec_recbole import CompressionConfig, CompressionError, FullSoftmax, TreeSoftmax
 from cprec_recbole.losses import LogitBlock, Workspace, cross_entropy, plan
 from tests.builders import block_embedding
-
-WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "bincount", "unique")
 
 
 def leaves(shapes, n_rows, dtype=torch.float64):
@@ -149,40 +146,6 @@ def test_under_autocast_only_products_are_of_low_precision(kind, dtype):
     for one, other in zip(torch.autograd.grad(loss, list(head.parameters())), exact_gradients):
         assert one.dtype == torch.float32
         assert float((one - other).norm() / other.norm()) < 0.05
-
-
-class Waits(TorchDispatchMode):
-    """Counts what a GPU would be waited for."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.name().split("::")[-1].split(".")[0]
-        boolean = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
-        self.count += boolean or any(name.startswith(wait) for wait in WAITS)
-        return function(*args, **(kwargs or {}))
-
-
-def waits(kind, n_blocks):
-    """In a look-up, a loss and its gradient."""
-    head = kind(block_embedding((8,) * n_blocks, (4,) * n_blocks, 4))
-    items = torch.arange(1, 8 * n_blocks)
-    with Waits() as found:
-        head.loss(head.table(items), items).backward()
-    return found.count
-
-
-@pytest.mark.parametrize("kind", [FullSoftmax, TreeSoftmax])
-def test_the_device_is_not_waited_for_block_by_block(kind):
-    assert waits(kind, 2) == waits(kind, 6)
-
-
-def test_the_counter_of_waits_sees_them():
-    with Waits() as found:
-        torch.arange(3)[torch.tensor([True, False, True])].sum().item()
-    assert found.count == 2
 
 
 @pytest.mark.parametrize("size", ["1GB", "2 MiB", 2**20, "1.5mb"])
