@@ -345,6 +345,8 @@ def one(arguments: argparse.Namespace, name: str, options: dict[str, Any]) -> di
         return child(argparse.Namespace(**{**vars(arguments), **own}))
     if name in (*UNCOMPRESSED, FULL) and options.get("size", 0) > 10**6:
         return None  # 10 GB before the first logit, or minutes a step
+    if name == PIECES and options.get("size", 0) > 10**5:
+        return None  # half a minute a step at that size, and more than linear
     flags = [f"--{key}={value}" for key, value in given.items()]
     command = [sys.executable, __file__, "--child", *flags]
     output = subprocess.run(command, capture_output=True, text=True, check=False)
