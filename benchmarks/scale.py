@@ -3,8 +3,8 @@
     python benchmarks/scale.py [--processes 8] [--out FOLDER]
 
 Nothing of that size is run. From `results/training-0.1.json`, which training.py wrote, come the
-time of a logit and of a parameter, as the differences between its catalogues of 1 and 10 million items
-and 100 thousand; counts of logits, parameters and messages are arithmetic, under Zipf's law.
+time of a logit and of a parameter, as the differences between its catalogues of 1 and 10 million
+items and 100 thousand; counts of logits, parameters and messages are arithmetic, under Zipf's law.
 """
 
 from __future__ import annotations
