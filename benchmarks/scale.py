@@ -2,9 +2,9 @@
 
     python benchmarks/scale.py [--processes 8] [--out FOLDER]
 
-Nothing of that size is run. From `results/training.json` (which training.py writes) come the time
-of a logit and of a parameter, as the differences between its catalogues of 1 and 10 million items
-and 100 thousand; counts of logits, parameters and messages are arithmetic, under Zipf's law.
+Nothing of that size is run. From `results/training-0.1.json`, which training.py wrote, come the
+time of a logit and of a parameter, as the differences between its catalogues of 1 and 10 million
+items and 100 thousand; counts of logits, parameters and messages are arithmetic, under Zipf's law.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
     world = arguments.processes
-    nanoseconds, rows = measured(arguments.out / "training.json")
+    nanoseconds, rows = measured(arguments.out / "training-0.1.json")
     lines = [
         "# A step at a hundred million and a billion items, computed",
         "",
@@ -99,7 +99,8 @@ def main() -> None:
         f"Measured: {nanoseconds:.3f} ns for one of the operations by which blocks are chosen (18 "
         "+ rank for a logit; optimizer and gradients of the rows included), the difference between "
         f"{rows['small']['ms']:,.0f} ms at 100 thousand and {rows['large']['ms']:,.0f} ms at 10 "
-        f"million items in training.md, {rows['threads']}. Computed from that, under Zipf's law: "
+        f"million items in training-0.1.md, {rows['threads']}. Computed from that, under Zipf's "
+        "law: "
         f"{TARGETS:,} targets a step, tree softmax, ranks {'/'.join(map(str, RANKS))}, a head of "
         f"{HEAD:,}. Memory: {COPIES} bytes a parameter (weights, gradient, Adam) and {ITEM_BYTES} "
         f"an item; on several processes {BUCKETS} bytes a parameter more, in which gradients "

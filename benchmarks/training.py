@@ -1,4 +1,4 @@
-"""What a training step costs as the catalogue grows: time and memory of four softmaxes, one run.
+"""What a training step costs as the catalogue grows: time, memory and operations, in one run.
 
     pip install matplotlib
     python benchmarks/training.py [--items N ...] [--data-path DATA --datasets NAME ...]
@@ -6,10 +6,12 @@
 
 A step is SASRec's (RecBole's defaults, d 64, windows of 50) on 2,048 targets: look-ups, layers,
 loss, gradients and Adam (PyTorch's fused one for all, several times quicker than RecBole's choice).
+Its PyTorch operations are counted as they are dispatched, views too, without the optimizer's.
 The items of the made-up catalogues occur by Zipf's law with exponent 1; `--datasets` takes windows
-of real ones. Every measurement is a process of its own (on a GPU, whose memory can be told apart,
-one process for all); contenders take turns, and figures are medians over the rounds. Each finished
-size is kept in `training.json` (`training-cuda.json`), and not run again.
+of real ones. Times are the processor's, so set OMP_NUM_THREADS=1; on a GPU the clock's. Every
+measurement is a process of its own (on a GPU, whose memory can be told apart, one process for all);
+contenders take turns, and figures are medians over the rounds. Each finished size is kept in
+`training.json` (`training-cuda.json`), and not run again.
 """
 
 from __future__ import annotations
@@ -21,9 +23,10 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -33,6 +36,7 @@ import torch
 import torch.nn.functional as F
 from inference import status_mib
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cprec_recbole import CompressionConfig, CpSASRec
 from cprec_recbole.compare.results import environment, save
@@ -44,16 +48,19 @@ from cprec_recbole.models.spec import Parts
 from cprec_recbole.partition import Partition
 from cprec_recbole.training.optimizers import build_optimizer
 
-SIZES = (10_000, 100_000, 1_000_000, 10_000_000)
+SIZES = (1683, 12_102, 100_000, 1_000_000, 10_000_000)
 TARGETS, LENGTH, DIM = 2048, 50, 64
 HEAD = 20_000  # items, but at most a fifth
 ROUNDS = 2
 STEADY_SECONDS, FEWEST_STEPS = {"cpu": 4.0, "cuda": 0.5}, 2  # measured after a step to warm up
 PLAIN = "uncompressed, full softmax"
+PIECES = "uncompressed, torch's loss in pieces"  # where this PyTorch has it
+OURS_PLAIN = "uncompressed, our loss in pieces"
 ADAPTIVE = "torch's adaptive softmax"
 TREE, FULL = "ours, tree", "ours, full softmax"
 DEFAULT = "ours, tree, default blocks"
-CONTENDERS = (PLAIN, ADAPTIVE, TREE, FULL, DEFAULT)
+CONTENDERS = (PLAIN, PIECES, OURS_PLAIN, ADAPTIVE, TREE, FULL, DEFAULT)
+UNCOMPRESSED = (PLAIN, PIECES, OURS_PLAIN)
 
 Batch = tuple[Tensor, Tensor]  # items and the next item at each position, [B, L] each
 
@@ -89,7 +96,10 @@ def cheapest_cutoffs(counts: np.ndarray, ranks: tuple[int, ...]) -> tuple[int, .
 
 
 def blocks_of(name: str, counts: np.ndarray) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Ranks and cutoffs of a contender: the same for all but the one with our defaults."""
+    """Ranks and cutoffs of a contender: the same for all but the one with our defaults and those
+    that are not compressed."""
+    if name in UNCOMPRESSED:
+        return (DIM,), (len(counts),)
     if name == DEFAULT:
         plan = CompressionConfig().plan(DIM, len(counts))
         return plan.ranks, plan.cutoffs
@@ -161,14 +171,20 @@ Objective = Callable[[Batch], Tensor]
 def contender(name: str, counts: np.ndarray, table: BlockEmbedding) -> tuple[nn.Module, Objective]:
     """A model, and its mean loss of a batch."""
     n_items, layers = len(counts), host()
-    if name in (TREE, FULL, DEFAULT):
-        kind = "full" if name == FULL else "tree"
+    if name in (OURS_PLAIN, TREE, FULL, DEFAULT):
+        kind = "full" if name in (OURS_PLAIN, FULL) else "tree"
         options = CompressionConfig(
             ranks=table.ranks, cutoffs=table.partition.cutoffs, sharing="none", softmax=kind
         )
         model = CpSASRec(parts=Parts(layers, table, table, options, reads_last_column=False))
-        return model, lambda batch: model.softmax.loss(*states(layers, batch))
-    if name == PLAIN:
+
+        def ours(batch: Batch) -> Tensor:
+            items, targets = batch
+            hidden = CpSASRec.spec.hidden_states(layers, items)
+            return model.softmax.loss(hidden.flatten(0, 1), targets.flatten())
+
+        return model, ours
+    if name in UNCOMPRESSED:
         layers.item_embedding = nn.Embedding(n_items, DIM, padding_idx=0)
         nn.init.normal_(layers.item_embedding.weight, std=0.02)
 
@@ -176,7 +192,13 @@ def contender(name: str, counts: np.ndarray, table: BlockEmbedding) -> tuple[nn.
             hidden, target = states(layers, batch)
             return F.cross_entropy(hidden @ layers.item_embedding.weight.T, target)
 
-        return layers, plain
+        def in_pieces(batch: Batch) -> Tensor:
+            options = nn.LinearCrossEntropyOptions()
+            rows = layers.item_embedding.weight
+            hidden, target = states(layers, batch)
+            return F.linear_cross_entropy(hidden, rows, target, options=options)
+
+        return layers, plain if name == PLAIN else in_pieces
     layers.item_embedding = table
     inner = [cutoff - 1 for cutoff in table.partition.cutoffs[:-1]]  # no padding
     step = float(table.ranks[0] // table.ranks[1])
@@ -202,6 +224,20 @@ def pieces_of(batch: Batch, n: int) -> list[Batch]:
     return [pair for pair in zip(items.chunk(n), targets.chunk(n)) if int((pair[1] != 0).sum())]
 
 
+class Operations(TorchDispatchMode):
+    """Counts PyTorch's operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
 def measure(name: str, counts: np.ndarray, batches: Iterator[Batch], device: str) -> dict[str, Any]:
     """Steps of a contender in this process."""
     n_items = len(counts)
@@ -218,29 +254,32 @@ def measure(name: str, counts: np.ndarray, batches: Iterator[Batch], device: str
         available = memory.available() - 16 * n_items * DIM
         while 12 * TARGETS / parts * n_items > 0.8 * available:
             parts *= 2
-    times, losses, total = [], [], 0.0
+    clock = process_time if device == "cpu" else perf_counter
+    times, losses, total, found = [], [], 0.0, Operations()
     while len(times) < 1 + FEWEST_STEPS or sum(times[1:]) < STEADY_SECONDS[device]:
         items, targets = next(batches)
         batch = items.to(device), targets.to(device)
         n_targets = int((targets != 0).sum())
         memory.wait()
-        begin = perf_counter()
+        begin = clock()
         optimizer.zero_grad()
         total = 0.0
         for part in pieces_of(batch, parts):
             share = int((part[1] != 0).sum()) / n_targets
-            loss = objective(part) * share
-            loss.backward()
+            with nullcontext() if times else found:
+                loss = objective(part) * share
+                loss.backward()
             total += float(loss.detach())
         optimizer.step()
         memory.wait()
-        times.append((perf_counter() - begin) * TARGETS / n_targets)
+        times.append((clock() - begin) * TARGETS / n_targets)
         losses.append(total)
     return {
         "contender": name,
         "items": n_items,
         "ms": 1e3 * median(times[1:]),
         "mib": memory.peak_mib(),
+        "operations": found.count,
         "parts": parts,
         "steps": len(times) - 1,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -298,12 +337,16 @@ def child(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def one(arguments: argparse.Namespace, name: str, options: dict[str, Any]) -> dict[str, Any] | None:
     """One measurement; None for what is not made."""
+    if name == PIECES and not hasattr(F, "linear_cross_entropy"):
+        return None
     given = {"contender": name, "data-path": arguments.data_path, **options}
     if arguments.device == "cuda":
         own = {key.replace("-", "_"): value for key, value in given.items()}
         return child(argparse.Namespace(**{**vars(arguments), **own}))
-    if name in (PLAIN, FULL) and options.get("size", 0) > 10**6:
-        return None  # 10 GB before the first logit the one, minutes a step the other
+    if name in (*UNCOMPRESSED, FULL) and options.get("size", 0) > 10**6:
+        return None  # 10 GB before the first logit, or minutes a step
+    if name == PIECES and options.get("size", 0) > 10**5:
+        return None  # half a minute a step at that size, and more than linear
     flags = [f"--{key}={value}" for key, value in given.items()]
     command = [sys.executable, __file__, "--child", *flags]
     output = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -357,28 +400,31 @@ def report(results: dict[str, Any]) -> str:
         versions,
         "",
         f"SASRec, d {DIM}, windows of {LENGTH}, {TARGETS:,} targets a step, fused Adam. Median of "
-        f"{results['rounds']} round(s){'' if on_gpu else ' of processes of their own'}, in "
-        "brackets the least and the most. *MiB*: "
+        f"{results['rounds']} round(s){'' if on_gpu else ' of processes of their own'}, "
+        f"{'by the clock' if on_gpu else 'processor time'}, in brackets the least and the most. "
+        f"*MiB*: "
         f"{'the most taken of the GPU' if on_gpu else 'peak of the process beyond the imports'}: "
-        "parameters, gradients, moments and loss. *Parts*: a batch that does not fit the memory "
-        "goes in so many, with one step of the optimizer. Made up: items by Zipf's law, "
-        "exponent 1; an epoch of them is a million targets.",
+        "parameters, gradients, moments and loss. *Operations*: PyTorch's, forward and backward, "
+        "as they are dispatched, views too, without the optimizer's. *Parts*: a batch that does "
+        "not fit the memory goes in so many, with one step of the optimizer. Made up: items by "
+        "Zipf's law, exponent 1; an epoch of them is a million targets.",
     ]
     groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for row in results["rows"]:
         groups.setdefault((row["dataset"], row["items"]), []).append(row)
     for (dataset, n_items), rows in groups.items():
         base = next((row for row in rows if row["contender"] == PLAIN), None)
+        tree = next(row for row in rows if row["contender"] == TREE)
         default = next(row for row in rows if row["contender"] == DEFAULT)
         lines += [
             "",
             f"## {n_items:,} items, {dataset}",
             "",
-            f"{_blocks(rows[0])} Default blocks: {_blocks(default).lower()}",
+            f"{_blocks(tree)} Default blocks: {_blocks(default).lower()}",
             "",
             "| | parameters | ms a step | times faster | targets a second | seconds an epoch "
-            "| MiB | times less | parts |",
-            "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+            "| MiB | times less | operations | parts |",
+            "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
         ]
         for row in rows:
             rate = 1e3 * TARGETS / row["ms"]
@@ -389,7 +435,7 @@ def report(results: dict[str, Any]) -> str:
                 f"| {row['contender']} | {row['parameters']:,} | {ms} "
                 f"({least} to {most}) | {faster} | {rate:,.0f} "
                 f"| {row['epoch_targets'] / rate:,.1f} | {row['mib']:,.0f} | {less} "
-                f"| {row['parts']} |"
+                f"| {row['operations']:,} | {row['parts']} |"
             )
     return "\n".join(lines) + "\n"
 
@@ -410,6 +456,8 @@ def plot(results: dict[str, Any], target: Path) -> None:
     # Okabe and Ito's palette, which colour-blind readers can tell apart
     styles = {
         PLAIN: ("#000000", "o-"),
+        PIECES: ("#999999", "x-"),
+        OURS_PLAIN: ("#56B4E9", "o--"),
         ADAPTIVE: ("#CC79A7", "v-"),
         FULL: ("#0072B2", "s-"),
         TREE: ("#009E73", "D-"),
@@ -422,7 +470,7 @@ def plot(results: dict[str, Any], target: Path) -> None:
             for row in results["rows"]
             if row["contender"] == name and row["dataset"] == "made up"
         ]
-        rows.sort(key=lambda row: row["items"])
+        rows.sort(key=lambda row: int(row["items"]))
         sizes = [row["items"] for row in rows]
         axes[0].plot(sizes, [r["ms"] / 1e3 for r in rows], style, color=colour, label=name)
         axes[1].plot(sizes, [r["mib"] / 1024 for r in rows], style, color=colour)
@@ -434,8 +482,8 @@ def plot(results: dict[str, Any], target: Path) -> None:
     about = results["environment"]
     place = about["gpu"] or f"threads: {about['torch_threads']}"
     figure.suptitle(f"A training step of SASRec, d {DIM}, {place}")
-    figure.tight_layout(rect=(0, 0.07, 1, 1))
-    figure.legend(loc="lower center", ncols=len(styles), fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0.11, 1, 1))
+    figure.legend(loc="lower center", ncols=4, fontsize=8, frameon=False)
     figure.savefig(target, metadata={"Date": None})
     pyplot.close(figure)
 

@@ -17,6 +17,8 @@ from cprec_recbole.partition import PADDING, Partition
 
 # A block with fewer rows has a dense gradient: a step over all of them is sooner done
 SPARSE_ROWS = 2**14
+# A look-up of one item in so many is sooner done with the vectors of all
+_MANY = 8
 
 
 class Block(nn.Module):
@@ -277,15 +279,27 @@ class BlockEmbedding(nn.Module):
     def forward(self, items: Tensor) -> Tensor:
         """Vectors of item ids, `[...] -> [..., d]`."""
         positions = self.partition.positions(items)
+        if self._makes_all(items):
+            return F.embedding(positions, self._by_position(), PADDING)
         vectors = torch.zeros((), dtype=self.dtype, device=items.device)
         for block, start in zip(self.blocks, self.partition.starts):
             vectors = vectors + block.out_of_rank(block.look_up(positions, start))
         return vectors
 
+    def _makes_all(self, items: Tensor) -> bool:
+        """Whether a look-up is sooner done where the vectors of all items are made first: in
+        training, where it is of many items, and its gradient is of all in any case."""
+        is_sparse = any(block.sparse for block in self.blocks)
+        return self.training and not is_sparse and self.partition.n_items <= _MANY * items.numel()
+
+    def _by_position(self) -> Tensor:
+        """The whole table in popularity order, `[n_items, d]`."""
+        vectors = [block.out_of_rank(block.whole()) for block in self.blocks]
+        return vectors[0] if len(vectors) == 1 else torch.cat(vectors)
+
     def dense(self) -> Tensor:
         """The whole table in id order, `[n_items, d]`. For tests and small catalogues only."""
-        by_position = torch.cat([block.out_of_rank(block.whole()) for block in self.blocks])
-        return by_position.index_select(0, self.partition.position_of)
+        return self._by_position().index_select(0, self.partition.position_of)
 
     def norm(self) -> Tensor:
         """Frobenius norm of the whole table, `[]`, without building it."""

@@ -1,14 +1,16 @@
 """Cross-entropy of a softmax over factorised rows, value and gradient in pieces.
 
 The plain computation holds logits, probabilities and their gradient, each `[N, k]`: 25 GB for 2,048
-targets and a million items. Here a piece of logits is made, used for loss and gradient while it is
-in the processor's cache, and forgotten. The gradient is computed with the value, since both need
+targets and a million items. Here the logits of some rows, or of some of their columns, are made,
+used for loss and gradient, and forgotten. The gradient is computed with the value, since both need
 the same logits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -21,10 +23,12 @@ from cprec_recbole.partition import PADDING
 # on two; nothing depends on them but speed
 _TILE = 2**20  # logits that are worked on at a time
 _KEPT = 2**22  # logits of a group of rows that stay in the L3 cache between the two sweeps
-# Rows of a group: with fewer, or fewer kept, reading the factors takes the time, and logits are
+# Rows of a group: with fewer, or fewer whole, reading the factors takes the time, and logits are
 # sooner made twice than fetched from memory; with more, pieces are too narrow for high ranks.
 _FEWEST_ROWS, _MOST_ROWS = 64, 512
-_ALIGNMENT = 64  # numbers; tensors that start within a cache line are a tenth slower
+# Numbers in a cache line: products into rows that are no multiple of it take twice the time
+_ALIGNMENT = 16
+_LOGITS, _SOFTMAX, _TARGETS = 0, 1, 2  # what is held of a span, in that order
 
 # Writes target probabilities of some rows, `[m, k]`, into its last argument; the second is scratch
 SoftTargets = Callable[[slice, Tensor, Tensor], None]
@@ -50,19 +54,33 @@ class Workspace:
     def __init__(self, memory: int) -> None:
         self.memory, self._held = memory, torch.empty(0)
 
-    def take(self, sizes: Sequence[int], like: Tensor) -> list[Tensor]:
-        """Tensors of some sizes, not initialised, with the device and precision of `like`."""
-        aligned = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
-        total, kind = sum(aligned), (self._held.dtype, self._held.device)
-        if len(self._held) < total or kind != (like.dtype, like.device):
+    def holds(self, n_rows: int, n_columns: int, like: Tensor) -> bool:
+        """Whether logits `[n_rows, n_columns]` and their softmax fit, in the precision of `like`
+        or float32."""
+        return 2 * n_rows * n_columns * max(like.element_size(), 4) <= self.memory
+
+    @staticmethod
+    def is_cached(like: Tensor) -> bool:
+        """Whether what is worked on at a time should fit a cache, and nothing is waited for: on a
+        CPU. On a GPU launches cost, and there is no such cache."""
+        return like.device.type == "cpu"
+
+    def take(self, size: int, like: Tensor) -> Tensor:
+        """So many numbers, not initialised, with the device and precision of `like`."""
+        kind = (self._held.dtype, self._held.device)
+        if len(self._held) < size or kind != (like.dtype, like.device):
             self._held = like.new_empty(0)  # the old memory goes before the new one comes
-            self._held = like.new_empty(total)
-        parts = self._held[:total].split(aligned)
-        return [part[:size] for part, size in zip(parts, sizes)]
+            self._held = like.new_empty(size)
+        return self._held
 
 
 def cross_entropy(
-    blocks: Sequence[LogitBlock], targets: Targets, workspace: Workspace, *, padded: bool = False
+    blocks: Sequence[LogitBlock],
+    targets: Targets,
+    workspace: Workspace,
+    *,
+    padded: bool = False,
+    counts: Tensor | None = None,
 ) -> Tensor:
     """Summed cross-entropy of targets and one softmax over the columns of all blocks, `[]`.
 
@@ -76,9 +94,11 @@ def cross_entropy(
             probability for each column, which sum to 1.
         workspace: memory for the logits.
         padded: whether the first column is the padding item, which has no probability in either.
+        counts: whether a row counts, `[N]`, where targets are columns; every row if left out. The
+            target of one that does not is any column.
     """
     tensors = [tensor for block in blocks for tensor in block]
-    return _CrossEntropy.apply(targets, workspace, padded, *tensors)
+    return _CrossEntropy.apply(targets, workspace, padded, counts, *tensors)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -86,15 +106,20 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, targets: Targets, workspace: Workspace, padded: bool, *tensors: Tensor
+        ctx: Any,
+        targets: Targets,
+        workspace: Workspace,
+        padded: bool,
+        counts: Tensor | None,
+        *tensors: Tensor,
     ) -> Tensor:
         blocks = [LogitBlock(*pair) for pair in zip(tensors[::2], tensors[1::2])]
         device, product = tensors[0].device.type, tensors[1].dtype
         if torch.is_autocast_enabled(device):
             product = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
-            differentiated = any(ctx.needs_input_grad[3:])
-            sweeps = _Sweeps(blocks, targets, workspace, padded, product, differentiated)
+            differentiated = any(ctx.needs_input_grad[4:])
+            sweeps = _Sweeps(blocks, targets, workspace, padded, counts, product, differentiated)
             total = sweeps.loss()
         ctx.dtypes = [tensor.dtype for tensor in tensors]
         ctx.gradients = [tensor for pair in zip(sweeps.d_codes, sweeps.d_rows) for tensor in pair]
@@ -104,71 +129,129 @@ class _CrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Any, ...]:
         scaled: list[Tensor | None] = []
-        for by_rank, dtype, needed in zip(ctx.gradients, ctx.dtypes, ctx.needs_input_grad[3:]):
-            by_row = by_rank.new_empty(by_rank.T.shape)  # its rows together, as optimizers want it
+        for by_rank, dtype, needed in zip(ctx.gradients, ctx.dtypes, ctx.needs_input_grad[4:]):
+            by_row = by_rank.new_empty(by_rank.shape[::-1])  # rows together, as optimizers want it
             scaled.append(torch.mul(by_rank.T, scale, out=by_row).to(dtype) if needed else None)
-        return None, None, None, *scaled
+        return None, None, None, None, *scaled
 
 
 def plan(
-    n_rows: int, n_columns: int, logits: int, *, soft: bool, differentiated: bool, caches: bool
+    n_rows: int, n_columns: int, logits: int, *, soft: bool, caches: bool
 ) -> tuple[int, int, bool]:
-    """How logits `[n_rows, n_columns]` are cut: rows of a group, columns of a piece at most, and
-    whether all pieces of a group are kept between its two sweeps.
+    """How logits `[n_rows, n_columns]` are cut: rows of a group, columns of a span, and whether the
+    softmax of a group's spans is kept for the gradient; else logits are made twice.
 
     Args:
         n_rows: how many rows.
         n_columns: how many columns.
-        logits: how many may be held, and as many probabilities; with soft targets, of which whole
-            rows are held, how many of all three together.
-        soft: whether targets are probabilities.
-        differentiated: whether there is a second sweep.
-        caches: whether pieces that fit a cache are quicker. On a GPU launches cost, and there is
-            none: all rows at once, or many of them, in pieces as wide as may be.
+        logits: how many may be held, with as many probabilities, and soft targets where they are.
+        soft: whether targets are probabilities, of which whole rows are held.
+        caches: whether what fits a cache is quicker. On a GPU launches cost, and there is none: all
+            rows at once, or many of them, in spans as wide as may be.
     """
+    room = logits // (3 if soft else 2)
+    kept, tile, most, fewest = room, room, n_rows, _MOST_ROWS
+    if caches:
+        kept, tile, most, fewest = min(room, _KEPT), min(room, _TILE), _MOST_ROWS, _FEWEST_ROWS
+    if n_rows * n_columns <= kept:
+        return max(1, n_rows), n_columns, True
     if soft:
-        tile, most = _TILE if caches else logits, n_rows
-        kept, keeps = logits // (3 * n_columns), True
-    elif caches:
-        tile, most = min(logits, _TILE), min(n_rows, _MOST_ROWS)
-        kept = min(logits, _KEPT) // n_columns
-        keeps = differentiated and kept >= min(n_rows, _FEWEST_ROWS)
-    else:
-        tile, most = max(1, logits // 2), n_rows
-        kept = tile // n_columns
-        keeps = differentiated and kept >= min(n_rows, _MOST_ROWS)
-    rows = max(1, min(most, kept if keeps else tile))
-    return rows, min(n_columns, max(1, tile // rows)), keeps
+        kept, most, fewest = room, n_rows, 0
+    whole = kept // n_columns
+    keeps = whole >= min(n_rows, fewest)
+    rows = max(1, min(n_rows, most, whole if keeps else tile // _ALIGNMENT))
+    width = max(_ALIGNMENT, tile // rows // _ALIGNMENT * _ALIGNMENT)
+    width = _aligned(-(-n_columns // -(-n_columns // width)))  # spans of about one width
+    return rows, min(n_columns, width), keeps
 
 
-class _Piece(NamedTuple):
-    """Columns of one block: its number, which of its rows, and which of the columns of all."""
+class _Part(NamedTuple):
+    """Rows of a block that are columns of a span: the block's number, and which of each."""
 
     block: int
     rows: slice
     columns: slice
 
 
-def _pieces(blocks: Sequence[LogitBlock], width: int) -> Iterator[_Piece]:
-    """The columns of all blocks in pieces of at most `width`, those of a block equally wide."""
-    before = 0
-    for j, block in enumerate(blocks):
-        n = len(block.rows)
-        size = -(-n // -(-n // width))
-        for start in range(0, n, size):
-            end = min(start + size, n)
-            yield _Piece(j, slice(start, end), slice(before + start, before + end))
-        before += n
+class _Span(NamedTuple):
+    """Columns beside each other: their number among the spans, the first one, how many, whether
+    these are all, and the rows that they are made of."""
+
+    number: int
+    start: int
+    width: int
+    is_all: bool
+    parts: list[_Part]
+
+
+def _spans(blocks: Sequence[LogitBlock], width: int) -> list[_Span]:
+    """The columns of all blocks in spans of `width`; the last may be narrower."""
+    ends = list(itertools.accumulate(len(block.rows) for block in blocks))
+    begins = [0, *ends[:-1]]
+    spans: list[_Span] = []
+    for start in range(0, ends[-1], width):
+        stop = min(start + width, ends[-1])
+        parts = []
+        for j, (begin, end) in enumerate(zip(begins, ends)):
+            first, last = max(start, begin), min(stop, end)
+            if first < last:
+                rows = slice(first - begin, last - begin)
+                parts.append(_Part(j, rows, slice(first - start, last - start)))
+        spans.append(_Span(len(spans), start, stop - start, width >= ends[-1], parts))
+    return spans
+
+
+class _Columns:
+    """Targets of a group of rows that are columns `[m]`; `share [m]` is 1 where they count."""
+
+    def __init__(self, spans: Sequence[_Span], target: Tensor, share: Tensor) -> None:
+        # of each span the column that is the target, and 1 where it is and counts, `[m, 1]` twice
+        self.within = [(target.unsqueeze(1), share.unsqueeze(1))]
+        if len(spans) > 1:
+            ((target, share),) = self.within
+            columns = [target - span.start for span in spans]
+            self.within = [
+                (c.clamp(0, span.width - 1), share * ((c >= 0) & (c < span.width)))
+                for c, span in zip(columns, spans)
+            ]
+
+    def agreement(self, span: _Span, logits: Tensor) -> Tensor:
+        """The targets' logits where a span has them, `[m]`."""
+        column, share = self.within[span.number]
+        return logits.gather(1, column).mul_(share).squeeze(1)
+
+    def subtract(self, span: _Span, slope: Tensor) -> None:
+        """Take the targets' probabilities from those of a span, `[m, w]`."""
+        column, share = self.within[span.number]
+        slope.scatter_add_(1, column, share.neg())
+
+
+class _Probabilities:
+    """Targets of a group of rows that are probabilities of all columns, `[m, k]`."""
+
+    def __init__(self, targets: Tensor) -> None:
+        self.targets = targets
+
+    def _within(self, span: _Span) -> Tensor:
+        return _cut(self.targets, 1, slice(span.start, span.start + span.width))
+
+    def agreement(self, span: _Span, logits: Tensor) -> Tensor:
+        """See _Columns.agreement: the logits' mean by the targets; they are used up."""
+        return _cut(logits, 1, slice(0, span.width)).mul_(self._within(span)).sum(1)
+
+    def subtract(self, span: _Span, slope: Tensor) -> None:
+        """See _Columns.subtract."""
+        _cut(slope, 1, slice(0, span.width)).sub_(self._within(span))
 
 
 class _Sweeps:
-    """The two sweeps over the logits of a group of rows, piece by piece.
+    """The two sweeps over the logits of a group of rows, span by span.
 
-    The first finds the normaliser, the second the gradient. Between them the pieces, each a softmax
-    of its own, are kept where the plan says so, else made again.
+    The first finds the normaliser, the second the gradient. Between them the softmax of each span
+    is kept where the plan says so, else logits are made again.
 
     Args:
-        blocks, targets, workspace, padded: as in `cross_entropy`.
+        blocks, targets, workspace, padded, counts: as in `cross_entropy`.
         product: precision of products with the rows.
         differentiated: whether gradients are wanted, in `d_codes` and `d_rows`. Ranks come first
             there: products with a few columns are several times slower than with a few rows.
@@ -180,112 +263,105 @@ class _Sweeps:
         targets: Targets,
         workspace: Workspace,
         padded: bool,
+        counts: Tensor | None,
         product: torch.dtype,
         differentiated: bool,
     ) -> None:
-        self.blocks, self.targets, self.padded = blocks, targets, padded
+        self.blocks, self.targets, self.padded, self.counts = blocks, targets, padded, counts
         self.product, self.differentiated = product, differentiated
         exact = torch.promote_types(product, torch.float32)
         # float16 has no room for the probabilities of rare items
         self.slope = exact if product == torch.float16 else product
         self.zero = blocks[0].codes.new_zeros((), dtype=exact)
-        self.d_codes = [self.zero.new_zeros(b.codes.T.shape) for b in blocks if differentiated]
-        self.d_rows = [self.zero.new_zeros(b.rows.T.shape) for b in blocks if differentiated]
+        self.d_codes = [self.zero.new_zeros(b.codes.shape[::-1]) for b in blocks if differentiated]
+        self.d_rows = [self.zero.new_zeros(b.rows.shape[::-1]) for b in blocks if differentiated]
         n_rows, n_columns = len(blocks[0].codes), sum(len(block.rows) for block in blocks)
+        # 1 for each row that counts
+        self.share = self.zero.new_ones(n_rows) if counts is None else counts.to(exact)
         soft = not isinstance(targets, Tensor)
         size, width, self.keeps = plan(
             n_rows,
             n_columns,
-            logits=max(1, workspace.memory // exact.itemsize),
+            logits=workspace.memory // exact.itemsize,
             soft=soft,
-            differentiated=differentiated,
-            caches=self.zero.device.type == "cpu",
+            caches=workspace.is_cached(self.zero),
         )
         self.groups = [slice(i, min(i + size, n_rows)) for i in range(0, n_rows, size)]
-        self.pieces = list(_pieces(blocks, width))
-        held = [width, n_columns if self.keeps else width, n_columns if soft else 0]
-        self._logits, self._probabilities, self._soft_targets = workspace.take(
-            [size * columns for columns in held], self.zero
-        )
+        self.spans = _spans(blocks, width)
+        # a span of logits; then its softmax, or that of every span; then soft targets
+        self.stride = size * _aligned(width)
+        self.n_matrices = 1 + (len(self.spans) if self.keeps else 1)
+        total = self.n_matrices * self.stride + (size * n_columns if soft else 0)
+        self.memory = workspace.take(total, self.zero)
 
     def loss(self) -> Tensor:
         """The summed loss, `[]`; its gradient is added."""
-        total = sum(map(self._group_loss, self.groups), self.zero)
-        if isinstance(self.targets, Tensor):
-            total = total - self._add_targets(self.targets)
-        return total
+        return sum(map(self._group_loss, self.groups), self.zero)
 
     def _group_loss(self, group: slice) -> Tensor:
-        """The same for a group of rows; without soft targets only the normaliser's part of both."""
-        targets = None
-        if not isinstance(self.targets, Tensor):
-            shape = group.stop - group.start, self.pieces[-1].columns.stop
-            targets = _view(self._soft_targets, *shape)
-            self.targets(group, _view(self._probabilities, *shape), targets)
-        log_sums, agreed = [], self.zero
-        for piece in self.pieces:
-            logits, softmax = self._softmax(group, piece)
+        """The same for a group of rows."""
+        m, share = group.stop - group.start, _cut(self.share, 0, group)
+        aim = self._aim(group, share)
+        log_sums, agreements = [], []
+        for span in self.spans:
+            logits = self._logits(group, span)
+            slope = torch.softmax(logits, 1, out=self._kept(m, span))
             # the highest probability is one over the normaliser: no second pass of exponentials
-            log_sums.append(logits.amax(1) - softmax.amax(1).log())
-            if targets is not None:
-                agreed = agreed + logits.mul_(targets[:, piece.columns]).sum(1)
-        by_piece = torch.stack(log_sums, 1)  # [m, pieces]
-        log_sum = by_piece.logsumexp(1)
+            log_sums.append(logits.amax(1) - slope.amax(1).log())
+            agreements.append(aim.agreement(span, logits))
+        by_span = torch.stack(log_sums, 1)  # [m, spans]
+        log_sum = by_span.logsumexp(1, keepdim=True)
         if self.differentiated:
-            weights = (by_piece - log_sum.unsqueeze(1)).exp()  # probability of each piece
-            for piece, weight in zip(self.pieces, weights.unbind(1)):
-                self._add_gradients(group, piece, weight, targets)
-        return (log_sum - agreed).sum()
+            for span in self.spans:
+                slope = self._kept(m, span)
+                if not self.keeps:
+                    torch.exp(self._logits(group, span).sub_(log_sum), out=slope)
+                elif not span.is_all:
+                    own = by_span.narrow(1, span.number, 1)
+                    slope.mul_((own - log_sum).exp_())  # the span's probability
+                if self.counts is not None:
+                    slope.mul_(share.unsqueeze(1))
+                aim.subtract(span, slope)
+                self._add_gradients(group, span, slope)
+        return (log_sum.squeeze(1) - reduce(torch.add, agreements)).dot(share)
 
-    def _add_targets(self, target: Tensor) -> Tensor:
-        """Sum of the targets' logits, `[]`; their part of the gradients is added."""
-        total, start = self.zero, 0
-        for j, (codes, rows) in enumerate(self.blocks):
-            here = (target >= start) & (target < start + len(rows))
-            row = (target - start).clamp(0, len(rows) - 1)
-            start += len(rows)
-            # no branch on whether any is here: a GPU would have to wait for the answer
-            own_rows = rows[row].to(self.zero.dtype) * here.unsqueeze(1)
-            own_codes = codes.to(self.zero.dtype) * here.unsqueeze(1)
-            total = total + (own_rows * own_codes).sum()
-            if self.differentiated:
-                self.d_codes[j] -= own_rows.T
-                self.d_rows[j].index_add_(1, row, own_codes.T, alpha=-1)
-        return total
+    def _aim(self, group: slice, share: Tensor) -> _Columns | _Probabilities:
+        """The targets of a group."""
+        if isinstance(self.targets, Tensor):
+            return _Columns(self.spans, _cut(self.targets, 0, group), share)
+        shape = group.stop - group.start, sum(span.width for span in self.spans)
+        targets = _matrix(self.memory, self.n_matrices * self.stride, *shape)
+        self.targets(group, _matrix(self.memory, self.stride, *shape), targets)
+        return _Probabilities(targets)
 
-    def _softmax(self, group: slice, piece: _Piece) -> tuple[Tensor, Tensor]:
-        """Logits of a piece and the softmax over its columns, `[m, w]`, `[m, w]`."""
-        block = self.blocks[piece.block]
-        codes, rows = block.codes[group].to(self.product), block.rows[piece.rows].to(self.product)
-        logits = _view(self._logits, len(codes), len(rows))
-        multiply(codes, rows, logits)
-        if self.padded and piece.columns.start == PADDING:
-            logits[:, PADDING] = torch.finfo(logits.dtype).min  # -inf times a target of 0 is NaN
-        return logits, torch.softmax(logits, 1, out=self._kept(group, piece))
+    def _kept(self, m: int, span: _Span) -> Tensor:
+        """Where the softmax of a span is, `[m, w]`."""
+        number = 1 + (span.number if self.keeps else 0)
+        return _matrix(self.memory, number * self.stride, m, _aligned(span.width))
 
-    def _kept(self, group: slice, piece: _Piece) -> Tensor:
-        """Where the softmax of a piece is, `[m, w]`."""
-        m, width = group.stop - group.start, piece.columns.stop - piece.columns.start
-        start = m * piece.columns.start if self.keeps else 0
-        return _view(self._probabilities[start:], m, width)
+    def _logits(self, group: slice, span: _Span) -> Tensor:
+        """Logits of a span, `[m, w]`."""
+        logits = _matrix(self.memory, 0, group.stop - group.start, _aligned(span.width))
+        for j, rows, columns in span.parts:
+            codes = _cut(self.blocks[j].codes, 0, group).to(self.product)
+            own = _cut(self.blocks[j].rows, 0, rows).to(self.product)
+            multiply(codes, own, _cut(logits, 1, columns))
+        lowest = torch.finfo(logits.dtype).min  # -inf times a target of 0 is NaN
+        if logits.shape[1] > span.width:
+            logits.narrow(1, span.width, logits.shape[1] - span.width).fill_(lowest)
+        if self.padded and span.start == PADDING:
+            logits.select(1, PADDING).fill_(lowest)
+        return logits
 
-    def _add_gradients(
-        self, group: slice, piece: _Piece, weight: Tensor, targets: Tensor | None
-    ) -> None:
-        """Add the gradients of a piece, whose columns have the probability `weight [m]`."""
-        softmax = self._kept(group, piece) if self.keeps else self._softmax(group, piece)[1]
-        if targets is not None:
-            softmax.mul_(weight.unsqueeze(1)).sub_(targets[:, piece.columns])
-            weight = torch.ones_like(weight)
-        slope, block = softmax.to(self.slope), self.blocks[piece.block]
-        by_rank = block.rows[piece.rows].to(self.slope).T.contiguous()
-        codes = (block.codes[group] * weight.unsqueeze(1)).to(self.slope)
-        self.d_codes[piece.block][:, group] += (by_rank @ slope.T) * weight
-        d_rows = self.d_rows[piece.block][:, piece.rows]
-        if self.slope == d_rows.dtype:
-            d_rows.addmm_(codes.T, slope)
-        else:
-            d_rows += codes.T @ slope
+    def _add_gradients(self, group: slice, span: _Span, slope: Tensor) -> None:
+        """Add the gradients that follow from that of a span's logits, `[m, w]`."""
+        slope = slope.to(self.slope)
+        for j, rows, columns in span.parts:
+            codes = _cut(self.blocks[j].codes, 0, group).to(self.slope)
+            own = _cut(self.blocks[j].rows, 0, rows).to(self.slope)
+            by_column = _cut(slope, 1, columns)
+            _add_product(_cut(self.d_codes[j], 1, group), own.T, by_column.T)
+            _add_product(_cut(self.d_rows[j], 1, rows), codes.T, by_column)
 
 
 def multiply(codes: Tensor, rows: Tensor, out: Tensor) -> None:
@@ -296,5 +372,23 @@ def multiply(codes: Tensor, rows: Tensor, out: Tensor) -> None:
         out.copy_(codes @ rows.T)
 
 
-def _view(memory: Tensor, n_rows: int, n_columns: int) -> Tensor:
-    return memory[: n_rows * n_columns].view(n_rows, n_columns)
+def _add_product(total: Tensor, one: Tensor, other: Tensor) -> None:
+    """Add `one @ other` to `total`, which may have another precision."""
+    if total.dtype == one.dtype:
+        total.addmm_(one, other)
+    else:
+        total += one @ other
+
+
+def _cut(tensor: Tensor, axis: int, part: slice) -> Tensor:
+    """A part of a tensor; itself where that is all."""
+    length = part.stop - part.start
+    return tensor if length == tensor.shape[axis] else tensor.narrow(axis, part.start, length)
+
+
+def _matrix(memory: Tensor, start: int, n_rows: int, n_columns: int) -> Tensor:
+    return memory.as_strided((n_rows, n_columns), (n_columns, 1), start)
+
+
+def _aligned(width: int) -> int:
+    return -(-width // _ALIGNMENT) * _ALIGNMENT

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -45,12 +46,27 @@ class Softmax(nn.Module, ABC):
         """The other blocks, in popularity order."""
         return self.table.blocks[1:]
 
-    @abstractmethod
     def loss(self, hidden: Tensor, target: Tensor) -> Tensor:
-        """Mean negative log-likelihood of target ids, `[N, d], [N] -> []`; 0 for no targets.
+        """Mean negative log-likelihood of target ids, `[N, d], [N] -> []`; rows whose target is
+        padding do not count. 0 for no targets.
 
         Value and gradient are computed together, in pieces that take at most `loss_memory`.
         """
+        workspace, counts = Workspace(self.loss_memory), target != PADDING
+        is_small = workspace.holds(len(target), self.table.partition.n_items, hidden)
+        if is_small and not workspace.is_cached(hidden):  # choosing rows takes longer than all do
+            total = self._summed_loss(hidden, target, counts, workspace)
+            return total / counts.sum().clamp(min=1)
+        rows = counts.nonzero().squeeze(1)
+        hidden, target = hidden.index_select(0, rows), target.index_select(0, rows)
+        return self._summed_loss(hidden, target, None, workspace) / max(1, len(rows))
+
+    @abstractmethod
+    def _summed_loss(
+        self, hidden: Tensor, target: Tensor, counts: Tensor | None, workspace: Workspace
+    ) -> Tensor:
+        """The loss summed over the rows that count, `[N]`, `[]`. Where that is said, logits of all
+        rows and items fit the workspace, and the device is not waited for."""
 
     @abstractmethod
     def log_prob(self, hidden: Tensor) -> Tensor:
@@ -173,17 +189,24 @@ class FullSoftmax(Softmax):
     so that with one block of full rank they equal RecBole's own.
     """
 
-    def loss(self, hidden: Tensor, target: Tensor) -> Tensor:
-        """See Softmax.loss."""
+    def logit_blocks(self, hidden: Tensor) -> list[LogitBlock]:
+        """The columns of the softmax by position, as a loss reads them, of `[N, d]`."""
+        return [block.logit_block(hidden) for block in self.table.blocks]
+
+    def _summed_loss(
+        self, hidden: Tensor, target: Tensor, counts: Tensor | None, workspace: Workspace
+    ) -> Tensor:
         positions = self.table.partition.positions(target)
-        blocks = [block.logit_block(hidden) for block in self.table.blocks]
-        total = cross_entropy(blocks, positions, Workspace(self.loss_memory), padded=True)
-        return total / max(1, len(target))
+        blocks = self.logit_blocks(hidden)
+        return cross_entropy(blocks, positions, workspace, padded=True, counts=counts)
 
     def pairwise_loss(self, hidden: Tensor, target: Tensor, negative: Tensor) -> Tensor:
-        """RecBole's BPR: mean `-log sigmoid(target - negative)`, `[N, d], [N], [N] -> []`."""
+        """RecBole's BPR: mean `-log sigmoid(target - negative)`, `[N, d], [N], [N] -> []`; rows
+        whose target is padding do not count."""
         pair = self.score(hidden, torch.stack([target, negative], dim=1))
-        return -F.logsigmoid(pair[:, 0] - pair[:, 1]).mean()
+        counts = target != PADDING
+        losses = F.logsigmoid(pair[:, 0] - pair[:, 1]) * counts
+        return -losses.sum() / counts.sum().clamp(min=1)
 
     def log_prob(self, hidden: Tensor) -> Tensor:
         """See Softmax.log_prob."""
@@ -237,24 +260,35 @@ class TreeSoftmax(Softmax):
             mean = (weights / weights.sum()).to(block.weight.device) @ block.weight.double()
             self.clusters[j - 1] = block.out_of_rank(mean.to(block.weight.dtype))
 
-    def loss(self, hidden: Tensor, target: Tensor) -> Tensor:
-        """See Softmax.loss. Reads the head, and of the other blocks those with a target."""
+    def _summed_loss(
+        self, hidden: Tensor, target: Tensor, counts: Tensor | None, workspace: Workspace
+    ) -> Tensor:
+        """See Softmax. Reads the head, and each of the other blocks for the targets that are in it;
+        for all where the device would have to be waited for."""
         partition = self.table.partition
         positions = partition.positions(target)
         blocks = partition.blocks(positions)
-        order = blocks.argsort(stable=True)  # the targets of a block beside each other
+        if counts is None:
+            order = blocks.argsort(stable=True)  # the targets of a block beside each other
+            hidden, positions, blocks = hidden[order], positions[order], blocks[order]
         numbers = torch.arange(len(partition.sizes), device=blocks.device).unsqueeze(1)
-        counts = (blocks == numbers).sum(1).tolist()  # the only wait for the device
-        hidden, positions, blocks = hidden[order], positions[order], blocks[order]
-        branch = torch.where(blocks == 0, positions, len(self.head_block.weight) - 1 + blocks)
-        workspace = Workspace(self.loss_memory)
-        total = cross_entropy(self._branches(hidden), branch, workspace, padded=True)
-        rows = zip(hidden.split(counts), positions.split(counts), partition.starts)
-        for block, (own, position, start) in zip(self.table.blocks, rows):
+        here = blocks == numbers  # [blocks, N]
+        branch = torch.where(here[0], positions, len(self.head_block.weight) - 1 + blocks)
+        total = cross_entropy(self._branches(hidden), branch, workspace, padded=True, counts=counts)
+        if counts is None:
+            n_targets = here.sum(1).tolist()  # one wait for the device, not one a block
+            rows = zip(hidden.split(n_targets), positions.split(n_targets), repeat(None))
+        else:
+            rows = zip(repeat(hidden), repeat(positions), here)
+        starts, sizes = partition.starts, partition.sizes
+        for block, start, size, (own, position, share) in zip(
+            self.table.blocks, starts, sizes, rows
+        ):
             if start and len(own):
+                column = (position - start).clamp(0, size - 1)
                 logits = [block.logit_block(own)]
-                total = total + cross_entropy(logits, position - start, workspace)
-        return total / max(1, len(target))
+                total = total + cross_entropy(logits, column, workspace, counts=share)
+        return total
 
     def log_prob(self, hidden: Tensor) -> Tensor:
         """See Softmax.log_prob."""

@@ -38,7 +38,7 @@ class Teacher:
             out.mul_(self.share)
             out[torch.arange(len(out), device=out.device), column[group]] += 1 - self.share
 
-        blocks = [block.logit_block(hidden) for block in softmax.table.blocks]
+        blocks = softmax.logit_blocks(hidden)
         return cross_entropy(blocks, mixed, self.workspace, padded=True) / max(1, len(target))
 
     def divergence(self, hidden: Tensor, taught: Tensor, target: Tensor) -> Tensor:

@@ -100,8 +100,10 @@ class PositionsDataLoader(TrainDataLoader):
         """A batch of windows: RecBole's columns of their newest targets, and the next items."""
         dataset, rows = self._dataset, self._windows.rows[index]
         columns = {name: column[rows] for name, column in self._columns.items()}
-        columns[dataset.item_list_length_field] = self._windows.lengths[index]
-        items, targets = self._windows.gather(self._items, index, dataset.max_item_list_len)
+        lengths = self._windows.lengths[index]
+        columns[dataset.item_list_length_field] = lengths
+        # no wider than the longest: what follows is padding, and no position sees it
+        items, targets = self._windows.gather(self._items, index, int(lengths.max()))
         columns |= {self._name: items, NEXT_ITEMS: targets}
         batch = dataset.join(Interaction(columns))
         return self._neg_sampling(self.transform(dataset, batch))

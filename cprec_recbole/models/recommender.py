@@ -173,11 +173,8 @@ class CompressedRecommender(SequentialRecommender):
             raise not_trained()
         item_seq, lengths = interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN]
         if NEXT_ITEMS in interaction:
-            longest = int(lengths.max())
-            targets = interaction[NEXT_ITEMS][:, :longest]
-            real = targets != 0
-            hidden = self.hidden_states(item_seq[:, :longest])[real]  # [N, d]
-            loss = self.position_loss(hidden, targets[real])
+            hidden = self.hidden_states(item_seq).flatten(0, 1)  # [B * L, d]
+            loss = self.position_loss(hidden, interaction[NEXT_ITEMS].flatten())
         elif self.spec.training_states is not None:
             hidden, target, negative = self.spec.training_states(self.inner, interaction)
             # where RecBole's masks hid nothing, there is nothing to learn, and no loss that is NaN
@@ -193,8 +190,9 @@ class CompressedRecommender(SequentialRecommender):
     def position_loss(
         self, hidden: Tensor, target: Tensor, negative: Tensor | None = None
     ) -> Tensor:
-        """Loss of hidden states and the items that came next, `[N, d], [N] -> []`: the softmax's,
-        or with `loss_type: BPR` that of pairs, with negatives drawn where none are given."""
+        """Loss of hidden states and the items that came next, `[N, d], [N] -> []`; rows whose item
+        is padding do not count. The softmax's, or with `loss_type: BPR` that of pairs, with
+        negatives drawn where none are given."""
         if self.loss_type == "BPR" and isinstance(self.softmax, FullSoftmax):
             drawn = self._negatives(target) if negative is None else negative
             return self.softmax.pairwise_loss(hidden, target, drawn)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cprec_recbole.config import CompressionError
 from cprec_recbole.data.sequences import item_counts
 from cprec_recbole.embedding import BlockEmbedding
-from cprec_recbole.losses import LogitBlock, Workspace, cross_entropy
+from cprec_recbole.losses import LogitBlock
 from cprec_recbole.models import MODELS
 from cprec_recbole.models.from_config import compression_of
 from cprec_recbole.models.recommender import CompressedRecommender
@@ -89,11 +89,9 @@ class FlatSoftmax(FullSoftmax):
     def __init__(self, table: ItemTable, loss_memory: int) -> None:
         super().__init__(table, loss_memory)  # type: ignore[arg-type]
 
-    def loss(self, hidden: Tensor, target: Tensor) -> Tensor:
-        """See Softmax.loss."""
-        blocks = [LogitBlock(hidden, self.table.dense())]
-        total = cross_entropy(blocks, target, Workspace(self.loss_memory), padded=True)
-        return total / max(1, len(target))
+    def logit_blocks(self, hidden: Tensor) -> list[LogitBlock]:
+        """See FullSoftmax.logit_blocks."""
+        return [LogitBlock(hidden, self.table.dense())]
 
     @torch.no_grad()
     def search(
