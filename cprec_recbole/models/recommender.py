@@ -273,9 +273,8 @@ class CompressedRecommender(SequentialRecommender):
                 above what may be recommended.
         """
         device = self.table.partition.item_at.device
-        histories, seen = pad_histories(item_seq, self.n_items, self.max_seq_length)
+        histories, lengths, seen = pad_histories(item_seq, self.n_items, self.max_seq_length)
         barred = barred_ids(exclude, len(histories), self.n_items, seen if exclude_seen else None)
-        lengths = (histories != 0).sum(1)
         with in_eval_mode(self):
             hidden = self(histories.to(device), lengths.to(device))
             return self.softmax.topk(hidden, k, barred, allowed)
