@@ -25,31 +25,34 @@ def transformer_last(
 ) -> Tensor:
     """Of RecBole's TransformerEncoder, `[B, L, d], [B, L], [B] -> [B, d]`: the top layer reads all
     positions, for the last one alone."""
-    n_columns = item_seq.shape[1]
-    seen = torch.where(item_seq != PADDING, 0.0, _UNSEEN)[:, None, None]
+    n_rows, n_columns = item_seq.shape
+    seen = torch.where(item_seq != PADDING, 0.0, _UNSEEN).to(inputs.dtype)[:, None, None]
     below = seen
     if is_causal:
         later = torch.full((n_columns, n_columns), _UNSEEN, device=inputs.device).triu(1)
-        below = seen + later
+        below = seen + later.to(inputs.dtype)
+    states = inputs.flatten(0, 1)
     *layers, top = encoder.layer
     for layer in layers:
-        inputs = _transformed(layer, inputs, inputs, below.to(inputs.dtype))
-    queries = pick(inputs, lengths).unsqueeze(1)
-    return _transformed(top, queries, inputs, seen.to(inputs.dtype))[:, 0]
+        states = _transformed(layer, n_rows, states, states, below)
+    rows = torch.arange(n_rows, device=inputs.device) * n_columns + lengths - 1
+    return _transformed(top, n_rows, states.index_select(0, rows), states, seen)
 
 
-def _transformed(layer: Any, queries: Tensor, inputs: Tensor, mask: Tensor) -> Tensor:
-    """What RecBole's TransformerLayer makes of some positions, `[B, Q, d], [B, L, d] -> [B, Q, d]`,
-    given what is added to their scores, `[B, 1, Q, L]`."""
+def _transformed(layer: Any, n_rows: int, queries: Tensor, inputs: Tensor, mask: Tensor) -> Tensor:
+    """What RecBole's TransformerLayer makes of some positions of each row, `[B * Q, d],
+    [B * L, d] -> [B * Q, d]`, given what is added to their scores, `[B, 1, Q, L]`."""
     attention, feed_forward = layer.multi_head_attention, layer.feed_forward
-    n_heads, size = attention.num_attention_heads, attention.attention_head_size
+    size = attention.attention_head_size
     query, key, value = (
-        each.unflatten(-1, (n_heads, size)).transpose(1, 2)
+        each.view(n_rows, -1, attention.num_attention_heads, size).transpose(1, 2)
         for each in (attention.query(queries), attention.key(inputs), attention.value(inputs))
     )
-    scores = (query * size**-0.5) @ key.transpose(2, 3) + mask
-    weights = attention.attn_dropout(scores.softmax(-1))
-    context = attention.dense((weights @ value).transpose(1, 2).flatten(2))
+    dropout = attention.attn_dropout.p if attention.attn_dropout.training else 0.0
+    context = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, dropout_p=dropout, scale=size**-0.5
+    )
+    context = attention.dense(context.transpose(1, 2).reshape(queries.shape))
     hidden = attention.LayerNorm(attention.out_dropout(context) + queries)
     activation = feed_forward.intermediate_act_fn
     inner = feed_forward.dense_1(hidden)
@@ -66,12 +69,14 @@ def nextitnet_last(model: RecBoleModel, item_seq: Tensor, lengths: Tensor) -> Te
         [c.weight.squeeze(2).transpose(1, 2).flatten(1) for c in (block.conv1, block.conv2)]
         for block in model.residual_blocks  # [d, kernel * d]
     ]
-    size = _ROWS if item_seq.device.type == "cpu" else max(1, len(item_seq))
-    states = [
-        pick(_cone_states(model, rows, plan, kernels), ends - first)
-        for rows, ends in zip(item_seq.split(size), lengths.split(size))
-    ]
-    return model.final_layer(torch.cat(states))
+    if item_seq.device.type != "cpu" or torch.jit.is_tracing():
+        states = pick(_cone_states(model, item_seq, plan, kernels), lengths - first)
+    else:
+        parts = zip(item_seq.split(_ROWS), lengths.split(_ROWS))
+        states = torch.cat(
+            [pick(_cone_states(model, rows, plan, kernels), ends - first) for rows, ends in parts]
+        )
+    return model.final_layer(states)
 
 
 def _cone_states(
@@ -87,7 +92,8 @@ def _cone_states(
 
 def _convolved(states: Tensor, taps: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
     read = F.pad(states, (0, 0, 1, 0)).index_select(1, taps)
-    return F.linear(read.view(len(states), -1, kernel.shape[1]), kernel, bias)
+    convolved = F.linear(read.view(-1, kernel.shape[1]), kernel, bias)
+    return convolved.view(-1, taps.numel() * kernel.shape[0] // kernel.shape[1], kernel.shape[0])
 
 
 class _Reads(NamedTuple):
