@@ -28,6 +28,7 @@ from cprec_recbole.partition import PADDING
 from cprec_recbole.versions import Version
 
 ENGINES = ("auto", "torch", "onnx")
+_ROWS = 64  # of a batch that are run at a time: what lies between two steps stays in the cache
 _FORMAT = 1  # of the graphs; another one makes new ones
 _MAKING = threading.RLock()  # PyTorch's exporter is for one at a time
 
@@ -74,9 +75,15 @@ class GraphLayers:
             item_seq = item_seq[:, : int(lengths.max())]
         else:
             item_seq = F.pad(item_seq, (0, self._width - item_seq.shape[1]))
-        given = {"item_seq": item_seq, "lengths": lengths, **_table_inputs(self._table)}
-        arrays = {name: given[name].numpy() for name in self._inputs}
-        return torch.from_numpy(self._session.run(None, arrays)[0])
+        table = _table_inputs(self._table)
+        parts = [
+            torch.from_numpy(self._run({"item_seq": rows, "lengths": ends, **table}))
+            for rows, ends in zip(item_seq.split(_ROWS), lengths.split(_ROWS))
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _run(self, given: dict[str, Tensor]) -> Any:
+        return self._session.run(None, {name: given[name].numpy() for name in self._inputs})[0]
 
     def _watched(self) -> list[Tensor]:
         return [tensors[name] for tensors, name in self._slots if name in tensors]
