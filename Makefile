@@ -65,7 +65,7 @@ else
 endif
 	$(BIN)/pip install --quiet --no-deps recbole==1.2.1
 	@echo "pip may say that recbole's ray is not installed: that is meant, see README.md, Install"
-	$(BIN)/pip install --quiet --editable .
+	$(BIN)/pip install --quiet --editable ".[fast]"
 	touch $(STAMP)
 
 # what tests, documents and the service need besides: a demo does not wait for it

@@ -29,6 +29,7 @@ RECBOLE_NEEDS = [
 DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26", "latex2mathml>=3.77"]
 SERVE = ["fastapi>=0.110", "uvicorn>=0.27", "httpx>=0.27", "prometheus-client>=0.20"]
 EXPORT = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.7"]
+FAST = ["numba>=0.60", *EXPORT]  # answers in less time; without them torch gives the same
 
 setup(
     name="cprec_recbole",
@@ -61,6 +62,7 @@ setup(
     ],
     extras_require={
         "bench": ["faiss-cpu", "matplotlib"],
+        "fast": FAST,
         "export": EXPORT,
         "serve": SERVE,  # examples/serve
         "docs": DOCS,
@@ -72,7 +74,7 @@ setup(
             "mypy>=1.11",
             "types-PyYAML",
             "playwright",
-            *EXPORT,
+            *FAST,
             *SERVE,
             *DOCS,  # the tests build the site
         ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +14,14 @@ from cprec_recbole.config import CompressionError
 from cprec_recbole.int8 import ROWS_AT_A_TIME, Int8Rows, not_trained, quantized_rows
 from cprec_recbole.losses import LogitBlock
 from cprec_recbole.partition import PADDING, Partition
+from cprec_recbole.versions import Version
 
 # A block with fewer rows has a dense gradient: a step over all of them is sooner done
 SPARSE_ROWS = 2**14
 # A look-up of one item in so many is sooner done with the vectors of all
 _MANY = 8
+# Of so many items the vectors are kept, where nothing needs a gradient: one look-up, 8 MiB at d 64
+FEW_ITEMS = 2**15
 
 
 class Block(nn.Module):
@@ -203,6 +206,7 @@ class BlockEmbedding(nn.Module):
         self.factors = nn.ModuleList(
             make_block(size, rank, dim) for size, rank in zip(partition.sizes, ranks)
         )
+        self._kept: tuple[Version, Tensor] | None = None
         self.reset_parameters(std=1 / math.sqrt(dim))
 
     @property
@@ -278,6 +282,8 @@ class BlockEmbedding(nn.Module):
 
     def forward(self, items: Tensor) -> Tensor:
         """Vectors of item ids, `[...] -> [..., d]`."""
+        if not torch.is_grad_enabled() and self.keeps_vectors:
+            return F.embedding(items, self.kept_vectors())
         positions = self.partition.positions(items)
         if self._makes_all(items):
             return F.embedding(positions, self._by_position(), PADDING)
@@ -296,6 +302,26 @@ class BlockEmbedding(nn.Module):
         """The whole table in popularity order, `[n_items, d]`."""
         vectors = [block.out_of_rank(block.whole()) for block in self.blocks]
         return vectors[0] if len(vectors) == 1 else torch.cat(vectors)
+
+    @property
+    def keeps_vectors(self) -> bool:
+        """Whether look-ups without a gradient read `kept_vectors`; never in a graph of one."""
+        is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        return self.partition.n_items <= FEW_ITEMS and not is_traced
+
+    @torch.no_grad()
+    def kept_vectors(self) -> Tensor:
+        """The whole table in id order, `[n_items, d]`, made once for each version of the weights.
+        Of a small catalogue only, and not to be written to."""
+        watched = [self.partition.item_at]
+        for block in self.blocks:
+            watched += [p for p in block._parameters.values() if p is not None]
+        if self._kept is None or not self._kept[0].is_of(watched):
+            self._kept = Version(watched), self.dense()
+        return self._kept[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}  # copies and pickles make their own
 
     def dense(self) -> Tensor:
         """The whole table in id order, `[n_items, d]`. For tests and small catalogues only."""

@@ -52,7 +52,7 @@ def requests(small, n):
     lengths = torch.randint(1, 13, (n,), generator=generator).tolist()
     lists = [torch.randint(1, 41, (m,), generator=generator).tolist() for m in lengths]
     exclude = torch.randint(0, 41, (n, 5), generator=generator)
-    history, _ = pad_histories(lists, small.n_items, small.max_seq_length)
+    history, *_ = pad_histories(lists, small.n_items, small.max_seq_length)
     return lists, history, exclude
 
 

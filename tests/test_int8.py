@@ -200,7 +200,7 @@ def test_loaded_is_saved(trained, host_name, softmax, tied, tmp_path):
 def histories(model):
     from cprec_recbole.models.inputs import pad_histories
 
-    item_seq, _ = pad_histories(HISTORIES, model.n_items, model.max_seq_length)
+    item_seq, *_ = pad_histories(HISTORIES, model.n_items, model.max_seq_length)
     return item_seq, (item_seq != 0).sum(1)
 
 

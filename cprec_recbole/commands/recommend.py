@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TextIO
 
 from cprec_recbole.config import CompressionError, check_choice, reject_unknown
 from cprec_recbole.models import load_pretrained
+from cprec_recbole.models.engine import ENGINES
 from cprec_recbole.models.recommender import CompressedRecommender
 from cprec_recbole.models.vocabulary import UNKNOWN
 
@@ -49,14 +50,22 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("-k", type=int, default=20, help="how many items (default: %(default)s)")
     parser.add_argument("--unknown", default="warn", metavar="{" + ",".join(UNKNOWN) + "}")
     parser.add_argument("--exclude-seen", action="store_true", help="leave out the history's items")
+    parser.add_argument(
+        "--engine",
+        default="auto",
+        metavar="{" + ",".join(ENGINES) + "}",
+        help="what computes hidden states (default: onnxruntime where it can be had, else torch)",
+    )
     parser.add_argument("--index", action="store_true", help="build an index first")
 
 
 def run(options: argparse.Namespace, passed_on: dict[str, Any], command: str) -> int:
     """Print a table for one history, or answer a line for each line read."""
-    reject_unknown(passed_on, ("history", "input", "k", "unknown", "exclude-seen", "index"))
+    reject_unknown(
+        passed_on, ("history", "input", "k", "unknown", "exclude-seen", "engine", "index")
+    )
     check_choice("unknown", options.unknown, UNKNOWN)
-    model = load_pretrained(options.folder)
+    model = load_pretrained(options.folder, engine=options.engine)
     if options.index:
         model.build_index()
     with warnings.catch_warnings():

@@ -61,7 +61,7 @@ def histories_of(data: Any, n_items: int, max_length: int, name: str = "data") -
             f"Expected `{name}` to be RecBole's training data or lists of item ids, but got "
             f"{type(data).__name__}."
         )
-    _, whole = pad_histories(data, n_items, max_length, name)
+    *_, whole = pad_histories(data, n_items, max_length, name)
     lengths = (whole != PADDING).sum(1)
     begins = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
     has_history = torch.arange(len(begins)) > begins

@@ -56,22 +56,29 @@ def class_of(spec: ModelSpec) -> type[CompressedRecommender]:
 
 
 def load_pretrained(
-    folder: str | os.PathLike[str], device: str | torch.device = "cpu"
+    folder: str | os.PathLike[str], device: str | torch.device = "cpu", engine: str = "auto"
 ) -> CompressedRecommender:
     """Load a model that `save_pretrained` wrote; no data set and no RecBole configuration needed.
 
     Args:
         folder: what `save_pretrained` was given.
         device: where the model shall be.
+        engine: what computes hidden states in `recommend`: `torch`, `onnx` for onnxruntime, or
+            `auto` for onnxruntime where it can be had (see `CompressedRecommender.engine`). The
+            graph for it is made for the first answer, and kept in the folder if that can be
+            written.
 
     Returns:
         The model in eval mode, with the scores, item ids and tokens that it was saved with.
 
     Raises:
         CompressionError: no model, one of a newer format, or files that are missing, cut short,
-            changed, or do not belong together; the message says which.
+            changed, or do not belong together; the message says which. Or `onnx` that cannot be
+            had.
     """
-    return load_model(folder, {model.__name__: model for model in MODELS}).to(device).eval()
+    model = load_model(folder, {model.__name__: model for model in MODELS}).to(device).eval()
+    model.engine = engine
+    return model
 
 
 def register(spec: ModelSpec) -> type[CompressedRecommender]:

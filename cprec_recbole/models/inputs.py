@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from cprec_recbole.config import CompressionError
 from cprec_recbole.partition import PADDING
@@ -17,10 +16,10 @@ from cprec_recbole.search.topk import check_ids
 
 def pad_histories(
     item_seq: Any, n_items: int, max_length: int, name: str = "item_seq"
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Check one history of item ids, oldest first, or several, and bring them into RecBole's form:
-    the newest items, padded on the right, `[B, max_length]`; and all of them, `[B, longest]`. Zeros
-    are padding; errors call the histories by `name`."""
+    the newest items, padded on the right, `[B, max_length]`; how many they are, `[B]`; and all
+    items, `[B, longest]`. Zeros are padding; errors call the histories by `name`."""
     rows, _ = _rows(item_seq, n_items, name)
     if not rows:
         raise CompressionError(f"Expected `{name}` to hold at least one history, but got none.")
@@ -29,9 +28,9 @@ def pad_histories(
             raise CompressionError(
                 f"Expected every history of `{name}` to hold an item, but history {index} has none."
             )
-    newest = pad_sequence([row[-max_length:] for row in rows], batch_first=True)
-    newest = F.pad(newest, (0, max_length - newest.shape[1]))
-    return newest, pad_sequence(rows, batch_first=True)
+    newest = [row[-max_length:] for row in rows]
+    lengths = torch.from_numpy(np.array([len(row) for row in newest]))
+    return _padded(newest, max_length), lengths, _padded(rows)
 
 
 def barred_ids(exclude: Any, n_rows: int, n_items: int, seen: Tensor | None) -> Tensor | None:
@@ -46,19 +45,42 @@ def barred_ids(exclude: Any, n_rows: int, n_items: int, seen: Tensor | None) -> 
             f"Expected `exclude` to be one list of item ids or {n_rows}, one for each history, but "
             f"got {len(rows)}."
         )
-    ids = pad_sequence(rows, batch_first=True).expand(n_rows, -1)
+    ids = _padded(rows).expand(n_rows, -1)
     return ids if seen is None else torch.cat([ids, seen], dim=1)
 
 
-def _rows(ids: Any, n_items: int, name: str) -> tuple[list[Tensor], bool]:
+def _padded(rows: list[np.ndarray], width: int = 0) -> Tensor:
+    """Lists of ids as one tensor, with zeros behind, `[B, longest]` or wider."""
+    padded = np.zeros((len(rows), width or max(map(len, rows))), np.int64)
+    for place, row in zip(padded, rows):
+        place[: len(row)] = row
+    return torch.from_numpy(padded)
+
+
+def _rows(ids: Any, n_items: int, name: str) -> tuple[list[np.ndarray], bool]:
     """One list of item ids or several, checked and without padding, `[length]` each; and whether
     there may be several."""
     are_several = getattr(ids, "ndim", 1) == 2 or (
         isinstance(ids, Sequence)
         and not isinstance(ids, str)
+        and not _are_plain(ids)
         and any(isinstance(entry, Sequence) or getattr(entry, "ndim", 0) for entry in ids)
     )
-    rows = [check_ids(row, n_items, name).cpu() for row in (ids if are_several else [ids])]
+    rows = [_ids(row, n_items, name) for row in (ids if are_several else [ids])]
     if any(row.ndim != 1 for row in rows):
         raise CompressionError(f"Expected `{name}` to be item ids or lists of them, but got {ids}.")
-    return [row[row != PADDING] for row in rows], are_several
+    return [row if row.all() else row[row != PADDING] for row in rows], are_several
+
+
+def _ids(row: Any, n_items: int, name: str) -> np.ndarray:
+    """See check_ids, which takes longer."""
+    if isinstance(row, list) and _are_plain(row):
+        ids = np.array(row)
+        if ids.dtype == np.int64 and ids.min() >= 0 and ids.max() < n_items:
+            return ids
+    return check_ids(row, n_items, name).cpu().numpy()
+
+
+def _are_plain(row: Sequence[Any]) -> bool:
+    """Whether a list holds whole numbers of Python and nothing else."""
+    return set(map(type, row)) == {int}

@@ -82,4 +82,4 @@ class MaskedLookUp(nn.Module):
 
 def with_one(hidden: Tensor) -> Tensor:
     """Hidden states that meet a bias at their end, `[N, d - 1] -> [N, d]`."""
-    return torch.cat([hidden, hidden.new_ones(len(hidden), 1)], dim=1)
+    return torch.nn.functional.pad(hidden, (0, 1), value=1.0)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from cprec_recbole.host.provider import importing_models
 from cprec_recbole.models.item_tables import MaskedTable, RecBoleModel, with_one
+from cprec_recbole.models.last_states import nextitnet_last, transformer_last
 from cprec_recbole.models.recommender import HIDDEN_AT, CompressedRecommender
-from cprec_recbole.models.spec import ModelSpec
+from cprec_recbole.models.spec import ModelSpec, pick
 from cprec_recbole.sharing import Layer
 
 if TYPE_CHECKING:
@@ -92,17 +93,25 @@ class CpNextItNet(CompressedRecommender):
         layers=_nextitnet_layers,
         layers_per_block=2,  # two dilated convolutions to a residual block
         hidden_states=_nextitnet_hidden,
+        last_state=nextitnet_last,
         penalty=_nextitnet_penalty,
         reads_last_column=True,
     )
 
 
+def _sasrec_inputs(model: RecBoleModel, item_seq: Tensor) -> Tensor:
+    positions = model.position_embedding.weight[: item_seq.shape[1]]
+    return model.dropout(model.LayerNorm(model.item_embedding(item_seq) + positions))
+
+
 def _sasrec_hidden(model: RecBoleModel, item_seq: Tensor) -> Tensor:
-    positions = torch.arange(item_seq.shape[1], device=item_seq.device)
-    inputs = model.item_embedding(item_seq) + model.position_embedding(positions)
-    inputs = model.dropout(model.LayerNorm(inputs))
-    mask = model.get_attention_mask(item_seq)
+    inputs, mask = _sasrec_inputs(model, item_seq), model.get_attention_mask(item_seq)
     return model.trm_encoder(inputs, mask, output_all_encoded_layers=False)[-1]
+
+
+def _sasrec_last(model: RecBoleModel, item_seq: Tensor, lengths: Tensor) -> Tensor:
+    inputs = _sasrec_inputs(model, item_seq)
+    return transformer_last(model.trm_encoder, inputs, item_seq, lengths, is_causal=True)
 
 
 class CpSASRec(CompressedRecommender):
@@ -112,12 +121,20 @@ class CpSASRec(CompressedRecommender):
         model_class=recbole_models.SASRec,
         architecture=_TRANSFORMER_OPTIONS,
         hidden_states=_sasrec_hidden,
+        last_state=_sasrec_last,
     )
 
 
+def _gru4rec_states(model: RecBoleModel, item_seq: Tensor) -> Tensor:
+    return model.gru_layers(model.emb_dropout(model.item_embedding(item_seq)))[0]
+
+
 def _gru4rec_hidden(model: RecBoleModel, item_seq: Tensor) -> Tensor:
-    vectors = model.emb_dropout(model.item_embedding(item_seq))
-    return model.dense(model.gru_layers(vectors)[0])
+    return model.dense(_gru4rec_states(model, item_seq))
+
+
+def _gru4rec_last(model: RecBoleModel, item_seq: Tensor, lengths: Tensor) -> Tensor:
+    return model.dense(pick(_gru4rec_states(model, item_seq), lengths))
 
 
 class CpGRU4Rec(CompressedRecommender):
@@ -130,6 +147,7 @@ class CpGRU4Rec(CompressedRecommender):
         architecture=("embedding_size", "hidden_size", "num_layers", "dropout_prob", "loss_type"),
         layers=lambda model: _gru_layers(model.gru_layers),
         hidden_states=_gru4rec_hidden,
+        last_state=_gru4rec_last,
     )
 
 
@@ -137,7 +155,9 @@ def _bert4rec_last(model: RecBoleModel, item_seq: Tensor, lengths: Tensor) -> Te
     """The state at a mask after the newest item; as in RecBole, the first column makes way."""
     longer = torch.nn.functional.pad(item_seq, (0, 1))
     masked = longer.scatter(1, lengths.unsqueeze(1), model.n_items)[:, 1:]
-    return with_one(model.gather_indexes(model.forward(masked), lengths - 1))
+    inputs = _sasrec_inputs(model, masked)
+    state = transformer_last(model.trm_encoder, inputs, masked, lengths, is_causal=False)
+    return with_one(model.output_ln(model.output_gelu(model.output_ffn(state))))
 
 
 def _bert4rec_training(model: RecBoleModel, batch: Interaction) -> tuple[Tensor, Tensor, Tensor]:

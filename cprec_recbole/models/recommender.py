@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cprec_recbole.config import CompressionError
+from cprec_recbole.config import CompressionError, check_choice
 from cprec_recbole.data import NEXT_ITEMS
 from cprec_recbole.embedding import BlockEmbedding
 from cprec_recbole.host.numbering import check_numbering, remember
 from cprec_recbole.host.provider import importing_models
 from cprec_recbole.int8 import not_trained
 from cprec_recbole.models.deprecated import renamed
+from cprec_recbole.models.engine import ENGINES, GraphLayers, NoGraph, no_graph
 from cprec_recbole.models.eval_mode import can_be_trained, in_eval_mode
 from cprec_recbole.models.from_config import parts_of_config
 from cprec_recbole.models.inputs import barred_ids, pad_histories
@@ -92,6 +93,9 @@ class CompressedRecommender(SequentialRecommender):
     choice: ChosenOptions | None = None  # where compress() was given a budget
     warm_start: WarmStart | None = None  # where compress() was given a trained model
     int8_scales: Mapping[str, Tensor] = MappingProxyType({})  # of matrices that quantize() rounded
+    graph_file: Path | None = None  # where a folder keeps its layers as a graph
+    _engine = "torch"
+    _graph: GraphLayers | None = None
 
     def __init__(
         self, config: Any = None, dataset: Any = None, *, parts: Parts | None = None
@@ -241,6 +245,57 @@ class CompressedRecommender(SequentialRecommender):
                 module.check_state(state_dict, f"{name}.")
         return super().load_state_dict(state_dict, strict=strict)
 
+    # -- engines -----------------------------------------------------------------------------------
+
+    @property
+    def engine(self) -> str:
+        """What computes hidden states in `recommend`: `torch`, or `onnx` for onnxruntime.
+
+        Set it to either, or to `auto`: onnxruntime where it is installed and runs the model's
+        layers in float32 or int8 on the CPU, until weights change. Set to `onnx`, the layers are
+        followed anew after each change.
+
+        Raises:
+            CompressionError: another name, or `onnx` where onnxruntime is missing or cannot run
+                the layers; the message says why.
+        """
+        return "torch" if self._graph_layers() is None else "onnx"
+
+    @engine.setter
+    def engine(self, engine: str) -> None:
+        check_choice("engine", engine, ENGINES)
+        before, self._engine = self._engine, engine
+        if engine == "torch":
+            self._graph = None
+        elif engine == "onnx":
+            try:
+                self._graph_layers()
+            except CompressionError:
+                self._engine = before
+                raise
+
+    def _graph_layers(self) -> GraphLayers | None:
+        """The layers in onnxruntime, as the weights are now; None where torch answers."""
+        graph = self._graph
+        if self._engine == "torch" or (graph is not None and graph.are_current()):
+            return graph
+        try:
+            if graph is not None and self._engine == "auto":
+                raise NoGraph("the weights have changed")
+            # what a folder keeps is of the weights that it was loaded with
+            graph, self.graph_file = GraphLayers(self, self.graph_file), None
+        except NoGraph as error:
+            if self._engine == "onnx":
+                raise no_graph(error) from error
+            self._engine, graph = "torch", None
+        self._graph = graph
+        return graph
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles have no session, and come from no folder."""
+        engine = "onnx" if self._engine == "onnx" else "torch"
+        return {**self.__dict__, "graph_file": None, "_graph": None, "_engine": engine}
+
     # -- without RecBole's data --------------------------------------------------------------------
 
     @torch.no_grad()
@@ -271,11 +326,11 @@ class CompressedRecommender(SequentialRecommender):
                 above what may be recommended.
         """
         device = self.table.partition.item_at.device
-        histories, seen = pad_histories(item_seq, self.n_items, self.max_seq_length)
+        histories, lengths, seen = pad_histories(item_seq, self.n_items, self.max_seq_length)
         barred = barred_ids(exclude, len(histories), self.n_items, seen if exclude_seen else None)
-        lengths = (histories != 0).sum(1)
         with in_eval_mode(self):
-            hidden = self(histories.to(device), lengths.to(device))
+            layers = self._graph_layers() or self
+            hidden = layers(histories.to(device), lengths.to(device))
             return self.softmax.topk(hidden, k, barred, allowed)
 
     def recommend_tokens(

@@ -1,8 +1,9 @@
-"""A model as a folder of three files: options and checksums, weights, item tokens.
+"""A model as a folder: options and checksums, weights, item tokens.
 
     config.json                        what the model is, and which files belong to it
     weights-<checksum>.safetensors     every parameter once
     items-<checksum>.json              the token of each item id from 1 on
+    layers-<...>.onnx                  the layers for onnxruntime, once they were asked for
 
 Nothing in them can run code. config.json is replaced last and in one step, and names the other two
 by what is in them. So a crash at any moment leaves either the old model or the new one.
@@ -34,6 +35,7 @@ from cprec_recbole.int8 import (
     kept_scales,
     whole_numbers,
 )
+from cprec_recbole.models.engine import graph_file
 from cprec_recbole.models.spec import Parts
 from cprec_recbole.models.vocabulary import Vocabulary
 from cprec_recbole.partition import Partition
@@ -44,7 +46,8 @@ FORMAT_VERSION = 3
 _CONFIG = "config.json"
 _BETWEEN = re.compile(rb'[^\\]","')  # two tokens: quotation marks within one are escaped
 _OURS = re.compile(
-    r"(weights|items)-[0-9a-f]{16}\.(safetensors|json)|\.(cprec|config\.json)-.*\.tmp"
+    r"(weights|items)-[0-9a-f]{16}\.(safetensors|json)|layers-[0-9a-f]{16}-[0-9a-f]{16}\.onnx|"
+    r"\.(cprec|config\.json|layers)-.*\.tmp"
 )
 
 
@@ -205,6 +208,7 @@ def load_model(folder: str | os.PathLike[str], known: Mapping[str, type[Any]]) -
             f"{reason}."
         ) from error
     model.vocabulary = tokens
+    model.graph_file = graph_file(Path(folder).absolute(), _checksum(header))
     return model
 
 

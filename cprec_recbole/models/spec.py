@@ -31,6 +31,12 @@ def _by_forward(model: RecBoleModel, item_seq: Tensor, lengths: Tensor) -> Tenso
     return model.forward(item_seq, lengths)
 
 
+def pick(states: Tensor, lengths: Tensor) -> Tensor:
+    """The states of the last items, `[B, L, ...], [B] -> [B, ...]`."""
+    rows = torch.arange(states.shape[0], device=states.device) * states.shape[1] + lengths - 1
+    return states.flatten(0, 1).index_select(0, rows)
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     """What compression has to know of one RecBole model.
@@ -48,8 +54,9 @@ class ModelSpec:
         hidden_states: `(model, item_seq [B, L]) -> [B, L, d]`; position t sees items up to t only.
             None for a model that has no such states: it has one for a whole history, and is trained
             with `training: last_position`.
-        last_state: `(model, item_seq [B, L], lengths [B]) -> [B, d]`, for those models, of batches
-            as wide as `MAX_ITEM_LIST_LENGTH`; the model's `forward` if left out.
+        last_state: `(model, item_seq [B, L], lengths [B]) -> [B, d]`. Left out, it is the last of
+            `hidden_states`; for a model without them the model's `forward`, of batches as wide as
+            `MAX_ITEM_LIST_LENGTH`.
         table: how the model keeps its items.
         training_states: `(model, batch) -> hidden [N, d], target [N], negative [N]`, where the
             model is not trained on the next item of RecBole's rows.
@@ -66,7 +73,7 @@ class ModelSpec:
     layers: Callable[[RecBoleModel], list[Layer]] = _no_layers
     layers_per_block: int = 1
     hidden_states: Callable[[RecBoleModel, Tensor], Tensor] | None = None
-    last_state: Callable[[RecBoleModel, Tensor, Tensor], Tensor] = _by_forward
+    last_state: Callable[[RecBoleModel, Tensor, Tensor], Tensor] | None = None
     table: PlainTable = field(default_factory=PlainTable)
     training_states: Callable[[RecBoleModel, Interaction], tuple[Tensor, Tensor, Tensor]] | None = (
         None
@@ -160,13 +167,20 @@ class Encoder:
     def last_state(self, item_seq: Tensor, lengths: Tensor) -> Tensor:
         """Hidden state that predicts the next item, `[B, L], [B] -> [B, d]`."""
         if self.spec.hidden_states is None:
-            missing = self.model.max_seq_length - item_seq.shape[1]
-            return self.spec.last_state(self.model, F.pad(item_seq, (0, missing)), lengths)
-        if self.reads_last_column:
-            return self.every_position(item_seq)[:, -1]  # as RecBole trains and reads this model
-        longest = int(lengths.max())  # what follows is padding, and no position sees it
-        states = self.every_position(item_seq[:, :longest])
-        return states[torch.arange(len(states), device=states.device), lengths - 1]
+            item_seq = F.pad(item_seq, (0, self.model.max_seq_length - item_seq.shape[1]))
+        elif self.reads_last_column:  # as RecBole trains and reads this model
+            lengths = torch.full_like(lengths, item_seq.shape[1])
+        else:
+            item_seq = item_seq[:, : int(lengths.max())]  # what follows is padding: nobody sees it
+        return self.state_of(item_seq, lengths)
+
+    def state_of(self, item_seq: Tensor, lengths: Tensor) -> Tensor:
+        """The same of a batch as wide as the model reads it."""
+        if self.spec.last_state is not None:
+            return self.spec.last_state(self.model, item_seq, lengths)
+        if self.spec.hidden_states is None:
+            return _by_forward(self.model, item_seq, lengths)
+        return pick(self.every_position(item_seq), lengths)
 
     def all_states(self, item_seq: Tensor) -> Tensor:
         """Every hidden state that predicts something, `[B, L] -> [N, d]`: one for each item, or

@@ -9,18 +9,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from operator import is_
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.graph import increment_version
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from cprec_recbole.config import CompressionError
 from cprec_recbole.int8 import Int8Rows
 from cprec_recbole.partition import PADDING, Partition
+from cprec_recbole.versions import Version
 
 FEW_ITEMS = 2**15  # whose vectors may be kept
 _NUMBERS = 2**19  # to work on at a time
@@ -122,8 +120,7 @@ class SearchTable:
         clusters: Tensor | None,
         watched: Sequence[Tensor],
     ) -> None:
-        self._watched, self._marks = list(watched), [_mark(tensor) for tensor in watched]
-        self._storages = [tensor.detach() for tensor in watched]  # so that no address is used again
+        self._version = Version(watched)
         self.partition = partition
         self.clusters = None if clusters is None else clusters.detach().double()
         self.dtype = torch.float64 if rows[0].dtype == torch.float64 else torch.float32
@@ -170,10 +167,9 @@ class SearchTable:
         columns = [block.values.T for block in self.blocks]
         return [each.contiguous() for each in columns] if self.is_small else columns
 
-    def is_current(self, watched: Sequence[Tensor]) -> bool:
+    def is_current(self, watched: list[Tensor]) -> bool:
         """Whether the weights are those that this was made from."""
-        same = len(watched) == len(self._watched) and all(map(is_, watched, self._watched))
-        return same and [_mark(tensor) for tensor in watched] == self._marks
+        return self._version.is_of(watched)
 
     def exact_logits(self, hidden: Tensor, positions: Tensor) -> Tensor:
         """Logits in float64, `[B, d], [B, m] -> [B, m]`, sums of products as in `exact_query`."""
@@ -196,19 +192,3 @@ class SearchTable:
             products = (codes * query).sum(2)  # in float64, which queries are in
             logits = torch.where(blocks == j, products, logits)
         return logits
-
-
-def _mark(tensor: Tensor) -> tuple[int, int]:
-    """What changes with a tensor's numbers: where they lie, and PyTorch's count of changes."""
-    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
-
-
-def _count_fused_step(optimizer: Optimizer, *_: Any) -> None:
-    """Count a fused step among the changes of its parameters, which PyTorch does not."""
-    for group in optimizer.param_groups:
-        if group.get("fused"):
-            for parameter in group["params"]:
-                increment_version(parameter)
-
-
-register_optimizer_step_post_hook(_count_fused_step)

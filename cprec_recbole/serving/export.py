@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import os
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +19,10 @@ from cprec_recbole.files import write_whole
 from cprec_recbole.int8 import SCALE_DTYPE, Int8Rows
 from cprec_recbole.models.recommender import CompressedRecommender, copied
 from cprec_recbole.models.saving import as_path, write_tokens
+from cprec_recbole.onnx import OPSET, quietly
 from cprec_recbole.partition import PADDING
 from cprec_recbole.search.topk import check_k
 
-OPSET = 18
 SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
 _AXES = {"history": {0: "batch"}, "exclude": {0: "batch", 1: "excluded"}}  # that may differ
 _LARGEST = 2**31 - 2**24  # an ONNX file is one protocol buffer, which ends at 2 GiB
@@ -69,7 +65,7 @@ def export(
         "k": str(k),
     }
     try:
-        with _quietly(), torch.no_grad():
+        with quietly(), torch.no_grad():
             program = _traced(small, k, to)
             if small.vocabulary is None and small.item_tokens is None:
                 tokens_path(file).unlink(missing_ok=True)  # of another model
@@ -152,9 +148,11 @@ class _Exported(nn.Module):
         """Items `[B, k]` and scores `[B, k]`, of inputs as `export` has them; a score of -inf where
         fewer than k items are left."""
         lengths = (history != PADDING).sum(1)
-        if self.model.encoder.has_one_state:
+        if self.model.spec.hidden_states is None:
             hidden = self.model(history, lengths)
-        else:
+        elif self.model.reads_last_column:
+            hidden = self.model.hidden_states(history)[:, -1]
+        else:  # `last_state` looks at lengths, which a graph does not know
             states = self.model.hidden_states(history)
             last = (lengths - 1).clamp(min=0).view(-1, 1, 1)
             hidden = states.gather(1, last.expand(-1, 1, states.shape[2])).squeeze(1)
@@ -246,16 +244,3 @@ def _write_onnx(program: Any, part: Path, facts: dict[str, str]) -> None:
     model.metadata_props.update(facts)
     model.producer_name = "cprec_recbole"
     result.save(part)
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Within: the exporters' progress and warnings about their own insides are not shown."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

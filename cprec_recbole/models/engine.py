@@ -1,0 +1,266 @@
+"""The layers of a model in onnxruntime, from histories to hidden states.
+
+The graph holds the layers' weights. The table is an input: a session reads it where the model has
+it, so that there is no second one.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cprec_recbole.config import CompressionError
+from cprec_recbole.embedding import FEW_ITEMS, BlockEmbedding
+from cprec_recbole.files import remove_leftovers, write_whole
+from cprec_recbole.int8 import Int8Rows
+from cprec_recbole.models.eval_mode import in_eval_mode
+from cprec_recbole.models.spec import Encoder
+from cprec_recbole.onnx import session_of, traced_graph
+from cprec_recbole.partition import PADDING
+from cprec_recbole.versions import Version
+
+ENGINES = ("auto", "torch", "onnx")
+_ROWS = 64  # of a batch that are run at a time: what lies between two steps stays in the cache
+_FORMAT = 1  # of the graphs; another one makes new ones
+_MAKING = threading.RLock()  # PyTorch's exporter is for one at a time
+
+
+class NoGraph(Exception):
+    """Why the layers do not run in onnxruntime."""
+
+
+class GraphLayers:
+    """The layers of a model as they are now, in a session of onnxruntime.
+
+    Args:
+        model: a CompressedRecommender.
+        kept: where the graph is kept for other processes, without its digest; None for nowhere.
+
+    Raises:
+        NoGraph: onnxruntime is missing, or the model is none that it can run.
+    """
+
+    def __init__(self, model: Any, kept: Path | None = None) -> None:
+        _check(model)
+        self._slots = [
+            (tensors, name)
+            for module in model.inner.modules()
+            for tensors in (module._parameters, module._buffers)
+            for name, tensor in tensors.items()
+            if tensor is not None
+        ]
+        self._version = Version(self._watched())
+        self._table, self._encoder = model.table, model.encoder
+        with _MAKING:
+            self._session = self._made(model, kept)
+        self._inputs = [each.name for each in self._session.get_inputs()]
+        width = self._session.get_inputs()[0].shape[1]
+        self._width = width if isinstance(width, int) else None
+
+    def are_current(self) -> bool:
+        """Whether the weights are those that this was made from."""
+        return self._version.is_of(self._watched())
+
+    def __call__(self, item_seq: Tensor, lengths: Tensor) -> Tensor:
+        """See Encoder.last_state."""
+        if self._width is None:
+            item_seq = item_seq[:, : int(lengths.max())]
+        else:
+            item_seq = F.pad(item_seq, (0, self._width - item_seq.shape[1]))
+        table = _table_inputs(self._table)
+        parts = [
+            torch.from_numpy(self._run({"item_seq": rows, "lengths": ends, **table}))
+            for rows, ends in zip(item_seq.split(_ROWS), lengths.split(_ROWS))
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _run(self, given: dict[str, Tensor]) -> Any:
+        return self._session.run(None, {name: given[name].numpy() for name in self._inputs})[0]
+
+    def _watched(self) -> list[Tensor]:
+        return [tensors[name] for tensors, name in self._slots if name in tensors]
+
+    def _made(self, model: Any, kept: Path | None) -> Any:
+        found = _read(kept)
+        if found == b"":
+            raise NoGraph("its layers cannot be followed")
+        if found is not None:
+            try:
+                return session_of(found)
+            except Exception:  # of whatever kind: it is made again
+                pass
+        graph = self._followed(model)
+        _keep(kept, graph)
+        if not graph:
+            raise NoGraph("its layers cannot be followed")
+        return session_of(graph)
+
+    def _followed(self, model: Any) -> bytes:
+        """The graph, of any width if it can be; empty where there is none."""
+        try:
+            import onnx  # noqa: F401
+        except ImportError as error:
+            raise NoGraph(f"{error}") from error
+        one_width = model.spec.hidden_states is None or model.reads_last_column
+        for is_fixed in (True,) if one_width else (False, True):
+            try:
+                graph = _traced(model, is_fixed)
+                self._session = session_of(graph)
+                self._inputs = [each.name for each in self._session.get_inputs()]
+                self._width = model.max_seq_length if is_fixed else None
+                if self._agrees(model):
+                    return graph
+            except Exception:  # exporter and runtime raise many kinds
+                continue
+        return b""
+
+    def _agrees(self, model: Any) -> bool:
+        """Whether the graph does what the layers do, on histories that it was not made of."""
+        most, generator = model.max_seq_length, torch.Generator().manual_seed(1)
+        for lengths in ([most], [1], [max(1, most // 2)], [most, 1, max(1, most // 3), most - 1]):
+            ends = torch.tensor(lengths).clamp(min=1)
+            item_seq = _histories(model.n_items, most, ends, generator)
+            with in_eval_mode(model), torch.no_grad():
+                wanted = model(item_seq, ends)
+            if not torch.allclose(self(item_seq, ends), wanted, rtol=1e-4, atol=1e-5):
+                return False
+        return True
+
+
+def graph_file(folder: Path, checksum: str) -> Path:
+    """Where the graph of a model in a folder is kept, without its digest: a name for each state of
+    the folder, and for each version of what makes graphs."""
+    facts = f"{checksum} {_FORMAT} {FEW_ITEMS} {torch.__version__}"
+    return folder / f"layers-{hashlib.sha256(facts.encode()).hexdigest()[:16]}"
+
+
+def _read(kept: Path | None) -> bytes | None:
+    """The graph that is kept; None where there is none, or none that is whole."""
+    try:
+        for path in kept.parent.glob(f"{kept.name}-*.onnx") if kept else ():
+            graph = path.read_bytes()
+            if _with_digest(path.parent / kept.name, graph) == path:  # type: ignore[union-attr]
+                return graph
+    except OSError:
+        pass
+    return None
+
+
+def _keep(kept: Path | None, graph: bytes) -> None:
+    if kept is not None:
+        path = _with_digest(kept, graph)
+        try:
+            write_whole(path, lambda part: part.write_bytes(graph))
+            remove_leftovers(path)
+        except OSError:  # then each process makes its own
+            pass
+
+
+def _with_digest(kept: Path, graph: bytes) -> Path:
+    return kept.with_name(f"{kept.name}-{hashlib.sha256(graph).hexdigest()[:16]}.onnx")
+
+
+def _check(model: Any) -> None:
+    try:
+        import onnxruntime  # noqa: F401
+    except ImportError as error:
+        raise NoGraph(f"{error}; pip install cprec_recbole[fast] brings it") from error
+    for parameter in model.parameters():
+        if parameter.device.type != "cpu":
+            raise NoGraph(f"the model is on {parameter.device.type}, and not on the CPU")
+        if parameter.dtype not in (torch.float32, torch.int8):
+            raise NoGraph(f"the model is in {parameter.dtype}, and not in float32 or int8")
+
+
+def _histories(
+    n_items: int, width: int, lengths: Tensor, generator: torch.Generator | None = None
+) -> Tensor:
+    items = torch.randint(1, n_items, (len(lengths), width), generator=generator)
+    return items.masked_fill(torch.arange(width) >= lengths.unsqueeze(1), PADDING)
+
+
+def _table_inputs(table: BlockEmbedding) -> dict[str, Tensor]:
+    """What the graph reads of a table, by name."""
+    if table.keeps_vectors:
+        return {"vectors": table.kept_vectors()}
+    inputs = {"position_of": table.partition.position_of}
+    for j, block in enumerate(table.blocks):
+        rows = block.rows()
+        inputs[f"rows_{j}"] = rows.values if isinstance(rows, Int8Rows) else rows
+        if isinstance(rows, Int8Rows):
+            inputs[f"scales_{j}"] = rows.scales
+    return inputs
+
+
+class _GraphTable(nn.Module):
+    """A table in the operations of a graph, on tensors that it is given."""
+
+    given: dict[str, Tensor]
+
+    def __init__(self, table: BlockEmbedding) -> None:
+        super().__init__()
+        self.partition = SimpleNamespace(n_items=table.partition.n_items)
+        self._places = list(zip(table.partition.starts, table.partition.cutoffs))
+        self._projections = [
+            None if block.projection is None else block.projection.detach().clone()
+            for block in table.blocks
+        ]
+
+    def forward(self, items: Tensor) -> Tensor:
+        """See BlockEmbedding.forward."""
+        if "vectors" in self.given:
+            return F.embedding(items, self.given["vectors"])
+        positions = self.given["position_of"][items].long()
+        parts = []
+        for j, ((start, end), projection) in enumerate(zip(self._places, self._projections)):
+            rows = (positions - start).clamp(0, end - start - 1)
+            codes = self.given[f"rows_{j}"][rows]
+            here = ((positions >= start) & (positions < end)).to(torch.float32).unsqueeze(-1)
+            if f"scales_{j}" in self.given:
+                here = here * self.given[f"scales_{j}"][rows].unsqueeze(-1)
+            codes = codes.to(torch.float32) * here
+            parts.append(codes if projection is None else codes @ projection)
+        return sum(parts[1:], parts[0])
+
+
+class _Graph(nn.Module):
+    """What is traced: a model's layers, given its table."""
+
+    def __init__(self, model: Any, names: list[str]) -> None:
+        super().__init__()
+        self._names, self.table = names, _GraphTable(model.table)
+        self.inner = copy.deepcopy(model.inner, {id(model.table): self.table})
+        self._encoder = Encoder(model.spec, self.inner, model.reads_last_column)
+
+    def forward(self, item_seq: Tensor, lengths: Tensor, *tensors: Tensor) -> Tensor:
+        self.table.given = dict(zip(self._names, tensors))
+        if self._encoder.reads_last_column:
+            lengths = torch.full_like(lengths, item_seq.shape[1])
+        return self._encoder.state_of(item_seq, lengths)
+
+
+def _traced(model: Any, is_fixed: bool) -> bytes:
+    width = model.max_seq_length
+    lengths = torch.tensor([width, 1])
+    tensors = _table_inputs(model.table)
+    module = _Graph(model, list(tensors)).eval().requires_grad_(False)
+    inputs = {"item_seq": _histories(model.n_items, width, lengths), "lengths": lengths, **tensors}
+    axes = {"item_seq": {0: "batch"} if is_fixed else {0: "batch", 1: "length"}}
+    axes |= {"lengths": {0: "batch"}}
+    return traced_graph(module, inputs, axes)
+
+
+def no_graph(reason: object) -> CompressionError:
+    """What is said where a graph was asked for and there is none."""
+    return CompressionError(
+        f"Expected `engine` to be torch or auto for this model, but got onnx, which cannot be had: "
+        f"{reason}."
+    )
