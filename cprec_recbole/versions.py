@@ -18,18 +18,20 @@ class Version:
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self._tensors = list(tensors)
-        self._marks = [_mark(tensor) for tensor in self._tensors]
         self._storages = [tensor.detach() for tensor in self._tensors]  # no address is used again
+        # those of inference mode have no count of changes
+        self._counted = [tensor for tensor in self._tensors if not tensor.is_inference()]
+        self._marks = self._now()
 
     def is_of(self, tensors: list[Tensor]) -> bool:
         """Whether these are the same tensors, with the same numbers."""
         same = len(tensors) == len(self._tensors) and all(map(is_, tensors, self._tensors))
-        return same and [_mark(tensor) for tensor in tensors] == self._marks
+        return same and self._now() == self._marks
 
-
-def _mark(tensor: Tensor) -> tuple[int, int]:
-    """What changes with a tensor's numbers: where they lie, and PyTorch's count of changes."""
-    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
+    def _now(self) -> list[int]:
+        """What changes with the numbers: where they lie, and PyTorch's counts of changes."""
+        addresses = [tensor.data_ptr() for tensor in self._tensors]
+        return addresses + [tensor._version for tensor in self._counted]
 
 
 def _count_fused_step(optimizer: Optimizer, *_: Any) -> None:

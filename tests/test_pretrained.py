@@ -319,8 +319,14 @@ def test_an_uncompressed_model_is_kept_too(trained, tmp_path):
 OF_0_1 = Path(__file__).parent / "folder-0.1"  # written by version 0.1; SASRec, untied tree, int8
 
 
-def test_a_folder_of_version_0_1_is_loaded_and_written_again_as_it_was(tmp_path):
-    model = load_pretrained(OF_0_1)
+@pytest.fixture
+def of_0_1(tmp_path):
+    """A copy: the first answer keeps a graph beside the model."""
+    return shutil.copytree(OF_0_1, tmp_path / "of-0.1")
+
+
+def test_a_folder_of_version_0_1_is_loaded_and_written_again_as_it_was(of_0_1, tmp_path):
+    model = load_pretrained(of_0_1)
     best = model.recommend_tokens([["i1", "i5", "i3"], ["i7"]], k=5)
     assert best.tokens == [["i0", "i1", "i2", "i3", "i5"]] * 2
     expected = torch.tensor(
@@ -334,8 +340,8 @@ def test_a_folder_of_version_0_1_is_loaded_and_written_again_as_it_was(tmp_path)
     assert (tmp_path / "config.json").read_bytes() == (OF_0_1 / "config.json").read_bytes()
 
 
-def test_the_names_of_version_0_1_work_with_a_warning():
-    model = load_pretrained(OF_0_1)
+def test_the_names_of_version_0_1_work_with_a_warning(of_0_1):
+    model = load_pretrained(of_0_1)
     for old, new in (("head", "softmax"), ("backbone", "inner"), ("record", "spec")):
         with pytest.warns(DeprecationWarning, match=f"`{old}` is called `{new}`"):
             assert getattr(model, old) is getattr(model, new)

@@ -60,10 +60,15 @@ class GraphLayers:
         self._version = Version(self._watched())
         self._table, self._encoder = model.table, model.encoder
         with _MAKING:
-            self._session = self._made(model, kept)
-        self._inputs = [each.name for each in self._session.get_inputs()]
-        width = self._session.get_inputs()[0].shape[1]
-        self._width = width if isinstance(width, int) else None
+            self._use(self._made(model, kept))
+
+    def _use(self, session: Any) -> None:
+        inputs = {each.name: each for each in session.get_inputs()}
+        width = inputs["item_seq"].shape[1]
+        self._session, self._width = session, width if isinstance(width, int) else None
+        self._takes_lengths = "lengths" in inputs
+        table = _table_inputs(self._table)  # the same numbers as long as `are_current`
+        self._arrays = {name: table[name].numpy() for name in table.keys() & inputs.keys()}
 
     def are_current(self) -> bool:
         """Whether the weights are those that this was made from."""
@@ -75,15 +80,15 @@ class GraphLayers:
             item_seq = item_seq[:, : int(lengths.max())]
         else:
             item_seq = F.pad(item_seq, (0, self._width - item_seq.shape[1]))
-        table = _table_inputs(self._table)
-        parts = [
-            torch.from_numpy(self._run({"item_seq": rows, "lengths": ends, **table}))
-            for rows, ends in zip(item_seq.split(_ROWS), lengths.split(_ROWS))
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        if len(item_seq) <= _ROWS:
+            return self._run(item_seq, lengths)
+        return torch.cat(list(map(self._run, item_seq.split(_ROWS), lengths.split(_ROWS))))
 
-    def _run(self, given: dict[str, Tensor]) -> Any:
-        return self._session.run(None, {name: given[name].numpy() for name in self._inputs})[0]
+    def _run(self, item_seq: Tensor, lengths: Tensor) -> Tensor:
+        given = {"item_seq": item_seq.numpy(), **self._arrays}
+        if self._takes_lengths:
+            given["lengths"] = lengths.numpy()
+        return torch.from_numpy(self._session.run(None, given)[0])
 
     def _watched(self) -> list[Tensor]:
         return [tensors[name] for tensors, name in self._slots if name in tensors]
@@ -113,9 +118,7 @@ class GraphLayers:
         for is_fixed in (True,) if one_width else (False, True):
             try:
                 graph = _traced(model, is_fixed)
-                self._session = session_of(graph)
-                self._inputs = [each.name for each in self._session.get_inputs()]
-                self._width = model.max_seq_length if is_fixed else None
+                self._use(session_of(graph))
                 if self._agrees(model):
                     return graph
             except Exception:  # exporter and runtime raise many kinds

@@ -13,6 +13,8 @@ from cprec_recbole.config import CompressionError
 from cprec_recbole.partition import PADDING
 from cprec_recbole.search.topk import check_ids
 
+_NOTHING = np.empty(0, dtype=np.int64)
+
 
 def pad_histories(
     item_seq: Any, n_items: int, max_length: int, name: str = "item_seq"
@@ -23,14 +25,15 @@ def pad_histories(
     rows, _ = _rows(item_seq, n_items, name)
     if not rows:
         raise CompressionError(f"Expected `{name}` to hold at least one history, but got none.")
-    for index, row in enumerate(rows):
-        if not len(row):
-            raise CompressionError(
-                f"Expected every history of `{name}` to hold an item, but history {index} has none."
-            )
-    newest = [row[-max_length:] for row in rows]
-    lengths = torch.from_numpy(np.array([len(row) for row in newest]))
-    return _padded(newest, max_length), lengths, _padded(rows)
+    lengths = np.array([min(len(row), max_length) for row in rows])
+    if not lengths.all():
+        raise CompressionError(
+            f"Expected every history of `{name}` to hold an item, but history {lengths.argmin()} "
+            "has none."
+        )
+    newest = _padded([row[-max_length:] for row in rows], max_length)
+    fit = max(map(len, rows)) <= max_length
+    return newest, torch.from_numpy(lengths), newest if fit else _padded(rows)
 
 
 def barred_ids(exclude: Any, n_rows: int, n_items: int, seen: Tensor | None) -> Tensor | None:
@@ -76,8 +79,12 @@ def _ids(row: Any, n_items: int, name: str) -> np.ndarray:
     """See check_ids, which takes longer."""
     if isinstance(row, list) and _are_plain(row):
         ids = np.array(row)
-        if ids.dtype == np.int64 and ids.min() >= 0 and ids.max() < n_items:
-            return ids
+    elif isinstance(row, Tensor) and row.dtype == torch.int64 and row.device.type == "cpu":
+        ids = row.numpy()
+    else:
+        ids = _NOTHING
+    if ids.dtype == np.int64 and ids.size and ids.min() >= 0 and ids.max() < n_items:
+        return ids
     return check_ids(row, n_items, name).cpu().numpy()
 
 

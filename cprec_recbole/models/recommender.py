@@ -328,10 +328,13 @@ class CompressedRecommender(SequentialRecommender):
         device = self.table.partition.item_at.device
         histories, lengths, seen = pad_histories(item_seq, self.n_items, self.max_seq_length)
         barred = barred_ids(exclude, len(histories), self.n_items, seen if exclude_seen else None)
-        with in_eval_mode(self):
-            layers = self._graph_layers() or self
-            hidden = layers(histories.to(device), lengths.to(device))
-            return self.softmax.topk(hidden, k, barred, allowed)
+        graph = self._graph_layers()
+        if graph is not None:
+            hidden = graph(histories, lengths)
+        else:
+            with in_eval_mode(self):
+                hidden = self(histories.to(device), lengths.to(device))
+        return self.softmax.topk(hidden, k, barred, allowed)
 
     def recommend_tokens(
         self,

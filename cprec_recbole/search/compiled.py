@@ -77,7 +77,8 @@ class CompiledSearch:
         self.is_indexed, self.n_searched = False, 0
         # a large head of a flat softmax in int8 too: a look at it takes a quarter of the memory
         self.rough = list(self.blocks)
-        self.rough_errors = np.zeros((len(self.blocks), 1))
+        roundings = np.full(len(self.blocks), table.rounding)
+        self.roundings = [roundings, roundings]  # of large batches, and of thin ones
         head = table.blocks[0].values
         if table.clusters is None and isinstance(head, Tensor) and len(head) >= _LARGE_HEAD:
             rough = Int8Rows(*quantized_rows(head))
@@ -86,7 +87,8 @@ class CompiledSearch:
             )
             # of two logits, one may be off by this much upwards, and one downwards
             longest = float(torch.linalg.matrix_norm(table.blocks[0].basis, 2))
-            self.rough_errors[0] = 2 * longest * float((head - rough[:]).norm(dim=1).max())
+            error = 2 * longest * float((head - rough[:]).norm(dim=1).max())
+            self.roundings = [roundings, roundings + error * (np.arange(len(roundings)) == 0)]
 
     def build_index(self) -> None:
         """Sort the rows of large tail blocks into groups with bounds."""
@@ -106,22 +108,21 @@ class CompiledSearch:
         if self.n_searched >= _ROWS_THAT_PAY and not self.is_indexed:
             self.build_index()
         states = hidden.detach().double().contiguous().numpy()
-        limits_of_parts = [limits]
-        if len(states) > _BATCH:
-            rows = torch.arange(len(states)).split(_BATCH)
-            limits_of_parts = [limits.of_rows(some) for some in rows]
-        parts = [
-            _Part(self, states[i * _BATCH : (i + 1) * _BATCH], each)
-            for i, each in enumerate(limits_of_parts)
-        ]
-        best = [part.search() for part in parts]
-        scores, places = best[0] if len(best) == 1 else map(np.concatenate, zip(*best))
-        scores = scores.astype(np.float32)
-        if not np.isfinite(scores).all():
+        n_rows = len(states)
+        items = torch.empty(n_rows, limits.k, dtype=torch.int64)
+        scores = torch.empty(n_rows, limits.k)
+        tail_rows, is_finite = 0, True
+        for start in range(0, n_rows, _BATCH):
+            end, own = min(start + _BATCH, n_rows), limits
+            if n_rows > _BATCH:
+                own = limits.of_rows(torch.arange(start, end))
+            part = _Part(self, states[start:end], own)
+            written = items.numpy()[start:end], scores.numpy()[start:end]
+            is_finite &= self.loops.result(part.search(), *written)
+            tail_rows += part.tail_rows
+        if not is_finite:
             raise not_finite(hidden)
-        items = torch.from_numpy(self.item_at[places].astype(np.int64))
-        share = sum(part.tail_rows for part in parts) / max(1, len(states) * self.table.n_tail)
-        return Found(TopK(items, torch.from_numpy(scores)), share)
+        return Found(TopK(items, scores), tail_rows / max(1, n_rows * self.table.n_tail))
 
 
 class _Part:
@@ -138,37 +139,28 @@ class _Part:
         self.excluded = limits.excluded.numpy()
         self.allowed = None if limits.allowed is None else limits.allowed.numpy()
         self.tail_rows = 0
-        exact = self.loops.queries_of(self.hidden, whole.basis)
-        self.clusters = exact[:, sum(whole.table.ranks) :]  # logits of a tree's
-        self.lengths = np.sqrt(np.square(self.hidden).sum(1))
-        errors = whole.rough_errors if self.n_rows < _THIN else 0 * whole.rough_errors
-        slack = self.lengths * (whole.table.rounding + errors)
-        if not (slack < np.finfo(np.float32).max).all():
-            raise not_finite(torch.from_numpy(self.hidden))
-        self.queries = self.loops.Queries(
-            exact,
-            exact.astype(np.float32),
-            self.loops.queries_of(self.hidden, whole.moved_basis).astype(np.float32),
-            slack.astype(np.float32),
-            np.zeros((len(whole.blocks), self.n_rows)),
-            rounds=True,
+        exact, *others, self.lengths = self.loops.prepare(
+            hidden, whole.basis, whole.moved_basis, whole.roundings[self.n_rows < _THIN]
         )
+        self.clusters = exact[:, sum(whole.table.ranks) :]  # logits of a tree's
+        if not np.isfinite(others[-1]).all():
+            raise not_finite(torch.from_numpy(hidden))
+        offsets = np.zeros((len(whole.blocks), self.n_rows))
+        self.queries = self.loops.Queries(exact, *others, offsets, rounds=True)
 
-    def search(self) -> tuple[np.ndarray, np.ndarray]:
-        """Scores in float64 and positions of the best, `[B, k], [B, k]`, best first."""
+    def search(self) -> Any:
+        """The best of each row, sorted: scores in float64, and positions."""
         if self.whole.table.clusters is None:
-            best = self._by_offsets()
-            return best.scores, best.places
+            return self._by_offsets()
         best = self._by_rough_normalisers()
-        scores, places = best.scores[:, :-1], best.places[:, :-1]
         blocks = np.searchsorted(self.whole.table.partition.cutoffs, best.places, side="right")
         unsure = np.flatnonzero(self._are_unsure(best.scores, blocks))
         if len(unsure):
             part = self._some(unsure)
             part._find_exact_offsets(self._are_of_interest(best.scores, blocks)[:, unsure])
             exact = part._by_offsets()
-            scores[unsure], places[unsure] = exact.scores, exact.places
-        return scores, places
+            best.scores[unsure, :-1], best.places[unsure, :-1] = exact.scores, exact.places
+        return best
 
     def _some(self, rows: np.ndarray) -> _Part:
         """Some of the rows as a part of their own."""

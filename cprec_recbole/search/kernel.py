@@ -88,14 +88,30 @@ _in_any_order = _compiled(fastmath={"reassoc", "contract", "nsz"})
 
 
 @_in_order
-def queries_of(hidden: Array, basis: Array) -> Array:
-    """Hidden states in other spaces, `[B, d], [d, r] -> [B, r]`, in float64."""
-    queries = np.zeros((len(hidden), basis.shape[1]))
+def in_spaces(hidden: Array, basis: Array) -> Array:
+    """Hidden states in other spaces, `[B, d], [d, r] -> [B, r]`."""
+    states = np.zeros((len(hidden), basis.shape[1]))
     for i in range(len(hidden)):
         for c in range(len(basis)):
             for a in range(basis.shape[1]):
-                queries[i, a] += basis[c, a] * hidden[i, c]
-    return queries
+                states[i, a] += basis[c, a] * hidden[i, c]
+    return states
+
+
+@_in_order
+def prepare(
+    hidden: Array, basis: Array, moved_basis: Array, roundings: Array
+) -> tuple[Array, Array, Array, Array, Array]:
+    """The first parts of Queries, and the lengths of the states `[B]`, of hidden states `[B, d]`
+    and what rounding may change in each block for a state of length one, `[n_blocks]`."""
+    exact = in_spaces(hidden, basis)
+    moved = in_spaces(hidden, moved_basis).astype(np.float32)
+    lengths = np.sqrt((hidden * hidden).sum(1))
+    slack = np.empty((len(roundings), len(hidden)), dtype=np.float32)
+    for j in range(len(roundings)):
+        for i in range(len(hidden)):
+            slack[j, i] = roundings[j] * lengths[i]
+    return exact, exact.astype(np.float32), moved, slack, lengths
 
 
 @_in_any_order
@@ -521,6 +537,18 @@ def sort(best: Best) -> None:
             score, place = scores[end], places[end]
             scores[end], places[end] = scores[0], places[0]
             _sink(scores, places, best.item_at, end, score, place)
+
+
+@_in_order
+def result(best: Best, items: Array, scores: Array) -> bool:
+    """Write the items and scores of what was sorted, `[B, k]`; whether all scores are finite."""
+    is_finite = True
+    for i in range(items.shape[0]):
+        for j in range(items.shape[1]):
+            items[i, j] = best.item_at[best.places[i, j]]
+            scores[i, j] = best.scores[i, j]
+            is_finite = is_finite and np.isfinite(scores[i, j])
+    return is_finite
 
 
 # -- the index -----------------------------------------------------------------------------------
