@@ -112,7 +112,7 @@ def test_many_good_users_in_several_batches(folder, tmp_path, capsys):
     histories = [[f"i{i % 40}", f"i{(7 * i) % 40}"] for i in range(150)]
     path = tmp_path / "users.jsonl"
     path.write_text("\n".join(json.dumps({"n": i, "history": h}) for i, h in enumerate(histories)))
-    assert main(["recommend", str(folder), "--input", str(path), "-k", "2", "--index"]) == 0
+    assert main(["recommend", str(folder), "--input", str(path), "-k", "2"]) == 0
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [answer["n"] for answer in answers] == list(range(150))
     best = load_pretrained(folder).recommend_tokens(histories, 2)

@@ -56,18 +56,13 @@ def add_parser(commands: Any) -> None:
         metavar="{" + ",".join(ENGINES) + "}",
         help="what computes hidden states (default: onnxruntime where it can be had, else torch)",
     )
-    parser.add_argument("--index", action="store_true", help="build an index first")
 
 
 def run(options: argparse.Namespace, passed_on: dict[str, Any], command: str) -> int:
     """Print a table for one history, or answer a line for each line read."""
-    reject_unknown(
-        passed_on, ("history", "input", "k", "unknown", "exclude-seen", "engine", "index")
-    )
+    reject_unknown(passed_on, ("history", "input", "k", "unknown", "exclude-seen", "engine"))
     check_choice("unknown", options.unknown, UNKNOWN)
     model = load_pretrained(options.folder, engine=options.engine)
-    if options.index:
-        model.build_index()
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = _on_one_line

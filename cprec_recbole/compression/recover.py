@@ -24,6 +24,7 @@ from cprec_recbole.models.recommender import CompressedRecommender, copied
 from cprec_recbole.models.spec import Encoder
 from cprec_recbole.partition import PADDING
 from cprec_recbole.results import Recovery
+from cprec_recbole.threads import threads_for
 from cprec_recbole.training.evaluation import check_validation_data, evaluate, valid_metric
 from cprec_recbole.training.optimizers import build_optimizer
 
@@ -121,6 +122,7 @@ def recover(
     with (
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         in_eval_mode(teacher),
+        threads_for(small.n_items, small.table.dim),
         with_dense_gradients(learner),
         # what the original says of every item keeps the model from learning its few labels by
         # heart, and dropout would hide from a small model what it is to repeat

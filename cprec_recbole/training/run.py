@@ -27,6 +27,7 @@ from cprec_recbole.host import library
 from cprec_recbole.models import MODELS
 from cprec_recbole.parallel import group
 from cprec_recbole.parallel.launch import launch
+from cprec_recbole.threads import threads_for
 from cprec_recbole.training.evaluation import check_topk, check_valid_metric, plain
 from cprec_recbole.training.state import BEST, LAST, RESULT, Journal, digest, terms_of
 from cprec_recbole.training.trainer import CompressedTrainer
@@ -206,7 +207,12 @@ def _train_and_test(config: Config, job: Job) -> dict[str, Any]:
     if not group.is_first():  # the same weights everywhere; what is drawn while training differs
         init_seed(config["seed"] + group.rank(), config["reproducibility"])
     logger.info(model)
-    with library.fitting_options(config["model"]):
+    dim = config["embedding_size"] or config["hidden_size"] or 1
+    with (
+        library.fitting_options(config["model"]),
+        threads_for(loaders[0]._dataset.item_num, dim) as n_threads,
+    ):
+        logger.info(f"Threads: {n_threads}. OMP_NUM_THREADS asks for another number.")
         trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
         if job.out is None:
             return _fit_and_test(trainer, config, loaders, job)

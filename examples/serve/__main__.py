@@ -9,6 +9,7 @@ from pathlib import Path
 import uvicorn
 
 from cprec_recbole import CompressionError
+from cprec_recbole.threads import threads_for
 from examples.serve.app import create_app
 
 
@@ -20,16 +21,20 @@ def main(arguments: list[str] | None = None) -> int:
         app = create_app(
             folders,
             options.titles or _titles_beside(folders),
-            index=options.index,
             max_batch=options.max_batch,
             max_wait=options.max_wait_ms / 1e3,
         )
     except CompressionError as error:
         print(f"serve: {error}", file=sys.stderr)
         return 2
-    uvicorn.run(
-        app, host=options.host, port=options.port, access_log=options.access_log, log_level="info"
-    )
+    with threads_for(n_items=1, dim=1):  # a request is too small for a second one
+        uvicorn.run(
+            app,
+            host=options.host,
+            port=options.port,
+            access_log=options.access_log,
+            log_level="info",
+        )
     return 0
 
 
@@ -43,7 +48,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--host", default="127.0.0.1", help="(default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
-    parser.add_argument("--index", action="store_true", help="build an index for each model")
     parser.add_argument("--max-batch", type=_positive, default=32, help="(default: %(default)s)")
     parser.add_argument(
         "--max-wait-ms",

@@ -31,15 +31,14 @@ class Served:
     bytes: int
 
     @classmethod
-    def load(cls, folder: Path, version: int, index: bool = False) -> Served:
+    def load(cls, folder: Path, version: int) -> Served:
         """Read a folder, and answer once, so that the first request finds everything ready.
 
         Raises:
             CompressionError: a folder that `load_pretrained` refuses, or one without tokens.
         """
         model = load_pretrained(folder)
-        if index:
-            model.build_index()
+        model.build_index()
         model.recommend_tokens([model.known_vocabulary().token(1)], k=1)
         return cls(model, version, part_sizes(model).total, saved_bytes(model))
 
@@ -121,15 +120,14 @@ class Slot:
     Args:
         name: what requests call it.
         folder: read now and at each reload.
-        index: build an index after loading.
 
     Raises:
         CompressionError: a folder that cannot be served.
     """
 
-    def __init__(self, name: str, folder: Path, index: bool = False) -> None:
-        self.name, self.folder, self._index = name, folder, index
-        self.served = Served.load(folder, 1, index)
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name, self.folder = name, folder
+        self.served = Served.load(folder, 1)
         self._reloading = asyncio.Lock()
 
     async def reload(self) -> Served:
@@ -143,7 +141,7 @@ class Slot:
         async with self._reloading:
             version = self.served.version + 1
             try:
-                new = await asyncio.to_thread(Served.load, self.folder, version, self._index)
+                new = await asyncio.to_thread(Served.load, self.folder, version)
             except CompressionError:
                 raise
             except Exception as error:  # whatever it is, the old model is still there

@@ -31,7 +31,6 @@ class Service:
 
     Args:
         folders: what to serve, by name; the first answers requests that name none.
-        index: build an index for each model.
         max_batch: histories in a call at most.
         max_wait: seconds that a request waits for others at most.
 
@@ -43,12 +42,11 @@ class Service:
         self,
         folders: Mapping[str, Path],
         *,
-        index: bool = False,
         max_batch: int = 32,
         max_wait: float = 0.002,
     ) -> None:
         self.metrics = Metrics()
-        self.slots = {name: Slot(name, Path(folder), index) for name, folder in folders.items()}
+        self.slots = {name: Slot(name, Path(folder)) for name, folder in folders.items()}
         self._batchers: dict[str, Batcher[Question, Best]] = {}
         for name, slot in self.slots.items():
             observe = self.metrics.batches.labels(name).observe
