@@ -15,7 +15,7 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TOOLS := $(VENV)/.tools
 
-.PHONY: demo serve test check lint types install docs bench bench-search clean
+.PHONY: demo serve test check lint types install docs bench bench-answer clean
 
 demo: $(STAMP)
 	$(BIN)/cprec compare --model NextItNet --dataset ml-100k --controls recovered recovered-int8
@@ -48,9 +48,9 @@ docs: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/objectives.py
 
-bench-search: $(STAMP)
+bench-answer: $(STAMP)
 	$(BIN)/pip install --quiet --editable ".[bench]"
-	$(BIN)/python benchmarks/inference.py
+	$(BIN)/python benchmarks/answer.py
 
 # torch first, from a local file where pip's settings offer one; then RecBole without its ray, which
 # has no file for Python 3.12 and later; then the package with everything else RecBole needs.

@@ -43,7 +43,7 @@ from cprec_recbole.models.recommender import CompressedRecommender
 K = 20
 MODELS = ("SASRec", "GRU4Rec", "NextItNet")
 SIZES = (1_683, 12_102, 60_417, 300_000, 1_000_000)
-SEARCH_SIZES = (300_000, 1_000_000, 10_000_000)
+SEARCH_SIZES = (1_000_000, 10_000_000)
 BATCHES, LENGTHS, THREADS = (1, 32, 256), (20, 50), (1, 2)
 TRAINED = 300_000  # items of the smallest trained table
 RECALLS = (0.95, 0.99)

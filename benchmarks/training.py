@@ -29,12 +29,9 @@ from statistics import median
 from time import perf_counter, process_time
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 import numpy as np
 import torch
 import torch.nn.functional as F
-from inference import status_mib
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -314,6 +311,12 @@ class Memory:
         if self.is_cuda:
             return torch.cuda.max_memory_allocated() / 2**20
         return status_mib("VmHWM") - self.at_first
+
+
+def status_mib(field: str) -> float:
+    """A size from the process's status, in MiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1024
 
 
 def status_of_memory(field: str) -> int:

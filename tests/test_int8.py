@@ -109,9 +109,7 @@ def test_look_ups_and_logits_are_those_of_the_float_block_with_the_same_rows():
 @pytest.mark.parametrize("kind", ["full", "tree"])
 @pytest.mark.parametrize(("n_rows", "indexed"), [(1, True), (3, False), (40, True)])
 def test_top_k_is_that_of_a_sort_of_its_own_scores(kind, n_rows, indexed, monkeypatch):
-    monkeypatch.setattr("cprec_recbole.search.table.FEW_ITEMS", 100)  # so that it is searched
     monkeypatch.setattr("cprec_recbole.search.compiled._MIN_ROWS", 64)
-    monkeypatch.setattr("cprec_recbole.search.exact._FEW_SCORES", 8)
     head = head_in_int8(kind, (20, 300, 2000))
     hidden = torch.randn(n_rows, 8)
     exclude = torch.randint(1, 2320, (n_rows, 5))

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cprec_recbole import CompressionError, FullSoftmax, TreeSoftmax
-from cprec_recbole.search import compiled, exact, kernel, maxima, table
+from cprec_recbole.search import compiled, exact, kernel
 from tests.builders import block_embedding
 from tests.oracles import best_by_sort
 
@@ -47,15 +47,13 @@ def way(name, head=None, **moved):
 NO_LOOPS = {"torch": lambda: None, "compiled": compiled.loops, "indexed": compiled.loops}
 
 
-def thresholds(*, sort_all=False, few=2**14, piece=2**19, most=2**21):
-    """Where the search changes its ways: the smallest catalogue is searched and indexed."""
+def thresholds(*, keeps=False, piece=2**19, most=2**21):
+    """Where the search changes its ways: the smallest catalogue is read in pieces and indexed."""
     stack = ExitStack()
     for module, name, value in (
-        (table, "FEW_ITEMS", 2**15 if sort_all else 0),
-        (exact, "_FEW_SCORES", few if not sort_all else 2**18),
-        (exact, "_FEW_LOGITS", few),
+        (exact, "_FEW_LOGITS", 2**22 if keeps else 0),
         (exact, "_MOST", most),
-        (maxima, "_PIECE", piece),
+        (exact, "_PIECE", piece),
         (compiled, "_PIECE", piece),
         (compiled, "_MIN_ROWS", 1),
         (compiled, "_LARGE_HEAD", 1),
@@ -81,14 +79,13 @@ def check(head, hidden, k, exclude=None, allowed=None):
     allow=st.sampled_from([None, 1.0, 0.5, 0.02]),
     tied=st.booleans(),
     name=st.sampled_from(WAYS),
-    few=st.sampled_from([0, 500, 2**18]),
     piece=st.sampled_from([64, 3000, 2**21]),
     most=st.sampled_from([50, 2**21]),
-    whole=st.booleans(),
+    keeps=st.booleans(),
     seed=st.integers(0, 2**31),
 )
 def test_a_search_is_a_dense_sort(
-    head_class, sizes, batch, wanted, exclude, allow, tied, name, few, piece, most, whole, seed
+    head_class, sizes, batch, wanted, exclude, allow, tied, name, piece, most, keeps, seed
 ):
     torch.manual_seed(seed)
     sizes = (sizes[0] + 1, *sizes[1:])
@@ -112,7 +109,7 @@ def test_a_search_is_a_dense_sort(
     if not left:
         return
     k = min(wanted, left) if isinstance(wanted, int) else max(1, round(wanted * left))
-    with way(name, head, few=few, piece=piece, most=most, sort_all=whole):
+    with way(name, head, piece=piece, most=most, keeps=keeps):
         check(head, hidden, k, barred, allowed)
 
 
@@ -135,8 +132,8 @@ def test_a_large_catalogue_is_searched_exactly(head_class, name, batch):
 
 
 @pytest.mark.parametrize("head_class", HEADS)
-@pytest.mark.parametrize("sort_all", [True, False])
-def test_a_result_does_not_depend_on_batch_pieces_index_or_way(head_class, sort_all):
+@pytest.mark.parametrize("keeps", [True, False])
+def test_a_result_does_not_depend_on_batch_pieces_index_or_way(head_class, keeps):
     head = build(head_class)
     with torch.no_grad():  # pairs of rows that float32 hardly tells apart
         for block in head.table.blocks:
@@ -145,11 +142,11 @@ def test_a_result_does_not_depend_on_batch_pieces_index_or_way(head_class, sort_
     hidden = torch.randn(70, DIM)
     found = []
     for name in WAYS:
-        with way(name, head, sort_all=sort_all):
+        with way(name, head, keeps=keeps):
             found.append(head.topk(hidden, 30))
             alone = [head.topk(row.unsqueeze(0), 30) for row in hidden]
             found.append([torch.cat(part) for part in zip(*alone)])
-            with thresholds(piece=100, few=0, sort_all=sort_all):
+            with thresholds(piece=100, keeps=keeps):
                 found.append([part.flip(0) for part in head.topk(hidden.flip(0), 30)])
     for items, scores in found:
         assert torch.equal(items, found[0].items)
@@ -171,13 +168,13 @@ def test_scores_that_all_tie_come_by_lower_id(head_class, name, piece):
         check(head, hidden, 20, exclude=torch.tensor([[1, 2], [0, 0], [5, 5]]))
 
 
-@pytest.mark.parametrize("sort_all", [True, False])
+@pytest.mark.parametrize("keeps", [True, False])
 @pytest.mark.parametrize("name", WAYS)
-def test_a_hidden_state_of_zeros_gets_the_lowest_ids(name, sort_all):
+def test_a_hidden_state_of_zeros_gets_the_lowest_ids(name, keeps):
     head = build(FullSoftmax)
     hidden = torch.randn(3, DIM)
     hidden[1] = 0
-    with way(name, head, sort_all=sort_all):
+    with way(name, head, keeps=keeps):
         assert head.topk(hidden, 9).items[1].tolist() == list(range(1, 10))
         check(head, hidden, 9)
 
@@ -198,9 +195,9 @@ def test_copies_of_a_row_keep_the_order_of_their_ids(name, dtype):
         torch.testing.assert_close(found.scores, best_by_sort(head, hidden, 25)[1])
 
 
-@pytest.mark.parametrize("sort_all", [True, False])
+@pytest.mark.parametrize("keeps", [True, False])
 @pytest.mark.parametrize("name", WAYS)
-def test_near_ties_between_blocks_whose_logits_cancel(name, sort_all):
+def test_near_ties_between_blocks_whose_logits_cancel(name, keeps):
     """Rounding of the normalisers alone may turn the order of two blocks around."""
     head = build(TreeSoftmax, (40, 60, 60), (8, 8, 8))
     with torch.no_grad():
@@ -211,7 +208,7 @@ def test_near_ties_between_blocks_whose_logits_cancel(name, sort_all):
         head.clusters[1] = head.clusters[0]
     hidden = torch.randn(40, DIM)
     hidden[:, 1] = hidden[:, 0] + 0.01 * torch.randn(40)
-    with way(name, head, sort_all=sort_all):
+    with way(name, head, keeps=keeps):
         found = head.topk(hidden, 5)
     items, scores = best_by_sort(head, hidden, 5)
     assert torch.equal(found.items, items)
@@ -238,15 +235,15 @@ def test_the_whole_head_excluded_and_part_of_the_tail_allowed(head_class, name):
         check(head, torch.randn(3, DIM), 7, exclude=order[:500], allowed=allowed)
 
 
-@pytest.mark.parametrize("sort_all", [True, False])
+@pytest.mark.parametrize("keeps", [True, False])
 @pytest.mark.parametrize("name", WAYS)
-def test_float32_is_not_trusted_where_it_cannot_tell(name, sort_all):
+def test_float32_is_not_trusted_where_it_cannot_tell(name, keeps):
     head = build(FullSoftmax, (3, 600), (8, 8))
     with torch.no_grad():
         rows = head.table.blocks[1].weight
         rows.copy_(rows[:1].expand_as(rows))
         rows[:, 0] += torch.randn(600) * 1e-7  # differences that a product in float32 loses
-    with way(name, head, sort_all=sort_all):
+    with way(name, head, keeps=keeps):
         check(head, 3 + torch.randn(20, DIM), 30)
 
 
@@ -259,12 +256,12 @@ def test_other_precisions(head_class, dtype):
             check(head, torch.randn(5, DIM).to(dtype), 20)
 
 
-@pytest.mark.parametrize("sort_all", [True, False])
+@pytest.mark.parametrize("keeps", [True, False])
 @pytest.mark.parametrize("name", WAYS)
 @pytest.mark.parametrize("head_class", HEADS)
-def test_autocast_does_not_make_it_inexact(head_class, name, sort_all):
+def test_autocast_does_not_make_it_inexact(head_class, name, keeps):
     head, hidden = build(head_class), torch.randn(1, DIM)
-    with way(name, head, sort_all=sort_all), torch.autocast("cpu", dtype=torch.bfloat16):
+    with way(name, head, keeps=keeps), torch.autocast("cpu", dtype=torch.bfloat16):
         found = head.topk(hidden, 20)
     assert torch.equal(found.items, best_by_sort(head, hidden, 20)[0])
 
@@ -407,27 +404,6 @@ def test_several_threads_find_the_same(head_class):
     assert torch.equal(one.scores, three.scores)
 
 
-# -- the first pass -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("piece", [40, 2**19])
-@pytest.mark.parametrize("size", [1, 7, 64])
-@pytest.mark.parametrize("batch", [1, 5])
-def test_group_maxima_are_those_of_a_product(piece, size, batch):
-    rows, query = torch.randn(300, 4), 5 * torch.randn(4, batch)
-    out = torch.rand(300, batch) < 0.3
-    out[64:128] = True  # whole groups
-    logits = rows @ query
-    expected = torch.stack(
-        [part.amax(0) for part in logits.masked_fill(out, -torch.inf).split(size)]
-    )
-    with thresholds(piece=piece):
-        excluded = out.nonzero().unbind(1)
-        found, log_sum = maxima.group_maxima(rows, query, size, excluded, with_sums=True)
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(log_sum, logits.double().logsumexp(0), rtol=1e-5, atol=1e-5)
-
-
 # -- bad input ------------------------------------------------------------------------------------
 
 BAD = {
@@ -469,12 +445,12 @@ BAD = {
 
 
 @pytest.mark.parametrize("bad", BAD)
-@pytest.mark.parametrize("sort_all", [True, False])
+@pytest.mark.parametrize("keeps", [True, False])
 @pytest.mark.parametrize("name", WAYS)
-def test_bad_input_is_named(name, sort_all, bad):
+def test_bad_input_is_named(name, keeps, bad):
     options, message = BAD[bad]
     for head in map(build, HEADS):
-        with way(name, head, sort_all=sort_all), pytest.raises(CompressionError, match=message):
+        with way(name, head, keeps=keeps), pytest.raises(CompressionError, match=message):
             head.topk(**{"hidden": torch.randn(2, DIM), "k": 5, **options})
 
 
@@ -509,13 +485,13 @@ def test_weights_that_cannot_be_searched_are_named(value, words):
         head.topk(torch.randn(1, DIM), 3)
 
 
-@pytest.mark.parametrize("sort_all", [True, False])
+@pytest.mark.parametrize("keeps", [True, False])
 @pytest.mark.parametrize("name", WAYS)
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("head_class", HEADS)
-def test_scores_that_overflow_are_named(head_class, name, sort_all, batch):
+def test_scores_that_overflow_are_named(head_class, name, keeps, batch):
     head = build(head_class)
     with torch.no_grad():
         head.table.blocks[0].weight.mul_(1e12)
-    with way(name, head, sort_all=sort_all), pytest.raises(CompressionError, match="overflow"):
+    with way(name, head, keeps=keeps), pytest.raises(CompressionError, match="overflow"):
         head.topk(torch.full((batch, DIM), 1e30), 3)

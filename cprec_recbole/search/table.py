@@ -20,7 +20,6 @@ from cprec_recbole.int8 import Int8Rows
 from cprec_recbole.partition import PADDING, Partition
 from cprec_recbole.versions import Version
 
-FEW_ITEMS = 2**15  # whose vectors may be kept
 _NUMBERS = 2**19  # to work on at a time
 _FEW_NUMBERS = 2**16  # the same where memory for them should stay in the cache
 _LONGEST = 1e15
@@ -67,13 +66,9 @@ class Rows:
         longest *= float(torch.linalg.matrix_norm(basis, 2))
         return cls(values, basis, longest, start + skip)
 
-    def query(self, hidden: Tensor) -> Tensor:
-        """Hidden states in the space of the rows and their precision, `[B, d] -> [r, B]`."""
-        return (hidden @ self.basis).to(self.values.dtype).T.contiguous()
-
     def exact_query(self, hidden: Tensor) -> Tensor:
-        """The same in float64, `[B, d] -> [B, r]`. No product of matrices, in which a result's last
-        digit depends on how many there are."""
+        """Hidden states in the space of the rows, `[B, d] -> [B, r]`, in float64. No product of
+        matrices, in which a result's last digit depends on how many there are."""
         if self.basis.shape[0] == self.basis.shape[1]:  # no projection
             return hidden
         parts = hidden.split(max(1, _NUMBERS // self.basis.numel()))
@@ -144,51 +139,6 @@ class SearchTable:
         """Those of all blocks beside each other, `[d, sum r]`."""
         return torch.cat([block.basis for block in self.blocks], 1)
 
-    @cached_property
-    def item_at(self) -> Tensor:
-        """Item id at each position, `[n_items]`."""
-        item_at = self.partition.item_at
-        return item_at.long() if self.is_small else item_at
-
-    @property
-    def is_small(self) -> bool:
-        """Whether all vectors of the catalogue may be kept."""
-        return self.partition.n_items <= FEW_ITEMS
-
-    @cached_property
-    def vectors(self) -> Tensor:
-        """Item vectors of a small catalogue in popularity order, `[n_items, d]`, float64."""
-        vectors = [block.values.double() @ block.basis.T for block in self.blocks]
-        return F.pad(torch.cat(vectors), (0, 0, 1, 0))
-
-    @cached_property
-    def columns(self) -> list[Tensor]:
-        """Rows of each block as columns, `[r, n]`: a copy where there are few."""
-        columns = [block.values.T for block in self.blocks]
-        return [each.contiguous() for each in columns] if self.is_small else columns
-
     def is_current(self, watched: list[Tensor]) -> bool:
         """Whether the weights are those that this was made from."""
         return self._version.is_of(watched)
-
-    def exact_logits(self, hidden: Tensor, positions: Tensor) -> Tensor:
-        """Logits in float64, `[B, d], [B, m] -> [B, m]`, sums of products as in `exact_query`."""
-        size = max(1, _FEW_NUMBERS // (positions.shape[1] * hidden.shape[1]))
-        most = max(1, _NUMBERS // hidden.shape[1])
-        if positions.shape[1] > most:  # where many items tie
-            parts = positions.split(most, 1)
-            return torch.cat([self.exact_logits(hidden, part) for part in parts], 1)
-        if len(hidden) > size:
-            pairs = zip(hidden.split(size), positions.split(size))
-            return torch.cat([self.exact_logits(*pair) for pair in pairs])
-        if self.is_small:
-            return (self.vectors[positions] * hidden.unsqueeze(1)).sum(2)
-        queries = (self.joint_basis * hidden.unsqueeze(2)).sum(1, keepdim=True)
-        blocks, logits = self.partition.blocks(positions), queries.new_zeros(())
-        for j, (block, query) in enumerate(
-            zip(self.blocks, queries.split_with_sizes(self.ranks, 2))
-        ):
-            codes = block.values[(positions - block.start).clamp(0, len(block.values) - 1)]
-            products = (codes * query).sum(2)  # in float64, which queries are in
-            logits = torch.where(blocks == j, products, logits)
-        return logits
