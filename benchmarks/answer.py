@@ -47,6 +47,7 @@ SEARCH_SIZES = (1_000_000, 10_000_000)
 BATCHES, LENGTHS, THREADS = (1, 32, 256), (20, 50), (1, 2)
 TRAINED = 300_000  # items of the smallest trained table
 RECALLS = (0.95, 0.99)
+HNSW_ITEMS = 100_000  # of more the graph takes a quarter of an hour and longer to build
 SECONDS, MOST, FEWEST = 0.3, 60, 3  # of a contender: time, and how often
 
 Answer = Callable[[Tensor], Any]  # histories [B, L], or hidden states [B, d], to items [B, k]
@@ -176,6 +177,8 @@ def faiss_indexes(table: Tensor, states: Tensor) -> dict[str, tuple[Answer, dict
             dim, f"IVF{max(16, int(4 * len(vectors) ** 0.5))},Flat", faiss.METRIC_INNER_PRODUCT
         ),
     }
+    if len(vectors) > HNSW_ITEMS:
+        del makers["FAISS HNSW"]
     for kind, make in makers.items():
         index, start = make(), perf_counter()
         index.train(vectors)
