@@ -25,15 +25,16 @@ def pad_histories(
     rows, _ = _rows(item_seq, n_items, name)
     if not rows:
         raise CompressionError(f"Expected `{name}` to hold at least one history, but got none.")
-    lengths = np.array([min(len(row), max_length) for row in rows])
-    if not lengths.all():
+    lengths = list(map(len, rows))
+    if 0 in lengths:
         raise CompressionError(
-            f"Expected every history of `{name}` to hold an item, but history {lengths.argmin()} "
+            f"Expected every history of `{name}` to hold an item, but history {lengths.index(0)} "
             "has none."
         )
     newest = _padded([row[-max_length:] for row in rows], max_length)
-    fit = max(map(len, rows)) <= max_length
-    return newest, torch.from_numpy(lengths), newest if fit else _padded(rows)
+    seen = newest if max(lengths) <= max_length else _padded(rows)
+    ends = np.array([min(length, max_length) for length in lengths])
+    return newest, torch.from_numpy(ends), seen
 
 
 def barred_ids(exclude: Any, n_rows: int, n_items: int, seen: Tensor | None) -> Tensor | None:
@@ -63,13 +64,17 @@ def _padded(rows: list[np.ndarray], width: int = 0) -> Tensor:
 def _rows(ids: Any, n_items: int, name: str) -> tuple[list[np.ndarray], bool]:
     """One list of item ids or several, checked and without padding, `[length]` each; and whether
     there may be several."""
-    are_several = getattr(ids, "ndim", 1) == 2 or (
+    is_table = getattr(ids, "ndim", 1) == 2
+    are_several = is_table or (
         isinstance(ids, Sequence)
         and not isinstance(ids, str)
         and not _are_plain(ids)
         and any(isinstance(entry, Sequence) or getattr(entry, "ndim", 0) for entry in ids)
     )
-    rows = [_ids(row, n_items, name) for row in (ids if are_several else [ids])]
+    if is_table:
+        rows = list(_ids(ids, n_items, name))
+    else:
+        rows = [_ids(row, n_items, name) for row in (ids if are_several else [ids])]
     if any(row.ndim != 1 for row in rows):
         raise CompressionError(f"Expected `{name}` to be item ids or lists of them, but got {ids}.")
     return [row if row.all() else row[row != PADDING] for row in rows], are_several
@@ -83,7 +88,8 @@ def _ids(row: Any, n_items: int, name: str) -> np.ndarray:
         ids = row.numpy()
     else:
         ids = _NOTHING
-    if ids.dtype == np.int64 and ids.size and ids.min() >= 0 and ids.max() < n_items:
+    # a number below 0 is a large one without a sign
+    if ids.dtype == np.int64 and ids.size and ids.view(np.uint64).max() < n_items:
         return ids
     return check_ids(row, n_items, name).cpu().numpy()
 
