@@ -107,7 +107,9 @@ class CompiledSearch:
         self.n_searched += len(hidden)
         if self.n_searched >= _ROWS_THAT_PAY and not self.is_indexed:
             self.build_index()
-        states = hidden.detach().double().contiguous().numpy()
+        numbers = hidden.detach()
+        numbers = numbers if numbers.dtype == torch.float32 else numbers.double()
+        states = np.ascontiguousarray(numbers.numpy(), dtype=np.float64)
         n_rows = len(states)
         items = torch.empty(n_rows, limits.k, dtype=torch.int64)
         scores = torch.empty(n_rows, limits.k)

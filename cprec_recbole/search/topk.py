@@ -80,7 +80,10 @@ def check_limits(
     n_rows: int, k: object, exclude: Ids | None, allowed: Ids | None, partition: Partition
 ) -> Limits:
     """Check what `topk` is asked for a batch of `n_rows`; see there."""
-    device, n_items = partition.position_of.device, partition.n_items
+    n_items = partition.n_items
+    if exclude is None and allowed is None:
+        return Limits(check_k(k, n_items - 1), n_rows, n_items, _NOTHING, None)
+    device = partition.position_of.device
     excluded, places = _NOTHING, None
     if exclude is not None:
         ids = check_ids(exclude, n_items, "exclude")
