@@ -371,7 +371,9 @@ def plot(results: dict[str, Any], target: Path) -> None:
         "ours, int8, onnx": ("#009E73", "D-"),
     }
     models = list(dict.fromkeys(r["model"] for r in results["rows"]))
-    figure, axes = pyplot.subplots(1, len(models), figsize=(4 * len(models), 4.2), sharey=True)
+    figure, axes = pyplot.subplots(
+        1, len(models), figsize=(4 * len(models), 4.6), sharex=True, sharey=True
+    )
     for axis, model in zip(np.atleast_1d(axes), models):
         for name, (colour, style) in styles.items():
             rows = [
@@ -386,8 +388,8 @@ def plot(results: dict[str, Any], target: Path) -> None:
         axis.set(xscale="log", yscale="log", xlabel="items", title=model)
         axis.grid(alpha=0.3)
     np.atleast_1d(axes)[0].set_ylabel("processor milliseconds an answer")
-    np.atleast_1d(axes)[0].legend(fontsize=8)
-    figure.tight_layout()
+    figure.legend(*np.atleast_1d(axes)[0].get_legend_handles_labels(), loc="lower center", ncols=4)
+    figure.tight_layout(rect=(0, 0.13, 1, 1))
     figure.savefig(target, metadata={"Date": None})
 
 
