@@ -215,6 +215,17 @@ def test_near_ties_between_blocks_whose_logits_cancel(name, keeps):
     torch.testing.assert_close(found.scores, scores, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", WAYS)
+def test_a_tree_with_blocks_of_equal_rows(name):
+    """The bound of such a block's normaliser is its very value."""
+    head = build(TreeSoftmax, (40, 600, 600), (8, 4, 4))
+    with torch.no_grad():
+        for block in head.table.blocks[1:]:
+            block.weight.copy_(block.weight[:1].expand_as(block.weight))
+    with way(name, head):
+        check(head, torch.randn(40, DIM), 30)
+
+
 def test_equal_rows_can_be_indexed():
     head = build(FullSoftmax, (5, 3000), (16, 16), 16)
     with torch.no_grad():

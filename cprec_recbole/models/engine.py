@@ -57,6 +57,11 @@ class GraphLayers:
             for name, tensor in tensors.items()
             if tensor is not None
         ]
+        self._places = [
+            (module._modules, name, child)
+            for module in model.inner.modules()
+            for name, child in module._modules.items()
+        ]
         self._version = Version(self._watched())
         self._table, self._encoder = model.table, model.encoder
         with _MAKING:
@@ -72,7 +77,8 @@ class GraphLayers:
 
     def are_current(self) -> bool:
         """Whether the weights are those that this was made from."""
-        return self._version.is_of(self._watched())
+        same = all(children.get(name) is child for children, name, child in self._places)
+        return same and self._version.is_of(self._watched())
 
     def __call__(self, item_seq: Tensor, lengths: Tensor) -> Tensor:
         """See Encoder.last_state."""

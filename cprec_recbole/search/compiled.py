@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import functools
 import math
+import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -57,6 +59,18 @@ def _pool(n_threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(n_threads, thread_name_prefix="cprec-search")
 
 
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has none of its threads
+
+
+class _Index(NamedTuple):
+    """The blocks with what there is of an index, which belong together."""
+
+    blocks: list[Any]
+    tiles: list[Any]  # None for blocks that are read whole
+    moved_basis: np.ndarray  # brings hidden states into the spaces of the bounds, [d, sum r]
+
+
 class CompiledSearch:
     """A table as the loops read it, with an index once that pays or `build_index` was called."""
 
@@ -72,9 +86,9 @@ class CompiledSearch:
         basis = table.joint_basis
         if table.clusters is not None:
             basis = torch.cat([basis, table.clusters.T], 1)
-        self.basis, self.moved_basis = basis.numpy(), basis[:, :0].numpy()
-        self.tiles: list[Any] = [None] * len(self.blocks)
-        self.is_indexed, self.n_searched = False, 0
+        self.basis = basis.numpy()
+        self.is_indexed, self.n_searched, self._building = False, 0, threading.Lock()
+        self.index = _Index(self.blocks, [None] * len(self.blocks), basis[:, :0].numpy())
         # a large head of a flat softmax in int8 too: a look at it takes a quarter of the memory
         self.rough = list(self.blocks)
         roundings = np.full(len(self.blocks), table.rounding)
@@ -91,16 +105,20 @@ class CompiledSearch:
             self.roundings = [roundings, roundings + error * (np.arange(len(roundings)) == 0)]
 
     def build_index(self) -> None:
-        """Sort the rows of large tail blocks into groups with bounds."""
-        bases = [self.moved_basis]
-        for j, rows in enumerate(self.table.blocks):
-            if j and len(rows.values) >= _MIN_ROWS and rows.values.shape[1] <= _MAX_RANK:
-                column = sum(basis.shape[1] for basis in bases)
-                self.blocks[j] = self.blocks[j]._replace(moved_column=column)
-                basis, self.tiles[j] = _sorted_into_tiles(rows)
-                bases.append(basis)
-        self.moved_basis = np.concatenate(bases, axis=1)
-        self.is_indexed = True
+        """Sort the rows of large tail blocks into groups with bounds; other threads search without
+        them until all is there."""
+        with self._building:
+            if self.is_indexed:
+                return
+            blocks, tiles, bases = list(self.blocks), list(self.index.tiles), [self.basis[:, :0]]
+            for j, rows in enumerate(self.table.blocks):
+                if j and len(rows.values) >= _MIN_ROWS and rows.values.shape[1] <= _MAX_RANK:
+                    column = sum(basis.shape[1] for basis in bases)
+                    blocks[j] = blocks[j]._replace(moved_column=column)
+                    basis, tiles[j] = _sorted_into_tiles(rows)
+                    bases.append(basis)
+            self.index = _Index(blocks, tiles, np.concatenate(bases, axis=1))
+            self.is_indexed = True
 
     def search(self, hidden: Tensor, limits: Limits) -> Found:
         """See exact.search."""
@@ -136,13 +154,13 @@ class _Part:
 
     def __init__(self, whole: CompiledSearch, hidden: np.ndarray, limits: Limits) -> None:
         self.whole, self.loops, self.limits = whole, whole.loops, limits
-        self.hidden = hidden
+        self.hidden, self.index = hidden, whole.index
         self.n_rows = len(self.hidden)
         self.excluded = limits.excluded.numpy()
         self.allowed = None if limits.allowed is None else limits.allowed.numpy()
         self.tail_rows = 0
         exact, *others, self.lengths = self.loops.prepare(
-            hidden, whole.basis, whole.moved_basis, whole.roundings[self.n_rows < _THIN]
+            hidden, whole.basis, self.index.moved_basis, whole.roundings[self.n_rows < _THIN]
         )
         self.clusters = exact[:, sum(whole.table.ranks) :]  # logits of a tree's
         if not np.isfinite(others[-1]).all():
@@ -171,7 +189,7 @@ class _Part:
     def _by_offsets(self) -> Any:
         """The best by logits and the blocks' offsets, rounded to float32."""
         best = self._none(self.limits.k)
-        for block, tiles in zip(self.whole.blocks, self.whole.tiles):
+        for block, tiles in zip(self.index.blocks, self.index.tiles):
             if self.allowed is not None:
                 self._take_allowed(best, block, self.queries, self.allowed)
             elif tiles is None:
@@ -189,14 +207,16 @@ class _Part:
         """
         best = self._none(self.limits.k + 1)
         normaliser = np.zeros(self.n_rows)
-        for j, (block, tiles) in enumerate(zip(self.whole.blocks, self.whole.tiles)):
+        for j, (block, tiles) in enumerate(zip(self.index.blocks, self.index.tiles)):
             rows, part = np.arange(self.n_rows), self
             if j:
                 self.queries.offsets[j] = self.clusters[:, j - 1]
             if tiles is not None:
                 is_open = np.zeros(self.n_rows, dtype=bool)
-                loop = self.loops.find_open
-                self._on_threads(loop, is_open, best, block, tiles, self.queries)
+                # the bound of a normaliser may be off as its value may
+                slack = self.queries.slack + self._errors().T.astype(np.float32)
+                queries = self.queries._replace(slack=slack)
+                self._on_threads(self.loops.find_open, is_open, best, block, tiles, queries)
                 rows = np.flatnonzero(is_open)
                 part = self if len(rows) == self.n_rows else self._some(rows)
             if len(rows):
