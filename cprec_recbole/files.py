@@ -55,6 +55,12 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file so, in a folder that is made where it is missing."""
+    make_folder(path.parent)
+    write_whole(path, lambda to: to.write_text(text, encoding="utf-8"))
+
+
 def remove_leftovers(path: Path) -> None:
     """Remove what runs that were killed while they wrote a file left beside it."""
     for left in path.parent.glob(f".{path.name}-*.tmp"):

@@ -357,8 +357,8 @@ def in_order(contenders: Iterable[str]) -> list[str]:
     return [*(name for name in ORDER if name in names), *sorted(names - set(ORDER))]
 
 
-def read_study(folder: Path) -> tuple[Study, dict[str, Record]]:
-    """What was asked for in a folder, and the records of its trials by their names.
+def read_study(folder: Path) -> Study:
+    """What was asked for in a folder.
 
     Raises:
         CompressionError: no study, or a file that cannot be read; it is named.
@@ -372,28 +372,28 @@ def read_study(folder: Path) -> tuple[Study, dict[str, Record]]:
     given = _read(path, path.read_text(encoding="utf-8"))
     try:
         plans = {name: Plan.from_dict(plan) for name, plan in given["cells"].items()}
-        study = Study(Spec.from_dict(given["spec"]), plans)
+        return Study(Spec.from_dict(given["spec"]), plans)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CompressionError(
             f"Expected {path} to be of this version of cprec_recbole, but got {error!r}; use "
             "another --out."
         ) from None
-    return study, read_trials(folder)
 
 
 def read_trials(folder: Path) -> dict[str, Record]:
     """The records of all trials in a folder, of those that are packed too, by their names."""
-    files: list[Any] = sorted((Path(folder) / TRIALS).glob("[!.]*.json"))
     packed = Path(folder) / PACKED
-    if packed.exists():
-        files = [*zipfile.Path(packed).iterdir(), *files]
-    found = {}
-    for file in files:
-        record = _read(file, file.read_text(encoding="utf-8"))
-        if "error" not in record and not {"test", "valid", "parameters"} <= record.keys():
-            raise _damaged(file, "the results of a trial", ", ".join(record))
-        found[file.name.removesuffix(".json")] = record
-    return found
+    files = [*zipfile.Path(packed).iterdir()] if packed.exists() else []
+    files += sorted((Path(folder) / TRIALS).glob("[!.]*.json"))
+    return {file.name.removesuffix(".json"): read_trial(file) for file in files}
+
+
+def read_trial(file: Any) -> Record:
+    """The record of a trial."""
+    record = _read(file, file.read_text(encoding="utf-8"))
+    if "error" not in record and not {"test", "valid", "parameters"} <= record.keys():
+        raise _damaged(file, "the results of a trial", ", ".join(record))
+    return record
 
 
 def _read(path: Any, text: str) -> dict[str, Any]:
@@ -434,7 +434,7 @@ def findings_of(folder: Path, against: str | None = None) -> Findings:
         CompressionError: no study or no run, a file that cannot be read (it is named), or no run
             of `against`.
     """
-    study, found = read_study(folder)
+    study, found = read_study(folder), read_trials(folder)
     runs = list(_runs(study, found))
     if not runs:
         raise CompressionError(

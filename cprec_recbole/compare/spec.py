@@ -98,14 +98,22 @@ class Trial:
     rate: float | None
     seed: int
     parent: tuple[str, float] | None = None
+    contender: str = field(default="", compare=False)  # that asks for it
 
     @property
     def name(self) -> str:
         """Its name and that of its file; equal trials have equal names, whoever asks for them."""
-        content = json.dumps(asdict(self), sort_keys=True, default=str)
+        content = json.dumps({**asdict(self), "contender": ""}, sort_keys=True, default=str)
         rate = "" if self.rate is None else f"_lr{self.rate:g}"
         digest = hashlib.sha256(content.encode()).hexdigest()[:12]
         return f"{self.cell}_{self.recipe.kind}-{digest}{rate}_s{self.seed}"
+
+    @property
+    def words(self) -> str:
+        """What is being done, for a display."""
+        rate = "" if self.rate is None else f" rate {self.rate:g}"
+        where = f"{self.cell.dataset} {self.cell.model} L{self.cell.length}"
+        return f"{where} {self.contender}{rate} seed {self.seed}"
 
 
 @dataclass(frozen=True)
@@ -306,8 +314,8 @@ class Study:
             if first is None:
                 return None
             rates = (first.trial.rate,)
-        rows, options = self.plans[str(goal.cell)].rows, self.spec.options
-        return [Trial(goal.cell, rows, recipe, options, r, goal.seed, parent) for r in rates]
+        same = goal.cell, self.plans[str(goal.cell)].rows, recipe, self.spec.options
+        return [Trial(*same, rate, goal.seed, parent, goal.contender) for rate in rates]
 
     def choose(
         self, goal: Goal, found: Mapping[str, Record], *, partly: bool = False

@@ -1,0 +1,393 @@
+"""What a study found: on the terminal, as Markdown, CSV and LaTeX, and its page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich.table import Table as Screen
+
+from cprec_recbole.compare.contenders import UNCOMPRESSED, Recipe
+from cprec_recbole.compare.page import render_page
+from cprec_recbole.compare.results import (
+    LEVEL,
+    OURS,
+    RESAMPLES,
+    Difference,
+    Figure,
+    Findings,
+    Point,
+    Run,
+    Table,
+    findings_of,
+    paired,
+    quality_of,
+)
+from cprec_recbole.compare.spec import QUALITY
+from cprec_recbole.files import write_text
+from cprec_recbole.training.ranking import PARTS
+
+_FIT = 5  # contenders, each in columns of its own, in the width of a terminal's table
+_COSTS: dict[str, tuple[Callable[[Run], float | None], str]] = {
+    **{
+        f"parameters: {part}": (lambda run, part=part: run.record["parameters"].get(part), ",.0f")
+        for part in ("table", "layers", "softmax")
+    },
+    "parameters": (lambda run: sum(run.record["parameters"].values()), ",.0f"),
+    "bytes of weights": (lambda run: run.record.get("bytes"), ",.0f"),
+    "saved weights (bytes)": (lambda run: run.record.get("weight_bytes"), ",.0f"),
+    "RecBole checkpoint (bytes)": (lambda run: run.record.get("checkpoint_bytes"), ",.0f"),
+    "seconds an epoch": (lambda run: run.epoch_seconds, ".2f"),
+    "epochs to the best": (lambda run: run.record["best_epoch"], ".1f"),
+    "ms to score a user": (lambda run: run.score_ms, ".2f"),
+}
+_SHOWN_COSTS = ("bytes of weights", "ms to score a user")
+_HEADER = ("contender", "ratio", "seeds", "parameters", "smaller", "NDCG@20 test")
+
+
+def write_report(folder: Path, *, latex: bool = False, against: str | None = None) -> list[Path]:
+    """Write `compare.csv`, `compare.md`, with `latex` also `compare.tex`, and the page
+    `compare.html`; returns what was written.
+
+    Args:
+        folder: of a study.
+        latex: whether tables for LaTeX are wanted.
+        against: the contender that others are measured against beside the uncompressed model;
+            None: of ours the one that was run most often.
+
+    Raises:
+        CompressionError: a folder without runs, without a run of `against`, or with a file that
+            cannot be read.
+    """
+    findings = findings_of(folder, against)
+    texts = {"compare.csv": as_csv(findings), "compare.md": as_markdown(findings)}
+    texts |= {"compare.tex": as_latex(findings)} if latex else {}
+    texts["compare.html"] = render_page(findings)
+    for name, text in texts.items():
+        write_text(folder / name, text)
+    return [folder / name for name in texts]
+
+
+def as_csv(findings: Findings) -> str:
+    """A row for each run; runs that failed have their error and no figures."""
+    finished = findings.finished
+    metrics = list(dict.fromkeys(m for run in finished for m in run.record["test"]))
+    rows = [_csv_row(run, metrics) for run in [*finished, *findings.failed]]
+    return pd.DataFrame(rows, dtype=object).to_csv(index=False, lineterminator="\n")
+
+
+def _csv_row(run: Run, metrics: Sequence[str]) -> dict[str, Any]:
+    goal, record = run.goal, run.record
+    row = {"key": goal.key, **goal.cell._asdict(), "seed": goal.seed}
+    row |= {"contender": goal.contender, "ratio": goal.ratio}
+    row["learning_rate"] = record.get("learning_rate")
+    parts = record.get("parameters", {})
+    row["total_parameters"] = sum(parts.values()) if parts else None
+    row |= {name: record.get(name) for name in ("bytes", "best_epoch", "epochs", "score_ms")}
+    row |= {name: record.get("environment", {}).get(name) for name in ("processor", "gpu")}
+    blocks = record.get("blocks") or {}  # runs of before did not say
+    row |= {f"block_{n}": "/".join(map(str, blocks.get(n, []))) for n in ("items", "ranks")}
+    row["sharing"] = record.get("sharing")
+    row |= {f"parameters_{part}": parts.get(part) for part in ("table", "layers", "softmax")}
+    row |= {f"{s}_{m}": record.get(s, {}).get(m) for s in ("valid", "test") for m in metrics}
+    seconds = record.get("epoch_seconds")
+    row["epoch_seconds"] = float(pd.Series(seconds).median()) if seconds else None
+    for part in PARTS:
+        found = record.get("popularity", {}).get(part, {})
+        row |= {f"{part}_{name}": found.get(name) for name in (QUALITY, "hit@20", "cases")}
+    return {**row, "error": run.error}
+
+
+def as_markdown(findings: Findings) -> str:
+    """The metrics and costs of a single comparison; for a study shares over its cells; a table for
+    each cell; what the figures are, and what failed."""
+    lines = []
+    if findings.is_single and findings.tables:
+        lines = [f"# {_title(findings)}", "", *_markdown(_by_quantity(findings)), _note(findings)]
+        lines += ["", "Contenders:", "", *_described(findings), ""]
+    lines += ["# Study", "", *_notes(findings), "", *_overview(findings)]
+    for table in findings.tables:
+        rows = [_header(findings), *(_texts(table, point) for point in _sorted(table))]
+        lines += [f"## {_heading(table)}", "", *_markdown(rows)]
+    if findings.failed:
+        lines += ["## Failed", "", *_failures(findings.failed), ""]
+    return "\n".join(lines)
+
+
+def as_latex(findings: Findings) -> str:
+    """The tables of the cells for LaTeX; they need the package booktabs."""
+    parts = ["% needs \\usepackage{booktabs}"]
+    for table in findings.tables:
+        rows = [_texts(table, point) for point in _sorted(table)]
+        frame = pd.DataFrame(rows, columns=_header(findings))
+        parts.append(frame.to_latex(index=False, escape=True, caption=_heading(table)))
+    return "\n".join(parts)
+
+
+def as_screen(findings: Findings) -> Screen:
+    """A single comparison for a terminal: mean and spread of each contender, and its ratio to the
+    first. Where contenders are too many for columns, a row for each, with what matters most."""
+    header, *rows = _by_quantity(findings)
+    points = findings.tables[0].points
+    are_many = len(points) > (_FIT if len(findings.study.spec.seeds) == 1 else _FIT - 1)
+    if are_many:
+        highest = max((r[0].rpartition("@")[2] for r in rows if "@" in r[0]), key=int, default="")
+        metrics = [r for r in rows if r[0].endswith(f"@{highest}")]
+        shown = [r for r in metrics if r[0].startswith(("HR@", "NDCG@"))]
+        shown += [r for r in rows if r[0] in _SHOWN_COSTS]
+        header = ["", *(text for row in shown for text in (row[0], "ratio"))]
+        rows = [[point.label] for point in points]
+        for i, row in enumerate(rows):
+            at = max(1, 2 * i)  # behind the label: the first has no ratio
+            row += [text for r in shown for text in (r[at], r[at + 1] if i else "")]
+    sharing = ", ".join(f"{point.label} {point.runs[0].record['sharing']}" for point in points)
+    caption = f"{_note(findings)}\nSets of layer parameters kept / layers: {sharing}."
+    screen = Screen(
+        title=_title(findings), caption=caption, title_justify="left", caption_justify="left"
+    )
+    for index, text in enumerate(header):
+        side = "right" if index else "left"
+        screen.add_column(text, justify=side, no_wrap=are_many or index > 0)  # type: ignore[arg-type]
+    for row in rows:
+        screen.add_row(*row)
+    return screen
+
+
+def _by_quantity(findings: Findings) -> list[list[str]]:
+    """A header, and a row for each metric and cost: the first contender's figure, then those of the
+    others, each with its ratio to the first."""
+    first, *others = findings.tables[0].points
+    metrics = first.runs[0].record["test"]
+    wanted: dict[str, tuple[Any, str]] = {
+        metric.upper().replace("HIT", "HR"): (
+            lambda run, metric=metric: run.record["test"][metric],
+            ".4f",
+        )
+        for metric in metrics
+    }
+    rows = [["", first.label, *(text for p in others for text in (p.label, "ratio"))]]
+    for label, (quantity, form) in {**wanted, **_COSTS}.items():
+        base = first.figure(quantity)
+        row = [label, _figure(base, form)]
+        for point in others:
+            figure = point.figure(quantity)
+            row += [_figure(figure, form), _ratio(figure, base)]
+        rows.append(row)
+    return rows
+
+
+def _figure(figure: Figure | None, form: str) -> str:
+    if figure is None:
+        return "-"
+    if math.isnan(figure.spread) or figure.spread == 0:
+        return format(figure.mean, form)
+    return f"{figure.mean:{form}} ± {figure.spread:{form}}"
+
+
+def _ratio(figure: Figure | None, base: Figure | None) -> str:
+    """How this compares with the first contender: `x 1.08`, or `÷ 4.9` where it is far smaller."""
+    if figure is None or base is None or base.mean == 0:
+        return "-"
+    ratio = figure.mean / base.mean
+    return f"÷ {1 / ratio:.1f}" if 0 < ratio < 0.75 else f"x {ratio:.2f}"
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table, its first row the header; numbers stand on the right."""
+    header, *others = rows
+    left = {i for i, name in enumerate(header) if name in ("", "contender", "verdict")}
+    dashes = "|".join("---" if i in left else "--:" for i in range(len(header)))
+    lines = [f"| {' | '.join(row)} |" for row in others]
+    return [f"| {' | '.join(header)} |", f"|{dashes}|", *lines, ""]
+
+
+def _title(findings: Findings) -> str:
+    table = findings.tables[0]
+    about = table.about
+    where = f"{table.cell.model} on {table.cell.dataset}"
+    return f"{where} ({about['users']:,} users, {about['items']:,} items)"
+
+
+def _note(findings: Findings) -> str:
+    """What the figures are: which split, how many seeds, what the spread is."""
+    about, seeds = findings.tables[0].about, findings.study.spec.seeds
+    over = f"seeds {seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"one seed, {seeds[0]}"
+    spread = "mean ± standard deviation" if len(seeds) > 1 else "no spread; use --seeds 3"
+    split = about["evaluation"]["split"]
+    parts = "leave one out" if "LS" in split else f"split {split}"
+    cases = f"{about['test_cases']:,} cases"
+    return f"Test set: {parts}, all items ranked, {cases}; {over} ({spread})."
+
+
+def _described(findings: Findings) -> list[str]:
+    """What each contender of a single comparison is."""
+    plan = next(iter(findings.study.plans.values()))
+    lines = []
+    for point in findings.tables[0].points:
+        recipe = plan.contenders[point.contender, point.ratio]
+        options = recipe.options if isinstance(recipe, Recipe) else {}
+        words = [f"{name} {value}" for name, value in options.items() if value is not None]
+        sharing = point.runs[0].record.get("sharing")
+        lines.append(f"- {point.label}: {', '.join(words)} ({sharing})")
+    return lines
+
+
+def _sorted(table: Table) -> list[Point]:
+    """The uncompressed model, what has no ratio, then ratio by ratio ours before the controls."""
+    ours = [UNCOMPRESSED, *OURS]
+
+    def place(point: Point) -> tuple[Any, ...]:
+        known = ours.index(point.contender) if point.contender in ours else len(ours)
+        return known > 0, point.ratio or 0.0, known, point.contender
+
+    return sorted(table.points, key=place)
+
+
+def _overview(findings: Findings) -> list[str]:
+    """A table for each ratio and one for none: cells by contenders, as shares of the uncompressed
+    model's NDCG@20."""
+    tables = [table for table in findings.tables if table.reference is not None]
+    if not tables or findings.is_single:
+        return []
+    found = [
+        "## Shares of the uncompressed model's NDCG@20",
+        "",
+        "On test; in brackets the ends of the same intervals of differences, as shares of the "
+        "uncompressed model's mean, which is held fixed; in square brackets the number of seeds "
+        "where the uncompressed model has more. Empty: not run, failed, or no other model than "
+        "`compressed`.",
+        "",
+    ]
+    points = [point for table in findings.tables for point in _sorted(table)]
+    for ratio in sorted({point.ratio for point in points}, key=lambda ratio: ratio or 0):
+        names = list(dict.fromkeys(p.contender for p in points if p.ratio == ratio))
+        rows = [["" if ratio is None else f"÷ {ratio:g}", "users", "seeds", *names]]
+        for table in findings.tables:
+            shares = [_share(table, table.find(name, ratio)) for name in names]
+            place = f"{table.cell.model}, {table.cell.dataset}, {table.cell.length}"
+            seeds = str(len(table.reference.runs)) if table.reference else "0"
+            if any(shares):
+                rows.append([place, _users(table), seeds, *shares])
+        found += _markdown(rows)
+    return found
+
+
+def _share(table: Table, point: Point | None) -> str:
+    """A point's NDCG@20 by the uncompressed model's, and the interval of that."""
+    if point is None:
+        return ""
+    if point is table.reference:
+        return _quality(point)
+    found = point.interval
+    both = table.reference and paired(point, table.reference, quality_of)
+    if table.reference is None or found is None or not both or not both[1]:
+        return "–"  # nothing to divide by
+    of, low, high = (round(100 * (1 + x / both[1])) for x in (found.mean, found.low, found.high))
+    few = f" [{found.seeds}]" if found.seeds < len(table.reference.runs) else ""
+    return f"{of}% ({low} to {high}){few}"
+
+
+def _failures(failed: Sequence[Run]) -> list[str]:
+    """What failed for the same reason, in one line."""
+    groups: dict[tuple[str, str], list[Run]] = {}
+    for run in failed:
+        (dataset, model, length), _, ratio, _ = run.goal
+        at = "" if ratio is None else f", ratio {ratio:g}"
+        place = f"{model} on {dataset}, length {length}{at}"
+        groups.setdefault((place, str(run.error)), []).append(run)
+    lines = []
+    for (place, error), runs in groups.items():
+        names = ", ".join(dict.fromkeys(run.goal.contender for run in runs))
+        seeds = ", ".join(str(seed) for seed in sorted({run.goal.seed for run in runs}))
+        lines.append(f"- {place}: {names} (seeds {seeds}): {error}")
+    return lines
+
+
+def _notes(findings: Findings) -> list[str]:
+    subject, unequal = findings.subject, findings.unequal
+    to_subject = (
+        f" and *to {subject}* (at the same ratio, or where that has none)" if subject else ""
+    )
+    machines = dict.fromkeys(_machine(run.record["environment"]) for run in findings.finished)
+    alone = [run.goal.key for run in findings.finished if run.users is None]
+    search = (
+        " with the search of learning rates: the first seed is trained at each rate, and the rate "
+        "that is best on validation is used for all seeds"
+        if findings.searches
+        else ", at one learning rate"
+    )
+    return [
+        f"{len(findings.finished)} runs finished, {len(findings.failed)} failed; "
+        f"{findings.trainings} trainings in all{search}.{_edges(findings)}",
+        "",
+        "*Smaller*: bytes of the weights as they are kept, of the uncompressed model over the "
+        "contender's. *NDCG@20 test*: mean ± standard deviation over seeds. *To uncompressed*"
+        f"{to_subject}: mean difference of NDCG@20 over the test users, "
+        f"a user's difference averaged over seeds, with the {LEVEL:.0%} interval of {RESAMPLES:,} "
+        "bootstrap samples of users. *Verdict*: `worse` or `better` where the interval to "
+        "uncompressed leaves zero out, else `not told apart`: the interval says how large a "
+        "difference may still be. Intervals are of these trainings; others would differ, as seeds "
+        "do. One in twenty misses by chance.",
+        "",
+        *(["Learning rates were not searched alike for all:", ""] if unequal else []),
+        *[f"- {sentence}" for sentence in unequal],
+        *([""] if unequal else []),
+        *([f"Without intervals, for want of users: {', '.join(alone)}.", ""] if alone else []),
+        *[f"On {machine}." for machine in machines],
+    ]
+
+
+def _edges(findings: Findings) -> str:
+    """Whether the rates that were tried were enough."""
+    highest, lowest, ended = findings.edges
+    if not highest + lowest:
+        return ""
+    return (
+        f" The highest rate that was tried won {highest} of {ended} searches, the lowest "
+        f"{lowest}: there, rates beyond it may be better still, and can be added to the study."
+    )
+
+
+def _machine(environment: dict[str, Any]) -> str:
+    versions = ", ".join(
+        f"{n} {environment.get(n)}" for n in ("recbole", "torch", "numpy", "python")
+    )
+    hardware = environment.get("gpu") or environment.get("processor")
+    return f"{hardware}, one thread a run; {versions}"
+
+
+def _heading(table: Table) -> str:
+    return f"{table.label} ({_users(table)} test users)"
+
+
+def _users(table: Table) -> str:
+    return "?" if table.users is None else f"{table.users:,}"
+
+
+def _header(findings: Findings) -> list[str]:
+    to_subject = f"to {findings.subject}" if findings.subject else ""
+    return [*_HEADER, "to uncompressed", "verdict", to_subject]
+
+
+def _texts(table: Table, point: Point) -> list[str]:
+    ratio = "" if point.ratio is None else f"{point.ratio:g}"
+    smaller = f"{table.reference.size / point.size:.2f}" if table.reference else ""
+    verdict = "" if point.interval is None else point.interval.verdict
+    return [
+        *(point.contender, ratio, str(len(point.runs)), f"{point.parameters:,.0f}", smaller),
+        _quality(point),
+        *(_interval(point.interval), verdict, _interval(point.to_subject)),
+    ]
+
+
+def _quality(point: Point) -> str:
+    return _figure(point.quality, ".4f")
+
+
+def _interval(difference: Difference | None) -> str:
+    if difference is None:
+        return ""
+    return f"{difference.mean:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"

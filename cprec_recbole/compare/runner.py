@@ -1,0 +1,443 @@
+"""Running a study: every trial that can be done now is handed out, until none is left."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import signal
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+from cprec_recbole.compare.contenders import (
+    STOCK,
+    STOCK_KIND,
+    UNCOMPRESSED,
+    UNCOMPRESSED_RECIPE,
+    Recipe,
+    Setting,
+    build,
+    recipe_of,
+)
+from cprec_recbole.compare.results import STUDY, TRIALS, read_study, read_trial, read_trials
+from cprec_recbole.compare.spec import (
+    QUALITY,
+    Cell,
+    Failed,
+    Goal,
+    Plan,
+    Ratio,
+    Record,
+    Spec,
+    Study,
+    Trial,
+    scheme_of,
+)
+from cprec_recbole.compare.trial import (
+    WEIGHTS,
+    Data,
+    config_of,
+    run_trial,
+    weights_of,
+    write_record,
+)
+from cprec_recbole.compression.compress import compress
+from cprec_recbole.config import CompressionConfig, CompressionError, check_whole, reject_unknown
+from cprec_recbole.costs import part_sizes
+from cprec_recbole.environment import in_a_line
+from cprec_recbole.files import held, make_folder, write_text
+from cprec_recbole.host.library import known_options
+from cprec_recbole.models.from_config import compression_of
+from cprec_recbole.parallel.launch import START_METHOD, end_with_parent
+from cprec_recbole.training.evaluation import check_metrics, check_valid_metric
+
+_SECONDS_BETWEEN_LOOKS = 0.2  # at what trainings say
+_ENDED = "its process was ended, as a system does that runs out of memory"
+
+
+@dataclass
+class Outcome:
+    """What became of the runs that were wanted.
+
+    Attributes:
+        study: what was asked for, and what its contenders are.
+        goals: the runs.
+        failed: those that failed, and why.
+        dropped: those that would be the same model as `compressed`.
+    """
+
+    study: Study
+    goals: list[Goal]
+    failed: dict[Goal, str] = field(default_factory=dict)
+    dropped: list[Goal] = field(default_factory=list)
+
+
+def run_study(
+    spec: Spec,
+    folder: Path,
+    *,
+    jobs: int = 1,
+    data_path: str | None = None,
+    only: list[str] | None = None,
+    retry: bool = False,
+    console: Console | None = None,
+) -> Outcome:
+    """Do all trials of a study that are not there yet.
+
+    Every finished trial is a file at once. An interruption at any moment loses the epochs, and
+    the recoveries, that are in progress and nothing else.
+
+    Args:
+        spec: the study.
+        folder: where it is kept.
+        jobs: trials at a time, one thread each; 1 works in this process.
+        data_path: where data sets are, as RecBole's option; None for RecBole's own place.
+        only: patterns of keys of runs; None for all. What these need is done too.
+        retry: try again what failed.
+        console: where progress is shown.
+
+    Raises:
+        CompressionError: options that RecBole refuses or that leave nothing to measure, data that
+            are missing or other ones than before, a folder that another study writes to.
+    """
+    check_whole("jobs", jobs)
+    goals = _wanted(spec, only)
+    cells = list(dict.fromkeys(goal.cell for goal in goals))
+    _check(spec, cells, data_path)
+    make_folder(folder)
+    with held(folder):
+        for kind in (TRIALS, WEIGHTS):
+            make_folder(folder / kind)
+            for left in (folder / kind).glob(".*.tmp"):
+                left.unlink(missing_ok=True)
+        study = _planned(spec, goals, folder, data_path, retry)
+        work = _Work(study, folder, goals, read_trials(folder))
+        if retry:
+            work.forget_failures()
+        display = _Display(console or Console(), work)
+        with display.progress:
+            _work_on(work, jobs, data_path, display)
+        return work.outcome()
+
+
+@dataclass
+class _Work:
+    """What there is to do, computed anew from what was found whenever that changes."""
+
+    study: Study
+    folder: Path
+    goals: list[Goal]
+    found: dict[str, Record]
+    running: set[str] = field(default_factory=set)
+    lost: dict[str, str] = field(default_factory=dict)  # why an original has no weights
+    finished: int = 0  # of the goals
+
+    def next(self, room: int) -> list[tuple[Trial, Record | None]]:
+        """Trials that can begin now, and what each is made of."""
+        ahead = [self._ahead(goal) for goal in self.goals]
+        self.finished = sum(trials is None for trials in ahead)
+        found = {t.name: t for trials in ahead for t in trials or ()}
+        free = [trial for name, trial in found.items() if name not in self.running][:room]
+        self.running |= {trial.name for trial in free}
+        return [(trial, self.found[trial.parent[0]] if trial.parent else None) for trial in free]
+
+    def _ahead(self, goal: Goal) -> list[Trial] | None:
+        """The trials that bring a run nearer; None where it is settled."""
+        try:
+            recipe, trials = self.study.made(goal), self.study.trials(goal, self.found)
+        except Failed:
+            return None
+        if recipe is None:
+            return None
+        if trials is None:
+            first = [goal._replace(contender=UNCOMPRESSED, ratio=None)] * recipe.is_derived
+            first += [goal._replace(seed=self.study.spec.seeds[0])]
+            return [t for g in first if g != goal for t in self._ahead(g) or ()]
+        missing = [trial for trial in trials if trial.name not in self.found]
+        if not missing:
+            return None
+        parent = missing[0].parent
+        if parent is None or weights_of(self.folder, parent[0]).exists():
+            return missing
+        if parent[0] not in self.lost:  # as in a folder that was published
+            original = goal._replace(contender=UNCOMPRESSED, ratio=None)
+            chosen = self.study.choose(original, self.found)
+            return [chosen.trial] if chosen else []
+        for trial in missing:
+            self.end(trial, f"there is no {parent[0]}: {self.lost[parent[0]]}")
+        return None
+
+    def end(self, trial: Trial, error: str | None) -> Record:
+        """Note that a trial has ended, or why it failed; gives what was found."""
+        self.running.discard(trial.name)
+        if error is None:
+            self.found[trial.name] = read_trial(self.folder / TRIALS / f"{trial.name}.json")
+        elif "error" not in self.found.get(trial.name, {"error": ""}):
+            self.lost[trial.name] = error  # what was there is not lost
+            return {"error": error}
+        else:
+            self.found[trial.name] = {"error": error}
+            write_record(self.folder, trial, self.found[trial.name])
+        return self.found[trial.name]
+
+    def forget_failures(self) -> None:
+        """Forget what failed of the runs that are wanted."""
+        for goal in self.goals:
+            try:
+                trials = self.study.trials(goal, self.found) or []
+            except Failed:
+                continue
+            for trial in trials:
+                if "error" in self.found.get(trial.name, {}):
+                    del self.found[trial.name]
+
+    def outcome(self) -> Outcome:
+        """What became of the runs."""
+        done = Outcome(self.study, self.goals)
+        for goal in self.goals:
+            try:
+                if self.study.made(goal) is None:
+                    done.dropped.append(goal)
+                else:
+                    self.study.choose(goal, self.found)
+            except Failed as error:
+                done.failed[goal] = str(error)
+        return done
+
+
+def _wanted(spec: Spec, only: list[str] | None) -> list[Goal]:
+    """The runs that patterns name."""
+    goals = spec.goals()
+    for pattern in only or ():
+        if not any(fnmatchcase(goal.key, pattern) for goal in goals):
+            raise CompressionError(
+                f"Expected `only` to be a pattern of keys such as {goals[0].key}, but got "
+                f"{pattern!r}, which none has."
+            )
+    return [g for g in goals if only is None or any(fnmatchcase(g.key, p) for p in only)]
+
+
+def _check(spec: Spec, cells: list[Cell], data_path: str | None) -> None:
+    """Whether RecBole takes what is asked for, before anything is trained."""
+    known: set[str] = set()
+    for cell in cells:
+        config = config_of(cell, spec.options, data_path)
+        known.update(known_options(config))
+        for name in ("epochs", "eval_step"):
+            check_whole(name, config[name])
+        check_valid_metric(config)
+        check_metrics(config, "metrics")
+        measured = [f"{m}@{k}".lower() for m in config["metrics"] for k in config["topk"]]
+        if QUALITY not in measured:
+            raise CompressionError(
+                f"Expected `metrics` and `topk` to measure NDCG@20, but got {', '.join(measured)}."
+            )
+        mode = config["eval_args"]["mode"]
+        if (set(mode.values()) if isinstance(mode, dict) else {mode}) != {"full"}:
+            raise CompressionError(
+                f"Expected `eval_args` to rank all items (mode: full), but got mode {mode}."
+            )
+        if STOCK in spec.contenders:  # RecBole may refuse for it what it takes for ours
+            config_of(cell, spec.options, data_path, recipe=Recipe(STOCK_KIND, {}))
+    reject_unknown(spec.options, sorted(known))
+
+
+def _planned(
+    spec: Spec, goals: list[Goal], folder: Path, data_path: str | None, retry: bool
+) -> Study:
+    """The study with a plan of each cell, as it is written into the folder. What was planned stays:
+    the seeds of a contender are one model, whatever later code would choose."""
+    given = folder / STUDY
+    plans = read_study(folder).plans if given.exists() else {}
+    asked = json.loads(json.dumps({"options": spec.options, "compression": spec.compression}))
+    for cell in dict.fromkeys(goal.cell for goal in goals):
+        before = plans.get(str(cell))
+        is_same = before is not None and before.asked == asked
+        known = before.contenders if before is not None and is_same else {}
+        known = {name: m for name, m in known.items() if not (retry and isinstance(m, str))}
+        wanted = [(UNCOMPRESSED, None), *((g.contender, g.ratio) for g in goals if g.cell == cell)]
+        new = [name for name in dict.fromkeys(wanted) if name not in known]
+        if new:
+            plan = plan_cell(spec, cell, new, data_path)
+            if before is not None and is_same and before.rows != plan.rows:
+                raise CompressionError(
+                    f"Expected `data_path` to hold the interactions with which the study of {cell} "
+                    "began, but they have changed; use another --out, or restore them."
+                )
+            plans[str(cell)] = replace(plan, asked=asked, contenders=known | plan.contenders)
+        plans[str(cell)].contenders |= {
+            (name, None): Recipe("train", options) for name, options in spec.settings.items()
+        }
+    study = Study(spec, plans)
+    whole = {"spec": spec.as_dict(), "cells": {name: p.as_dict() for name, p in plans.items()}}
+    write_text(given, json.dumps(whole, indent=1) + "\n")
+    return study
+
+
+def plan_cell(
+    spec: Spec, cell: Cell, wanted: list[tuple[str, Ratio]], data_path: str | None
+) -> Plan:
+    """What contenders are in a cell: a recipe each, or why there is none."""
+    config = config_of(cell, spec.options, data_path, seed=spec.seeds[0])
+    data = Data.of(config)
+    fresh = build(UNCOMPRESSED_RECIPE, config, data.train._dataset)
+    same = compression_of(config)
+    about = {
+        "users": int(data.dataset.user_num) - 1,
+        "items": int(data.dataset.item_num) - 1,
+        "test_cases": len(data.test._dataset),
+        "evaluation": config["eval_args"],
+    }
+    settings: dict[tuple[Ratio, str | None], Setting | str] = {}
+
+    def setting_of(ratio: Ratio, scheme: str | None) -> Setting | str:
+        """What a ratio, or the options that were given, come to; or why that cannot be."""
+        base = spec.compression if scheme is None else {**spec.compression, "sharing": scheme}
+        refused = None
+        if ratio is None:
+            chosen = CompressionConfig(**base)
+        else:
+            try:
+                chosen = compress(fresh, ratio=ratio, verbose=False, **base).compression
+            except CompressionError as error:
+                chosen, refused = CompressionConfig(**base), str(error)
+        chosen = replace(chosen, training=same.training, loss_memory=same.loss_memory)
+        size = int(part_sizes(fresh).total / ratio) if ratio and refused else None
+        return Setting(config, data.dataset, chosen, ratio, base, size, refused)
+
+    plan = Plan(data.rows, {}, about)
+    for name, ratio in wanted:
+        place = ratio, scheme_of(name)
+        if place not in settings:
+            settings[place] = setting_of(*place)
+        try:
+            plan.contenders[name, ratio] = recipe_of(name, settings[place])
+        except CompressionError as error:
+            plan.contenders[name, ratio] = str(error)
+    return plan
+
+
+def _attempt(trial: Trial, parent: Record | None, folder: Path, data: str | None, say: Any) -> Any:
+    """Do a trial, with one thread, as in any number of processes: their number changes what is
+    trained. Gives why it failed, in a line."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        run_trial(trial, parent, folder, data, lambda *epoch: say((trial, *epoch)))
+    except Exception as error:
+        return in_a_line(error)
+    finally:
+        torch.set_num_threads(threads)
+    return None
+
+
+class _Here(Executor):
+    """This process, as if it were another."""
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(function(*args, **kwargs))
+        return future
+
+
+def _process() -> Executor:
+    """A process of its own for a trial at a time, so that it alone is lost where it dies."""
+    return ProcessPoolExecutor(1, multiprocessing.get_context(START_METHOD), _begin)
+
+
+def _begin() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the first process ends us
+    end_with_parent()
+
+
+def _work_on(work: _Work, jobs: int, data_path: str | None, display: _Display) -> None:
+    """Hand out trials until none is left."""
+    before = set(multiprocessing.active_children())
+    with ExitStack() as stack:
+        say: Callable[..., Any] = display.epoch
+        said: Any = None
+        if jobs > 1:
+            said = stack.enter_context(multiprocessing.Manager()).Queue()
+            say = said.put
+        free = [_process() if jobs > 1 else _Here() for _ in range(jobs)]
+        busy: dict[Future[str | None], tuple[Executor, Trial]] = {}
+        try:
+            while True:
+                for trial, parent in work.next(len(free)):
+                    display.begin(trial)
+                    executor, given = free.pop(), (trial, parent, work.folder, data_path, say)
+                    busy[executor.submit(_attempt, *given)] = executor, trial
+                display.count()
+                if not busy:
+                    return
+                done, _ = wait(busy, _SECONDS_BETWEEN_LOOKS, FIRST_COMPLETED)
+                while said is not None and not said.empty():
+                    display.epoch(said.get())
+                for future in done:
+                    executor, trial = busy.pop(future)
+                    is_dead = isinstance(future.exception(), BrokenProcessPool)
+                    free.append(_process() if is_dead else executor)
+                    display.end(trial, work.end(trial, _ENDED if is_dead else future.result()))
+        finally:
+            for child in set(multiprocessing.active_children()) - before if busy else ():
+                child.kill()
+
+
+class _Display:
+    """A bar for the study and one for each trial. On what is no terminal, a line for each trial
+    that ends and, where one cell is compared, for each epoch."""
+
+    def __init__(self, console: Console, work: _Work) -> None:
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+        more = TextColumn("{task.fields[note]}"), TimeElapsedColumn()
+        is_log = not console.is_terminal
+        self.progress = Progress(*columns, *more, console=console, disable=is_log)
+        self.console, self.work = console, work
+        self.has_epochs = is_log and len({goal.cell for goal in work.goals}) == 1
+        given = str(work.study.spec.options.get("epochs"))  # RecBole takes a text as well
+        self.epochs = int(given) if given.isdecimal() else None
+        self.all = self.progress.add_task("runs", total=len(work.goals), note="")
+        self.bars: dict[str, TaskID] = {}
+        work.next(0)
+        self._line(f"{len(work.goals)} runs, {work.finished} of them finished before.")
+
+    def begin(self, trial: Trial) -> None:
+        self.bars[trial.name] = self.progress.add_task(trial.words, total=self.epochs, note="")
+
+    def epoch(self, said: tuple[Trial, int, float]) -> None:
+        trial, epoch, score = said
+        note = f"valid {score:.4f}"
+        self.progress.update(self.bars[trial.name], completed=epoch, note=note)
+        if self.has_epochs:
+            self._line(f"{trial.words}, epoch {epoch}: {note}")
+
+    def end(self, trial: Trial, found: Record) -> None:
+        self.progress.remove_task(self.bars.pop(trial.name))
+        if "error" in found:
+            self._line(f"{trial.words}: failed: {found['error']}")
+        else:
+            reached = f"valid {found['valid'][QUALITY]:.4f}, {found['epochs']} epochs"
+            self._line(f"{trial.words}: {reached}, {found['seconds']:.0f} s")
+
+    def count(self) -> None:
+        self.progress.update(self.all, completed=self.work.finished)
+
+    def _line(self, text: str) -> None:
+        # a message may have brackets, which are rich's for colours
+        self.console.print(text, highlight=False, soft_wrap=True, markup=False)

@@ -1,0 +1,101 @@
+"""Quality user by user, and by how popular the item is that came next."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from cprec_recbole.config import CompressionError
+from cprec_recbole.models.eval_mode import in_eval_mode
+from cprec_recbole.models.recommender import CompressedRecommender
+from cprec_recbole.training.evaluation import ROWS, check_evaluation_data
+
+PARTS = ("head", "middle", "tail")  # of the catalogue, by popularity
+_K = 20
+
+
+@torch.no_grad()
+def rank_targets(
+    model: CompressedRecommender, data: Any
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where the item that came next stands among all, for every case of RecBole's evaluation data.
+
+    Args:
+        model: any Cp model or control.
+        data: RecBole's validation or test data.
+
+    Returns:
+        User of each case, rising; the item that came next; its place from 0, or 20 where it is not
+        among the best 20; each `[cases]`.
+
+    Raises:
+        CompressionError: data of another kind, or one that takes seen items out.
+    """
+    check_evaluation_data(data, "data")
+    device = next(model.parameters()).device
+    found: list[list[torch.Tensor]] = []
+    with in_eval_mode(model):
+        for batch, history, _, _ in data:
+            if history is not None:
+                raise CompressionError(
+                    "Expected `repeatable` to be true, as it is for sequences by default, but got "
+                    "false; users are not compared where seen items are taken out."
+                )
+            for start in range(0, len(batch), ROWS):
+                rows = batch[start : start + ROWS]
+                k = min(_K, model.n_items - 1)
+                best = model.softmax.topk(model.last_hidden(rows.to(device)), k).items.cpu()
+                is_target = best == rows[model.ITEM_ID].unsqueeze(1)
+                place = torch.where(is_target.any(1), is_target.int().argmax(1), _K)
+                found.append([rows[model.USER_ID], rows[model.ITEM_ID], place])
+    users, targets, places = (torch.cat(part).numpy() for part in zip(*found))
+    order = np.argsort(users, kind="stable")
+    return users[order], targets[order], places[order]
+
+
+def gains(places: np.ndarray) -> np.ndarray:
+    """NDCG@20 of each case, `[cases]`: one item is relevant, so that it is `1 / log2(2 + place)`."""
+    return np.where(places < _K, 1 / np.log2(2.0 + places), 0.0)
+
+
+def by_user(users: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """NDCG@20 of every test user by rising id, the mean over a user's cases, `[users]`."""
+    _, index = np.unique(users, return_inverse=True)
+    return np.bincount(index, gains(places)) / np.bincount(index)
+
+
+def by_popularity(targets: np.ndarray, places: np.ndarray, counts: np.ndarray) -> dict[str, Any]:
+    """NDCG@20, HR@20 and number of cases by part of the catalogue (`popularity_parts`).
+
+    Args:
+        targets: the item that came next, `[cases]`.
+        places: its place, `[cases]`.
+        counts: training interactions of each item id, `[n_items]`.
+    """
+    part, found = popularity_parts(counts)[targets], {}
+    for number, name in enumerate(PARTS):
+        here = places[part == number]
+        found[name] = {
+            "ndcg@20": float(gains(here).mean()) if len(here) else None,
+            "hit@20": float((here < _K).mean()) if len(here) else None,
+            "cases": len(here),
+        }
+    return found
+
+
+def popularity_parts(counts: np.ndarray) -> np.ndarray:
+    """The part of each item id, 0 head, 1 middle, 2 tail, `[n_items]`.
+
+    Items by falling training count, ties by lower id; the head are those that hold the first third
+    of the training interactions, the middle those that hold the second, the tail all others. An
+    item belongs where its first interaction falls; items that never occurred are in the tail.
+    """
+    counts = np.asarray(counts, dtype=np.float64)
+    order = np.argsort(-counts[1:], kind="stable") + 1
+    before = np.cumsum(counts[order]) - counts[order]
+    part = np.full(len(counts), 2)
+    part[order] = np.minimum(2, before * 3 // max(counts[1:].sum(), 1.0))
+    part[counts == 0] = 2
+    return part
