@@ -1,0 +1,297 @@
+"""Item tables that are no blocks: quotient-remainder hashing and RecJPQ, and models on them."""
+
+from __future__ import annotations
+
+import functools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.sparse import csr_matrix
+from scipy.sparse.linalg import svds
+from torch import Tensor, nn
+
+from cprec_recbole.config import CompressionError
+from cprec_recbole.costs import BYTES_PER_FLOAT, saved_bytes
+from cprec_recbole.data.sequences import item_counts
+from cprec_recbole.embedding import BlockEmbedding
+from cprec_recbole.losses import LogitBlock
+from cprec_recbole.models.from_config import compression_of
+from cprec_recbole.models.recommender import CompressedRecommender
+from cprec_recbole.models.saving import packed_blocks
+from cprec_recbole.models.spec import Parts
+from cprec_recbole.partition import PADDING, Partition
+
+CENTROIDS = 256  # of each split: a code is a byte
+_FEWEST_CODES, _USUAL_CODES, _MOST_CODES = 4, 8, 32  # the paper's are 4 to 16; more where they fit
+_NOISE = 1e-5  # against ties, as in the paper; the values are from 0 to 1
+
+
+class ItemTable(nn.Module, ABC):
+    """Vectors of all items, kept in another way than as rows: `[n_items, d]` in id order.
+
+    Stands where a BlockEmbedding stands, as the only block of itself. The padding item's vector is
+    zero.
+
+    Args:
+        n_items: items of the catalogue, padding included.
+        dim: size `d` of an item vector.
+    """
+
+    is_int8 = False
+    projection = None
+
+    def __init__(self, n_items: int, dim: int) -> None:
+        super().__init__()
+        self.partition = Partition(torch.arange(n_items), (n_items,))  # positions are ids
+        self.partition.register_buffer("item_at", self.partition.item_at, persistent=False)
+        self.dim = dim
+
+    @abstractmethod
+    def vectors(self, items: Tensor) -> Tensor:
+        """Vectors of item ids, `[...] -> [..., d]`; that of padding is not looked at."""
+
+    @abstractmethod
+    def products(self, hidden: Tensor) -> Tensor:
+        """Products with every item, `[B, d] -> [B, n_items]`; that of padding is not looked at."""
+
+    @property
+    def n_items(self) -> int:
+        """Items of the catalogue, padding included."""
+        return self.partition.n_items
+
+    def forward(self, items: Tensor) -> Tensor:
+        """Vectors of item ids, `[...] -> [..., d]`; IndexError outside the catalogue."""
+        vectors = self.vectors(self.partition.positions(items))
+        return vectors.masked_fill((items == PADDING).unsqueeze(-1), 0.0)
+
+    def dense(self) -> Tensor:
+        """The whole table, `[n_items, d]`."""
+        return self(torch.arange(self.n_items, device=self.partition.item_at.device))
+
+    def norm(self) -> Tensor:
+        """Frobenius norm of the whole table, `[]`."""
+        return torch.linalg.vector_norm(self.dense())
+
+    # -- as a block, which a softmax reads ---------------------------------------------------------
+
+    @property
+    def blocks(self) -> list[ItemTable]:
+        """Itself alone."""
+        return [self]
+
+    def rows(self) -> Tensor:
+        """See Block.rows."""
+        return self.dense().detach()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """See Block.logits."""
+        return F.pad(self.products(hidden)[:, 1:], (1, 0))
+
+    def logit_block(self, hidden: Tensor) -> LogitBlock:
+        """See Block.logit_block. Of the vectors of all items, made for the step: on a processor
+        many times faster than sums of looked-up products with their gradients."""
+        return LogitBlock(hidden, self.dense())
+
+
+class HashedTable(ItemTable):
+    """Quotient-remainder hashing (Shi et al., KDD 2020): item x has the vector
+    `quotients[x // q] * remainders[x % q]`, `[d]`.
+
+    Args:
+        n_items: items of the catalogue, padding included.
+        dim: size `d` of an item vector.
+        divisor: q; the tables have `ceil(n_items / q)` and q rows.
+        std: spread of the entries of a fresh item vector.
+    """
+
+    def __init__(self, n_items: int, dim: int, divisor: int, std: float) -> None:
+        super().__init__(n_items, dim)
+        self.divisor = divisor
+        self.quotients = nn.Parameter(torch.empty(-(-n_items // divisor), dim))
+        self.remainders = nn.Parameter(torch.empty(divisor, dim))
+        for rows in (self.quotients, self.remainders):
+            nn.init.normal_(rows, std=math.sqrt(std))  # so that products have a spread of std
+
+    def vectors(self, items: Tensor) -> Tensor:
+        """See ItemTable.vectors."""
+        return self.quotients[items // self.divisor] * self.remainders[items % self.divisor]
+
+    def products(self, hidden: Tensor) -> Tensor:
+        """See ItemTable.products; each quotient's row weighs the hidden states once."""
+        weighed = hidden.unsqueeze(1) * self.quotients  # [B, quotients, d]
+        return (weighed @ self.remainders.T).flatten(1)[:, : self.n_items]
+
+
+class CodedTable(ItemTable):
+    """RecJPQ (Petrov and Macdonald, WSDM 2024): item x has the vector
+    `[centroids[0, code_0(x)], ..., centroids[m-1, code_m-1(x)]]`, `[d]`.
+
+    The codes are fixed before training; the centroids are learnt.
+
+    Args:
+        codes: m codes of each item id from 0 to 255, `[n_items, m]`; those of padding are unused.
+        dim: size `d` of an item vector; a multiple of m.
+        std: spread of the entries of a fresh item vector.
+    """
+
+    codes: Tensor
+
+    def __init__(self, codes: Tensor, dim: int, std: float) -> None:
+        super().__init__(len(codes), dim)
+        self.register_buffer("codes", codes)
+        m = codes.shape[1]
+        self.centroids = nn.Parameter(torch.empty(m, CENTROIDS, dim // m))
+        nn.init.normal_(self.centroids, std=std)
+
+    def vectors(self, items: Tensor) -> Tensor:
+        """See ItemTable.vectors."""
+        splits = torch.arange(len(self.centroids), device=items.device)
+        return self.centroids[splits, self.codes[items].long()].flatten(-2)
+
+    def products(self, hidden: Tensor) -> Tensor:
+        """See ItemTable.products: sums of m looked-up products; no item's vector is made."""
+        m = len(self.centroids)
+        pieces = hidden.view(len(hidden), m, self.dim // m)
+        products = torch.einsum("mcs,bms->mcb", self.centroids, pieces).flatten(0, 1)
+        rows = self.codes.long() + CENTROIDS * torch.arange(m, device=hidden.device)
+        return F.embedding_bag(rows, products, mode="sum").T
+
+
+# -- models on them --------------------------------------------------------------------------------
+
+
+class TableRecommender(CompressedRecommender):
+    """A Cp model whose table is an ItemTable. It is there to be measured, and not saved."""
+
+    def save_pretrained(self, folder: Any, tokens: Any = None) -> Any:
+        """Refused: always a CompressionError."""
+        raise self._refusal("save")
+
+    def add_items(self, tokens: Any, like: Any = None) -> list[int]:
+        """Refused: always a CompressionError."""
+        raise self._refusal("add items to")
+
+    def _refusal(self, verb: str) -> CompressionError:
+        return CompressionError(
+            f"Expected a table of blocks to {verb}, but got {type(self.table).__name__}."
+        )
+
+
+@functools.cache
+def _class_of(model: type[CompressedRecommender]) -> type[TableRecommender]:
+    return type(f"Table{model.spec.name}", (TableRecommender,), {"spec": model.spec})
+
+
+def model_on_table(
+    kind: str, options: Mapping[str, Any], config: Any, dataset: Any
+) -> TableRecommender:
+    """A fresh model as RecBole would build it, on an item table.
+
+    Args:
+        kind: `hashing` with the option `hashing_divisor`; `recjpq-random` or `recjpq-svd` with
+            `recjpq_codes`.
+        options: the table's, among others.
+        config: a RecBole config of a Cp model; `sharing` and `training` are read, and for codes the
+            `seed`.
+        dataset: the training split.
+    """
+    spec, compression = config.model_class.spec, compression_of(config)
+    n_items, dim = int(dataset.item_num), spec.dim(int(config[spec.size_option]))
+    with torch.random.fork_rng(devices=[]):
+        std = spec.table_std(spec.build_inner(config, dataset), n_items)
+    if kind == "hashing":
+        table: ItemTable = HashedTable(n_items, dim, int(options["hashing_divisor"]), std)
+    else:
+        m, generator = int(options["recjpq_codes"]), np.random.default_rng(int(config["seed"]))
+        if kind == "recjpq-random":
+            codes = binned(generator.random((n_items, m)))
+        else:
+            codes = svd_codes(user_item_matrix(dataset), m, generator)
+        table = CodedTable(torch.from_numpy(codes), dim, std)
+    inner = spec.build_inner(config, dataset)
+    inner.n_items = n_items
+    blocks = cast(BlockEmbedding, table)
+    last_column = spec.reads_last_column and compression.training == "last_position"
+    parts = Parts(inner, blocks, blocks, compression, last_column, item_counts(dataset))
+    model = _class_of(config.model_class)(parts=parts)
+    model.item_tokens = dataset.field2id_token[dataset.iid_field]
+    return model.to(config["device"])
+
+
+def served_bytes(model: nn.Module) -> int:
+    """Bytes that scoring needs: parameters, an item's codes, and the block of each item in as few
+    bits as that takes. Not the names of items."""
+    total = saved_bytes(model)
+    if isinstance(model, CompressedRecommender):
+        partition = model.table.partition
+        member = partition.blocks(partition.position_of).cpu().numpy()
+        total += packed_blocks(member, len(partition.sizes)).nbytes
+        total += sum(codes.nbytes for codes in model.table.buffers(recurse=False))
+    return total
+
+
+# -- what fits, and codes --------------------------------------------------------------------------
+
+
+def largest_divisor(n_items: int, rows: int) -> int:
+    """The largest q whose two tables have at most so many rows; that of the fewest rows where none
+    has. A larger q means fewer items to a remainder."""
+    for divisor in range(min(n_items, rows), 0, -1):
+        if divisor + -(-n_items // divisor) <= rows:
+            return divisor
+    return max(1, math.isqrt(n_items))
+
+
+def most_codes(n_items: int, dim: int, limit: int) -> int:
+    """The most codes m, from 4 to 32 and a divisor of `dim`, whose table fits into so many bytes.
+
+    Centroids take `256 d` floats whatever m is. Where they do not fit themselves there is no such
+    table, and 8 codes are taken, or what comes nearest: the size is told, not hidden.
+    """
+    divisors = [m for m in range(min(dim, _MOST_CODES), 0, -1) if dim % m == 0]
+    possible = [m for m in divisors if m >= _FEWEST_CODES] or divisors
+    usual = min(possible, key=lambda m: abs(m - _USUAL_CODES))
+    return next((m for m in possible if coded_bytes(n_items, dim, m) <= limit), usual)
+
+
+def coded_bytes(n_items: int, dim: int, m: int) -> int:
+    """Bytes of a table of m codes an item and its centroids."""
+    return m * n_items + BYTES_PER_FLOAT * CENTROIDS * dim
+
+
+def svd_codes(matrix: csr_matrix, m: int, generator: np.random.Generator) -> np.ndarray:
+    """Codes out of the m strongest right singular vectors, `[users, n_items] -> [n_items, m]`.
+
+    Each direction is brought to values from 0 to 1, a little noise is added against ties, and the
+    items are cut into 256 bins of equal count. Directions that the matrix does not have are random.
+    """
+    n_items = matrix.shape[1]
+    rank = min(m, min(matrix.shape) - 1)
+    start = generator.standard_normal(min(matrix.shape))
+    _, strengths, directions = svds(matrix.astype(np.float64), k=rank, v0=start)
+    values = directions[np.argsort(-strengths)].T  # [n_items, rank]
+    low, high = values.min(0), values.max(0)
+    values = (values - low) / np.where(high > low, high - low, 1.0)
+    values = values + generator.normal(0.0, _NOISE, values.shape)
+    return binned(np.hstack([values, generator.random((n_items, m - rank))]))
+
+
+def binned(values: np.ndarray) -> np.ndarray:
+    """The bin of each item in each column, 256 bins of equal count, `[n_items, m]` of uint8; the
+    padding item is in no bin and gets 0."""
+    codes = np.zeros(values.shape, dtype=np.uint8)
+    places = values[1:].argsort(0, kind="stable").argsort(0, kind="stable")
+    codes[1:] = places * CENTROIDS // (len(values) - 1)
+    return codes
+
+
+def user_item_matrix(dataset: Any) -> csr_matrix:
+    """Which user has which item in training, ones in `[users, n_items]`; users in no order."""
+    matrix = dataset.inter_matrix("csr")
+    matrix.data[:] = 1.0
+    return matrix
