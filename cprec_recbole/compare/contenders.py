@@ -27,6 +27,7 @@ from cprec_recbole.models.spec import ModelSpec
 from cprec_recbole.results import Recovery
 
 ALL, UNCOMPRESSED, COMPRESSED, STOCK = "all", "uncompressed", "compressed", "RecBole's own"
+STOCK_KIND = "recbole"
 SHARED_OPTIONS = ("training", "loss_memory")  # of a CompressionConfig: the same for all contenders
 INT8_BYTES = Unit("bytes in int8", entry=1, row=BYTES_PER_SCALE, other=BYTES_PER_FLOAT)
 _PLAIN = CompressionConfig.uncompressed()
@@ -202,7 +203,7 @@ def _recjpq(kind: str, setting: Setting) -> Recipe:
 CONTENDERS: dict[str, Callable[[Setting], Recipe | None]] = {
     UNCOMPRESSED: partial(_plain, "train"),
     COMPRESSED: lambda setting: Recipe("train", own_options(setting.compression)),
-    STOCK: lambda setting: Recipe("recbole", {}),
+    STOCK: lambda setting: Recipe(STOCK_KIND, {}),
     "recovered": _recovered,  # the trained model compressed, then recover() for a quarter as long
     "recovered-int8": _recovered_int8,  # the same in int8, in the bytes of the compressed one
     "uncompressed-recovered": partial(_plain, "recover"),  # not compressed, recover() alike
@@ -223,6 +224,7 @@ CONTENDERS: dict[str, Callable[[Setting], Recipe | None]] = {
     "narrower-int8": partial(_narrower, unit=INT8_BYTES, dtype="int8"),  # about as many bytes
     "hashing": _hashing,  # an item's vector is the product of two shared rows
 }
+UNCOMPRESSED_RECIPE = Recipe("train", own_options(_PLAIN))
 CONTROLS = tuple(CONTENDERS)[3:]
 # they follow from a size alone: they are there where the compressed model cannot be that small
 BY_SIZE = ("recovered-int8", "narrower", "uniform-svd-recovered-int8", "narrower-int8")
@@ -251,7 +253,7 @@ def recipe_of(name: str, setting: Setting) -> Recipe | None:
 def build(recipe: Recipe, config: Any, dataset: Any) -> torch.nn.Module:
     """The fresh model of a recipe that is not derived, by a RecBole config with its options and the
     training split."""
-    if recipe.kind in ("train", "recbole"):
+    if recipe.kind in ("train", STOCK_KIND):
         return recbole_model(config, dataset)
     return tables.model_on_table(recipe.kind, recipe.options, config, dataset)
 

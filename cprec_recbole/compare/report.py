@@ -22,7 +22,6 @@ from cprec_recbole.compare.results import (
     Point,
     Run,
     Table,
-    findings_of,
     paired,
     quality_of,
 )
@@ -48,21 +47,9 @@ _SHOWN_COSTS = ("bytes of weights", "ms to score a user")
 _HEADER = ("contender", "ratio", "seeds", "parameters", "smaller", "NDCG@20 test")
 
 
-def write_report(folder: Path, *, latex: bool = False, against: str | None = None) -> list[Path]:
+def write_report(findings: Findings, folder: Path, *, latex: bool = False) -> list[Path]:
     """Write `compare.csv`, `compare.md`, with `latex` also `compare.tex`, and the page
-    `compare.html`; returns what was written.
-
-    Args:
-        folder: of a study.
-        latex: whether tables for LaTeX are wanted.
-        against: the contender that others are measured against beside the uncompressed model;
-            None: of ours the one that was run most often.
-
-    Raises:
-        CompressionError: a folder without runs, without a run of `against`, or with a file that
-            cannot be read.
-    """
-    findings = findings_of(folder, against)
+    `compare.html` into a folder; returns what was written."""
     texts = {"compare.csv": as_csv(findings), "compare.md": as_markdown(findings)}
     texts |= {"compare.tex": as_latex(findings)} if latex else {}
     texts["compare.html"] = render_page(findings)
@@ -106,7 +93,8 @@ def as_markdown(findings: Findings) -> str:
     each cell; what the figures are, and what failed."""
     lines = []
     if findings.is_single and findings.tables:
-        lines = [f"# {_title(findings)}", "", *_markdown(_by_quantity(findings)), _note(findings)]
+        lines = [f"# {_title(findings)}", "", f"Repeat it with `{findings.study.command}`.", ""]
+        lines += [*_markdown(_by_quantity(findings)), _note(findings)]
         lines += ["", "Contenders:", "", *_described(findings), ""]
     lines += ["# Study", "", *_notes(findings), "", *_overview(findings)]
     for table in findings.tables:
@@ -198,7 +186,7 @@ def _ratio(figure: Figure | None, base: Figure | None) -> str:
 def _markdown(rows: Sequence[Sequence[str]]) -> list[str]:
     """A table, its first row the header; numbers stand on the right."""
     header, *others = rows
-    left = {i for i, name in enumerate(header) if name in ("", "contender", "verdict")}
+    left = {i for i, name in enumerate(header) if i == 0 or name == "verdict"}
     dashes = "|".join("---" if i in left else "--:" for i in range(len(header)))
     lines = [f"| {' | '.join(row)} |" for row in others]
     return [f"| {' | '.join(header)} |", f"|{dashes}|", *lines, ""]

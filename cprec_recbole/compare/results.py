@@ -200,6 +200,11 @@ class Findings:
     subject: str | None
 
     @property
+    def is_single(self) -> bool:
+        """Whether it is the comparison of one model on one data set, without ratios."""
+        return list(self.study.spec.ratios.values()) == [(None,)]
+
+    @property
     def finished(self) -> list[Run]:
         """The runs that have results."""
         return [run for table in self.tables for point in table.points for run in point.runs]
@@ -242,14 +247,12 @@ class Findings:
 
     @property
     def unequal(self) -> list[str]:
-        """Where fewer rates were tried for a contender than for others of its cell, as sentences."""
+        """Where fewer rates were tried than for others of the cell, as sentences."""
         found = []
         for table in self.tables:
             searched = [point for point in table.points if point.search]
             most = max((len(point.search) for point in searched), default=0)
-            fewer = [
-                f"{p.label} ({len(p.search)})" for p in searched if len(p.search) < most
-            ]
+            fewer = [f"{p.label} ({len(p.search)})" for p in searched if len(p.search) < most]
             if fewer:
                 found.append(
                     f"{table.label}: fewer learning rates than the {most} of others were tried for "
@@ -372,7 +375,7 @@ def read_study(folder: Path) -> Study:
     given = _read(path, path.read_text(encoding="utf-8"))
     try:
         plans = {name: Plan.from_dict(plan) for name, plan in given["cells"].items()}
-        return Study(Spec.from_dict(given["spec"]), plans)
+        return Study(Spec.from_dict(given["spec"]), plans, given["command"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CompressionError(
             f"Expected {path} to be of this version of cprec_recbole, but got {error!r}; use "
@@ -467,14 +470,16 @@ def _runs(study: Study, found: dict[str, Record]) -> Iterable[Run]:
     """The runs that there are, also those that failed."""
     for goal in study.spec.goals():
         plan = study.plans.get(str(goal.cell))
-        if plan is None or (goal.contender, goal.ratio) not in plan.contenders:
+        made = plan and plan.contenders.get((goal.contender, goal.ratio))
+        if made is None:  # not asked for yet, or the same model as another
             continue
         first = goal._replace(seed=study.spec.seeds[0])
         try:
             chosen = study.choose(goal, found, partly=True)
             searched = chosen and study.choose(first, found, partly=True)
         except Failed as error:
-            yield Run(goal, {"error": str(error)})
+            if goal == first or not isinstance(made, str):
+                yield Run(goal, {"error": str(error)})  # what cannot be is said once
             continue
         if chosen is not None:
             tried = searched.tried if searched else []

@@ -11,6 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from rich.progress import (
 )
 
 from cprec_recbole.compare.contenders import (
+    BY_SIZE,
+    COMPRESSED,
     STOCK,
     STOCK_KIND,
     UNCOMPRESSED,
@@ -33,6 +36,7 @@ from cprec_recbole.compare.contenders import (
     Recipe,
     Setting,
     build,
+    own_options,
     recipe_of,
 )
 from cprec_recbole.compare.results import STUDY, TRIALS, read_study, read_trial, read_trials
@@ -78,14 +82,14 @@ class Outcome:
     Attributes:
         study: what was asked for, and what its contenders are.
         goals: the runs.
-        failed: those that failed, and why.
-        dropped: those that would be the same model as `compressed`.
+        failed: those of them that failed, and why.
+        dropped: others that would be the same model as `compressed`.
     """
 
     study: Study
     goals: list[Goal]
-    failed: dict[Goal, str] = field(default_factory=dict)
-    dropped: list[Goal] = field(default_factory=list)
+    failed: dict[Goal, str]
+    dropped: list[Goal]
 
 
 def run_study(
@@ -94,6 +98,7 @@ def run_study(
     *,
     jobs: int = 1,
     data_path: str | None = None,
+    command: str = "",
     only: list[str] | None = None,
     retry: bool = False,
     console: Console | None = None,
@@ -108,6 +113,7 @@ def run_study(
         folder: where it is kept.
         jobs: trials at a time, one thread each; 1 works in this process.
         data_path: where data sets are, as RecBole's option; None for RecBole's own place.
+        command: what to write down as the way to repeat this.
         only: patterns of keys of runs; None for all. What these need is done too.
         retry: try again what failed.
         console: where progress is shown.
@@ -126,14 +132,16 @@ def run_study(
             make_folder(folder / kind)
             for left in (folder / kind).glob(".*.tmp"):
                 left.unlink(missing_ok=True)
-        study = _planned(spec, goals, folder, data_path, retry)
+        study = _planned(spec, goals, folder, data_path, retry, command)
+        dropped = [goal for goal in goals if study.plan_of(goal) is None]
+        goals = [goal for goal in goals if goal not in dropped]
         work = _Work(study, folder, goals, read_trials(folder))
         if retry:
             work.forget_failures()
         display = _Display(console or Console(), work)
         with display.progress:
             _work_on(work, jobs, data_path, display)
-        return work.outcome()
+        return Outcome(study, goals, work.failed(), dropped)
 
 
 @dataclass
@@ -162,8 +170,6 @@ class _Work:
         try:
             recipe, trials = self.study.made(goal), self.study.trials(goal, self.found)
         except Failed:
-            return None
-        if recipe is None:
             return None
         if trials is None:
             first = [goal._replace(contender=UNCOMPRESSED, ratio=None)] * recipe.is_derived
@@ -207,18 +213,15 @@ class _Work:
                 if "error" in self.found.get(trial.name, {}):
                     del self.found[trial.name]
 
-    def outcome(self) -> Outcome:
-        """What became of the runs."""
-        done = Outcome(self.study, self.goals)
+    def failed(self) -> dict[Goal, str]:
+        """The runs that failed, and why."""
+        found = {}
         for goal in self.goals:
             try:
-                if self.study.made(goal) is None:
-                    done.dropped.append(goal)
-                else:
-                    self.study.choose(goal, self.found)
+                self.study.choose(goal, self.found)
             except Failed as error:
-                done.failed[goal] = str(error)
-        return done
+                found[goal] = str(error)
+        return found
 
 
 def _wanted(spec: Spec, only: list[str] | None) -> list[Goal]:
@@ -259,7 +262,7 @@ def _check(spec: Spec, cells: list[Cell], data_path: str | None) -> None:
 
 
 def _planned(
-    spec: Spec, goals: list[Goal], folder: Path, data_path: str | None, retry: bool
+    spec: Spec, goals: list[Goal], folder: Path, data_path: str | None, retry: bool, command: str
 ) -> Study:
     """The study with a plan of each cell, as it is written into the folder. What was planned stays:
     the seeds of a contender are one model, whatever later code would choose."""
@@ -272,7 +275,8 @@ def _planned(
         known = before.contenders if before is not None and is_same else {}
         known = {name: m for name, m in known.items() if not (retry and isinstance(m, str))}
         wanted = [(UNCOMPRESSED, None), *((g.contender, g.ratio) for g in goals if g.cell == cell)]
-        new = [name for name in dict.fromkeys(wanted) if name not in known]
+        new = [pair for pair in dict.fromkeys(wanted) if pair not in known]
+        new = [(name, ratio) for name, ratio in new if name not in spec.settings]
         if new:
             plan = plan_cell(spec, cell, new, data_path)
             if before is not None and is_same and before.rows != plan.rows:
@@ -284,10 +288,10 @@ def _planned(
         plans[str(cell)].contenders |= {
             (name, None): Recipe("train", options) for name, options in spec.settings.items()
         }
-    study = Study(spec, plans)
-    whole = {"spec": spec.as_dict(), "cells": {name: p.as_dict() for name, p in plans.items()}}
+    whole = {"command": command, "spec": spec.as_dict()}
+    whole["cells"] = {name: plan.as_dict() for name, plan in plans.items()}
     write_text(given, json.dumps(whole, indent=1) + "\n")
-    return study
+    return Study(spec, plans, command)
 
 
 def plan_cell(
@@ -304,30 +308,34 @@ def plan_cell(
         "test_cases": len(data.test._dataset),
         "evaluation": config["eval_args"],
     }
-    settings: dict[tuple[Ratio, str | None], Setting | str] = {}
 
-    def setting_of(ratio: Ratio, scheme: str | None) -> Setting | str:
-        """What a ratio, or the options that were given, come to; or why that cannot be."""
+    @cache
+    def setting_of(ratio: Ratio, scheme: str | None) -> tuple[Setting, str | None]:
+        """What a ratio, or the options that were given, come to; and why that cannot be."""
         base = spec.compression if scheme is None else {**spec.compression, "sharing": scheme}
-        refused = None
-        if ratio is None:
-            chosen = CompressionConfig(**base)
-        else:
+        chosen, size, refused = CompressionConfig(**base), None, None
+        if ratio is not None:
             try:
                 chosen = compress(fresh, ratio=ratio, verbose=False, **base).compression
             except CompressionError as error:
-                chosen, refused = CompressionConfig(**base), str(error)
+                size, refused = int(part_sizes(fresh).total / ratio), str(error)
         chosen = replace(chosen, training=same.training, loss_memory=same.loss_memory)
-        size = int(part_sizes(fresh).total / ratio) if ratio and refused else None
-        return Setting(config, data.dataset, chosen, ratio, base, size, refused)
+        return Setting(config, data.dataset, chosen, ratio, base, size), refused
 
     plan = Plan(data.rows, {}, about)
     for name, ratio in wanted:
-        place = ratio, scheme_of(name)
-        if place not in settings:
-            settings[place] = setting_of(*place)
+        setting, refused = setting_of(ratio, scheme_of(name))
+        if name == COMPRESSED and ratio is None:  # what cannot be built is said at once
+            recipe = Recipe("train", own_options(setting.compression))
+            build(recipe, config_of(cell, spec.options, data_path, recipe=recipe), data.dataset)
         try:
-            plan.contenders[name, ratio] = recipe_of(name, settings[place])
+            if refused is not None and ratio is not None and name not in BY_SIZE:
+                raise CompressionError(refused)
+            recipe = recipe_of(COMPRESSED if scheme_of(name) else name, setting)
+            if recipe is not None and recipe.is_derived and recipe.options.get("ratio"):
+                given = {k: v for k, v in recipe.options.items() if k != "one_rank"}
+                compress(fresh, verbose=False, **given)  # said before anything is trained
+            plan.contenders[name, ratio] = recipe
         except CompressionError as error:
             plan.contenders[name, ratio] = str(error)
     return plan

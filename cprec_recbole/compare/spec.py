@@ -6,8 +6,9 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from cprec_recbole.compare.contenders import (
@@ -25,13 +26,15 @@ from cprec_recbole.config import (
     SHARING_SCHEMES,
     CompressionConfig,
     CompressionError,
+    check_whole,
     is_number,
     is_whole,
     reject_unknown,
 )
-from cprec_recbole.host.library import read_options
+from cprec_recbole.host.library import read_options, recbole_config
 from cprec_recbole.models import MODELS
 
+SETTINGS = Path(__file__).with_name("settings.yaml")  # what RecBole is asked unless told otherwise
 QUALITY = "ndcg@20"  # what contenders are judged by
 # what they are does not depend on a ratio
 _WITHOUT_RATIO = (UNCOMPRESSED, "int8", "uncompressed-recovered")
@@ -180,6 +183,51 @@ class Spec:
             options=options,
         )
 
+    @classmethod
+    def single(
+        cls,
+        model: str,
+        dataset: str,
+        compression: CompressionConfig | None = None,
+        *,
+        controls: Sequence[str] = (),
+        with_stock: bool = False,
+        seeds: int = 1,
+        options: dict[str, Any] | None = None,
+    ) -> Spec:
+        """The comparison of one model on one data set.
+
+        Args:
+            model: RecBole's name of it.
+            dataset: RecBole's name.
+            compression: of the contender `compressed`; its objective is that of all.
+            controls: further contenders, by name; `all` for every one.
+            with_stock: also RecBole's own model, dataset and objective.
+            seeds: how many; they count up from RecBole's `seed`.
+            options: RecBole's, for all contenders.
+
+        Raises:
+            CompressionError: an option that RecBole does not know or refuses.
+        """
+        chosen = CompressionConfig() if compression is None else compression
+        given = {"training": chosen.training, "loss_memory": chosen.loss_memory, **(options or {})}
+        config = recbole_config(f"Cp{model}", dataset, given, [str(SETTINGS)])
+        first = check_whole("seed", config["seed"], 0)
+        own = ("seed", "learning_rate", "MAX_ITEM_LIST_LENGTH", "data_path", "dataset", "model")
+        return cls(
+            datasets={dataset: (config["MAX_ITEM_LIST_LENGTH"],)},
+            models=(model,),
+            ratios={dataset: (None,)},
+            seeds=tuple(first + i for i in range(check_whole("seeds", seeds))),
+            contenders=(
+                *(UNCOMPRESSED, COMPRESSED, *find_controls(controls)),
+                *((STOCK,) if with_stock else ()),
+            ),
+            compression=own_options(chosen),
+            learning_rates=(config["learning_rate"],),
+            options={k: v for k, v in given.items() if k not in own},
+        )
+
     def goals(self) -> list[Goal]:
         """All runs that are wanted, the most telling ones first: by seed, then data set, then
         contender."""
@@ -261,20 +309,31 @@ class Study:
     """A spec and the plans of its cells: which trials are needed, and which of them count.
 
     Nothing is chosen for good: each answer is computed from the trials that were found.
+
+    Attributes:
+        spec: what is asked for.
+        plans: what contenders are, by the name of their cell.
+        command: what asks for it.
     """
 
     spec: Spec
     plans: dict[str, Plan] = field(default_factory=dict)
+    command: str = ""
 
-    def made(self, goal: Goal) -> Recipe | None:
-        """How a contender is made; None where it would be the same model as `compressed`.
+    def plan_of(self, goal: Goal) -> Recipe | str | None:
+        """How a contender is made, or why there can be none; None where it would be the same model
+        as `compressed`."""
+        return self.plans[str(goal.cell)].contenders[goal.contender, goal.ratio]
+
+    def made(self, goal: Goal) -> Recipe:
+        """How a contender is made.
 
         Raises:
-            Failed: there can be none.
+            Failed: there is none.
         """
-        made = self.plans[str(goal.cell)].contenders[goal.contender, goal.ratio]
-        if isinstance(made, str):
-            raise Failed(made)
+        made = self.plan_of(goal)
+        if not isinstance(made, Recipe):
+            raise Failed(made or f"it would be the same model as {COMPRESSED}")
         return made
 
     def trials(
@@ -289,14 +348,12 @@ class Study:
             partly: the best is that of the trials that are there; else all have to be.
 
         Returns:
-            None where trials that come first are not there yet, or there is no such model.
+            None where trials that come first are not there yet.
 
         Raises:
             Failed: there can be no run.
         """
         recipe, parent = self.made(goal), None
-        if recipe is None:
-            return None
         if recipe.is_derived:
             original = goal._replace(contender=UNCOMPRESSED, ratio=None)
             try:

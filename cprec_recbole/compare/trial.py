@@ -31,7 +31,7 @@ from cprec_recbole.compare.contenders import (
     finished,
 )
 from cprec_recbole.compare.results import TRIALS, pack_users
-from cprec_recbole.compare.spec import Cell, Record, Trial
+from cprec_recbole.compare.spec import SETTINGS, Cell, Record, Trial
 from cprec_recbole.compare.tables import served_bytes
 from cprec_recbole.config import CompressionConfig, CompressionError
 from cprec_recbole.costs import part_sizes, shared_layers
@@ -52,7 +52,6 @@ from cprec_recbole.training.ranking import by_popularity, by_user, rank_targets
 from cprec_recbole.training.state import BEST, LAST, Journal, digest, terms_of
 from cprec_recbole.training.trainer import CompressedTrainer
 
-SETTINGS = Path(__file__).with_name("settings.yaml")
 WEIGHTS, UNFINISHED = "weights", "unfinished"  # in the folder of a study
 OnEpoch = Callable[[int, float], None]  # epoch from 1, validation score
 _SCORE_REPEATS, _WARM_UP = 50, 5  # the first calls warm caches up

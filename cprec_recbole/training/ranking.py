@@ -56,7 +56,7 @@ def rank_targets(
 
 
 def gains(places: np.ndarray) -> np.ndarray:
-    """NDCG@20 of each case, `[cases]`: one item is relevant, so that it is `1 / log2(2 + place)`."""
+    """NDCG@20 of each case, `[cases]`: `1 / log2(2 + place)`, since one item is relevant."""
     return np.where(places < _K, 1 / np.log2(2.0 + places), 0.0)
 
 
