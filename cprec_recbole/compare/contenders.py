@@ -240,8 +240,7 @@ def find_controls(names: Sequence[str]) -> list[str]:
                 f"Expected `controls` to be {ALL} or out of {', '.join(CONTROLS)}, but got "
                 f"{name!r}{hint}"
             )
-    found = [CONTROLS if name == ALL else (name,) for name in names]
-    return list(dict.fromkeys(name for each in found for name in each))
+    return list(dict.fromkeys(n for name in names for n in (CONTROLS if name == ALL else [name])))
 
 
 def recipe_of(name: str, setting: Setting) -> Recipe | None:
