@@ -36,7 +36,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cprec_recbole import CompressionConfig, compress, export, load_pretrained, quantize
-from cprec_recbole.compare.results import environment, save
+from cprec_recbole.environment import environment
+from cprec_recbole.files import write_text
 from cprec_recbole.host.library import recbole_config
 from cprec_recbole.models.recommender import CompressedRecommender
 
@@ -416,8 +417,8 @@ def main() -> None:
         print(*part, flush=True)
         command = f"python benchmarks/answer.py{' --search' if arguments.search else ''}"
         results.update(command=command, environment=environment())
-        save(json.dumps(results, indent=1), file)
-        save(report(results), file.with_suffix(".md"))
+        write_text(file, json.dumps(results, indent=1))
+        write_text(file.with_suffix(".md"), report(results))
         if not arguments.search:
             plot(results, file.with_suffix(".svg"))
 

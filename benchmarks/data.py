@@ -191,7 +191,8 @@ def main() -> None:
         print(json.dumps(measure(*arguments.measure)))
         return
 
-    from cprec_recbole.compare.results import environment, save
+    from cprec_recbole.environment import environment
+    from cprec_recbole.files import write_text
 
     sizes = sorted(arguments.interactions)
     lines = [
@@ -230,7 +231,7 @@ def main() -> None:
             "",
             *table(runs),
         ]
-        save("\n".join(lines) + "\n", arguments.out / "data.md")
+        write_text(arguments.out / "data.md", "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -23,8 +23,9 @@ from recbole.data import create_dataset, data_preparation
 from recbole.utils import get_model, get_trainer, init_seed
 
 from cprec_recbole import CompressedRecommender, quantize
-from cprec_recbole.compare.results import environment, save
 from cprec_recbole.costs import saved_bytes
+from cprec_recbole.environment import environment
+from cprec_recbole.files import write_text
 from cprec_recbole.host.library import recbole_config
 from cprec_recbole.int8 import Int8Rows, quantized_rows
 
@@ -192,7 +193,7 @@ def main() -> None:
         for softmax in ("full", "tree"):
             lines.append(quality(name, softmax, arguments.epochs))
             print(lines[-1], flush=True)
-    save("\n".join(lines) + "\n", arguments.out / "int8.md")
+    write_text(arguments.out / "int8.md", "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What training every position saves: seconds an epoch and quality of both objectives, one run.
+"""What training every position saves: seconds an epoch and quality of both objectives.
 
     python benchmarks/objectives.py [--epochs N] [--seeds N] [--out FOLDER]
 
@@ -9,11 +9,13 @@ all_positions`). Both make the same predictions in an epoch, in as many steps.
 
 import argparse
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from rich.console import Console
 
-from cprec_recbole.compare import Contender, Experiment, as_markdown, as_table, save
-from cprec_recbole.compare.results import as_json
+from cprec_recbole import CompressionConfig
+from cprec_recbole.compare import Spec, as_markdown, as_screen, findings_of, run_study
+from cprec_recbole.files import write_text
 
 
 def main() -> None:
@@ -22,20 +24,19 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
-
-    columns = [
-        Contender(training, "CpNextItNet", {"training": training})
-        for training in ("last_position", "all_positions")
-    ]
+    command = f"python benchmarks/objectives.py --epochs {arguments.epochs} "
+    command += f"--seeds {arguments.seeds}"
     options = {"epochs": arguments.epochs, "stopping_step": 10}
-    comparison = Experiment(columns, "ml-100k", arguments.seeds, options).run(
-        command=f"python benchmarks/objectives.py --epochs {arguments.epochs} "
-        f"--seeds {arguments.seeds}",
-        on_epoch=lambda name, seed, epoch, score: print(f"{name} {epoch} {score:.4f}", flush=True),
-    )
-    save(as_json(comparison), arguments.out / "objectives.json")
-    save(as_markdown(comparison), arguments.out / "objectives.md")
-    Console(width=140).print(as_table(comparison))
+    texts = []
+    for training in ("last_position", "all_positions"):
+        config = CompressionConfig(training=training)
+        spec = Spec.single("NextItNet", "ml-100k", config, seeds=arguments.seeds, options=options)
+        with TemporaryDirectory() as folder:
+            run_study(spec, Path(folder), command=command, only=["*_compressed_*"])
+            findings = findings_of(Path(folder))
+        Console(width=140).print(training, as_screen(findings))
+        texts.append(f"`training: {training}`\n\n{as_markdown(findings)}")
+    write_text(arguments.out / "objectives.md", "\n".join(texts))
 
 
 if __name__ == "__main__":

@@ -193,7 +193,8 @@ def report(found: dict[str, list[dict[str, Any]]], folder: Path, n_items: int) -
 
 
 def main() -> None:
-    from cprec_recbole.compare.results import environment, save
+    from cprec_recbole.environment import environment
+    from cprec_recbole.files import write_text
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--items", type=int, default=1_000_000)
@@ -216,10 +217,8 @@ def main() -> None:
     command = shlex.join(["python", "benchmarks/ready.py", *sizes])
     about = ", ".join(f"{name} {value}" for name, value in environment().items() if value)
     title = f"# Ready to answer: SASRec, {arguments.items:,} items, {arguments.rounds} rounds"
-    save(
-        "\n".join([title, "", f"`{command}`", "", about, "", *table, ""]),
-        arguments.out / "ready.md",
-    )
+    lines = [title, "", f"`{command}`", "", about, "", *table, ""]
+    write_text(arguments.out / "ready.md", "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -20,9 +20,10 @@ from rich import print
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from cprec_recbole.compare.results import environment, save
 from cprec_recbole.compression.distillation import teacher_softmax
 from cprec_recbole.config import LOSS_MEMORY
+from cprec_recbole.environment import environment
+from cprec_recbole.files import write_text
 from cprec_recbole.losses import LogitBlock, Workspace, cross_entropy
 
 PREDICTIONS, DIM, SHARE = 128, 64, 0.5
@@ -111,7 +112,7 @@ def main() -> None:
     for n_items in arguments.items:
         lines[-1] += "\n" + row(n_items, arguments.rounds)
         print(lines[-1].splitlines()[-1])
-    save("\n\n".join(lines) + "\n", arguments.out / "recovery.md")
+    write_text(arguments.out / "recovery.md", "\n\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

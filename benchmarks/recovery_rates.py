@@ -14,14 +14,16 @@ import argparse
 import copy
 import shlex
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 from cprec_recbole import CompressedRecommender, CompressionConfig, compress, recover
-from cprec_recbole.compare.experiment import SETTINGS
-from cprec_recbole.compare.fitting import Data, fit
-from cprec_recbole.compare.results import environment, save
+from cprec_recbole.compare.spec import SETTINGS
+from cprec_recbole.compare.trial import Data, fit
+from cprec_recbole.environment import environment
+from cprec_recbole.files import write_text
 from cprec_recbole.host.library import recbole_config
 from cprec_recbole.training.evaluation import evaluate
 
@@ -43,9 +45,12 @@ def original_of(model: str, dataset: str, rate: float, data_path: str | None) ->
     options |= {} if data_path is None else {"data_path": data_path}
     config = recbole_config(f"Cp{model}", dataset, options, [str(SETTINGS)])
     data = Data.of(config)
-    fitted = fit(config, data, lambda epoch, score: print(".", end="", flush=True))
-    print(f" {model} on {dataset}: epoch {fitted.best_epoch}", flush=True)
-    return fitted.model.eval(), data
+    with TemporaryDirectory() as place:
+        trained, found = fit(
+            config, data, Path(place), lambda *epoch: print(".", end="", flush=True)
+        )
+    print(f" {model} on {dataset}: epoch {found['best_epoch']}", flush=True)
+    return trained.eval(), data
 
 
 def quality(model: CompressedRecommender, data: Data) -> tuple[float, float]:
@@ -114,7 +119,7 @@ def main() -> None:
     for dataset in arguments.datasets:
         for model in arguments.models:
             text += rows(model, dataset, arguments)
-            save("\n".join([*text, ""]), arguments.out / "recovery-rates.md")
+            write_text(arguments.out / "recovery-rates.md", "\n".join([*text, ""]))
 
 
 if __name__ == "__main__":

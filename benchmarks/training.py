@@ -36,9 +36,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cprec_recbole import CompressionConfig, CpSASRec
-from cprec_recbole.compare.results import environment, save
 from cprec_recbole.data.sequences import item_counts
 from cprec_recbole.embedding import BlockEmbedding
+from cprec_recbole.environment import environment
+from cprec_recbole.files import write_text
 from cprec_recbole.host.library import recbole_config
 from cprec_recbole.models.item_tables import RecBoleModel
 from cprec_recbole.models.spec import Parts
@@ -522,8 +523,8 @@ def main() -> None:
         results["rounds"] = arguments.rounds
         results["device"] = arguments.device
         results["command"] = command_of(results)
-        save(json.dumps(results, indent=1), file)
-        save(report(results), file.with_suffix(".md"))
+        write_text(file, json.dumps(results, indent=1))
+        write_text(file.with_suffix(".md"), report(results))
         plot(results, file.with_suffix(".svg"))
 
 

@@ -1,12 +1,14 @@
 """Draw the README's picture from a comparison: parameters by part, and quality.
 
-python docs/figures.py examples/results/nextitnet-ml-100k/compare.json docs/sizes.svg
+python docs/figures.py examples/results/nextitnet-ml-100k docs/sizes.svg
 """
 
-import json
+import math
 import sys
 from pathlib import Path
 from string import Template
+
+from cprec_recbole.compare import findings_of
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart
 COLOURS = {"table": "#0072B2", "layers": "#E69F00", "softmax": "#009E73"}
@@ -22,41 +24,35 @@ $marks
 
 def main() -> None:
     source, target = sys.argv[1:]
-    found = json.loads(Path(source).read_text(encoding="utf-8"))
-    summary = found["summary"]
-    largest = max(row["parameters"]["mean"] for row in summary.values())
+    (table,) = findings_of(Path(source)).tables
+    largest = max(point.parameters for point in table.points)
     scale = (WIDTH - LEFT - 240) / largest
     marks = []
-    for index, (name, row) in enumerate(summary.items()):
+    for index, point in enumerate(table.points):
         y = 78 + index * GAP
-        marks.append(text(16, y + BAR * 0.65, name))
+        marks.append(text(16, y + BAR * 0.65, point.label))
         x = float(LEFT)
         for part, colour in COLOURS.items():
-            width = row[f"parameters: {part}"]["mean"] * scale
+            width = point.runs[0].record["parameters"][part] * scale
             marks.append(
                 f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="{BAR}" fill="{colour}"/>'
             )
             x += width
-        marks.append(
-            text(x + 10, y + 14, f"{row['parameters']['mean']:,.0f} parameters", bold=True)
-        )
-        marks.append(text(x + 10, y + 31, f"NDCG@20 {figure(row['NDCG@20'])}"))
+        marks.append(text(x + 10, y + 14, f"{point.parameters:,.0f} parameters", bold=True))
+        quality, spread = point.quality
+        spread_text = "" if math.isnan(spread) else f" ± {spread:.4f}"
+        marks.append(text(x + 10, y + 31, f"NDCG@20 {quality:.4f}{spread_text}"))
     for index, (part, colour) in enumerate(COLOURS.items()):
         x = LEFT + index * 110
         marks.append(f'<rect x="{x}" y="46" width="12" height="12" fill="{colour}"/>')
         marks.append(text(x + 18, 57, part))
-    first = next(iter(found["contenders"].values()))["model"].removeprefix("Cp")
     page = PAGE.substitute(
         width=WIDTH,
-        height=78 + len(summary) * GAP,
-        title=f"{first} on {found['dataset']['name']}: what is stored",
+        height=78 + len(table.points) * GAP,
+        title=f"{table.cell.model} on {table.cell.dataset}: what is stored",
         marks="\n".join(marks),
     )
     Path(target).write_text(page, encoding="utf-8")
-
-
-def figure(value: dict) -> str:
-    return f"{value['mean']:.4f}" + (f" ± {value['spread']:.4f}" if value["spread"] else "")
 
 
 def text(x: float, y: float, words: str, *, bold: bool = False) -> str:

@@ -18,6 +18,7 @@ import shlex
 import sys
 from collections import defaultdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ import torch
 from recbole.utils import init_seed
 from torch import Tensor
 
-from cprec_recbole.compare.fitting import Data, fit
+from cprec_recbole.compare.trial import Data, fit
 from cprec_recbole.host.library import recbole_config
 from cprec_recbole.models.eval_mode import in_eval_mode
 from cprec_recbole.models.recommender import CompressedRecommender
@@ -60,11 +61,11 @@ def trained(
         logging.getLogger("recbole").setLevel(logging.ERROR)
         data = Data.of(config)
         init_seed(seed, True)
-        fitted = fit(config, data, lambda epoch, score: None)
-        model = fitted.model
-        valid = fitted.valid[f"ndcg@{K}"]
-        said = {"rate": rate, "epochs": fitted.best_epoch, "valid": valid}
-        said |= {"test": fitted.test[f"ndcg@{K}"], "ranks": model.table.ranks}
+        with TemporaryDirectory() as place:
+            model, found = fit(config, data, Path(place))
+        valid = found["valid"][f"ndcg@{K}"]
+        said = {"rate": rate, "epochs": found["best_epoch"], "valid": valid}
+        said |= {"test": found["test"][f"ndcg@{K}"], "ranks": model.table.ranks}
         said |= {"cutoffs": model.table.partition.cutoffs}
         if best is None or valid > best[0]:
             best = valid, model, data, said

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from cprec_recbole.compare.page.styles import KNOWN
 
 CONTENDERS = tuple(KNOWN)

@@ -8,7 +8,7 @@ import torch
 
 from cprec_recbole import compress, evaluate, load_pretrained, recover, run_recbole
 from cprec_recbole.commands.cli import main
-from cprec_recbole.compare.fitting import Data, fit
+from cprec_recbole.compare.trial import Data, fit
 from cprec_recbole.models.eval_mode import without_dropout
 from tests.oracles import best_items
 
@@ -24,13 +24,13 @@ def in_float32():
         yield
 
 
-def test_what_training_measures_is_what_the_trained_model_has(world, host_name):
+def test_what_training_measures_is_what_the_trained_model_has(world, host_name, tmp_path):
     """The search must see the steps of PyTorch's fused optimizers, which count no versions."""
     config = world.config(f"Cp{host_name}", epochs=3, learning_rate=0.03, ranks=[16])
     data = Data.of(config)
-    fitted = fit(config, data, lambda epoch, score: None)
-    assert fitted.model.table.partition.item_at.device.type == "cuda"
-    assert evaluate(fitted.model, data.valid) == pytest.approx(fitted.valid)
+    model, found = fit(config, data, tmp_path)
+    assert model.table.partition.item_at.device.type == "cuda"
+    assert evaluate(model, data.valid) == pytest.approx(found["valid"])
 
 
 def on_gpu(model):

@@ -244,7 +244,7 @@ def test_compare_and_report_take_the_data_set_of_a_file(world, file, tmp_path, c
     del own["ranks"], own["cutoffs"]
     Path(file).write_text(yaml.safe_dump(own))
     assert main(["compare", "--config", file, "--out", str(tmp_path / "out")]) == 0
-    assert f'"name": "{world.name}"' in (tmp_path / "out" / "compare.json").read_text()
+    assert f"SASRec on {world.name}" in (tmp_path / "out" / "compare.md").read_text()
     capsys.readouterr()
     assert main(["report", "SASRec", "--config", file]) == 0
     assert f"SASRec on {world.name} (40 items)" in capsys.readouterr().out

@@ -10,21 +10,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from plotly.offline import get_plotlyjs
-
 from cprec_recbole.compare.findings import findings_of
 from cprec_recbole.compare.findings.points import ORDER, Point, gaps, make_cells, pareto_front
 from cprec_recbole.compare.findings.runs import StudyRun, read_runs, with_comparable_times
 from cprec_recbole.compare.findings.searches import Searches
 from cprec_recbole.compare.findings.standings import standings, subject_of
-from cprec_recbole.compare.page import render_page, write_page
 from cprec_recbole.compare.page.breakdowns import popularity_picture
 from cprec_recbole.compare.page.drawing import round_figures
 from cprec_recbole.compare.page.styles import GREY, INK, KNOWN, assign_styles, outline
 from cprec_recbole.compare.page.words import cell_words
 from cprec_recbole.compare.statistics import paired_difference
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from plotly.offline import get_plotlyjs
+
+from cprec_recbole.compare.page import render_page, write_page
 from cprec_recbole.config import CompressionError
 from tests.studies import failure, grid, record, write_study
 

@@ -111,3 +111,69 @@ def test_a_choice_of_ones_own_is_varied_without_contradiction():
 def test_bad_arguments_are_named(capsys, arguments, match):
     assert main(["report", "NextItNet", *arguments]) == 2
     assert match in capsys.readouterr().err
+
+
+def test_the_commands_read_compression_options_from_files(tmp_path, capsys):
+    file = tmp_path / "own.yaml"
+    file.write_text("ranks: [32, 8]\nsharing: none\nsoftmax: tree\n")
+    assert (
+        main(["report", "SASRec", "--items=1000", "--config", str(file), "--sharing=cross_layer"])
+        == 0
+    )
+    first = next(line for line in capsys.readouterr().out.splitlines() if "32/8" in line)
+    assert "tree" in first
+    assert "cross_layer 1/2" in first
+
+
+def test_the_report_names_all_blocks_of_a_large_catalogue(capsys):
+    assert main(["report", "SASRec", "--items", "1000000"]) == 0
+    printed = capsys.readouterr().out
+    assert "7 blocks end at 20,001, 80,951, 182,855, 325,712, 509,522, 734,285, 1,000," in printed
+    assert "64/16/4/4/4/4/4" in printed
+    assert "…" not in printed
+
+
+def test_the_report_command_prints_sizes(capsys):
+    assert main(["report", "SASRec", "--items", "100000", "--ranks", "64,8"]) == 0
+    printed = capsys.readouterr().out
+    assert "SASRec for 100,000 items" in printed
+    assert "64/8" in printed
+
+
+def test_one_rank_is_a_list_of_one(capsys):
+    assert main(["report", "SASRec", "--items=1000", "--ranks=64"]) == 0
+    assert main(["report", "SASRec", "--items=1000", "--ranks=128"]) == 2
+    assert "`ranks` to be at most the embedding size 64" in capsys.readouterr().err
+
+
+def test_recbole_options_are_read_as_yaml():
+    options = recbole_options(
+        ["--epochs=3", "--metrics=[Hit]", "--learning_rate", "0.01", "--x=a-b"]
+    )
+    assert options == {"epochs": 3, "metrics": ["Hit"], "learning_rate": 0.01, "x": "a-b"}
+    dashes = recbole_options(["--data-path=a-b", "--train-batch-size", "8"])
+    assert dashes == {"data_path": "a-b", "train_batch_size": 8}
+    texts = {"user_inter_num_interval": "[5,inf)", "field_separator": ",", "data_path": "2020"}
+    assert recbole_options([f"--{name}={text}" for name, text in texts.items()]) == texts
+    quoted = ['--item_inter_num_interval="(5,10]"', "--user_inter_num_interval=null"]
+    assert list(recbole_options(quoted).values()) == ["(5,10]", None]
+    assert recbole_options(['--field_separator="\\t"']) == {"field_separator": "\t"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["report", "SASRec", "--ranks", "8,16"], "`ranks` not to rise"),
+        (["report", "SASRec", "--sharing", "all"], "`sharing` to be one of"),
+        (["compare", "--model", "SASRec", "epochs=3"], "Expected options as --name=value"),
+        (["compare", "--model", "SASRec", "--epochs"], "Expected a value for --epochs"),
+        (["report", "SASRec", "--hidden_size=abc"], "`hidden_size`"),
+        (["report", "SASRec", "--items=9", "--n_heads=3"], "RecBole says: The hidden size (64)"),
+    ],
+)
+def test_the_command_says_in_one_line_what_is_wrong(arguments, words, capsys):
+    assert main(arguments) == 2
+    printed = capsys.readouterr().err
+    assert words in printed
+    assert printed.startswith("cprec: ")
+    assert printed.count("\n") == 1

@@ -54,24 +54,22 @@ class Run:
         record: what was found; of a run that failed its `error` alone.
         search: learning rates that were tried with the first seed, and what each reached on
             validation (None: it failed).
-        is_elsewhere: it was timed on another machine than the rest of its cell, and its times are
+        is_elsewhere: it was trained on another machine than the rest of its cell, and its times are
             left out.
+        score_ms: milliseconds to score the catalogue for one user. Where a plain model was timed
+            beside it, by that: what the run's time would be while that took its usual time.
     """
 
     goal: Goal
     record: Record
     search: dict[float, float | None] = field(default_factory=dict)
     is_elsewhere: bool = False
+    score_ms: float | None = None
 
     @property
     def error(self) -> str | None:
         """Why it failed; None for a run that finished."""
         return self.record.get("error")
-
-    @property
-    def score_ms(self) -> float | None:
-        """Milliseconds to score the catalogue for one user."""
-        return None if self.is_elsewhere else self.record.get("score_ms")
 
     @property
     def epoch_seconds(self) -> float | None:
@@ -492,12 +490,24 @@ def _runs(study: Study, found: dict[str, Record]) -> Iterable[Run]:
 
 
 def _with_comparable_times(runs: Sequence[Run]) -> list[Run]:
-    """The runs, those without their times that were timed on another machine than the uncompressed
-    model of their cell (without one, than the lowest seed)."""
+    """The runs, those without their times that were trained on another machine than the
+    uncompressed model of their cell (without one, than the lowest seed)."""
     machines: dict[Cell, tuple[Any, ...]] = {}
+    plain: dict[Cell, list[float]] = {}
     for run in sorted(runs, key=lambda run: (run.goal.contender != UNCOMPRESSED, run.goal.seed)):
-        machines.setdefault(run.goal.cell, run.machine)
-    return [replace(run, is_elsewhere=run.machine != machines[run.goal.cell]) for run in runs]
+        at = machines.setdefault(run.goal.cell, run.machine)
+        if run.machine == at and "plain_ms" in run.record:
+            plain.setdefault(run.goal.cell, []).append(run.record["plain_ms"])
+    found = []
+    for run in runs:
+        cell, took, beside = run.goal.cell, run.record.get("score_ms"), run.record.get("plain_ms")
+        is_elsewhere = run.machine != machines[cell]
+        if took and beside and cell in plain:
+            took *= median(plain[cell]) / beside
+        elif is_elsewhere:
+            took = None
+        found.append(replace(run, is_elsewhere=is_elsewhere, score_ms=took))
+    return found
 
 
 def subject_of(contenders: Iterable[str], against: str | None = None) -> str | None:

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,10 +149,15 @@ def run_trial(
     init_seed(trial.seed, config["reproducibility"])
     with _unfinished(folder / UNFINISHED / trial.name) as place:
         if parent is None:
-            model, record = _trained(trial, config, data, place, on_epoch)
+            model, record = fit(config, data, place, on_epoch, trial.recipe)
         else:
             model, record = _derived(trial, parent, folder, config, data)
-        record |= _measured(model, data, config)
+        plain = build(
+            UNCOMPRESSED_RECIPE,
+            config_of(trial.cell, trial.options, data_path),
+            data.train._dataset,
+        )
+        record |= _measured(model, plain, data, config)
         record["seconds"] = perf_counter() - start
         if trial.recipe == UNCOMPRESSED_RECIPE:
             write_whole(weights_of(folder, trial.name), lambda to: save_weights(model, to))
@@ -178,19 +183,36 @@ def _unfinished(folder: Path) -> Any:
     would make it fail again, and stays where it was interrupted."""
     make_folder(folder)
     try:
-        yield folder.resolve()
+        yield folder
     except ValueError:  # a loss that is no number, or options that cannot be
         shutil.rmtree(folder, ignore_errors=True)
         raise
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _trained(
-    trial: Trial, config: Config, data: Data, place: Path, on_epoch: OnEpoch
+def fit(
+    config: Config,
+    data: Data,
+    place: Path,
+    on_epoch: OnEpoch = lambda epoch, score: None,
+    recipe: Recipe = UNCOMPRESSED_RECIPE,
 ) -> tuple[nn.Module, Record]:
-    """A model from scratch; the training goes on from the state in `place`, where there is one of
-    the same options, data, machine and versions, and ends as it would have."""
-    model = build(trial.recipe, config, data.train._dataset).to(config["device"])
+    """Train a model from scratch and measure its quality.
+
+    Args:
+        config: RecBole's, with the options of the recipe.
+        data: made for that config.
+        place: a folder where the training keeps its state. Where it holds one of the same options,
+            data, machine and versions, the training goes on from there, and ends as it would have.
+        on_epoch: called after each evaluation.
+        recipe: what is trained.
+
+    Returns:
+        The model with its best epoch's weights, or what its recipe makes of that; metrics, the
+        validation curve, epochs and seconds.
+    """
+    place = place.resolve()  # RecBole makes it again, from wherever it is
+    model = build(recipe, config, data.train._dataset).to(config["device"])
     config["checkpoint_dir"] = str(place)
     with working_directory(str(place)):  # RecBole's trainer logs into the current folder
         trainer = _MeasuredTrainer(config, model)
@@ -214,7 +236,7 @@ def _trained(
     )
     test = trainer.evaluate(data.test)  # with the best epoch's weights, which it loads
     valid = trainer.best_valid_result
-    made = finished(trial.recipe, model)
+    made = finished(recipe, model)
     is_itself = made is model
     if not is_itself:
         valid, test = evaluate(made, data.valid), evaluate(made, data.test)
@@ -273,12 +295,15 @@ def _derived(
     }
 
 
-def _measured(model: nn.Module, data: Data, config: Config) -> Record:
-    """Sizes, latency, and quality by user and by popularity."""
+def _measured(model: nn.Module, plain: nn.Module, data: Data, config: Config) -> Record:
+    """Sizes, latency, also of a plain uncompressed model beside it, and quality by user and by
+    popularity."""
+    times = score_times([model, plain.to(config["device"])], next(iter(data.test))[0])
     found: Record = {
         "parameters": {k: v for k, v in part_sizes(model).as_dict().items() if k != "total"},
         "bytes": served_bytes(model),
-        "score_ms": score_ms(model, next(iter(data.test))[0]),
+        "score_ms": times[0],
+        "plain_ms": times[1],
         "environment": environment(config["device"]),
     }
     if not isinstance(model, CompressedRecommender):
@@ -341,20 +366,22 @@ class _NoTensorboard:
 
 
 @torch.no_grad()
-def score_ms(model: nn.Module, users: Any) -> float:
-    """Median milliseconds to score the catalogue for one user out of rows of evaluation data."""
-    times = []
-    model.eval()
-    device = next(model.parameters()).device
+def score_times(models: Sequence[nn.Module], users: Any) -> list[float]:
+    """Median milliseconds to score the catalogue for one user out of rows of evaluation data,
+    `[models]`. Models take turns: a machine that slows down slows all of them."""
+    times: list[list[float]] = [[] for _ in models]
     for repeat in range(_SCORE_REPEATS + _WARM_UP):
         row = repeat % len(users)
-        user = users[slice(row, row + 1)].to(device)
-        start = perf_counter()
-        model.full_sort_predict(user)  # type: ignore[operator]
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(1e3 * (perf_counter() - start))
-    return median(times[_WARM_UP:])
+        for model, own in zip(models, times):
+            model.eval()
+            device = next(model.parameters()).device
+            user = users[slice(row, row + 1)].to(device)
+            start = perf_counter()
+            model.full_sort_predict(user)  # type: ignore[operator]
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            own.append(1e3 * (perf_counter() - start))
+    return [median(own[_WARM_UP:]) for own in times]
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
