@@ -46,9 +46,7 @@ def original_of(model: str, dataset: str, rate: float, data_path: str | None) ->
     config = recbole_config(f"Cp{model}", dataset, options, [str(SETTINGS)])
     data = Data.of(config)
     with TemporaryDirectory() as place:
-        trained, found = fit(
-            config, data, Path(place), lambda *epoch: print(".", end="", flush=True)
-        )
+        trained, found = fit(config, data, Path(place), lambda *epoch: print(".", end=""))
     print(f" {model} on {dataset}: epoch {found['best_epoch']}", flush=True)
     return trained.eval(), data
 

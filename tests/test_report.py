@@ -3,7 +3,7 @@ import copy
 import pytest
 
 from cprec_recbole import CompressionConfig
-from cprec_recbole.commands.cli import main
+from cprec_recbole.commands.cli import main, recbole_options
 from cprec_recbole.commands.report import size_rows
 from cprec_recbole.costs import (
     describe_sharing,

@@ -80,7 +80,7 @@ def run(options: argparse.Namespace, passed_on: dict[str, Any], command: str) ->
         spec = _single(options, passed_on) if options.study is None else Spec.read(options.study)
         if options.against is not None:
             subject_of(spec.contenders, options.against)  # a wrong name is no news after hours
-        data_path = options.data_path or passed_on.get("data_path")
+        data_path = options.data_path or {**from_files(options), **passed_on}.get("data_path")
         done = run_study(
             spec,
             out,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from cprec_recbole.compare.results import (
     Figure,
     Findings,
     Point,
+    Quantity,
     Run,
     Table,
     paired,
@@ -30,17 +32,16 @@ from cprec_recbole.files import write_text
 from cprec_recbole.training.ranking import PARTS
 
 _FIT = 5  # contenders, each in columns of its own, in the width of a terminal's table
-_COSTS: dict[str, tuple[Callable[[Run], float | None], str]] = {
-    **{
-        f"parameters: {part}": (lambda run, part=part: run.record["parameters"].get(part), ",.0f")
-        for part in ("table", "layers", "softmax")
-    },
+_COSTS: dict[str, tuple[Quantity | str, str]] = {
+    "parameters: table": (lambda run: run.record["parameters"]["table"], ",.0f"),
+    "parameters: layers": (lambda run: run.record["parameters"]["layers"], ",.0f"),
+    "parameters: softmax": (lambda run: run.record["parameters"]["softmax"], ",.0f"),
     "parameters": (lambda run: sum(run.record["parameters"].values()), ",.0f"),
-    "bytes of weights": (lambda run: run.record.get("bytes"), ",.0f"),
-    "saved weights (bytes)": (lambda run: run.record.get("weight_bytes"), ",.0f"),
-    "RecBole checkpoint (bytes)": (lambda run: run.record.get("checkpoint_bytes"), ",.0f"),
+    "bytes of weights": ("bytes", ",.0f"),
+    "saved weights (bytes)": ("weight_bytes", ",.0f"),
+    "RecBole checkpoint (bytes)": ("checkpoint_bytes", ",.0f"),
     "seconds an epoch": (lambda run: run.epoch_seconds, ".2f"),
-    "epochs to the best": (lambda run: run.record["best_epoch"], ".1f"),
+    "epochs to the best": ("best_epoch", ".1f"),
     "ms to score a user": (lambda run: run.score_ms, ".2f"),
 }
 _SHOWN_COSTS = ("bytes of weights", "ms to score a user")
@@ -149,19 +150,19 @@ def _by_quantity(findings: Findings) -> list[list[str]]:
     others, each with its ratio to the first."""
     first, *others = findings.tables[0].points
     metrics = first.runs[0].record["test"]
-    wanted: dict[str, tuple[Any, str]] = {
-        metric.upper().replace("HIT", "HR"): (
-            lambda run, metric=metric: run.record["test"][metric],
-            ".4f",
-        )
-        for metric in metrics
-    }
+    wanted = [
+        (name.upper().replace("HIT", "HR"), ".4f", partial(Point.metric, name=name))
+        for name in metrics
+    ]
+    wanted += [
+        (label, form, partial(Point.figure, quantity=quantity))
+        for label, (quantity, form) in _COSTS.items()
+    ]
     rows = [["", first.label, *(text for p in others for text in (p.label, "ratio"))]]
-    for label, (quantity, form) in {**wanted, **_COSTS}.items():
-        base = first.figure(quantity)
+    for label, form, figure_of in wanted:
+        base = figure_of(first)
         row = [label, _figure(base, form)]
-        for point in others:
-            figure = point.figure(quantity)
+        for figure in map(figure_of, others):
             row += [_figure(figure, form), _ratio(figure, base)]
         rows.append(row)
     return rows

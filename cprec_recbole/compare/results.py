@@ -384,7 +384,7 @@ def read_study(folder: Path) -> Study:
 def read_trials(folder: Path) -> dict[str, Record]:
     """The records of all trials in a folder, of those that are packed too, by their names."""
     packed = Path(folder) / PACKED
-    files = [*zipfile.Path(packed).iterdir()] if packed.exists() else []
+    files: list[Any] = [*zipfile.Path(packed).iterdir()] if packed.exists() else []
     files += sorted((Path(folder) / TRIALS).glob("[!.]*.json"))
     return {file.name.removesuffix(".json"): read_trial(file) for file in files}
 

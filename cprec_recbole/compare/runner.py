@@ -326,8 +326,8 @@ def plan_cell(
     for name, ratio in wanted:
         setting, refused = setting_of(ratio, scheme_of(name))
         if name == COMPRESSED and ratio is None:  # what cannot be built is said at once
-            recipe = Recipe("train", own_options(setting.compression))
-            build(recipe, config_of(cell, spec.options, data_path, recipe=recipe), data.dataset)
+            made = Recipe("train", own_options(setting.compression))
+            build(made, config_of(cell, spec.options, data_path, recipe=made), data.dataset)
         try:
             if refused is not None and ratio is not None and name not in BY_SIZE:
                 raise CompressionError(refused)

@@ -213,7 +213,7 @@ class Spec:
         given = {"training": chosen.training, "loss_memory": chosen.loss_memory, **(options or {})}
         config = recbole_config(f"Cp{model}", dataset, given, [str(SETTINGS)])
         first = check_whole("seed", config["seed"], 0)
-        own = ("seed", "learning_rate", "MAX_ITEM_LIST_LENGTH", "data_path", "dataset", "model")
+        own = ("seed", "learning_rate", "MAX_ITEM_LIST_LENGTH", "data_path", "checkpoint_dir")
         return cls(
             datasets={dataset: (config["MAX_ITEM_LIST_LENGTH"],)},
             models=(model,),
@@ -250,10 +250,10 @@ class Spec:
     @classmethod
     def from_dict(cls, given: dict[str, Any]) -> Spec:
         """The spec of which this is the `as_dict`."""
-        lists = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
-        of_data = ("datasets", "ratios")
-        lists |= {name: {k: tuple(v) for k, v in given[name].items()} for name in of_data}
-        return cls(**{**given, **lists})
+        made: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in given.items()}
+        for name in ("datasets", "ratios"):
+            made[name] = {key: tuple(values) for key, values in given[name].items()}
+        return cls(**made)
 
 
 @dataclass

@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -138,8 +138,8 @@ def run_trial(
     """
     logging.getLogger("recbole").setLevel(logging.ERROR)
     start = perf_counter()
-    options = {"recipe": trial.recipe, "seed": trial.seed, "rate": trial.rate}
-    config = config_of(trial.cell, trial.options, data_path, **options)
+    given = trial.cell, trial.options, data_path
+    config = config_of(*given, recipe=trial.recipe, seed=trial.seed, rate=trial.rate)
     data = Data.of(config)
     if data.rows != trial.rows:
         raise CompressionError(
@@ -152,11 +152,7 @@ def run_trial(
             model, record = fit(config, data, place, on_epoch, trial.recipe)
         else:
             model, record = _derived(trial, parent, folder, config, data)
-        plain = build(
-            UNCOMPRESSED_RECIPE,
-            config_of(trial.cell, trial.options, data_path),
-            data.train._dataset,
-        )
+        plain = build(UNCOMPRESSED_RECIPE, config_of(*given), data.train._dataset)
         record |= _measured(model, plain, data, config)
         record["seconds"] = perf_counter() - start
         if trial.recipe == UNCOMPRESSED_RECIPE:
@@ -166,7 +162,7 @@ def run_trial(
 
 def write_record(folder: Path, trial: Trial, record: Record) -> None:
     """Write what was found, or an `error`, beside the trial's place, and rename it."""
-    about = {"cell": str(trial.cell), "kind": trial.recipe.kind, "options": trial.recipe.options}
+    about: Record = {"cell": str(trial.cell), **asdict(trial.recipe)}
     about |= {"learning_rate": trial.rate, "seed": trial.seed, "parent": trial.parent}
     text = json.dumps({**about, **record}, indent=1, allow_nan=False, default=str) + "\n"
     write_text(folder / TRIALS / f"{trial.name}.json", text)
@@ -258,7 +254,7 @@ def _derived(
 ) -> tuple[nn.Module, Record]:
     """A model out of a trained uncompressed one."""
     assert trial.parent is not None
-    original = build(UNCOMPRESSED_RECIPE, config, data.train._dataset)
+    original: Any = build(UNCOMPRESSED_RECIPE, config, data.train._dataset)
     path = weights_of(folder, trial.parent[0])
     try:
         load_model(original, str(path))
