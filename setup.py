@@ -44,7 +44,8 @@ setup(
             "py.typed",
             "__init__.pyi",
             "compare/settings.yaml",
-            "compare/page/assets/*",
+            "compare/page/*.html",
+            "compare/page/*.js",
         ]
     },
     python_requires=">=3.10",

@@ -1,2 +1,160 @@
+<<<<<<< HEAD
 def render_page(findings):
     return ""
+=======
+"""A study as one page, `compare.html`, that is read without a network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from statistics import mean, median
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.io import templates
+from plotly.offline import get_plotlyjs
+
+from cprec_recbole.compare import results
+from cprec_recbole.compare.contenders import Recipe
+from cprec_recbole.compare.results import Figure, Findings, Point, Run, Standing, Table
+from cprec_recbole.compare.spec import Goal
+
+_SCHEMES = {"light": "plotly_white", "dark": "plotly_dark"}
+
+
+def render_page(findings: Findings) -> str:
+    """The page's HTML: sentences, tables, and the figures that its script draws."""
+    standings, finished = findings.standings, findings.finished
+    own = [s for s in standings if s.contender == findings.subject and s.smaller]
+    metrics = sorted({str(run.record.get("curve_metric", "ndcg@20")).upper() for run in finished})
+    study = {
+        "contenders": results.in_order(run.goal.contender for run in finished),
+        "cells": [_cell(table) for table in findings.tables],
+        "metric": " and ".join(metrics),
+        "templates": {s: templates[name].layout.to_plotly_json() for s, name in _SCHEMES.items()},
+    }
+    engine = Environment(loader=PackageLoader(__name__, ""), autoescape=True, trim_blocks=True)
+    engine.undefined, engine.lstrip_blocks = StrictUndefined, True
+    engine.filters.update(spread=_spread, listed=_listed, counted=_counted)
+    engine.filters["middle"] = lambda values: median(values) if values else None
+    rivals = results.in_order(standing.contender for standing in standings if standing.below)
+    return engine.get_template("page.html").render(
+        findings=findings,
+        goals=[run.goal for run in finished or findings.failed],
+        own=own,
+        first=max(own, key=lambda s: (len(s.smaller), -(s.ratio or 0)), default=None),
+        rivals=[_rival([s for s in standings if s.contender == name]) for name in rivals],
+        groups=list(dict.fromkeys(group for standing in standings for group in standing.groups)),
+        smaller=_smaller,
+        times=[lambda run: run.score_ms, lambda run: run.epoch_seconds],
+        machine=_machine,
+        machines=list(dict.fromkeys(map(_machine, finished))),
+        failed=_together((run.goal, str(run.error)) for run in findings.failed),
+        missing=[words for words, _ in _together(_missing(findings))],
+        elsewhere=sum(run.is_elsewhere for run in finished),
+        alone=sum(run.users is None for run in finished),
+        study=study,
+        plotly=Markup(get_plotlyjs().replace("</script", "<\\/script")),
+    )
+
+
+def _cell(table: Table) -> dict[str, Any]:
+    """What the script draws of a cell."""
+    ratios = sorted({point.ratio for point in table.points if point.ratio is not None})
+    return {
+        **{name: str(value) for name, value in table.cell._asdict().items()},
+        "ratios": [f"{ratio:g}" for ratio in ratios] or [""],
+        "points": [_point(point) for point in table.points],
+    }
+
+
+def _point(point: Point) -> dict[str, Any]:
+    records, time = [run.record for run in point.runs], point.figure(lambda run: run.score_ms)
+    names = dict.fromkeys(name for record in records for name in record.get("popularity") or ())
+    groups = {name: point.figure(results.in_group(name)) for name in names}
+    curves = zip(*(record["valid_curve"] for record in records if record.get("valid_curve")))
+    parts = dict.fromkeys(part for record in records for part in record["parameters"])
+    step = records[0].get("eval_step", 1)
+    return {
+        "contender": point.contender,
+        "ratio": None if point.ratio is None else f"{point.ratio:g}",
+        "label": point.label,
+        "quality": point.quality,
+        "parameters": point.parameters,
+        "bytes": point.size,
+        "ms": time and time.mean,
+        "groups": {name: found for name, found in groups.items() if found and found.mean > 0},
+        "parts": {part: mean(r["parameters"].get(part, 0) for r in records) for part in parts},
+        "curve": [(step * (i + 1), mean(scores)) for i, scores in enumerate(curves)],
+    }
+
+
+def _smaller(table: Table) -> list[tuple[float, Point]]:
+    """The points smaller than the uncompressed model, by size, after their shares of its quality."""
+    if (whole := table.reference) is None:
+        return []
+    points = sorted((p for p in table.points if 0 < p.size < whole.size), key=lambda p: p.size)
+    return [(results.share_of(p, whole, results.quality_of) or 0.0, p) for p in points]
+
+
+def _rival(standings: Sequence[Standing]) -> str:
+    """One contender at all ratios: `narrower in 8 of 9 (5 beyond chance)`."""
+    below = [is_below for standing in standings for is_below in standing.below]
+    sure = [difference.verdict for standing in standings for difference in standing.to_subject]
+    of = f" of {len(sure)}" * (len(sure) != len(below))
+    contrary = f", {sure.count('better')} below it beyond chance" * ("better" in sure)
+    beyond = f" ({sure.count('worse')}{of} beyond chance{contrary})" * bool(sure)
+    return f"{standings[0].contender} in {sum(below)} of {len(below)}{beyond}"
+
+
+def _machine(run: Run) -> str:
+    known = run.record.get("environment", {}).items()
+    return ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in known if v is not None) or "unknown"
+
+
+def _missing(findings: Findings) -> list[tuple[Goal, str]]:
+    """What was asked for and is not there yet; not what cannot be or would be another one."""
+    known = {run.goal for run in findings.finished + findings.failed}
+    not_made = {
+        (cell, *key)
+        for cell, plan in findings.study.plans.items()
+        for key, recipe in plan.contenders.items()
+        if not isinstance(recipe, Recipe)
+    }
+    goals = [goal for goal in findings.study.spec.goals() if goal not in known]
+    return [(g, "") for g in goals if (str(g.cell), g.contender, g.ratio) not in not_made]
+
+
+def _together(goals: Iterable[tuple[Goal, str]]) -> list[tuple[str, str]]:
+    """Places with contenders and their seeds, and reasons; one for each place and reason."""
+    found: dict[tuple[str, str], dict[str, list[int]]] = {}
+    for goal, reason in goals:
+        who = found.setdefault((Table(goal.cell, {}).label, reason), {})
+        who.setdefault(Point(goal.contender, goal.ratio, []).label, []).append(goal.seed)
+    words = {
+        key: ", ".join(f"{n} (seed{'s' * (len(s) > 1)} {_listed(s)})" for n, s in who.items())
+        for key, who in found.items()
+    }
+    return [(f"{place}: {who}", reason) for (place, reason), who in words.items()]
+
+
+def _spread(figure: Figure | None, form: str) -> str:
+    """`mean ± spread`, the mean alone for one seed, a dash where nothing was measured."""
+    if figure is None:
+        return "–"
+    spread = "" if math.isnan(figure.spread) else f"\u00a0±\u00a0{figure.spread:{form}}"
+    return f"{figure.mean:{form}}{spread}"
+
+
+def _listed(words: Iterable[Any]) -> str:
+    """`a, b and c`."""
+    *most, last = map(str, words)
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def _counted(count: int, noun: str) -> str:
+    """`1 run`, `1,200 runs`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+>>>>>>> page
