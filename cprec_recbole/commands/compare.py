@@ -18,7 +18,7 @@ from cprec_recbole.commands.common import (
 from cprec_recbole.compare import Spec, as_screen, findings_of, run_study, write_report
 from cprec_recbole.compare.contenders import ALL, COMPRESSED, CONTROLS
 from cprec_recbole.compare.results import subject_of
-from cprec_recbole.config import CompressionConfig, CompressionError
+from cprec_recbole.config import CompressionError
 
 
 def add_parser(commands: Any) -> None:
@@ -113,10 +113,9 @@ def run(options: argparse.Namespace, passed_on: dict[str, Any], command: str) ->
 def _single(options: argparse.Namespace, passed_on: dict[str, Any]) -> Spec:
     """One model on one data set, by the command line and the files of --config."""
     model = model_of(options, MODELS)
-    given = {**from_files(options), **passed_on}
+    given = dict(passed_on)
     own = {"MAX_ITEM_LIST_LENGTH": options.length, "data_path": options.data_path}
     given |= {name: value for name, value in own.items() if value is not None}
-    names = ("model", "dataset", *CompressionConfig.option_names())
     return Spec.single(
         model,
         dataset_of(options),
@@ -124,7 +123,8 @@ def _single(options: argparse.Namespace, passed_on: dict[str, Any]) -> Spec:
         controls=options.controls,
         with_stock=options.with_stock,
         seeds=1 if options.seeds is None else options.seeds,
-        options={k: v for k, v in given.items() if k not in names or k == "loss_memory"},
+        options=given,
+        config_files=options.config,
     )
 
 

@@ -1,4 +1,3 @@
-<<<<<<< HEAD
 """Compressed models beside uncompressed ones and controls: one engine for a single comparison and
 for a study of many, which keeps trials and computes everything else when it is read."""
 
@@ -17,6 +16,3 @@ __all__ = [
     "run_study",
     "write_report",
 ]
-=======
-"""Comparisons: uncompressed, compressed and other contenders under one roof."""
->>>>>>> page

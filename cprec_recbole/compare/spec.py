@@ -31,7 +31,7 @@ from cprec_recbole.config import (
     is_whole,
     reject_unknown,
 )
-from cprec_recbole.host.library import read_options, recbole_config
+from cprec_recbole.host.library import known_options, read_options, recbole_config
 from cprec_recbole.models import MODELS
 
 SETTINGS = Path(__file__).with_name("settings.yaml")  # what RecBole is asked unless told otherwise
@@ -194,6 +194,7 @@ class Spec:
         with_stock: bool = False,
         seeds: int = 1,
         options: dict[str, Any] | None = None,
+        config_files: Sequence[str] = (),
     ) -> Spec:
         """The comparison of one model on one data set.
 
@@ -205,13 +206,18 @@ class Spec:
             with_stock: also RecBole's own model, dataset and objective.
             seeds: how many; they count up from RecBole's `seed`.
             options: RecBole's, for all contenders.
+            config_files: RecBole's YAML files, which may hold options of other models too; the
+                options win over them.
 
         Raises:
             CompressionError: an option that RecBole does not know or refuses.
         """
         chosen = CompressionConfig() if compression is None else compression
         given = {"training": chosen.training, "loss_memory": chosen.loss_memory, **(options or {})}
-        config = recbole_config(f"Cp{model}", dataset, given, [str(SETTINGS)])
+        config = recbole_config(f"Cp{model}", dataset, given, [str(SETTINGS), *config_files])
+        known = {*known_options(config)} - {"model", "dataset", *CompressionConfig.option_names()}
+        for file in reversed(config_files):
+            given = {k: v for k, v in read_options(file).items() if k in known} | given
         first = check_whole("seed", config["seed"], 0)
         own = ("seed", "learning_rate", "MAX_ITEM_LIST_LENGTH", "data_path", "checkpoint_dir")
         return cls(

@@ -1,7 +1,3 @@
-<<<<<<< HEAD
-def render_page(findings):
-    return ""
-=======
 """A study as one page, `compare.html`, that is read without a network."""
 
 from __future__ import annotations
@@ -157,4 +153,3 @@ def _listed(words: Iterable[Any]) -> str:
 def _counted(count: int, noun: str) -> str:
     """`1 run`, `1,200 runs`."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
->>>>>>> page
