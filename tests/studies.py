@@ -6,6 +6,7 @@ import itertools
 import json
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -96,12 +97,13 @@ def study_of(folder: Path, runs: Iterable[Made]) -> Findings:
         dict.fromkeys(data, lengths), models, dict.fromkeys(data, ratios), seeds, contenders,
         learning_rates=tuple({rate: 0 for _, r in runs for rate in r.get("search", RATES)}),
     )  # fmt: skip
-    plans = {str(goal.cell): Plan("rows", {}, {}) for goal in spec.goals()}
+    plans: dict[str, Plan] = {}
     for goal in spec.goals():
-        plans[str(goal.cell)].contenders[goal.contender, goal.ratio] = None
+        empty = {"rows": "rows", "asked": {}, "about": {}, "contenders": {}}
+        plans.setdefault(str(goal.cell), empty)["contenders"][goal.name] = None
     for goal, record in runs:
         recipe = Recipe(KINDS.get(goal.contender, "train"), record.pop("options"))
-        plans[str(goal.cell)].contenders[goal.contender, goal.ratio] = recipe
+        plans[str(goal.cell)]["contenders"][goal.name] = asdict(recipe)
     study, found = Study(spec, plans), {}
     for goal, record in runs:
         search, trials = record.pop("search", RATES), []
@@ -113,7 +115,6 @@ def study_of(folder: Path, runs: Iterable[Made]) -> Findings:
     (folder / TRIALS).mkdir(parents=True)
     for name, record in found.items():
         (folder / TRIALS / f"{name}.json").write_text(json.dumps(record), encoding="utf-8")
-    about = {"cells": {n: plan.as_dict() for n, plan in plans.items()}, "command": "cprec compare"}
-    text = json.dumps({"spec": spec.as_dict(), **about})
+    text = json.dumps({"command": "cprec compare", "spec": asdict(spec), "cells": plans})
     (folder / STUDY).write_text(text, encoding="utf-8")
     return findings_of(folder)

@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import zipfile
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -428,7 +429,7 @@ def test_a_file_says_what_to_run(tmp_path):
     goals = spec.goals()
     assert goals[0] == Goal(Cell("made-up", "SASRec", 8), "uncompressed", None, 1)
     assert len({goal.key for goal in goals}) == len(goals) == 16
-    assert Spec.from_dict(json.loads(json.dumps(spec.as_dict()))) == spec
+    assert Spec.from_dict(json.loads(json.dumps(asdict(spec)))) == spec
     numbered = spec_of(tmp_path, "settings: {8: {ranks: [8]}}\ncontenders: [8]\nratios: [4, 4.0]")
     assert numbered.contenders == ("uncompressed", "8")
     assert numbered.ratios == {"ml-100k": (4.0,)}

@@ -103,7 +103,7 @@ def run(options: argparse.Namespace, passed_on: dict[str, Any], command: str) ->
         if len(done.goals) == failed:
             return min(failed, 1)
     findings = findings_of(out, options.against)
-    if findings.is_single and findings.tables and not options.summary:
+    if findings.study.spec.is_single and findings.tables and not options.summary:
         screen.print(as_screen(findings))
     written = write_report(findings, out, latex=options.latex)
     screen.print(f"Written: {', '.join(map(str, written))}", soft_wrap=True, markup=False)

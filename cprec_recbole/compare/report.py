@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 from rich.table import Table as Screen
 
-from cprec_recbole.compare.contenders import UNCOMPRESSED, Recipe
+from cprec_recbole.compare.contenders import UNCOMPRESSED
 from cprec_recbole.compare.page import render_page
 from cprec_recbole.compare.results import (
     LEVEL,
@@ -93,11 +93,11 @@ def as_markdown(findings: Findings) -> str:
     """The metrics and costs of a single comparison; for a study shares over its cells; a table for
     each cell; what the figures are, and what failed."""
     lines = []
-    if findings.is_single and findings.tables:
+    if findings.study.spec.is_single and findings.tables:
         lines = [f"# {_title(findings)}", "", f"Repeat it with `{findings.study.command}`.", ""]
         lines += [*_markdown(_by_quantity(findings)), _note(findings)]
         lines += ["", "Contenders:", "", *_described(findings), ""]
-    lines += ["# Study", "", *_notes(findings), "", *_overview(findings)]
+    lines += ["## Differences" if lines else "# Study", "", *_notes(findings), "", *_overview(findings)]
     for table in findings.tables:
         rows = [_header(findings), *(_texts(table, point) for point in _sorted(table))]
         lines += [f"## {_heading(table)}", "", *_markdown(rows)]
@@ -160,11 +160,11 @@ def _by_quantity(findings: Findings) -> list[list[str]]:
     ]
     rows = [["", first.label, *(text for p in others for text in (p.label, "ratio"))]]
     for label, form, figure_of in wanted:
-        base = figure_of(first)
+        base, *figures = map(figure_of, (first, *others))
         row = [label, _figure(base, form)]
-        for figure in map(figure_of, others):
+        for figure in figures:
             row += [_figure(figure, form), _ratio(figure, base)]
-        rows.append(row)
+        rows += [row] if any((base, *figures)) else []  # what was not measured has no row
     return rows
 
 
@@ -213,11 +213,9 @@ def _note(findings: Findings) -> str:
 
 def _described(findings: Findings) -> list[str]:
     """What each contender of a single comparison is."""
-    plan = next(iter(findings.study.plans.values()))
     lines = []
     for point in findings.tables[0].points:
-        recipe = plan.contenders[point.contender, point.ratio]
-        options = recipe.options if isinstance(recipe, Recipe) else {}
+        options = findings.study.recipe(point.runs[0].goal).options
         words = [f"{name} {value}" for name, value in options.items() if value is not None]
         sharing = point.runs[0].record.get("sharing")
         lines.append(f"- {point.label}: {', '.join(words)} ({sharing})")
@@ -239,7 +237,7 @@ def _overview(findings: Findings) -> list[str]:
     """A table for each ratio and one for none: cells by contenders, as shares of the uncompressed
     model's NDCG@20."""
     tables = [table for table in findings.tables if table.reference is not None]
-    if not tables or findings.is_single:
+    if not tables or findings.study.spec.is_single:
         return []
     found = [
         "## Shares of the uncompressed model's NDCG@20",

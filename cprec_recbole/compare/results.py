@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cprec_recbole.compare.contenders import COMPRESSED, UNCOMPRESSED
-from cprec_recbole.compare.spec import QUALITY, Cell, Failed, Goal, Plan, Ratio, Record, Spec, Study
+from cprec_recbole.compare.spec import QUALITY, Cell, Failed, Goal, Ratio, Record, Spec, Study
 from cprec_recbole.config import CompressionError
 
 STUDY, TRIALS, PACKED = "study.json", "trials", "trials.zip"  # in the folder of a study
@@ -198,11 +198,6 @@ class Findings:
     subject: str | None
 
     @property
-    def is_single(self) -> bool:
-        """Whether it is the comparison of one model on one data set, without ratios."""
-        return list(self.study.spec.ratios.values()) == [(None,)]
-
-    @property
     def finished(self) -> list[Run]:
         """The runs that have results."""
         return [run for table in self.tables for point in table.points for run in point.runs]
@@ -372,8 +367,7 @@ def read_study(folder: Path) -> Study:
         )
     given = _read(path, path.read_text(encoding="utf-8"))
     try:
-        plans = {name: Plan.from_dict(plan) for name, plan in given["cells"].items()}
-        return Study(Spec.from_dict(given["spec"]), plans, given["command"])
+        return Study(Spec.from_dict(given["spec"]), dict(given["cells"]), given["command"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CompressionError(
             f"Expected {path} to be of this version of cprec_recbole, but got {error!r}; use "
@@ -447,7 +441,7 @@ def findings_of(folder: Path, against: str | None = None) -> Findings:
     finished.sort(key=lambda r: (order.index(r.goal.contender), r.goal.ratio or 0, r.goal.seed))
     for run in finished:
         cell, contender, ratio, _ = run.goal
-        table = tables.setdefault(cell, Table(cell, study.plans[str(cell)].about))
+        table = tables.setdefault(cell, Table(cell, study.plans[str(cell)]["about"]))
         point = table.find(contender, ratio)
         if point is None:
             table.points.append(Point(contender, ratio, [run]))
@@ -467,8 +461,8 @@ def findings_of(folder: Path, against: str | None = None) -> Findings:
 def _runs(study: Study, found: dict[str, Record]) -> Iterable[Run]:
     """The runs that there are, also those that failed."""
     for goal in study.spec.goals():
-        plan = study.plans.get(str(goal.cell))
-        made = plan and plan.contenders.get((goal.contender, goal.ratio))
+        plan = study.plans.get(str(goal.cell), {"contenders": {}})
+        made = plan["contenders"].get(goal.name)
         if made is None:  # not asked for yet, or the same model as another
             continue
         first = goal._replace(seed=study.spec.seeds[0])

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
@@ -133,8 +133,9 @@ def run_study(
             for left in (folder / kind).glob(".*.tmp"):
                 left.unlink(missing_ok=True)
         study = _planned(spec, goals, folder, data_path, retry, command)
-        dropped = [goal for goal in goals if study.plan_of(goal) is None]
-        goals = [goal for goal in goals if goal not in dropped]
+        made = {goal: study.plans[str(goal.cell)]["contenders"][goal.name] for goal in goals}
+        dropped = [goal for goal in goals if made[goal] is None]
+        goals = [goal for goal in goals if made[goal] is not None]
         work = _Work(study, folder, goals, read_trials(folder))
         if retry:
             work.forget_failures()
@@ -168,7 +169,7 @@ class _Work:
     def _ahead(self, goal: Goal) -> list[Trial] | None:
         """The trials that bring a run nearer; None where it is settled."""
         try:
-            recipe, trials = self.study.made(goal), self.study.trials(goal, self.found)
+            recipe, trials = self.study.recipe(goal), self.study.trials(goal, self.found)
         except Failed:
             return None
         if trials is None:
@@ -266,38 +267,35 @@ def _planned(
 ) -> Study:
     """The study with a plan of each cell, as it is written into the folder. What was planned stays:
     the seeds of a contender are one model, whatever later code would choose."""
-    given = folder / STUDY
-    plans = read_study(folder).plans if given.exists() else {}
+    file = folder / STUDY
+    plans = read_study(folder).plans if file.exists() else {}
     asked = json.loads(json.dumps({"options": spec.options, "compression": spec.compression}))
     for cell in dict.fromkeys(goal.cell for goal in goals):
-        before = plans.get(str(cell))
-        is_same = before is not None and before.asked == asked
-        known = before.contenders if before is not None and is_same else {}
-        known = {name: m for name, m in known.items() if not (retry and isinstance(m, str))}
-        wanted = [(UNCOMPRESSED, None), *((g.contender, g.ratio) for g in goals if g.cell == cell)]
-        new = [pair for pair in dict.fromkeys(wanted) if pair not in known]
-        new = [(name, ratio) for name, ratio in new if name not in spec.settings]
+        before = plans.get(str(cell), {})
+        is_same = before.get("asked") == asked
+        known = before["contenders"] if is_same else {}
+        known = {name: made for name, made in known.items() if not (retry and type(made) is str)}
+        wanted = {goal.name: goal for goal in goals if goal.cell == cell}
+        wanted[UNCOMPRESSED] = Goal(cell, UNCOMPRESSED, None, spec.seeds[0])
+        new = [goal for name, goal in wanted.items() if name not in {*known, *spec.settings}]
         if new:
             plan = plan_cell(spec, cell, new, data_path)
-            if before is not None and is_same and before.rows != plan.rows:
+            if is_same and before["rows"] != plan["rows"]:
                 raise CompressionError(
                     f"Expected `data_path` to hold the interactions with which the study of {cell} "
                     "began, but they have changed; use another --out, or restore them."
                 )
-            plans[str(cell)] = replace(plan, asked=asked, contenders=known | plan.contenders)
-        plans[str(cell)].contenders |= {
-            (name, None): Recipe("train", options) for name, options in spec.settings.items()
-        }
-    whole = {"command": command, "spec": spec.as_dict()}
-    whole["cells"] = {name: plan.as_dict() for name, plan in plans.items()}
-    write_text(given, json.dumps(whole, indent=1) + "\n")
+            plan["contenders"] = known | plan["contenders"]
+            plans[str(cell)] = {**plan, "asked": asked}
+        for name, options in spec.settings.items():
+            plans[str(cell)]["contenders"][name] = asdict(Recipe("train", options))
+    whole = {"command": command, "spec": asdict(spec), "cells": plans}
+    write_text(file, json.dumps(whole, indent=1, default=str) + "\n")
     return Study(spec, plans, command)
 
 
-def plan_cell(
-    spec: Spec, cell: Cell, wanted: list[tuple[str, Ratio]], data_path: str | None
-) -> Plan:
-    """What contenders are in a cell: a recipe each, or why there is none."""
+def plan_cell(spec: Spec, cell: Cell, wanted: list[Goal], data_path: str | None) -> Plan:
+    """What contenders are in a cell, see Study."""
     config = config_of(cell, spec.options, data_path, seed=spec.seeds[0])
     data = Data.of(config)
     fresh = build(UNCOMPRESSED_RECIPE, config, data.train._dataset)
@@ -322,8 +320,9 @@ def plan_cell(
         chosen = replace(chosen, training=same.training, loss_memory=same.loss_memory)
         return Setting(config, data.dataset, chosen, ratio, base, size), refused
 
-    plan = Plan(data.rows, {}, about)
-    for name, ratio in wanted:
+    found: dict[str, dict[str, Any] | str | None] = {}
+    for goal in wanted:
+        _, name, ratio, _ = goal
         setting, refused = setting_of(ratio, scheme_of(name))
         if name == COMPRESSED and ratio is None:  # what cannot be built is said at once
             made = Recipe("train", own_options(setting.compression))
@@ -335,10 +334,10 @@ def plan_cell(
             if recipe is not None and recipe.is_derived and recipe.options.get("ratio"):
                 given = {k: v for k, v in recipe.options.items() if k != "one_rank"}
                 compress(fresh, verbose=False, **given)  # said before anything is trained
-            plan.contenders[name, ratio] = recipe
+            found[goal.name] = None if recipe is None else asdict(recipe)
         except CompressionError as error:
-            plan.contenders[name, ratio] = str(error)
-    return plan
+            found[goal.name] = str(error)
+    return {"rows": data.rows, "about": about, "contenders": found}
 
 
 def _attempt(trial: Trial, parent: Record | None, folder: Path, data: str | None, say: Any) -> Any:

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,20 +36,18 @@ from cprec_recbole.models import MODELS
 
 SETTINGS = Path(__file__).with_name("settings.yaml")  # what RecBole is asked unless told otherwise
 QUALITY = "ndcg@20"  # what contenders are judged by
-# what they are does not depend on a ratio
-_WITHOUT_RATIO = (UNCOMPRESSED, "int8", "uncompressed-recovered")
+_WITHOUT_RATIO = (UNCOMPRESSED, "int8", "uncompressed-recovered", STOCK)
 _KEYS = (
     *("datasets", "models", "ratios", "seeds", "contenders", "sharing", "settings"),
     *("compression", "learning_rates", "options"),
 )
-_OWN_OPTIONS = (
-    *("seed", "learning_rate", "MAX_ITEM_LIST_LENGTH", "data_path"),
-    *("ranks", "cutoffs", "sharing", "softmax", "tied"),
-)
+_OWN_OPTIONS = ("seed", "learning_rate", "MAX_ITEM_LIST_LENGTH", "data_path")
+_COMPRESSION = ("ranks", "cutoffs", "sharing", "softmax", "tied")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*")
 _LENGTH = 50  # RecBole's
 
 Record = dict[str, Any]  # what is kept of a trial: its results, or its `error`
+Plan = dict[str, Any]  # what the contenders of a cell are, see Study
 Ratio = float | None
 
 
@@ -73,10 +71,14 @@ class Goal(NamedTuple):
     seed: int
 
     @property
+    def name(self) -> str:
+        """Contender and ratio."""
+        return self.contender + ("" if self.ratio is None else f"_r{self.ratio:g}")
+
+    @property
     def key(self) -> str:
-        """Its name, for `--only`."""
-        ratio = "" if self.ratio is None else f"_r{self.ratio:g}"
-        return f"{self.cell}_{self.contender}{ratio}_s{self.seed}"
+        """All of it, for `--only`."""
+        return f"{self.cell}_{self.name}_s{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ class Trial:
         seed: of the training.
         parent: what it is made of: the name of that trial, and what it reached on validation,
             since another machine may reach something else; None for what starts afresh.
+        contender: that asks for it; not part of its name.
     """
 
     cell: Cell
@@ -101,7 +104,7 @@ class Trial:
     rate: float | None
     seed: int
     parent: tuple[str, float] | None = None
-    contender: str = field(default="", compare=False)  # that asks for it
+    contender: str = ""
 
     @property
     def name(self) -> str:
@@ -155,31 +158,40 @@ class Spec:
         """
         given = {str(name): value for name, value in read_options(file, "study").items()}
         reject_unknown(given, _KEYS)
-        schemes = _listed(given, "sharing", [], SHARING_SCHEMES)
+        models = [model.spec.name for model in MODELS]
+        seed_text = f"whole numbers from 0 to {2**32 - 1}"  # as NumPy takes them
+        schemes = _values(given, "sharing", [], *_out_of(SHARING_SCHEMES))
         settings = {
             str(name) if is_whole(name) else name: value  # as in {8: {ranks: [8]}}
             for name, value in _mapping(given, "settings").items()
         }
         options = _mapping(given, "options")
-        for name in _OWN_OPTIONS:
-            if name in options:
-                raise CompressionError(
-                    f"Expected `options` to leave `{name}` to the study, but got "
-                    f"{options[name]!r}; see docs/comparing.md for where it is said."
-                )
-        names = _listed(given, "contenders", [ALL])
+        for name in options.keys() & {*_OWN_OPTIONS, *_COMPRESSION}:
+            raise CompressionError(
+                f"Expected `options` to leave `{name}` to the study, but got {options[name]!r}; "
+                "see docs/comparing.md for where it is said."
+            )
+        rates = _values(
+            *(given, "learning_rates", [1e-3], "numbers between 0 and 1"),
+            lambda rate: is_number(rate) and 0 < rate < 1,
+        )
+        compression = _mapping(given, "compression")
+        reject_unknown(compression, ("softmax", "tied", "sharing"))
+        CompressionConfig(**compression)
         datasets = _datasets(given.get("datasets", {"ml-100k": _LENGTH}))
+        names = _values(given, "contenders", [ALL])
         return cls(
             datasets=datasets,
-            models=tuple(
-                _listed(given, "models", ["SASRec"], [model.spec.name for model in MODELS])
+            models=_values(given, "models", ["SASRec"], *_out_of(models)),
+            ratios=_ratios(given, datasets),
+            seeds=_values(
+                *(given, "seeds", [2020], seed_text),
+                lambda seed: is_whole(seed) and 0 <= seed < 2**32,
             ),
-            ratios=_ratios(given, tuple(datasets)),
-            seeds=_seeds(_listed(given, "seeds", [2020])),
             contenders=_contenders(names, schemes, settings),
             settings={name: _setting(name, value) for name, value in settings.items()},
-            compression=_base(_mapping(given, "compression")),
-            learning_rates=_rates(_listed(given, "learning_rates", [1e-3])),
+            compression=compression,
+            learning_rates=tuple(map(float, rates)),
             options=options,
         )
 
@@ -219,83 +231,41 @@ class Spec:
         for file in reversed(config_files):
             given = {k: v for k, v in read_options(file).items() if k in known} | given
         first = check_whole("seed", config["seed"], 0)
-        own = ("seed", "learning_rate", "MAX_ITEM_LIST_LENGTH", "data_path", "checkpoint_dir")
+        own = (*_OWN_OPTIONS, "checkpoint_dir")
         return cls(
             datasets={dataset: (config["MAX_ITEM_LIST_LENGTH"],)},
             models=(model,),
             ratios={dataset: (None,)},
             seeds=tuple(first + i for i in range(check_whole("seeds", seeds))),
-            contenders=(
-                *(UNCOMPRESSED, COMPRESSED, *find_controls(controls)),
-                *((STOCK,) if with_stock else ()),
-            ),
+            contenders=(UNCOMPRESSED, COMPRESSED, *find_controls(controls), *[STOCK] * with_stock),
             compression=own_options(chosen),
             learning_rates=(config["learning_rate"],),
             options={k: v for k, v in given.items() if k not in own},
         )
 
-    def goals(self) -> list[Goal]:
-        """All runs that are wanted, the most telling ones first: by seed, then data set, then
-        contender."""
-        return [
-            Goal(Cell(dataset, model, length), name, ratio, seed)
-            for seed, (dataset, lengths) in itertools.product(self.seeds, self.datasets.items())
-            for name, length, model in itertools.product(self.contenders, lengths, self.models)
-            for ratio in ((None,) if self.has_no_ratio(name) else self.ratios[dataset])
-        ]
-
-    def has_no_ratio(self, contender: str) -> bool:
-        """Whether a contender is the same at every ratio."""
-        return contender in (*_WITHOUT_RATIO, STOCK, *self.settings)
-
-    def as_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
-        made: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        return made
-
     @classmethod
     def from_dict(cls, given: dict[str, Any]) -> Spec:
-        """The spec of which this is the `as_dict`."""
+        """The spec that `dataclasses.asdict` and JSON made this of."""
         made: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in given.items()}
         for name in ("datasets", "ratios"):
             made[name] = {key: tuple(values) for key, values in given[name].items()}
         return cls(**made)
 
+    @property
+    def is_single(self) -> bool:
+        """Whether it is the comparison of one model on one data set, without ratios."""
+        return list(self.ratios.values()) == [(None,)]
 
-@dataclass
-class Plan:
-    """What the contenders of a cell are.
-
-    Attributes:
-        rows: checksum of the interactions.
-        asked: what the plan followed from.
-        about: of the data: `users`, `items`, `test_cases` and RecBole's `evaluation`.
-        contenders: a recipe for each contender at each ratio, or the reason why there is none;
-            None: it would be the same model as `compressed`.
-    """
-
-    rows: str
-    asked: dict[str, Any]
-    about: dict[str, Any]
-    contenders: dict[tuple[str, Ratio], Recipe | str | None] = field(default_factory=dict)
-
-    def as_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
-        entries = []
-        for (name, ratio), made in self.contenders.items():
-            what = {"error": made} if isinstance(made, str) else made and asdict(made)
-            entries.append({"contender": name, "ratio": ratio, "made": what})
-        return {"rows": self.rows, "asked": self.asked, "about": self.about, "contenders": entries}
-
-    @classmethod
-    def from_dict(cls, given: dict[str, Any]) -> Plan:
-        """The plan of which this is the `as_dict`."""
-        found: dict[tuple[str, Ratio], Recipe | str | None] = {}
-        for entry in given["contenders"]:
-            made = entry["made"]
-            what = made and (made["error"] if "error" in made else Recipe(**made))
-            found[entry["contender"], entry["ratio"]] = what
-        return cls(given["rows"], given["asked"], given["about"], found)
+    def goals(self) -> list[Goal]:
+        """All runs that are wanted, the most telling ones first: by seed, then data set, then
+        contender."""
+        without = (*_WITHOUT_RATIO, *self.settings)
+        return [
+            Goal(Cell(dataset, model, length), name, ratio, seed)
+            for seed, (dataset, lengths) in itertools.product(self.seeds, self.datasets.items())
+            for name, length, model in itertools.product(self.contenders, lengths, self.models)
+            for ratio in ((None,) if name in without else self.ratios[dataset])
+        ]
 
 
 class Failed(Exception):
@@ -318,7 +288,9 @@ class Study:
 
     Attributes:
         spec: what is asked for.
-        plans: what contenders are, by the name of their cell.
+        plans: of each cell, by its name: `rows`, a checksum of the interactions; `asked`, what the
+            plan followed from; `about`, of the data; `contenders`, by `Goal.name` the fields of a
+            Recipe, or a text, why there is none, or None for the same model as `compressed`.
         command: what asks for it.
     """
 
@@ -326,21 +298,16 @@ class Study:
     plans: dict[str, Plan] = field(default_factory=dict)
     command: str = ""
 
-    def plan_of(self, goal: Goal) -> Recipe | str | None:
-        """How a contender is made, or why there can be none; None where it would be the same model
-        as `compressed`."""
-        return self.plans[str(goal.cell)].contenders[goal.contender, goal.ratio]
-
-    def made(self, goal: Goal) -> Recipe:
+    def recipe(self, goal: Goal) -> Recipe:
         """How a contender is made.
 
         Raises:
             Failed: there is none.
         """
-        made = self.plan_of(goal)
-        if not isinstance(made, Recipe):
+        made = self.plans[str(goal.cell)]["contenders"][goal.name]
+        if not isinstance(made, dict):
             raise Failed(made or f"it would be the same model as {COMPRESSED}")
-        return made
+        return Recipe(**made)
 
     def trials(
         self, goal: Goal, found: Mapping[str, Record], *, partly: bool = False
@@ -359,7 +326,7 @@ class Study:
         Raises:
             Failed: there can be no run.
         """
-        recipe, parent = self.made(goal), None
+        recipe, parent = self.recipe(goal), None
         if recipe.is_derived:
             original = goal._replace(contender=UNCOMPRESSED, ratio=None)
             try:
@@ -369,15 +336,13 @@ class Study:
             if chosen is None:
                 return None
             parent = chosen.trial.name, chosen.record["valid"][QUALITY]
-        rates: tuple[float | None, ...] = (None,)
-        if recipe.has_rate:
-            rates = self.spec.learning_rates
+        rates: Sequence[float | None] = self.spec.learning_rates if recipe.has_rate else (None,)
         if recipe.has_rate and goal.seed != self.spec.seeds[0]:
             first = self.choose(goal._replace(seed=self.spec.seeds[0]), found, partly=partly)
             if first is None:
                 return None
             rates = (first.trial.rate,)
-        same = goal.cell, self.plans[str(goal.cell)].rows, recipe, self.spec.options
+        same = goal.cell, self.plans[str(goal.cell)]["rows"], recipe, self.spec.options
         return [Trial(*same, rate, goal.seed, parent, goal.contender) for rate in rates]
 
     def choose(
@@ -393,33 +358,12 @@ class Study:
         if trials is None:
             return None
         tried = [(trial, found[trial.name]) for trial in trials if trial.name in found]
-        if len(tried) < len(trials) and not partly:
-            return None
         whole = [(trial, record) for trial, record in tried if "error" not in record]
         if not whole and len(tried) == len(trials):
             raise Failed(tried[0][1]["error"])
-        if not whole:
+        if not whole or (len(tried) < len(trials) and not partly):
             return None
         return Choice(*max(whole, key=lambda pair: pair[1]["valid"][QUALITY]), tried)
-
-
-def _contenders(names: list[Any], schemes: list[str], settings: dict[str, Any]) -> tuple[str, ...]:
-    given = [f"{COMPRESSED}-{scheme}" for scheme in schemes]
-    found = [UNCOMPRESSED]  # what all others are measured against
-    for name in (str(name) if is_whole(name) else name for name in names):
-        if name == ALL:
-            found += [COMPRESSED, *CONTROLS]
-        elif name in (UNCOMPRESSED, COMPRESSED) or name in settings or scheme_of(str(name)):
-            found.append(name)
-        else:
-            try:
-                found += find_controls([str(name)])
-            except CompressionError:
-                known = [ALL, UNCOMPRESSED, COMPRESSED, *CONTROLS, *settings]
-                raise CompressionError(
-                    f"Expected `contenders` to be out of {', '.join(known)}, but got {name!r}."
-                ) from None
-    return tuple(dict.fromkeys([*found, *given, *settings]))
 
 
 def scheme_of(contender: str) -> str | None:
@@ -428,7 +372,31 @@ def scheme_of(contender: str) -> str | None:
     return scheme if scheme in SHARING_SCHEMES and scheme != contender else None
 
 
-def _listed(given: dict[str, Any], name: str, default: list[Any], known: Any = None) -> list[Any]:
+def _contenders(names: Sequence[Any], schemes: Sequence[str], settings: Any) -> tuple[str, ...]:
+    found = [UNCOMPRESSED]  # what all others are measured against
+    known = (UNCOMPRESSED, COMPRESSED, *CONTROLS, *settings)
+    for name in (str(name) if is_whole(name) else name for name in names):
+        if name not in (ALL, *known) and not scheme_of(str(name)):
+            raise CompressionError(
+                f"Expected `contenders` to be out of {', '.join((ALL, *known))}, but got {name!r}."
+            )
+        found += [COMPRESSED, *CONTROLS] if name == ALL else [name]
+    given = [f"{COMPRESSED}-{scheme}" for scheme in schemes]
+    return tuple(dict.fromkeys([*found, *given, *settings]))
+
+
+def _out_of(known: Sequence[str]) -> tuple[str, Callable[[Any], bool]]:
+    return f"out of {', '.join(known)}", lambda value: value in known
+
+
+def _values(
+    given: dict[str, Any],
+    name: str,
+    default: list[Any],
+    expected: str = "",
+    is_one: Callable[[Any], bool] = lambda value: True,
+) -> tuple[Any, ...]:
+    """The values of a key, each once: a list, or one alone."""
     values = given.get(name, default)
     values = values if isinstance(values, list) else [values]
     for value in values:
@@ -436,13 +404,11 @@ def _listed(given: dict[str, Any], name: str, default: list[Any], known: Any = N
             raise CompressionError(
                 f"Expected `{name}` to be a list of values, but it has {value!r}."
             )
-        if known is not None and value not in known:
-            raise CompressionError(
-                f"Expected `{name}` to be out of {', '.join(known)}, but got {value!r}."
-            )
+        if not is_one(value):
+            raise CompressionError(f"Expected `{name}` to be {expected}, but got {value!r}.")
     if default and not values:
         raise CompressionError(f"Expected `{name}` to have one value at least, but got none.")
-    return list(dict.fromkeys(values))
+    return tuple(dict.fromkeys(values))
 
 
 def _mapping(given: dict[str, Any], name: str) -> dict[str, Any]:
@@ -454,7 +420,7 @@ def _mapping(given: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _datasets(given: Any) -> dict[str, tuple[int, ...]]:
     if isinstance(given, str | list):
-        given = dict.fromkeys(_listed({"datasets": given}, "datasets", [None]), _LENGTH)
+        given = dict.fromkeys(_values({"datasets": given}, "datasets", [None]), _LENGTH)
     if not isinstance(given, dict) or not given:
         raise CompressionError(
             f"Expected `datasets` to be names, or names and lengths, but got {given!r}."
@@ -476,44 +442,25 @@ def _datasets(given: Any) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def _ratios(given: dict[str, Any], datasets: tuple[str, ...]) -> dict[str, tuple[Ratio, ...]]:
+def _ratios(given: dict[str, Any], datasets: Mapping[str, Any]) -> dict[str, tuple[Ratio, ...]]:
     """Ratios for each data set: the same for all, or by name."""
-    by_name = given.get("ratios")
-    if not isinstance(by_name, dict):
-        by_name = dict.fromkeys(datasets, by_name if "ratios" in given else [4])
+    by_name = given.get("ratios", [4])
+    by_name = by_name if isinstance(by_name, dict) else dict.fromkeys(datasets, by_name)
     if set(by_name) != set(datasets):
         raise CompressionError(
             f"Expected `ratios` to be a list, or a list for each of {', '.join(datasets)}, but got "
             f"{', '.join(str(name) for name in by_name)}."
         )
-    found = {name: _listed({"ratios": by_name[name]}, "ratios", [4]) for name in datasets}
-    checked = {name: [checked_ratio(r, "ratios") for r in each] for name, each in found.items()}
-    # those that have one name are one
-    return {name: tuple({f"{r:g}": r for r in each}.values()) for name, each in checked.items()}
-
-
-def _seeds(seeds: list[Any]) -> tuple[int, ...]:
-    for seed in seeds:
-        if not is_whole(seed) or not 0 <= seed < 2**32:  # as NumPy takes them
-            raise CompressionError(
-                f"Expected `seeds` to be whole numbers from 0 to {2**32 - 1}, but got {seed!r}."
-            )
-    return tuple(seeds)
-
-
-def _rates(rates: list[Any]) -> tuple[float, ...]:
-    for rate in rates:
-        if not is_number(rate) or not 0 < rate < 1:
-            raise CompressionError(
-                f"Expected `learning_rates` to be numbers between 0 and 1, but got {rate!r}."
-            )
-    return tuple(float(rate) for rate in rates)
+    found: dict[str, tuple[Ratio, ...]] = {}
+    for name in datasets:
+        ratios = [checked_ratio(r, "ratios") for r in _values(by_name, name, [4])]
+        found[name] = tuple({f"{r:g}": r for r in ratios}.values())  # of one name are one
+    return found
 
 
 def _setting(name: Any, options: Any) -> dict[str, Any]:
-    taken = [UNCOMPRESSED, COMPRESSED, ALL, *CONTROLS]
-    taken += [f"{COMPRESSED}-{scheme}" for scheme in SHARING_SCHEMES]
-    if not isinstance(name, str) or not _NAME.fullmatch(name) or name in taken:
+    taken = (UNCOMPRESSED, COMPRESSED, ALL, *CONTROLS)
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or name in taken or scheme_of(name):
         raise CompressionError(
             "Expected `settings` to have names of letters, digits, `-` and `.` that no other "
             f"contender has, but got {name!r}."
@@ -529,17 +476,10 @@ def _setting(name: Any, options: Any) -> dict[str, Any]:
         raise CompressionError(
             f"Expected the setting {name} to have `dtype` int8 or none, but got {dtype!r}."
         )
-    found = CompressionConfig.from_options(options)
-    own = own_options(found)
-    for shared in found.as_dict().keys() - own.keys() & options.keys():
+    own = own_options(CompressionConfig.from_options(options))
+    for shared in options.keys() - own.keys():
         raise CompressionError(
             f"Expected the setting {name} to leave `{shared}` to the study's `options`, as it "
             f"is the same for all contenders, but got {options[shared]!r}."
         )
     return own if dtype is None else {**own, "dtype": dtype}
-
-
-def _base(options: dict[str, Any]) -> dict[str, Any]:
-    reject_unknown(options, ("softmax", "tied", "sharing"))
-    CompressionConfig(**options)
-    return options

@@ -114,13 +114,13 @@ def _missing(findings: Findings) -> list[tuple[Goal, str]]:
     """What was asked for and is not there yet; not what cannot be or would be another one."""
     known = {run.goal for run in findings.finished + findings.failed}
     not_made = {
-        (cell, *key)
+        (cell, name)
         for cell, plan in findings.study.plans.items()
-        for key, recipe in plan.contenders.items()
-        if not isinstance(recipe, Recipe)
+        for name, made in plan["contenders"].items()
+        if not isinstance(made, dict)
     }
     goals = [goal for goal in findings.study.spec.goals() if goal not in known]
-    return [(g, "") for g in goals if (str(g.cell), g.contender, g.ratio) not in not_made]
+    return [(g, "") for g in goals if (str(g.cell), g.name) not in not_made]
 
 
 def _together(goals: Iterable[tuple[Goal, str]]) -> list[tuple[str, str]]:
