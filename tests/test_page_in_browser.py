@@ -1,12 +1,7 @@
 """`compare.html` in a headless Chromium, at desktop and phone width."""
 
-from __future__ import annotations
-
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -23,11 +18,9 @@ WIDTHS = {"desktop": (1280, 900), "phone": (390, 844)}
 PICTURES = ("size", "latency", "popularity", "parts", "curves")
 HOSTILE = "</script><script>window.hacked=1</script><b>bold</b><img src=x onerror=window.hacked=1>"
 
-Open = Callable[..., Any]
-
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
+def browser():
     sandbox = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
     with sync_api.sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=sandbox)
@@ -36,7 +29,7 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def pages(tmp_path_factory):
     """Pages of made-up studies, by what is in them."""
     full = grid(seeds=[1, 2]) + grid(seeds=[1, 2], model="GRU4Rec")
     full += grid(["uncompressed", "tree", "new"], seeds=[1, 2], dataset="lastfm", length=20)
@@ -56,11 +49,11 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def open_page(browser: Any, pages: dict[str, Path]) -> Iterator[Open]:
+def open_page(browser, pages):
     """Opens a page; at the end no script may have failed and nothing been fetched."""
     opened, problems = [], []
 
-    def start(name: str, width: str = "desktop", scheme: str = "light") -> Any:
+    def start(name, width="desktop", scheme="light"):
         wide, high = WIDTHS[width]
         page = browser.new_page(viewport={"width": wide, "height": high}, color_scheme=scheme)
         opened.append(page)
@@ -77,17 +70,13 @@ def open_page(browser: Any, pages: dict[str, Path]) -> Iterator[Open]:
     assert problems == []
 
 
-def traces(page: Any, picture: str) -> list[dict[str, Any]]:
+def traces(page, picture):
     """What plotly holds for one picture."""
-    found: list[dict[str, Any]] = page.evaluate(
-        "name => document.querySelector(`[data-picture=${name}]`).data"
-        ".map(({x, y, meta}) => ({x, y, meta}))",
-        picture,
-    )
-    return found
+    plot = page.locator(f"[data-picture={picture}]")
+    return plot.evaluate("plot => plot.data.map(({x, y, meta}) => ({x, y, meta}))")
 
 
-def pick(page: Any, **choices: str) -> None:
+def pick(page, **choices):
     for name, value in choices.items():
         page.select_option(f"[data-pick={name}]", value)
 
@@ -99,17 +88,16 @@ def test_every_picture_is_drawn_and_nothing_is_wider_than_the_window(open_page, 
     page.check("#all-rows")
     page.evaluate("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
     assert page.evaluate("document.documentElement.scrollWidth") <= WIDTHS[width][0]
-    outside = """() => [...document.querySelectorAll('.plot:not([hidden]) text:not(.legendtext)')].filter((text) => {
+    outside = """texts => texts.filter((text) => {
       const at = text.getBoundingClientRect();
-      return at.width && (at.left < 0 || at.right > innerWidth);
+      return at.left < 0 || at.right > innerWidth;
     }).map((text) => text.textContent)"""
-    assert page.evaluate(outside) == []
+    texts = page.locator(".plot text:not(.legendtext):visible")
+    assert texts.evaluate_all(outside) == []
     marks = "[data-picture={}] :is(path.point, .point path, path.js-line)"
     missing = ["popularity"] if name == "one run" else []
     assert [p for p in PICTURES if not page.locator(marks.format(p)).count()] == missing
-    assert page.get_by_text("Not measured for this choice.").filter(visible=True).count() == len(
-        missing
-    )
+    assert page.locator("figure p:visible").count() == len(missing)
 
 
 def test_pickers_change_pictures_and_words(open_page):
@@ -133,7 +121,7 @@ def test_the_legend_hides_a_contender_everywhere(open_page):
     page = open_page("full")
     pick(page, dataset="ml-100k")
 
-    def hidden(condition: str) -> None:
+    def hidden(condition):
         """Waits until this holds of the `names` that each picture hides."""
         plots = "['size', 'latency', 'popularity', 'curves']"
         data = "document.querySelector(`[data-picture=${plot}]`).data"

@@ -88,7 +88,7 @@ def _point(point: Point) -> dict[str, Any]:
 
 
 def _smaller(table: Table) -> list[tuple[float, Point]]:
-    """The points smaller than the uncompressed model, by size, after their shares of its quality."""
+    """Points smaller than the uncompressed model, by size, after their shares of its quality."""
     if (whole := table.reference) is None:
         return []
     points = sorted((p for p in table.points if 0 < p.size < whole.size), key=lambda p: p.size)
@@ -113,27 +113,26 @@ def _machine(run: Run) -> str:
 def _missing(findings: Findings) -> list[tuple[Goal, str]]:
     """What was asked for and is not there yet; not what cannot be or would be another one."""
     known = {run.goal for run in findings.finished + findings.failed}
-    not_made = {
-        (cell, *key)
-        for cell, plan in findings.study.plans.items()
-        for key, recipe in plan.contenders.items()
-        if not isinstance(recipe, Recipe)
-    }
+    made = {name: plan.contenders for name, plan in findings.study.plans.items()}
     goals = [goal for goal in findings.study.spec.goals() if goal not in known]
-    return [(g, "") for g in goals if (str(g.cell), g.contender, g.ratio) not in not_made]
+    unknown = Recipe("", {})  # of a cell that was not begun
+    return [
+        (goal, "")
+        for goal in goals
+        if isinstance(made.get(str(goal.cell), {}).get(goal[1:3], unknown), Recipe)
+    ]
 
 
 def _together(goals: Iterable[tuple[Goal, str]]) -> list[tuple[str, str]]:
-    """Places with contenders and their seeds, and reasons; one for each place and reason."""
+    """What is said of a place, and a reason; one for each place and reason."""
     found: dict[tuple[str, str], dict[str, list[int]]] = {}
     for goal, reason in goals:
         who = found.setdefault((Table(goal.cell, {}).label, reason), {})
         who.setdefault(Point(goal.contender, goal.ratio, []).label, []).append(goal.seed)
-    words = {
-        key: ", ".join(f"{n} (seed{'s' * (len(s) > 1)} {_listed(s)})" for n, s in who.items())
-        for key, who in found.items()
-    }
-    return [(f"{place}: {who}", reason) for (place, reason), who in words.items()]
+    return [
+        (f"{place}: {', '.join(f'{name} (seeds {_listed(s)})' for name, s in who.items())}", reason)
+        for (place, reason), who in found.items()
+    ]
 
 
 def _spread(figure: Figure | None, form: str) -> str:
