@@ -113,7 +113,6 @@ def study_of(folder: Path, runs: Iterable[Made]) -> Findings:
     (folder / TRIALS).mkdir(parents=True)
     for name, record in found.items():
         (folder / TRIALS / f"{name}.json").write_text(json.dumps(record), encoding="utf-8")
-    about = {"cells": {n: plan.as_dict() for n, plan in plans.items()}, "command": "cprec compare"}
-    text = json.dumps({"spec": spec.as_dict(), **about})
-    (folder / STUDY).write_text(text, encoding="utf-8")
+    told = {"spec": spec.as_dict(), "cells": {n: p.as_dict() for n, p in plans.items()}}
+    (folder / STUDY).write_text(json.dumps({**told, "command": "cprec"}), encoding="utf-8")
     return findings_of(folder)
