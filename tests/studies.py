@@ -14,7 +14,7 @@ import numpy as np
 
 from cprec_recbole.compare.contenders import Recipe
 from cprec_recbole.compare.results import ORDER, STUDY, TRIALS, Findings, findings_of, pack_users
-from cprec_recbole.compare.spec import QUALITY, Cell, Failed, Goal, Plan, Spec, Study
+from cprec_recbole.compare.spec import QUALITY, Cell, Failed, Goal, Spec, Study
 
 CONTENDERS = tuple(ORDER)
 RATES = {3e-4: 0.93, 1e-3: 1.0, 3e-3: 0.97}  # tried, and what share of the best each reaches
@@ -97,10 +97,9 @@ def study_of(folder: Path, runs: Iterable[Made]) -> Findings:
         dict.fromkeys(data, lengths), models, dict.fromkeys(data, ratios), seeds, contenders,
         learning_rates=tuple({rate: 0 for _, r in runs for rate in r.get("search", RATES)}),
     )  # fmt: skip
-    plans: dict[str, Plan] = {}
+    plans = {str(goal.cell): {"rows": "rows", "asked": {}, "about": {}, "contenders": {}} for goal in spec.goals()}
     for goal in spec.goals():
-        empty = {"rows": "rows", "asked": {}, "about": {}, "contenders": {}}
-        plans.setdefault(str(goal.cell), empty)["contenders"][goal.name] = None
+        plans[str(goal.cell)]["contenders"][goal.name] = None
     for goal, record in runs:
         recipe = Recipe(KINDS.get(goal.contender, "train"), record.pop("options"))
         plans[str(goal.cell)]["contenders"][goal.name] = asdict(recipe)
@@ -115,6 +114,6 @@ def study_of(folder: Path, runs: Iterable[Made]) -> Findings:
     (folder / TRIALS).mkdir(parents=True)
     for name, record in found.items():
         (folder / TRIALS / f"{name}.json").write_text(json.dumps(record), encoding="utf-8")
-    text = json.dumps({"command": "cprec compare", "spec": asdict(spec), "cells": plans})
-    (folder / STUDY).write_text(text, encoding="utf-8")
+    told = {"spec": asdict(spec), "cells": plans}
+    (folder / STUDY).write_text(json.dumps({**told, "command": "cprec"}), encoding="utf-8")
     return findings_of(folder)

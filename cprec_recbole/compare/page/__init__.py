@@ -13,7 +13,6 @@ from plotly.io import templates
 from plotly.offline import get_plotlyjs
 
 from cprec_recbole.compare import results
-from cprec_recbole.compare.contenders import Recipe
 from cprec_recbole.compare.results import Figure, Findings, Point, Run, Standing, Table
 from cprec_recbole.compare.spec import Goal
 
@@ -88,7 +87,7 @@ def _point(point: Point) -> dict[str, Any]:
 
 
 def _smaller(table: Table) -> list[tuple[float, Point]]:
-    """The points smaller than the uncompressed model, by size, after their shares of its quality."""
+    """Points smaller than the uncompressed model, by size, after their shares of its quality."""
     if (whole := table.reference) is None:
         return []
     points = sorted((p for p in table.points if 0 < p.size < whole.size), key=lambda p: p.size)
@@ -113,27 +112,22 @@ def _machine(run: Run) -> str:
 def _missing(findings: Findings) -> list[tuple[Goal, str]]:
     """What was asked for and is not there yet; not what cannot be or would be another one."""
     known = {run.goal for run in findings.finished + findings.failed}
-    not_made = {
-        (cell, name)
-        for cell, plan in findings.study.plans.items()
-        for name, made in plan["contenders"].items()
-        if not isinstance(made, dict)
-    }
     goals = [goal for goal in findings.study.spec.goals() if goal not in known]
-    return [(g, "") for g in goals if (str(g.cell), g.name) not in not_made]
+    plans = {name: plan["contenders"] for name, plan in findings.study.plans.items()}
+    # a cell that was not begun has no plan yet
+    return [(g, "") for g in goals if isinstance(plans.get(str(g.cell), {}).get(g.name, {}), dict)]
 
 
 def _together(goals: Iterable[tuple[Goal, str]]) -> list[tuple[str, str]]:
-    """Places with contenders and their seeds, and reasons; one for each place and reason."""
+    """What is said of a place, and a reason; one for each place and reason."""
     found: dict[tuple[str, str], dict[str, list[int]]] = {}
     for goal, reason in goals:
         who = found.setdefault((Table(goal.cell, {}).label, reason), {})
         who.setdefault(Point(goal.contender, goal.ratio, []).label, []).append(goal.seed)
-    words = {
-        key: ", ".join(f"{n} (seed{'s' * (len(s) > 1)} {_listed(s)})" for n, s in who.items())
-        for key, who in found.items()
-    }
-    return [(f"{place}: {who}", reason) for (place, reason), who in words.items()]
+    return [
+        (f"{place}: {', '.join(f'{name} (seeds {_listed(s)})' for name, s in who.items())}", reason)
+        for (place, reason), who in found.items()
+    ]
 
 
 def _spread(figure: Figure | None, form: str) -> str:

@@ -5,7 +5,6 @@
   const picks = Object.fromEntries(all("[data-pick]").map((select) => [select.dataset.pick, select]));
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const hidden = new Set(); // contenders, in all pictures
-  let timer = 0;
   const short = (text) => (text.length > 24 ? `${text.slice(0, 23)}…` : text)
     .replace(/&/g, "&amp;").replace(/</g, "&lt;"); // plotly reads tags
 
@@ -81,24 +80,13 @@
     Plotly.react(plot, data, { template: { layout: STUDY.templates[dark.matches ? "dark" : "light"] }, dragmode: false,
       height: isWide ? 420 : 320 + 10 * data.length, margin: { l: 10, r: 10, t: 10, b: 10 },
       showlegend: true, legend, ...layout }, { responsive: true, displaylogo: false, modeBarButtons: [["toImage"]] });
-    const press = (at, isAlone, delay = 0) => { // the second of two presses takes the first one back
-      clearTimeout(timer);
-      if (plot.data[at].meta !== undefined) timer = setTimeout(toggle, delay, plot.data[at].meta, isAlone);
-      return plot.data[at].meta === undefined; // or else plotly itself does nothing
-    };
-    all(".legendtoggle", plot).forEach((item, at) => Object.assign(item, { tabIndex: 0,
-      onkeydown: ({ key }) => key !== "Enter" || press(at, false) }));
-    if (isNew) plot.on("plotly_legendclick", ({ curveNumber }) => press(curveNumber, false, 300));
-    if (isNew) plot.on("plotly_legenddoubleclick", ({ curveNumber }) => press(curveNumber, true));
-  }
-
-  // Hide or show a contender everywhere, or all others.
-  function toggle(name, isAlone) {
-    const others = STUDY.contenders.filter((other) => (other === name) !== isAlone);
-    const isShown = others.every((other) => hidden.has(other));
-    for (const other of others) hidden[isShown ? "delete" : "add"](other);
-    if (isAlone) hidden.delete(name);
-    update();
+    all(".legendtoggle", plot).forEach((item, at) => Object.assign(item, { tabIndex: 0, onkeydown({ key }) {
+      if (key === "Enter") Plotly.restyle(plot, { visible: plot.data[at].visible === true ? "legendonly" : true }, [at]);
+    } }));
+    if (isNew) plot.on("plotly_restyle", () => { // a name in the legend was pressed: the same in all pictures
+      for (const { meta, visible } of plot.data) if (meta) hidden[visible === true ? "delete" : "add"](meta);
+      update();
+    });
   }
 
   // Fill a picker, keeping its choice where that is still there.
