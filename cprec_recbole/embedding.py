@@ -313,11 +313,8 @@ class BlockEmbedding(nn.Module):
     def kept_vectors(self) -> Tensor:
         """The whole table in id order, `[n_items, d]`, made once for each version of the weights.
         Of a small catalogue only, and not to be written to."""
-        watched = [self.partition.item_at]
-        for block in self.blocks:
-            watched += [p for p in block._parameters.values() if p is not None]
-        if self._kept is None or not self._kept[0].is_of(watched):
-            self._kept = Version(watched), self.dense()
+        if self._kept is None or not self._kept[0].is_current():
+            self._kept = Version(self), self.dense()
         return self._kept[1]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from cprec_recbole.search.compiled import compiled_search
 from cprec_recbole.search.exact import search
 from cprec_recbole.search.table import SearchTable
 from cprec_recbole.search.topk import Found, Ids, TopK, check_limits
+from cprec_recbole.versions import Version
 
 
 class Softmax(nn.Module, ABC):
@@ -105,7 +106,6 @@ class Softmax(nn.Module, ABC):
         """
         return self.search(hidden, k, exclude, allowed).topk
 
-    @torch.no_grad()
     def search(
         self,
         hidden: Tensor,
@@ -117,13 +117,14 @@ class Softmax(nn.Module, ABC):
         if torch.is_autocast_enabled(hidden.device.type):  # half precision would not be exact
             with torch.autocast(hidden.device.type, enabled=False):
                 return self.search(hidden, k, exclude, allowed)
-        if hidden.ndim != 2 or hidden.shape[1] != self.table.dim or not hidden.is_floating_point():
+        table = self._current()
+        if hidden.ndim != 2 or hidden.shape[1] != table.dim or not hidden.is_floating_point():
             raise CompressionError(
-                f"Expected `hidden` to be real numbers of shape [B, {self.table.dim}], but got "
+                f"Expected `hidden` to be real numbers of shape [B, {table.dim}], but got "
                 f"{hidden.dtype} of {list(hidden.shape)}."
             )
-        limits = check_limits(len(hidden), k, exclude, allowed, self.table.partition)
-        return search(self._current(), hidden, limits)
+        limits = check_limits(len(hidden), k, exclude, allowed, table.partition)
+        return search(table, hidden, limits)
 
     def build_index(self) -> None:
         """Make the index of a large catalogue now: tail rows in groups with bounds, of which `topk`
@@ -146,7 +147,7 @@ class Softmax(nn.Module, ABC):
     def is_indexed(self) -> bool:
         """Whether there is an index of the weights as they are."""
         table = self._search_table
-        if table is None or table.compiled is None or not table.is_current(self._watched()):
+        if table is None or table.compiled is None or not table.version.is_current():
             return False
         return table.compiled.is_indexed
 
@@ -160,23 +161,16 @@ class Softmax(nn.Module, ABC):
 
     def _current(self) -> SearchTable:
         table = self._search_table
-        if table is None or not table.is_current(self._watched()):
+        if table is None or not table.version.is_current():
             blocks = self.table.blocks
             self._search_table = table = SearchTable(
                 self.table.partition,
                 [block.rows() for block in blocks],
                 [block.projection for block in blocks],
                 None if self._tree is None else self._tree.clusters,
-                self._watched(),
+                Version(self),
             )
         return table
-
-    def _watched(self) -> list[Tensor]:
-        """The tensors that a search table is made from."""
-        tensors = [self.table.partition.item_at, *self._parameters.values()]
-        for block in self.table.blocks:
-            tensors += block._parameters.values()
-        return [tensor for tensor in tensors if tensor is not None]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_search_table": None}  # copies and pickles have no index

@@ -95,6 +95,18 @@ def test_a_change_of_weights_is_seen(world, tmp_path):
     assert [quantize(model).engine for model in models] == ["torch", "onnx", "torch"]
 
 
+def test_a_replaced_module_is_seen(world, tmp_path):
+    folder = saved(world, "GRU4Rec", tmp_path)
+    auto, onnx, plain = (load_pretrained(folder, engine=e) for e in ("auto", "onnx", "torch"))
+    for model in (auto, onnx, plain):
+        before = model.recommend([1, 2], k=3).scores
+        model.inner.emb_dropout = torch.nn.Sigmoid()
+    assert not torch.allclose(onnx.recommend([1, 2], k=3).scores, before, rtol=1e-3)
+    assert [auto.engine, onnx.engine] == ["torch", "onnx"]
+    check_same(auto, plain)
+    check_same(onnx, plain)
+
+
 def test_a_folder_keeps_its_graph_until_it_is_saved_again(world, tmp_path, monkeypatch):
     folder = saved(world, "GRU4Rec", tmp_path)
     assert graphs(folder) == []

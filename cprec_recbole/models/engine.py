@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ from cprec_recbole.versions import Version
 
 ENGINES = ("auto", "torch", "onnx")
 _ROWS = 64  # of a batch that are run at a time: what lies between two steps stays in the cache
-_FORMAT = 1  # of the graphs; another one makes new ones
+_FORMAT = 2  # of the graphs; another one makes new ones
 _MAKING = threading.RLock()  # PyTorch's exporter is for one at a time
 
 
@@ -50,54 +51,33 @@ class GraphLayers:
 
     def __init__(self, model: Any, kept: Path | None = None) -> None:
         _check(model)
-        self._slots = [
-            (tensors, name)
-            for module in model.inner.modules()
-            for tensors in (module._parameters, module._buffers)
-            for name, tensor in tensors.items()
-            if tensor is not None
-        ]
-        self._places = [
-            (module._modules, name, child)
-            for module in model.inner.modules()
-            for name, child in module._modules.items()
-        ]
-        self._version = Version(self._watched())
+        self.version = Version(model.inner)
         self._table, self._encoder = model.table, model.encoder
         with _MAKING:
             self._use(self._made(model, kept))
 
     def _use(self, session: Any) -> None:
         inputs = {each.name: each for each in session.get_inputs()}
-        width = inputs["item_seq"].shape[1]
-        self._session, self._width = session, width if isinstance(width, int) else None
+        self._session = session
+        self._any_width = not isinstance(inputs["item_seq"].shape[1], int)
         self._takes_lengths = "lengths" in inputs
-        table = _table_inputs(self._table)  # the same numbers as long as `are_current`
+        table = _table_inputs(self._table)  # the same numbers in this version
         self._arrays = {name: table[name].numpy() for name in table.keys() & inputs.keys()}
 
-    def are_current(self) -> bool:
-        """Whether the weights are those that this was made from."""
-        same = all(children.get(name) is child for children, name, child in self._places)
-        return same and self._version.is_of(self._watched())
-
     def __call__(self, item_seq: Tensor, lengths: Tensor) -> Tensor:
-        """See Encoder.last_state."""
-        if self._width is None:
-            item_seq = item_seq[:, : int(lengths.max())]
-        else:
-            item_seq = F.pad(item_seq, (0, self._width - item_seq.shape[1]))
-        if len(item_seq) <= _ROWS:
-            return self._run(item_seq, lengths)
-        return torch.cat(list(map(self._run, item_seq.split(_ROWS), lengths.split(_ROWS))))
+        """See Encoder.last_state; of a batch as wide as the longest history may be."""
+        items, ends = item_seq.numpy(), lengths.numpy()
+        if self._any_width:
+            items = items[:, : ends.max()]
+        starts = range(0, len(items), _ROWS)
+        parts = [self._run(items[i : i + _ROWS], ends[i : i + _ROWS]) for i in starts]
+        return torch.from_numpy(parts[0] if len(parts) == 1 else np.concatenate(parts))
 
-    def _run(self, item_seq: Tensor, lengths: Tensor) -> Tensor:
-        given = {"item_seq": item_seq.numpy(), **self._arrays}
+    def _run(self, item_seq: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        given = {"item_seq": item_seq, **self._arrays}
         if self._takes_lengths:
-            given["lengths"] = lengths.numpy()
-        return torch.from_numpy(self._session.run(None, given)[0])
-
-    def _watched(self) -> list[Tensor]:
-        return [tensors[name] for tensors, name in self._slots if name in tensors]
+            given["lengths"] = lengths
+        return self._session.run(None, given)[0]
 
     def _made(self, model: Any, kept: Path | None) -> Any:
         found = _read(kept)

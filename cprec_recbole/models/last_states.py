@@ -25,39 +25,86 @@ def transformer_last(
 ) -> Tensor:
     """Of RecBole's TransformerEncoder, `[B, L, d], [B, L], [B] -> [B, d]`: the top layer reads all
     positions, for the last one alone."""
-    n_rows, n_columns = item_seq.shape
+    n_rows, is_traced = len(item_seq), torch.jit.is_tracing()
     seen = torch.where(item_seq != PADDING, 0.0, _UNSEEN).to(inputs.dtype)[:, None, None]
-    below = seen
-    if is_causal:
-        later = torch.full((n_columns, n_columns), _UNSEEN, device=inputs.device).triu(1)
-        below = seen + later.to(inputs.dtype)
-    states = inputs.flatten(0, 1)
+    # where it is causal, padding is behind all that is read
+    below = None if is_causal else seen.expand(-1, -1, item_seq.shape[1], -1)
+    states = inputs if is_traced else inputs.flatten(0, 1)  # which is fewer operations
     *layers, top = encoder.layer
     for layer in layers:
         states = _transformed(layer, n_rows, states, states, below)
-    rows = torch.arange(n_rows, device=inputs.device) * n_columns + lengths - 1
-    return _transformed(top, n_rows, states.index_select(0, rows), states, seen)
+    if is_traced:
+        last = pick(states, lengths).unsqueeze(1)
+        return _transformed(top, n_rows, last, states, seen).squeeze(1)
+    return _transformed(top, n_rows, pick(states.view(inputs.shape), lengths), states, seen)
 
 
-def _transformed(layer: Any, n_rows: int, queries: Tensor, inputs: Tensor, mask: Tensor) -> Tensor:
+def _transformed(
+    layer: Any, n_rows: int, queries: Tensor, inputs: Tensor, mask: Tensor | None
+) -> Tensor:
     """What RecBole's TransformerLayer makes of some positions of each row, `[B * Q, d],
-    [B * L, d] -> [B * Q, d]`, given what is added to their scores, `[B, 1, Q, L]`."""
+    [B * L, d] -> [B * Q, d]` or with B and Q apart, given what is added to their scores,
+    `[B, 1, Q, L]`; None where each sees those up to its own."""
     attention, feed_forward = layer.multi_head_attention, layer.feed_forward
-    size = attention.attention_head_size
-    query, key, value = (
-        each.view(n_rows, -1, attention.num_attention_heads, size).transpose(1, 2)
-        for each in (attention.query(queries), attention.key(inputs), attention.value(inputs))
-    )
+    states = attention.query(queries), attention.key(inputs), attention.value(inputs)
     dropout = attention.attn_dropout.p if attention.attn_dropout.training else 0.0
-    context = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, dropout_p=dropout, scale=size**-0.5
-    )
-    context = attention.dense(context.transpose(1, 2).reshape(queries.shape))
+    attend = _GraphAttention.apply if torch.jit.is_tracing() else _attention
+    context = attend(*states, mask, n_rows, attention.num_attention_heads, dropout)
+    context = attention.dense(context)
     hidden = attention.LayerNorm(attention.out_dropout(context) + queries)
     activation = feed_forward.intermediate_act_fn
     inner = feed_forward.dense_1(hidden)
     inner = F.gelu(inner) if activation == feed_forward.gelu else activation(inner)
     return feed_forward.LayerNorm(feed_forward.dropout(feed_forward.dense_2(inner)) + hidden)
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    n_rows: int,
+    n_heads: int,
+    dropout: float,
+) -> Tensor:
+    """Attention of several heads, of states as `_transformed` has them."""
+    size = query.shape[-1] // n_heads
+    query_, key_, value_ = (
+        each.view(n_rows, -1, n_heads, size).transpose(1, 2) for each in (query, key, value)
+    )
+    context = F.scaled_dot_product_attention(
+        query_, key_, value_, attn_mask=mask, dropout_p=dropout, is_causal=mask is None
+    )
+    return context.transpose(1, 2).reshape(query.shape)
+
+
+class _GraphAttention(torch.autograd.Function):
+    """The same; in a graph one node of onnxruntime in place of a dozen."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        """See _attention."""
+        return _attention(*arguments)
+
+    @staticmethod
+    def symbolic(
+        graph: Any, query: Any, key: Any, value: Any, mask: Any, _: Any, n_heads: int, dropout: Any
+    ) -> Any:
+        """The node."""
+        if mask is None:
+            more, is_causal = [], 1
+        else:
+            nothing = graph.op("prim::Constant")
+            nothing.setType(torch.OptionalType.ofTensor())
+            more, is_causal = [nothing, nothing, mask], 0
+        node = graph.op(
+            "com.microsoft::MultiHeadAttention",
+            *(query, key, value, *more),
+            num_heads_i=n_heads,
+            unidirectional_i=is_causal,
+        )
+        node.setType(query.type())
+        return node
 
 
 def nextitnet_last(model: RecBoleModel, item_seq: Tensor, lengths: Tensor) -> Tensor:
@@ -90,17 +137,27 @@ def _cone_states(
     return states
 
 
-def _convolved(states: Tensor, taps: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
-    read = F.pad(states, (0, 0, 1, 0)).index_select(1, taps)
+def _convolved(states: Tensor, taps: _Taps, kernel: Tensor, bias: Tensor) -> Tensor:
+    if taps.pads:
+        states = F.pad(states, (0, 0, 1, 0))
+    read = states.index_select(1, taps.rows)
     convolved = F.linear(read.view(-1, kernel.shape[1]), kernel, bias)
-    return convolved.view(-1, taps.numel() * kernel.shape[0] // kernel.shape[1], kernel.shape[0])
+    n_states = taps.rows.numel() * kernel.shape[0] // kernel.shape[1]
+    return convolved.view(-1, n_states, kernel.shape[0])
+
+
+class _Taps(NamedTuple):
+    """What a convolution reads."""
+
+    rows: Tensor  # under each tap, `[positions * kernel]`
+    pads: bool  # whether row 0 is a row of zeros, before all others
 
 
 class _Reads(NamedTuple):
     """What a residual block reads."""
 
-    first: Tensor  # the rows of `[zeros, input]` under each tap of the first convolution
-    second: Tensor  # and of the second
+    first: _Taps
+    second: _Taps
     added: Tensor  # the rows of the input that are added
 
 
@@ -115,8 +172,8 @@ def _cone(
         given = sorted({*_read(middle, dilation, kernel), *wanted})
         plan.append(
             _Reads(
-                _taps(middle, given, dilation, kernel).to(device),
-                _taps(wanted, middle, 2 * dilation, kernel).to(device),
+                _taps(middle, given, dilation, kernel, device),
+                _taps(wanted, middle, 2 * dilation, kernel, device),
                 torch.tensor([given.index(position) for position in wanted], device=device),
             )
         )
@@ -130,8 +187,12 @@ def _read(positions: list[int], dilation: int, kernel: int) -> list[int]:
     return sorted(position for position in read if position >= 0)
 
 
-def _taps(positions: list[int], given: list[int], dilation: int, kernel: int) -> Tensor:
-    """The rows of `[zeros, given]` under each tap for some positions, one after the other."""
-    rows = {position: row for row, position in enumerate(given, start=1)}
+def _taps(
+    positions: list[int], given: list[int], dilation: int, kernel: int, device: torch.device
+) -> _Taps:
+    """The rows of `given` for some positions, those of a position one after the other."""
     shifts = [tap * dilation for tap in reversed(range(kernel))]
-    return torch.tensor([rows.get(position - s, 0) for position in positions for s in shifts])
+    read = [position - shift for position in positions for shift in shifts]
+    pads = min(read) < 0
+    number = {position: row for row, position in enumerate(given, start=int(pads))}
+    return _Taps(torch.tensor([number.get(each, 0) for each in read], device=device), pads)

@@ -277,7 +277,7 @@ class CompressedRecommender(SequentialRecommender):
     def _graph_layers(self) -> GraphLayers | None:
         """The layers in onnxruntime, as the weights are now; None where torch answers."""
         graph = self._graph
-        if self._engine == "torch" or (graph is not None and graph.are_current()):
+        if self._engine == "torch" or (graph is not None and graph.version.is_current()):
             return graph
         try:
             if graph is not None and self._engine == "auto":
@@ -298,7 +298,6 @@ class CompressedRecommender(SequentialRecommender):
 
     # -- without RecBole's data --------------------------------------------------------------------
 
-    @torch.no_grad()
     def recommend(
         self,
         item_seq: Tensor | Sequence[int] | Sequence[Sequence[int]],
@@ -325,14 +324,14 @@ class CompressedRecommender(SequentialRecommender):
             CompressionError: an empty history, an id outside the catalogue, nothing allowed, or k
                 above what may be recommended.
         """
-        device = self.table.partition.item_at.device
         histories, lengths, seen = pad_histories(item_seq, self.n_items, self.max_seq_length)
         barred = barred_ids(exclude, len(histories), self.n_items, seen if exclude_seen else None)
         graph = self._graph_layers()
         if graph is not None:
             hidden = graph(histories, lengths)
         else:
-            with in_eval_mode(self):
+            device = self.table.partition.item_at.device
+            with torch.no_grad(), in_eval_mode(self):
                 hidden = self(histories.to(device), lengths.to(device))
         return self.softmax.topk(hidden, k, barred, allowed)
 

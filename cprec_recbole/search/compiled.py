@@ -48,9 +48,9 @@ def loops() -> Any:
 
 def compiled_search(table: SearchTable) -> CompiledSearch | None:
     """The compiled search of a table, made once; None where torch has to search it."""
-    fits = table.dtype == torch.float32 and table.partition.item_at.device.type == "cpu"
-    if table.compiled is None and fits and loops() is not None:
-        table.compiled = CompiledSearch(table)
+    if table.compiled is None:
+        fits = table.dtype == torch.float32 and table.partition.item_at.device.type == "cpu"
+        table.compiled = CompiledSearch(table) if fits and loops() is not None else None
     return table.compiled
 
 
@@ -66,8 +66,8 @@ if hasattr(os, "register_at_fork"):
 class _Index(NamedTuple):
     """The blocks with what there is of an index, which belong together."""
 
-    blocks: list[Any]
-    tiles: list[Any]  # None for blocks that are read whole
+    blocks: tuple[Any, ...]
+    tiles: tuple[Any, ...]  # without groups for blocks that are read whole
     moved_basis: np.ndarray  # brings hidden states into the spaces of the bounds, [d, sum r]
 
 
@@ -78,31 +78,31 @@ class CompiledSearch:
         self.table, self.loops = table, loops()
         self.item_at = table.partition.item_at.numpy()
         ends = np.cumsum(table.ranks).tolist()
-        self.blocks = [
+        self.blocks = tuple(
             self.loops.Block(*_numbers(rows.values), rows.start, j, end - rank, 0)
             for j, (rows, rank, end) in enumerate(zip(table.blocks, table.ranks, ends))
-        ]
+        )
         # what brings hidden states into the spaces of all blocks, [d, sum r]; a tree's clusters too
         basis = table.joint_basis
         if table.clusters is not None:
             basis = torch.cat([basis, table.clusters.T], 1)
         self.basis = basis.numpy()
         self.is_indexed, self.n_searched, self._building = False, 0, threading.Lock()
-        self.index = _Index(self.blocks, [None] * len(self.blocks), basis[:, :0].numpy())
-        # a large head of a flat softmax in int8 too: a look at it takes a quarter of the memory
-        self.rough = list(self.blocks)
-        roundings = np.full(len(self.blocks), table.rounding)
-        self.roundings = [roundings, roundings]  # of large batches, and of thin ones
+        none = _no_tiles(self.blocks[0].values.dtype)
+        self.index = _Index(self.blocks, (none,) * len(self.blocks), basis[:, :0].numpy())
+        # for thin batches, a large head of a flat softmax in int8 too: a quarter of the memory
+        self.rough_head = self.blocks[0]
+        self.roundings = self.thin_roundings = np.full(len(self.blocks), table.rounding)
         head = table.blocks[0].values
         if table.clusters is None and isinstance(head, Tensor) and len(head) >= _LARGE_HEAD:
             rough = Int8Rows(*quantized_rows(head))
-            self.rough[0] = self.blocks[0]._replace(
+            self.rough_head = self.blocks[0]._replace(
                 values=rough.values.numpy(), scales=rough.scales.numpy()
             )
             # of two logits, one may be off by this much upwards, and one downwards
             longest = float(torch.linalg.matrix_norm(table.blocks[0].basis, 2))
             error = 2 * longest * float((head - rough[:]).norm(dim=1).max())
-            self.roundings = [roundings, roundings + error * (np.arange(len(roundings)) == 0)]
+            self.thin_roundings = self.roundings + error * (np.arange(len(self.blocks)) == 0)
 
     def build_index(self) -> None:
         """Sort the rows of large tail blocks into groups with bounds; other threads search without
@@ -117,7 +117,7 @@ class CompiledSearch:
                     blocks[j] = blocks[j]._replace(moved_column=column)
                     basis, tiles[j] = _sorted_into_tiles(rows)
                     bases.append(basis)
-            self.index = _Index(blocks, tiles, np.concatenate(bases, axis=1))
+            self.index = _Index(tuple(blocks), tuple(tiles), np.concatenate(bases, axis=1))
             self.is_indexed = True
 
     def search(self, hidden: Tensor, limits: Limits) -> Found:
@@ -129,20 +129,29 @@ class CompiledSearch:
         numbers = numbers if numbers.dtype == torch.float32 else numbers.double()
         states = np.ascontiguousarray(numbers.numpy(), dtype=np.float64)
         n_rows = len(states)
-        items = torch.empty(n_rows, limits.k, dtype=torch.int64)
-        scores = torch.empty(n_rows, limits.k)
+        items = np.empty((n_rows, limits.k), np.int64)
+        scores = np.empty((n_rows, limits.k), np.float32)
         tail_rows, is_finite = 0, True
-        for start in range(0, n_rows, _BATCH):
-            end, own = min(start + _BATCH, n_rows), limits
-            if n_rows > _BATCH:
-                own = limits.of_rows(torch.arange(start, end))
-            part = _Part(self, states[start:end], own)
-            written = items.numpy()[start:end], scores.numpy()[start:end]
-            is_finite &= self.loops.result(part.search(), *written)
-            tail_rows += part.tail_rows
+        if n_rows < _THIN and self.table.clusters is None and limits.allowed is None:
+            index, excluded = self.index, limits.excluded.numpy()
+            tiles = index.tiles if index.moved_basis.size else ()
+            tail_rows, is_finite = self.loops.search(
+                *(states, self.basis, index.moved_basis, self.thin_roundings),
+                *(index.blocks, self.rough_head, tiles, self.item_at, excluded),
+                *(items, scores),
+            )
+        else:
+            for start in range(0, n_rows, _BATCH):
+                end, own = min(start + _BATCH, n_rows), limits
+                if n_rows > _BATCH:
+                    own = limits.of_rows(torch.arange(start, end))
+                part = _Part(self, states[start:end], own)
+                is_finite &= self.loops.result(part.search(), items[start:end], scores[start:end])
+                tail_rows += part.tail_rows
         if not is_finite:
             raise not_finite(hidden)
-        return Found(TopK(items, scores), tail_rows / max(1, n_rows * self.table.n_tail))
+        found = TopK(torch.from_numpy(items), torch.from_numpy(scores))
+        return Found(found, tail_rows / max(1, n_rows * self.table.n_tail))
 
 
 class _Part:
@@ -160,7 +169,7 @@ class _Part:
         self.allowed = None if limits.allowed is None else limits.allowed.numpy()
         self.tail_rows = 0
         exact, *others, self.lengths = self.loops.prepare(
-            hidden, whole.basis, self.index.moved_basis, whole.roundings[self.n_rows < _THIN]
+            hidden, whole.basis, self.index.moved_basis, whole.roundings
         )
         self.clusters = exact[:, sum(whole.table.ranks) :]  # logits of a tree's
         if not np.isfinite(others[-1]).all():
@@ -192,7 +201,7 @@ class _Part:
         for block, tiles in zip(self.index.blocks, self.index.tiles):
             if self.allowed is not None:
                 self._take_allowed(best, block, self.queries, self.allowed)
-            elif tiles is None:
+            elif not len(tiles.counts):
                 self._read(best, block, self.queries)
             else:
                 self._on_threads(self.loops.take_groups, best, block, tiles, self.queries)
@@ -211,7 +220,7 @@ class _Part:
             rows, part = np.arange(self.n_rows), self
             if j:
                 self.queries.offsets[j] = self.clusters[:, j - 1]
-            if tiles is not None:
+            if len(tiles.counts):
                 is_open = np.zeros(self.n_rows, dtype=bool)
                 # the bound of a normaliser may be off as its value may
                 slack = self.queries.slack + self._errors().T.astype(np.float32)
@@ -298,8 +307,7 @@ class _Part:
         n = len(block.values)
         self.tail_rows += self.n_rows * n if block.number else 0
         if self.n_rows < _THIN:
-            rough = self.whole.rough[block.number]
-            self._on_threads(self.loops.read_rows, best, block, rough, sums, queries)
+            self._on_threads(self.loops.read_rows, best, block, block, sums, queries)
             return
         rows = self.whole.table.blocks[block.number].values
         rough = queries.rough[:, block.column : block.column + rows.shape[1]]
@@ -333,6 +341,13 @@ def _numbers(values: Tensor | Int8Rows) -> tuple[np.ndarray, np.ndarray]:
 
 
 # -- the index -----------------------------------------------------------------------------------
+
+
+def _no_tiles(dtype: Any) -> Any:
+    """Tiles of a block that has no groups."""
+    values, bounds = np.empty((0, 1, 1), dtype), np.empty((0, 1, 1), np.float32)
+    scales, order, counts = (np.empty(0, each) for each in (np.float32, np.int32, np.int64))
+    return loops().Tiles(values, scales, order, counts, bounds, counts, bounds)
 
 
 def _sorted_into_tiles(rows: Rows) -> tuple[np.ndarray, Any]:

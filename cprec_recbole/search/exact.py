@@ -51,6 +51,7 @@ def search(table: SearchTable, hidden: Tensor, limits: Limits) -> Found:
     return Found(_topk_of_some(table, hidden.double(), limits, everyone.split(size)), 1.0)
 
 
+@torch.no_grad()
 def _topk_of_some(
     table: SearchTable, hidden: Tensor, limits: Limits, parts: Iterable[Tensor]
 ) -> TopK:

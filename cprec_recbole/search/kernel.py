@@ -551,6 +551,43 @@ def result(best: Best, items: Array, scores: Array) -> bool:
     return is_finite
 
 
+# -- a search in one call ------------------------------------------------------------------------
+
+
+@_in_order
+def search(
+    hidden: Array,
+    basis: Array,
+    moved_basis: Array,
+    roundings: Array,
+    blocks: tuple[Block, ...],
+    rough_head: Block,
+    tiles: tuple[Tiles, ...],
+    item_at: Array,
+    excluded: Array,
+    items: Array,
+    scores: Array,
+) -> tuple[int, bool]:
+    """Write the best of a flat softmax, `[B, k]`: the steps of `compiled` in one call, since each
+    call takes as long as reading a small block. Blocks that are read whole have tiles without
+    groups; where all are, there are no tiles. Returns how many rows of the tail were read, and
+    whether scores are finite numbers."""
+    exact, rough, moved, slack, _ = prepare(hidden, basis, moved_basis, roundings)
+    (n_rows, k), n_read = items.shape, 0
+    queries = Queries(exact, rough, moved, slack, np.zeros((len(blocks), n_rows)), True)
+    best = Best(np.full((n_rows, k), -np.inf), np.zeros((n_rows, k), np.int64), item_at, excluded)
+    no_sums, some = np.empty((0, 2)), (0, n_rows)
+    read_rows(best, blocks[0], rough_head, no_sums, queries, some)
+    for j in range(1, len(blocks)):
+        if len(tiles) and len(tiles[j].counts):
+            n_read += take_groups(best, blocks[j], tiles[j], queries, some)
+        else:
+            read_rows(best, blocks[j], blocks[j], no_sums, queries, some)
+            n_read += n_rows * len(blocks[j].values)
+    sort(best)
+    return n_read, result(best, items, scores) and np.isfinite(slack).all()
+
+
 # -- the index -----------------------------------------------------------------------------------
 
 

@@ -101,7 +101,7 @@ class SearchTable:
         rows: those of each block, the head's with the padding row, `[k, r]`.
         projections: of each block, `[r, d]`; None where `r == d`.
         clusters: those of a tree, `[n_blocks - 1, d]`; None for a flat softmax.
-        watched: the tensors that all of this is made from.
+        version: of what all of this is made from.
 
     Raises:
         CompressionError: weights that are not finite numbers.
@@ -113,9 +113,9 @@ class SearchTable:
         rows: Sequence[Tensor | Int8Rows],
         projections: Sequence[Tensor | None],
         clusters: Tensor | None,
-        watched: Sequence[Tensor],
+        version: Version,
     ) -> None:
-        self._version = Version(watched)
+        self.version = version
         self.partition = partition
         self.clusters = None if clusters is None else clusters.detach().double()
         self.dtype = torch.float64 if rows[0].dtype == torch.float64 else torch.float32
@@ -130,6 +130,7 @@ class SearchTable:
         # |error of z . w| <= r u |z| |w| for a product summed in any order (Higham, Accuracy and
         # Stability, section 3.1); the few more are for z, w and the score, which are rounded too.
         # Twice that may change between two logits, for hidden states of length one
+        self.dim = self.blocks[0].basis.shape[0]
         self.ranks = [block.values.shape[1] for block in self.blocks]
         self.rounding = torch.finfo(self.dtype).eps * (max(self.ranks) + 4) * self.longest
         self.compiled: Any = None  # see compiled_search
@@ -138,7 +139,3 @@ class SearchTable:
     def joint_basis(self) -> Tensor:
         """Those of all blocks beside each other, `[d, sum r]`."""
         return torch.cat([block.basis for block in self.blocks], 1)
-
-    def is_current(self, watched: list[Tensor]) -> bool:
-        """Whether the weights are those that this was made from."""
-        return self._version.is_of(watched)
