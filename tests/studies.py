@@ -97,7 +97,8 @@ def study_of(folder: Path, runs: Iterable[Made]) -> Findings:
         dict.fromkeys(data, lengths), models, dict.fromkeys(data, ratios), seeds, contenders,
         learning_rates=tuple({rate: 0 for _, r in runs for rate in r.get("search", RATES)}),
     )  # fmt: skip
-    plans = {str(goal.cell): {"rows": "rows", "asked": {}, "about": {}, "contenders": {}} for goal in spec.goals()}
+    names = dict.fromkeys(str(goal.cell) for goal in spec.goals())
+    plans = {n: {"rows": "rows", "asked": {}, "about": {}, "contenders": {}} for n in names}
     for goal in spec.goals():
         plans[str(goal.cell)]["contenders"][goal.name] = None
     for goal, record in runs:

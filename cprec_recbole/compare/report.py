@@ -97,7 +97,8 @@ def as_markdown(findings: Findings) -> str:
         lines = [f"# {_title(findings)}", "", f"Repeat it with `{findings.study.command}`.", ""]
         lines += [*_markdown(_by_quantity(findings)), _note(findings)]
         lines += ["", "Contenders:", "", *_described(findings), ""]
-    lines += ["## Differences" if lines else "# Study", "", *_notes(findings), "", *_overview(findings)]
+    lines += ["## Differences" if lines else "# Study", "", *_notes(findings), ""]
+    lines += _overview(findings)
     for table in findings.tables:
         rows = [_header(findings), *(_texts(table, point) for point in _sorted(table))]
         lines += [f"## {_heading(table)}", "", *_markdown(rows)]
