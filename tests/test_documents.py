@@ -15,7 +15,7 @@ from cprec_recbole import compress, load_pretrained, recover
 from cprec_recbole.commands.cli import _parser, recbole_options
 from cprec_recbole.host.library import recbole_config
 from cprec_recbole.models import MODELS
-from tests.studies import grid, write_study
+from tests.studies import grid, study_of
 
 ROOT = Path(__file__).parent.parent
 PAGES = [p for p in sorted((ROOT / "docs").glob("*.md")) if "```python" in p.read_text("utf-8")]
@@ -64,7 +64,7 @@ def at_hand(tmp_path_factory):
     model = get_model("SASRec")(config, train_data._dataset)
     small = compress(model, ranks=[16, 4, 1])
     small.save_pretrained(folder / "small")
-    write_study(folder / "study", grid(seeds=(2020,), ratios=(4.0,)))
+    study_of(folder / "study", grid(seeds=(2020,), ratios=(4.0,)))
     return folder, {"model": model, "train_data": train_data, "valid_data": valid_data}
 
 

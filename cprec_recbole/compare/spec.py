@@ -453,7 +453,9 @@ def _ratios(given: dict[str, Any], datasets: Mapping[str, Any]) -> dict[str, tup
         )
     found: dict[str, tuple[Ratio, ...]] = {}
     for name in datasets:
-        ratios = [checked_ratio(r, "ratios") for r in _values(by_name, name, [4])]
+        ratios = [
+            checked_ratio(r, "ratios") for r in _values({"ratios": by_name[name]}, "ratios", [4])
+        ]
         found[name] = tuple({f"{r:g}": r for r in ratios}.values())  # of one name are one
     return found
 
