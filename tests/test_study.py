@@ -223,11 +223,11 @@ def test_two_jobs_come_to_what_one_comes_to_and_a_process_that_is_killed_costs_i
     assert re.search("recovered rate 0.01 seed 1: valid 0", printed)
     put = running._Display.epoch
 
-    def kill(display, said):  # the first epoch of the narrower model is its process's last
-        put(display, said)
-        if said[0].contender == "narrower":
+    def kill(display, trial, *epoch):  # its first epoch is its process's last
+        put(display, trial, *epoch)
+        if trial.contender == "narrower":
             for child in running.multiprocessing.active_children():
-                if child not in before and "Manager" not in child.name:
+                if child not in before:
                     os.kill(child.pid, signal.SIGKILL)
 
     before = set(running.multiprocessing.active_children())

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import multiprocessing
 import signal
-from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cache
@@ -56,6 +54,7 @@ from cprec_recbole.compare.spec import (
 from cprec_recbole.compare.trial import (
     WEIGHTS,
     Data,
+    OnEpoch,
     config_of,
     run_trial,
     weights_of,
@@ -72,6 +71,7 @@ from cprec_recbole.parallel.launch import START_METHOD, end_with_parent
 from cprec_recbole.training.evaluation import check_metrics, check_valid_metric
 
 _SECONDS_BETWEEN_LOOKS = 0.2  # at what trainings say
+_said: Any = None  # in a process of ours: what it says to the first one
 _ENDED = "its process was ended, as a system does that runs out of memory"
 
 
@@ -340,13 +340,15 @@ def plan_cell(spec: Spec, cell: Cell, wanted: list[Goal], data_path: str | None)
     return {"rows": data.rows, "about": about, "contenders": found}
 
 
-def _attempt(trial: Trial, parent: Record | None, folder: Path, data: str | None, say: Any) -> Any:
+def _attempt(
+    trial: Trial, parent: Record | None, folder: Path, data: str | None, say: OnEpoch
+) -> Any:
     """Do a trial, with one thread, as in any number of processes: their number changes what is
     trained. Gives why it failed, in a line."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        run_trial(trial, parent, folder, data, lambda *epoch: say((trial, *epoch)))
+        run_trial(trial, parent, folder, data, say)
     except Exception as error:
         return in_a_line(error)
     finally:
@@ -354,56 +356,68 @@ def _attempt(trial: Trial, parent: Record | None, folder: Path, data: str | None
     return None
 
 
-class _Here(Executor):
+class _Process:
+    """A process of its own for a trial at a time, so that it alone is lost where it dies."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context(START_METHOD)
+        # of its own: who dies while it writes must not keep others from writing
+        self.said = context.SimpleQueue()
+        self.executor = ProcessPoolExecutor(1, context, _begin, (self.said,))
+
+    def do(self, display: _Display, *given: Any) -> Future[str | None]:
+        return self.executor.submit(_attempt_there, *given)
+
+
+class _Here:
     """This process, as if it were another."""
 
-    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        future.set_result(function(*args, **kwargs))
+    said = multiprocessing.SimpleQueue()  # stays empty
+
+    def do(self, display: _Display, trial: Trial, *given: Any) -> Future[str | None]:
+        future: Future[str | None] = Future()
+        future.set_result(_attempt(trial, *given, lambda *epoch: display.epoch(trial, *epoch)))
         return future
 
 
-def _process() -> Executor:
-    """A process of its own for a trial at a time, so that it alone is lost where it dies."""
-    return ProcessPoolExecutor(1, multiprocessing.get_context(START_METHOD), _begin)
-
-
-def _begin() -> None:
+def _begin(said: Any) -> None:
+    global _said
+    _said = said
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the first process ends us
     end_with_parent()
+
+
+def _attempt_there(*given: Any) -> str | None:
+    return _attempt(*given, lambda *epoch: _said.put(epoch))
 
 
 def _work_on(work: _Work, jobs: int, data_path: str | None, display: _Display) -> None:
     """Hand out trials until none is left."""
     before = set(multiprocessing.active_children())
-    with ExitStack() as stack:
-        say: Callable[..., Any] = display.epoch
-        said: Any = None
-        if jobs > 1:
-            said = stack.enter_context(multiprocessing.Manager()).Queue()
-            say = said.put
-        free = [_process() if jobs > 1 else _Here() for _ in range(jobs)]
-        busy: dict[Future[str | None], tuple[Executor, Trial]] = {}
-        try:
-            while True:
-                for trial, parent in work.next(len(free)):
-                    display.begin(trial)
-                    executor, given = free.pop(), (trial, parent, work.folder, data_path, say)
-                    busy[executor.submit(_attempt, *given)] = executor, trial
-                display.count()
-                if not busy:
-                    return
-                done, _ = wait(busy, _SECONDS_BETWEEN_LOOKS, FIRST_COMPLETED)
-                while said is not None and not said.empty():
-                    display.epoch(said.get())
-                for future in done:
-                    executor, trial = busy.pop(future)
-                    is_dead = isinstance(future.exception(), BrokenProcessPool)
-                    free.append(_process() if is_dead else executor)
-                    display.end(trial, work.end(trial, _ENDED if is_dead else future.result()))
-        finally:
-            for child in set(multiprocessing.active_children()) - before if busy else ():
-                child.kill()
+    free: list[_Process | _Here] = [_Process() if jobs > 1 else _Here() for _ in range(jobs)]
+    busy: dict[Future[str | None], tuple[_Process | _Here, Trial]] = {}
+    try:
+        while True:
+            for trial, parent in work.next(len(free)):
+                display.begin(trial)
+                process = free.pop()
+                future = process.do(display, trial, parent, work.folder, data_path)
+                busy[future] = process, trial
+            display.count()
+            if not busy:
+                return
+            done, _ = wait(busy, _SECONDS_BETWEEN_LOOKS, FIRST_COMPLETED)
+            for process, trial in busy.values():
+                while not process.said.empty():
+                    display.epoch(trial, *process.said.get())
+            for future in done:
+                process, trial = busy.pop(future)
+                is_dead = isinstance(future.exception(), BrokenProcessPool)
+                free.append(_Process() if is_dead else process)
+                display.end(trial, work.end(trial, _ENDED if is_dead else future.result()))
+    finally:
+        for child in set(multiprocessing.active_children()) - before if busy else ():
+            child.kill()
 
 
 class _Display:
@@ -427,8 +441,7 @@ class _Display:
     def begin(self, trial: Trial) -> None:
         self.bars[trial.name] = self.progress.add_task(trial.words, total=self.epochs, note="")
 
-    def epoch(self, said: tuple[Trial, int, float]) -> None:
-        trial, epoch, score = said
+    def epoch(self, trial: Trial, epoch: int, score: float) -> None:
         note = f"valid {score:.4f}"
         self.progress.update(self.bars[trial.name], completed=epoch, note=note)
         if self.has_epochs:
