@@ -9,7 +9,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -340,15 +340,13 @@ def plan_cell(spec: Spec, cell: Cell, wanted: list[Goal], data_path: str | None)
     return {"rows": data.rows, "about": about, "contenders": found}
 
 
-def _attempt(
-    trial: Trial, parent: Record | None, folder: Path, data: str | None, say: OnEpoch
-) -> Any:
+def _attempt(say: OnEpoch, *given: Any) -> str | None:
     """Do a trial, with one thread, as in any number of processes: their number changes what is
     trained. Gives why it failed, in a line."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        run_trial(trial, parent, folder, data, say)
+        run_trial(*given, on_epoch=say)
     except Exception as error:
         return in_a_line(error)
     finally:
@@ -362,7 +360,7 @@ class _Process:
     def __init__(self) -> None:
         context = multiprocessing.get_context(START_METHOD)
         # of its own: who dies while it writes must not keep others from writing
-        self.said = context.SimpleQueue()
+        self.said: Any = context.SimpleQueue()
         self.executor = ProcessPoolExecutor(1, context, _begin, (self.said,))
 
     def do(self, display: _Display, *given: Any) -> Future[str | None]:
@@ -372,11 +370,11 @@ class _Process:
 class _Here:
     """This process, as if it were another."""
 
-    said = multiprocessing.SimpleQueue()  # stays empty
+    said: Any = multiprocessing.SimpleQueue()  # stays empty
 
     def do(self, display: _Display, trial: Trial, *given: Any) -> Future[str | None]:
         future: Future[str | None] = Future()
-        future.set_result(_attempt(trial, *given, lambda *epoch: display.epoch(trial, *epoch)))
+        future.set_result(_attempt(partial(display.epoch, trial), trial, *given))
         return future
 
 
@@ -388,7 +386,7 @@ def _begin(said: Any) -> None:
 
 
 def _attempt_there(*given: Any) -> str | None:
-    return _attempt(*given, lambda *epoch: _said.put(epoch))
+    return _attempt(lambda *epoch: _said.put(epoch), *given)
 
 
 def _work_on(work: _Work, jobs: int, data_path: str | None, display: _Display) -> None:
