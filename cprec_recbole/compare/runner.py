@@ -340,13 +340,15 @@ def plan_cell(spec: Spec, cell: Cell, wanted: list[Goal], data_path: str | None)
     return {"rows": data.rows, "about": about, "contenders": found}
 
 
-def _attempt(say: OnEpoch, *given: Any) -> str | None:
+def _attempt(
+    say: OnEpoch, trial: Trial, parent: Record | None, folder: Path, data_path: str | None
+) -> str | None:
     """Do a trial, with one thread, as in any number of processes: their number changes what is
     trained. Gives why it failed, in a line."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        run_trial(*given, on_epoch=say)
+        run_trial(trial, parent, folder, data_path, say)
     except Exception as error:
         return in_a_line(error)
     finally:
