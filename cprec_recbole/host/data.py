@@ -67,8 +67,8 @@ def _save_split_dataloaders(original: Callable, config: Any, dataloaders: Any) -
 
 
 def read_csv(filepath: str, **options: Any) -> pd.DataFrame:
-    """pandas' function as RecBole calls it, for the parser in Python, which makes an object of each
-    row; files of tokens and floats that the parser in C reads alike are read by that."""
+    """pandas' function as RecBole calls it, for the slow parser in Python; files of tokens and
+    floats that the one in C reads alike are read by that."""
     tokens = [name for name in options["dtype"] if name.endswith(":token")]
     floats = [name for name in options["dtype"] if name.endswith(":float")]
     if (
@@ -85,8 +85,8 @@ def read_csv(filepath: str, **options: Any) -> pd.DataFrame:
 
 
 def is_simple(filepath: str, separator: str) -> bool:
-    """Whether both parsers of pandas read the same out of a file in UTF-8. They differ over quotes,
-    carriage returns within a line, NUL, and rows with more fields than the header."""
+    """Whether both parsers read the same out of a file in UTF-8: they differ over quotes, carriage
+    returns within a line, NUL, and rows with more fields than the header."""
     if len(separator) != 1 or separator not in _SEPARATORS:
         return False
     with open(filepath, "rb") as file:

@@ -1,10 +1,8 @@
 """When RecBole is prepared and told of the compressed models: when it is first used.
 
-Where RecBole runs in this process already, at once. Otherwise behind the first import of its
-configuration, data sets, trainers or evaluation, which take seconds to import: a process that only
-loads a folder and recommends needs none of them.
-
-RecBole's side imports nothing of the rooms above. What RecBole asks them for is a Provider's.
+Where it runs in this process already, at once; otherwise behind the first import of what takes
+seconds to import, which a process that loads a folder and recommends does not need. RecBole's side
+imports nothing of the rooms above: what RecBole asks them for is a Provider's.
 """
 
 from __future__ import annotations

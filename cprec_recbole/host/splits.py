@@ -1,9 +1,5 @@
-"""The rows of RecBole's sequential data sets and their splits, made on arrays instead of lists of
-Python ints.
-
-Every split cuts the rows of each group, such as a user, into consecutive runs, one for each part.
-Their lengths are a table `[n_groups, n_parts]`.
-"""
+"""The rows of RecBole's sequential data sets and their splits, made on arrays: every split cuts the
+rows of each group, such as a user, into consecutive runs, one for each part."""
 
 from __future__ import annotations
 
@@ -19,6 +15,11 @@ from cprec_recbole.data.sequences import List, Pointers, SequenceRows, stable_or
 from cprec_recbole.data.windows import PositionsDataLoader
 from cprec_recbole.host.patching import is_ours, replaces
 
+_NO_TARGETS = (
+    "Expected the training split to hold a target with a history before it, but it is empty; "
+    "users need at least two interactions, and four to be in every split."
+)
+
 
 @replaces("recbole.data.dataset.SequentialDataset.data_augmentation")
 def _data_augmentation(original: Callable, self: Any) -> None:
@@ -31,7 +32,7 @@ def _data_augmentation(original: Callable, self: Any) -> None:
     begins = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
     ends = (torch.arange(len(begins)) > begins).nonzero()[:, 0]
     if not len(ends):
-        raise _no_targets()
+        raise CompressionError(_NO_TARGETS)
     pointers = Pointers(begins[ends], ends, longest)
     columns = {field: column[ends] for field, column in feat.interaction.items()}
     columns[self.item_list_length_field] = (ends - pointers.begins).clamp(max=longest)
@@ -45,15 +46,8 @@ def _data_augmentation(original: Callable, self: Any) -> None:
 def _build(original: Callable, self: Any) -> list[Any]:
     parts = original(self)
     if not len(parts[0]):
-        raise _no_targets()
+        raise CompressionError(_NO_TARGETS)
     return parts
-
-
-def _no_targets() -> CompressionError:
-    return CompressionError(
-        "Expected the training split to hold a target with a history before it, but it is "
-        "empty; users need at least two interactions, and four to be in every split."
-    )
 
 
 @replaces("recbole.data.dataset.Dataset.leave_one_out")
@@ -61,19 +55,14 @@ def _leave_one_out(
     original: Callable, self: Any, group_by: str | None, leave_one_mode: str
 ) -> list[Any]:
     # a group keeps a row for training, and what it can spare goes to the test first
-    if not _has_groups(self, group_by):
+    modes = ("valid_and_test", "valid_only", "test_only")
+    is_rows = isinstance(self.inter_feat, SequenceRows)
+    if group_by is None or not is_rows or leave_one_mode not in modes:
         return original(self, group_by, leave_one_mode)
     rows, sizes = _grouped(self, group_by)
     first, none = np.minimum(sizes - 1, 1), np.zeros_like(sizes)
     second = np.minimum(sizes - 1, 2) - first
-    left_out = {
-        "valid_and_test": (second, first),
-        "valid_only": (first, none),
-        "test_only": (none, first),
-    }
-    if leave_one_mode not in left_out:
-        return original(self, group_by, leave_one_mode)
-    valid, test = left_out[leave_one_mode]
+    valid, test = ((second, first), (first, none), (none, first))[modes.index(leave_one_mode)]
     return _parts(self, rows, sizes - valid - test, valid, test)
 
 
@@ -98,8 +87,8 @@ def _time_based_split(
 ) -> list[Any]:
     # what is later than the boundary of all groups is the test; a share of the rest, training
     times = np.asarray(self.inter_feat.interaction.get(self.time_field, []))
-    can_be_cut = _has_groups(self, group_by) and len(ratios) == 3 and len(times)
-    if not can_be_cut or (np.diff(times) < 0).any():
+    is_grouped = group_by is not None and isinstance(self.inter_feat, SequenceRows)
+    if not is_grouped or len(ratios) != 3 or not len(times) or (np.diff(times) < 0).any():
         return original(self, ratios, group_by)
     train, _, test = (ratio / sum(ratios) for ratio in ratios)
     is_early = times <= np.percentile(times, 100 * (1 - test))
@@ -110,13 +99,9 @@ def _time_based_split(
     return _parts(self, rows, first, early - first, sizes - early)
 
 
-def _has_groups(dataset: Any, group_by: str | None) -> bool:
-    return group_by is not None and isinstance(dataset.inter_feat, SequenceRows)
-
-
 def _grouped(dataset: Any, group_by: str | None) -> tuple[np.ndarray, np.ndarray]:
-    """Row numbers by group, the group that appears first before the others, `[n]`, and how many
-    rows each group has, `[n_groups]`; without a field all rows are one group."""
+    """Row numbers by group, as groups appear, `[n]`, and rows of each group, `[n_groups]`; without
+    a field all rows are one group."""
     if group_by is None:
         return np.arange(len(dataset)), np.array([len(dataset)])
     codes, values = pd.factorize(dataset.inter_feat[group_by].numpy())
