@@ -255,7 +255,7 @@ def prepare() -> None:
     from recbole.utils.argument_list import dataset_arguments, training_arguments
 
     # these import RecBole, and register what they replace
-    from cprec_recbole.host import data, processes, splits  # noqa: F401
+    from cprec_recbole.host import data, processes  # noqa: F401
 
     # hyperopt asks for a Generator since 0.2.7
     generators = view(np.random, RandomState=np.random.default_rng)
