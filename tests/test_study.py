@@ -151,10 +151,10 @@ def test_rates_are_searched_with_the_first_seed_and_the_best_is_used_for_all(fin
     folder, done, _ = finished
     study, findings, found = done.study, findings_of(finished[0]), trials_of(folder)
     for goal in done.goals:
-        trials = study.trials(goal, found)
-        if trials is None or trials[0].rate is None:
+        trials = study.state(goal, found).tried
+        if trials[0][0].rate is None:
             continue
-        tried = {trial.rate: found[trial.name]["valid"]["ndcg@20"] for trial in trials}
+        tried = {trial.rate: record["valid"]["ndcg@20"] for trial, record in trials}
         best = max(tried, key=lambda rate: tried[rate])
         runs = {r.goal.seed: r for r in point(findings, goal.contender, goal.ratio).runs}
         if goal.seed == 1:
@@ -257,7 +257,7 @@ def test_a_contender_that_fails_costs_itself_and_is_tried_again_when_asked(
     findings = findings_of(out)
     # the other rate of the first seed counts
     assert point(findings, "narrower", 1.5).search[0.01] is None
-    assert "narrower (seeds 2): RuntimeError: no room" in as_markdown(findings)
+    assert "narrower ÷\u00a01.5 (seeds 2): RuntimeError: no room" in as_markdown(findings)
     began.clear()
     monkeypatch.setattr(running, "run_trial", noted)
     assert run(spec, out, world)[0].failed
@@ -453,7 +453,7 @@ def test_a_file_says_what_to_run(tmp_path):
         ("contenders: [pruning]", "`contenders` to be out of all, uncompressed.*got 'pruning'"),
         ("sharing: [all]", "`sharing` to be out of none"),
         ("learning_rates: [0]", "`learning_rates` to be numbers between"),
-        ("datasets: {a: 0}", "`datasets` to give a a length"),
+        ("datasets: {a: 0}", r"length of 1 or more, but got 'a': \[0\]"),
         ("datasets: {a/b: 5}", "`datasets` to hold names"),
         ("datasets: 5", "`datasets` to be names"),
         ("settings: {tree: {softmax: tree}}", "`settings` to have names"),

@@ -8,7 +8,7 @@ import difflib
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,17 +36,16 @@ _WIDTHS = ("embedding_size", "hidden_size", "inner_size")  # RecBole's names of 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a contender is made. The kind is one of
+    """How a contender is made."""
 
-    - `train`, a Cp model; `hashing`, `recjpq-random`, `recjpq-svd`, one on that item table;
-      `recbole`, RecBole's own model. Options are RecBole's, and `dtype: int8` puts the matrices of
-      the trained model in int8.
-    - `compress`, made of the trained uncompressed model; `recover`, that and then trained on.
-      Options are arguments of `compress`, and `one_rank: true` asks for one block in those bytes.
-    """
-
+    # `train`: a Cp model; `hashing`, `recjpq-random`, `recjpq-svd`: one on that item table;
+    # `recbole`: RecBole's own model; `compress`: made of the trained uncompressed model; `recover`:
+    # that, then trained on
     kind: str
-    options: dict[str, Any]  # that only it has, as JSON has them
+    # that only it has, as JSON has them: RecBole's, and `dtype: int8` puts the matrices of the
+    # trained model in int8; or arguments of `compress`, where `one_rank: true` asks for one block
+    # in those bytes
+    options: dict[str, Any]
 
     @property
     def is_derived(self) -> bool:
@@ -59,7 +58,7 @@ class Recipe:
         return self.kind != "compress"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Setting:
     """A model, a catalogue, and the compressed contender that others stand beside."""
 
@@ -70,26 +69,12 @@ class Setting:
     base: dict[str, Any] = field(default_factory=dict)  # the options given beside a ratio
     refused_size: int | None = None  # parameters it should have had, where it cannot be that small
 
-    @property
-    def spec(self) -> ModelSpec:
-        """What compression knows of the model."""
-        return self.config.model_class.spec
-
-    @property
-    def dim(self) -> int:
-        """Size `d` of an uncompressed item vector."""
-        return self.spec.dim(int(self.config[self.spec.size_option]))
-
-    @property
-    def n_items(self) -> int:
-        """Items of the catalogue, padding included."""
-        return int(self.dataset.item_num)
-
-    @cached_property
-    def inner(self) -> Any:
-        """RecBole's model without its table."""
+    def __post_init__(self) -> None:
+        self.spec: ModelSpec = self.config.model_class.spec
+        self.dim = self.spec.dim(int(self.config[self.spec.size_option]))
+        self.n_items = int(self.dataset.item_num)  # padding included
         with torch.random.fork_rng(devices=[]):
-            return self.spec.build_inner(self.config, self.dataset)
+            self.inner = self.spec.build_inner(self.config, self.dataset)
 
     @property
     def compressed(self) -> PartSizes:
@@ -171,9 +156,9 @@ def _changed(setting: Setting, **change: Any) -> Recipe | None:
 
 
 def _recovered(setting: Setting) -> Recipe:
-    chosen_later = {"ratio": setting.ratio, **setting.base}  # by the table, once it is trained
-    given = own_options(setting.compression)
-    return Recipe("recover", given if setting.ratio is None else chosen_later)
+    if setting.ratio is None:
+        return Recipe("recover", own_options(setting.compression))
+    return Recipe("recover", {"ratio": setting.ratio, **setting.base})  # chosen once it is trained
 
 
 def _recovered_int8(setting: Setting, **more: Any) -> Recipe:
@@ -244,8 +229,8 @@ def find_controls(names: Sequence[str]) -> list[str]:
 
 
 def recipe_of(name: str, setting: Setting) -> Recipe | None:
-    """How a contender is made in a setting; None where it is the same model as `compressed`. A
-    CompressionError where there is none, as nothing is narrower than the narrowest."""
+    """How a contender is made; None where it is the same model as `compressed`. A CompressionError
+    where there is none, as nothing is narrower than the narrowest."""
     return CONTENDERS[name](setting)
 
 
@@ -273,11 +258,8 @@ def derive(
     loss_memory: int | str,
 ) -> tuple[CompressedRecommender, Recovery | None]:
     """What a derived recipe makes of the trained uncompressed model, which is left as it was.
-
-    `train` and `valid` are RecBole's loaders; `epochs` those until the original's best, of which a
-    recovery has a quarter, one at least; `seed` and `rate` the recovery's, None for the rate that
-    `recover` has by itself; `loss_memory` as in CompressionConfig.
-    """
+    `epochs` are those until the original's best, of which a recovery has a quarter, one at least;
+    without a `rate` it has the one that `recover` has by itself."""
     options = {**recipe.options, "loss_memory": loss_memory}
     in_one_rank = options.pop("one_rank", False)
     small = compress(original, data=train, verbose=False, **options)
