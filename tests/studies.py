@@ -105,8 +105,9 @@ def study_of(folder: Path, runs: Iterable[Made]) -> Findings:
         plans[str(goal.cell)]["contenders"][goal.name] = asdict(recipe)
     study, found = Study(spec, plans), {}
     for goal, record in runs:
-        search, missing = record.pop("search", RATES), study.state(goal, found, partly=True).missing
-        own = [trial for trial in missing if (trial.contender, trial.seed) == goal[1::2]]
+        search, state = record.pop("search", RATES), study.state(goal, found, partly=True)
+        trials = [trial for trial, _ in state.tried] + state.missing  # or what it needs first
+        own = [trial for trial in trials if (trial.contender, trial.seed) == goal[1::2]]
         for trial in (trial for trial in own if trial.rate in (None, *search)):
             valid = {"valid": {QUALITY: search.get(trial.rate, 0.1)}}
             found[trial.name] = record if "error" in record else {**record, **valid}

@@ -18,10 +18,9 @@ from cprec_recbole.files import write_text
 from cprec_recbole.training.ranking import PARTS
 
 _FIT = 5  # contenders, each in columns of its own, in the width of a terminal's table
+_PARTS = ("table", "layers", "softmax")
 _COSTS = {  # labels, figures of runs, and how they are written
-    "parameters: table": ("parameters: table", ",.0f"),
-    "parameters: layers": ("parameters: layers", ",.0f"),
-    "parameters: softmax": ("parameters: softmax", ",.0f"),
+    **{f"parameters: {part}": (f"parameters: {part}", ",.0f") for part in _PARTS},
     "parameters": ("parameters", ",.0f"),
     "bytes of weights": ("bytes", ",.0f"),
     "saved weights (bytes)": ("weight_bytes", ",.0f"),
@@ -30,8 +29,6 @@ _COSTS = {  # labels, figures of runs, and how they are written
     "epochs to the best": ("best_epoch", ".1f"),
     "ms to score a user": ("score_ms", ".2f"),
 }
-_SHOWN_COSTS = ("bytes of weights", "ms to score a user")
-_HEADER = ("contender", "ratio", "seeds", "parameters", "smaller", "NDCG@20 test")
 
 
 def write_report(findings: Findings, folder: Path, *, latex: bool = False) -> list[Path]:
@@ -65,7 +62,7 @@ def _csv_row(run: Run, metrics: Sequence[str]) -> dict[str, Any]:
     blocks = record.get("blocks") or {}  # runs of before did not say
     row |= {f"block_{n}": "/".join(map(str, blocks.get(n, []))) for n in ("items", "ranks")}
     row["sharing"] = record.get("sharing")
-    row |= {f"parameters_{part}": parts.get(part) for part in ("table", "layers", "softmax")}
+    row |= {f"parameters_{part}": parts.get(part) for part in _PARTS}
     row |= {f"{s}_{m}": record.get(s, {}).get(m) for s in ("valid", "test") for m in metrics}
     row["epoch_seconds"] = float(pd.Series(seconds).median()) if seconds else None
     for part in PARTS:
@@ -81,12 +78,17 @@ def as_markdown(findings: Findings) -> str:
     if findings.study.spec.is_single and findings.tables:
         lines = [f"# {_title(findings)}", "", f"Repeat it with `{findings.study.command}`.", ""]
         lines += [*_markdown(_by_quantity(findings)), _note(findings)]
-        lines += ["", "Contenders:", "", *_described(findings), ""]
+        lines += ["", "Contenders:", ""]
+        for point in findings.tables[0].points:
+            options = findings.study.made(point.runs[0].goal)["options"]
+            words = [f"{name} {value}" for name, value in options.items() if value is not None]
+            sharing = point.runs[0].record.get("sharing")
+            lines.append(f"- {point.label}: {', '.join(words)} ({sharing})")
+        lines.append("")
     lines += ["## Differences" if lines else "# Study", "", *_notes(findings), ""]
     lines += _overview(findings)
     for table in findings.tables:
-        rows = [_header(findings), *(_texts(table, point) for point in _sorted(table))]
-        lines += [f"## {_heading(table)}", "", *_markdown(rows)]
+        lines += [f"## {_heading(table)}", "", *_markdown(_rows(findings, table))]
     if findings.failed:
         lines += ["## Failed", "", *(f"- {who}: {why}" for who, why in findings.failures), ""]
     return "\n".join(lines)
@@ -96,8 +98,8 @@ def as_latex(findings: Findings) -> str:
     """The tables of the cells for LaTeX; they need the package booktabs."""
     parts = ["% needs \\usepackage{booktabs}"]
     for table in findings.tables:
-        rows = [_texts(table, point) for point in _sorted(table)]
-        frame = pd.DataFrame(rows, columns=_header(findings))
+        header, *rows = _rows(findings, table)
+        frame = pd.DataFrame(rows, columns=header)
         parts.append(frame.to_latex(index=False, escape=True, caption=_heading(table)))
     return "\n".join(parts)
 
@@ -109,10 +111,9 @@ def as_screen(findings: Findings) -> Screen:
     points = findings.tables[0].points
     are_many = len(points) > (_FIT if len(findings.study.spec.seeds) == 1 else _FIT - 1)
     if are_many:
-        highest = max((r[0].rpartition("@")[2] for r in rows if "@" in r[0]), key=int, default="")
-        metrics = [r for r in rows if r[0].endswith(f"@{highest}")]
-        shown = [r for r in metrics if r[0].startswith(("HR@", "NDCG@"))]
-        shown += [r for r in rows if r[0] in _SHOWN_COSTS]
+        highest = max((int(r[0].split("@")[1]) for r in rows if "@" in r[0]), default=0)
+        names = (f"HR@{highest}", f"NDCG@{highest}", "bytes of weights", "ms to score a user")
+        shown = [row for row in rows if row[0] in names]
         header = ["", *(text for row in shown for text in (row[0], "ratio"))]
         rows = [[point.label] for point in points]
         for i, row in enumerate(rows):
@@ -139,15 +140,11 @@ def _by_quantity(findings: Findings) -> list[list[str]]:
     rows = [["", first.label, *(text for p in others for text in (p.label, "ratio"))]]
     for label, (name, form) in (metrics | _COSTS).items():
         base, *figures = (point.figure(name) for point in (first, *others))
-        row = [label, _figure(base, form)]
+        row = [label, format(base, form) if base else "-"]
         for figure in figures:
-            row += [_figure(figure, form), _ratio(figure, base)]
+            row += [format(figure, form) if figure else "-", _ratio(figure, base)]
         rows += [row] if any((base, *figures)) else []  # what was not measured has no row
     return rows
-
-
-def _figure(figure: Figure | None, form: str) -> str:
-    return "-" if figure is None else format(figure, form)
 
 
 def _ratio(figure: Figure | None, base: Figure | None) -> str:
@@ -168,10 +165,9 @@ def _markdown(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _title(findings: Findings) -> str:
-    table = findings.tables[0]
-    about = table.about
-    where = f"{table.cell.model} on {table.cell.dataset}"
-    return f"{where} ({about['users']:,} users, {about['items']:,} items)"
+    cell, about = findings.tables[0].cell, findings.tables[0].about
+    counts = f"{about['users']:,} users, {about['items']:,} items"
+    return f"{cell.model} on {cell.dataset} ({counts})"
 
 
 def _note(findings: Findings) -> str:
@@ -181,19 +177,8 @@ def _note(findings: Findings) -> str:
     spread = "mean ± standard deviation" if len(seeds) > 1 else "no spread; use --seeds 3"
     split = about["evaluation"]["split"]
     parts = "leave one out" if "LS" in split else f"split {split}"
-    cases = f"{about['test_cases']:,} cases"
-    return f"Test set: {parts}, all items ranked, {cases}; {over} ({spread})."
-
-
-def _described(findings: Findings) -> list[str]:
-    """What each contender of a single comparison is."""
-    lines = []
-    for point in findings.tables[0].points:
-        options = findings.study.made(point.runs[0].goal)["options"]
-        words = [f"{name} {value}" for name, value in options.items() if value is not None]
-        sharing = point.runs[0].record.get("sharing")
-        lines.append(f"- {point.label}: {', '.join(words)} ({sharing})")
-    return lines
+    ranked = f"all items ranked, {about['test_cases']:,} cases"
+    return f"Test set: {parts}, {ranked}; {over} ({spread})."
 
 
 def _sorted(table: Table) -> list[Point]:
@@ -306,15 +291,16 @@ def _users(table: Table) -> str:
     return next((f"{len(users):,}" for users in found if users is not None), "?")
 
 
-def _header(findings: Findings) -> list[str]:
+def _rows(findings: Findings, table: Table) -> list[list[str]]:
+    """A header, and a row for each point of a cell."""
     to_subject = f"to {findings.subject}" if findings.subject else ""
-    return [*_HEADER, "to uncompressed", "verdict", to_subject]
-
-
-def _texts(table: Table, point: Point) -> list[str]:
-    ratio = "" if point.ratio is None else f"{point.ratio:g}"
-    smaller = f"{table.reference.size / point.size:.2f}" if table.reference else ""
-    counts = [ratio, str(len(point.runs)), f"{point.parameters:,.0f}", smaller]
-    verdict = point.interval.verdict if point.interval else ""
-    differences = str(point.interval or ""), verdict, str(point.to_subject or "")
-    return [point.contender, *counts, f"{point.quality:.4f}", *differences]
+    rows = [["contender", "ratio", "seeds", "parameters", "smaller", "NDCG@20 test"]]
+    rows[0] += ["to uncompressed", "verdict", to_subject]
+    for point in _sorted(table):
+        ratio = "" if point.ratio is None else f"{point.ratio:g}"
+        smaller = f"{table.reference.size / point.size:.2f}" if table.reference else ""
+        verdict = point.interval.verdict if point.interval else ""
+        row = [point.contender, ratio, str(len(point.runs)), f"{point.parameters:,.0f}", smaller]
+        row += [f"{point.quality:.4f}", str(point.interval or ""), verdict]
+        rows.append([*row, str(point.to_subject or "")])
+    return rows

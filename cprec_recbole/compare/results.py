@@ -162,18 +162,7 @@ class Table:
 
 
 class Standing:
-    """One contender at one ratio, by its points in all cells.
-
-    Attributes:
-        shares: its NDCG@20 by the uncompressed model's, a cell each; `groups`, of each group of
-            items by popularity; `slower`, of its milliseconds to score a user.
-        smaller: the uncompressed model's size by its own, a cell each.
-        not_below: in how many cells it is not below the uncompressed model.
-        intervals: of the paired differences to that, where they are known.
-        certain: in how many the interval includes or exceeds zero.
-        below: for each cell with a rival, whether it is below that.
-        to_subject: intervals of the paired differences to that.
-    """
+    """One contender at one ratio, by its points in all cells."""
 
     def __init__(self, points: Sequence[Point]) -> None:
         def shares(name: str) -> list[float]:
@@ -181,40 +170,54 @@ class Standing:
 
         point = points[0]
         self.contender, self.ratio, self.label = point.contender, point.ratio, point.label
+        # shares of the uncompressed model's figures, a cell each
         self.shares, self.slower = shares(QUALITY), shares("score_ms")
-        self.smaller = [p.whole.size / p.size for p in points if p.whole]
         groups = dict.fromkeys(group for p in points if p.whole for group in p.groups)
         self.groups = {group: shares(f"popularity: {group}") for group in groups}
+        self.smaller = [p.whole.size / p.size for p in points if p.whole]
         self.not_below = sum(share >= 1 for share in self.shares)
         self.intervals = [p.interval for p in points if p.interval]
-        self.certain = sum(interval.high >= 0 for interval in self.intervals)
+        self.certain = sum(interval.high >= 0 for interval in self.intervals)  # not below
         pairs = [both for point in points if (both := point.beside(point.rival)) is not None]
-        self.below = [mine < theirs for mine, theirs in pairs]
+        self.below = [mine < theirs for mine, theirs in pairs]  # the rival, a cell each
         self.to_subject = [p.to_subject for p in points if p.to_subject]
 
 
-@dataclass
 class Findings:
-    """A study as its folder tells it."""
+    """A study as its folder tells it.
 
-    study: Study
-    tables: list[Table]  # a model on a data set each
-    failed: list[Run]
-    # the contender that the findings are about, and that others are measured against beside the
-    # uncompressed model; None where nothing else was run
-    subject: str | None
+    Attributes:
+        tables: a model on a data set each; `points` and `finished` runs are those of all.
+        failed: the runs that have an error instead; `failures` says which and why.
+        subject: the contender that the findings are about, and that others are measured against
+            beside the uncompressed model; None where nothing else was run.
+        searches: what those points tried that had a choice of learning rates; in `edges`, of how
+            many the highest rate was the best, and the lowest.
+        trainings: how many in all. Of runs that came to the same training, each counts.
+        missing: what was asked for and is not there yet; not what cannot be or would be another.
+    """
+
+    def __init__(
+        self, study: Study, tables: list[Table], failed: list[Run], subject: str | None
+    ) -> None:
+        self.study, self.tables, self.failed, self.subject = study, tables, failed, subject
+        self.points = [point for table in tables for point in table.points]
+        self.finished = [run for point in self.points for run in point.runs]
+        self.failures = _together((run.goal, run.record["error"]) for run in failed)
+        known = {run.goal for run in self.finished + failed}
+        left = [goal for goal in study.spec.goals() if goal not in known]
+        left = [goal for goal in left if isinstance(study.made(goal, {}), dict)]
+        self.missing = [words for words, _ in _together((goal, "") for goal in left)]
+        trained = [[run for run in p.runs if run.record.get("epochs")] for p in self.points]
+        tried = [len(runs) + max(0, len(runs[0].search) - 1) for runs in trained if runs]
+        self.trainings, self.edges = sum(tried), [0, 0]
+        self.searches = [point.search for point in self.points if len(point.search) > 1]
+        for search in self.searches:
+            ended = {rate: valid for rate, valid in search.items() if valid is not None}
+            best = max(ended, key=ended.__getitem__)
+            self.edges = [n + (best == end(search)) for n, end in zip(self.edges, (max, min))]
 
     @property
-    def points(self) -> list[Point]:
-        """Of all tables."""
-        return [point for table in self.tables for point in table.points]
-
-    @property
-    def finished(self) -> list[Run]:
-        """The runs that have results."""
-        return [run for point in self.points for run in point.runs]
-
-    @cached_property
     def standings(self) -> list[Standing]:
         """All contenders at all ratios, but the uncompressed model, in the order of the points."""
         found: dict[tuple[str, Ratio], list[Point]] = {}
@@ -226,25 +229,6 @@ class Findings:
         return [Standing(found[key]) for key in keys]
 
     @property
-    def searches(self) -> list[dict[float, float | None]]:
-        """What those points tried that had a choice of learning rates."""
-        return [point.search for point in self.points if len(point.search) > 1]
-
-    @property
-    def trainings(self) -> int:
-        """Trainings in all. Of runs that came to the same training, each counts."""
-        trained = [[run for run in p.runs if run.record.get("epochs")] for p in self.points]
-        return sum(len(runs) + max(0, len(runs[0].search) - 1) for runs in trained if runs)
-
-    @property
-    def edges(self) -> tuple[int, int]:
-        """Of how many searches the highest rate was the best, and of how many the lowest."""
-        ended = [{r: v for r, v in s.items() if v is not None} for s in self.searches]
-        best = [max(search, key=lambda rate: search[rate]) for search in ended]
-        highest = sum(rate == max(search) for rate, search in zip(best, self.searches))
-        return highest, sum(rate == min(search) for rate, search in zip(best, self.searches))
-
-    @property
     def unequal(self) -> list[str]:
         """Where fewer rates were tried than for others of the cell, as sentences."""
         found = []
@@ -252,27 +236,9 @@ class Findings:
             searched = [point for point in table.points if point.search]
             most = max((len(point.search) for point in searched), default=0)
             fewer = [f"{p.label} ({len(p.search)})" for p in searched if len(p.search) < most]
-            if fewer:
-                found.append(
-                    f"{table.cell.label}: fewer learning rates than the {most} of others were "
-                    f"tried for {', '.join(fewer)}."
-                )
+            text = f"fewer learning rates than the {most} of others were tried for"
+            found += [f"{table.cell.label}: {text} {', '.join(fewer)}."] if fewer else []
         return found
-
-    @property
-    def failures(self) -> list[tuple[str, str]]:
-        """What failed, in words, and why."""
-        return _together((run.goal, run.record["error"]) for run in self.failed)
-
-    @property
-    def missing(self) -> list[str]:
-        """What was asked for and is not there yet; not what cannot be or would be another one."""
-        known = {run.goal for run in self.finished + self.failed}
-        goals = [goal for goal in self.study.spec.goals() if goal not in known]
-        plans = {name: plan["contenders"] for name, plan in self.study.plans.items()}
-        # a cell that was not begun has no plan yet
-        left = [g for g in goals if isinstance(plans.get(str(g.cell), {}).get(g.name, {}), dict)]
-        return [words for words, _ in _together((goal, "") for goal in left)]
 
 
 def _together(goals: Iterable[tuple[Goal, str]]) -> list[tuple[str, str]]:
@@ -357,17 +323,9 @@ def unpack_users(text: str) -> np.ndarray:
 
 
 def findings_of(folder: Path, against: str | None = None) -> Findings:
-    """Read a study, and put its runs together.
-
-    Args:
-        folder: of the study.
-        against: the contender that the findings are about; None: of ours the one that was run
-            most often.
-
-    Raises:
-        CompressionError: no study or no run, a file that cannot be read (it is named), or no run
-            of `against`.
-    """
+    """Read a study, and put its runs together. They are about the contender `against`; None: of
+    ours the one that was run most often. A CompressionError for no study or no run, a file that
+    cannot be read (it is named), or no run of `against`."""
     study, found = read_study(folder), read_trials(folder)
     runs = list(_runs(study, found))
     if not runs:
@@ -469,14 +427,8 @@ def paired_difference(
 
     A user's difference is averaged over seeds first; then users are resampled. The interval says
     what another sample of users would give for these trainings, not what other trainings would.
-
-    Args:
-        ours: one contender's value for each user, `[users]` for each seed.
-        theirs: the other's, the same users and seeds in the same order.
-        seed: of the draws.
-
-    Raises:
-        CompressionError: nothing to compare, or values of other users or seeds.
+    Both have a value for each user, `[users]` for each seed, in the same order; a CompressionError
+    for none, or for values of other users or seeds. `seed` is that of the draws.
     """
     shapes = {np.shape(values) for values in (*ours, *theirs)}
     shape = shapes.pop() if len(shapes) == 1 else ()
@@ -496,10 +448,8 @@ def resampled_means(
     values: np.ndarray, resamples: int, generator: np.random.Generator
 ) -> np.ndarray:
     """Means of samples of users, drawn with replacement and as large as the users, `[resamples]`.
-
-    Most users have a difference of zero. How many of a sample have another one follows a binomial
-    law; only those are drawn.
-    """
+    Most users have a difference of zero: how many of a sample have another one follows a binomial
+    law, and only those are drawn."""
     others = values[values != 0]
     if not len(others):
         return np.zeros(resamples)

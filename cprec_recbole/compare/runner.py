@@ -72,14 +72,10 @@ def run_study(
     retry: bool = False,
     console: Console | None = None,
 ) -> Outcome:
-    """Do all trials of a study that are not there yet.
-
-    Every finished trial is a file at once. An interruption at any moment loses the epochs, and
-    the recoveries, that are in progress and nothing else.
+    """Do all trials of a study that are not in its folder yet. Each is a file as soon as it is
+    finished: an interruption loses the epochs, and the recoveries, that are in progress.
 
     Args:
-        spec: the study.
-        folder: where it is kept.
         jobs: trials at a time, one thread each; 1 works in this process.
         data_path: where data sets are, as RecBole's option; None for RecBole's own place.
         command: what to write down as the way to repeat this.
@@ -153,13 +149,13 @@ class _Work:
         self.running.discard(trial.name)
         if error is None:
             self.found[trial.name] = read_trial(self.folder / TRIALS / f"{trial.name}.json")
-        elif "error" not in self.found.get(trial.name, {"error": ""}):
+            return self.found[trial.name]
+        if "error" not in self.found.get(trial.name, {"error": ""}):
             self.lost[trial.name] = error  # what was there is not lost
-            return {"error": error}
         else:
             self.found[trial.name] = {"error": error}
-            write_record(self.folder, trial, self.found[trial.name])
-        return self.found[trial.name]
+            write_record(self.folder, trial, {"error": error})
+        return {"error": error}
 
     def forget_failures(self) -> None:
         """Forget what failed of the runs that are wanted."""
@@ -334,7 +330,7 @@ def _work_on(work: _Work, jobs: int, data_path: str | None, display: _Display) -
                     display.begin(trial)
                     executor, given = free.pop(), (trial, parent, work.folder, data_path, say)
                     busy[executor.submit(_attempt, *given)] = executor, trial
-                display.count()
+                display.progress.update(display.all, completed=work.finished)
                 if not busy:
                     return
                 done, _ = wait(busy, _SECONDS_BETWEEN_LOOKS, FIRST_COMPLETED)
@@ -357,9 +353,8 @@ class _Display:
     def __init__(self, console: Console, work: _Work) -> None:
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
         more = TextColumn("{task.fields[note]}"), TimeElapsedColumn()
-        is_log = not console.is_terminal
+        self.console, is_log = console, not console.is_terminal
         self.progress = Progress(*columns, *more, console=console, disable=is_log)
-        self.console, self.work = console, work
         self.has_epochs = is_log and len({goal.cell for goal in work.goals}) == 1
         given = str(work.study.spec.options.get("epochs"))  # RecBole takes a text as well
         self.epochs = int(given) if given.isdecimal() else None
@@ -385,9 +380,6 @@ class _Display:
         else:
             reached = f"valid {found['valid'][QUALITY]:.4f}, {found['epochs']} epochs"
             self._line(f"{trial.words}: {reached}, {found['seconds']:.0f} s")
-
-    def count(self) -> None:
-        self.progress.update(self.all, completed=self.work.finished)
 
     def _line(self, text: str) -> None:
         # a message may have brackets, which are rich's for colours

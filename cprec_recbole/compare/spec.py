@@ -29,10 +29,6 @@ from cprec_recbole.models import MODELS
 SETTINGS = Path(__file__).with_name("settings.yaml")  # what RecBole is asked unless told otherwise
 QUALITY = "ndcg@20"  # what contenders are judged by
 _WITHOUT_RATIO = (UNCOMPRESSED, "int8", "uncompressed-recovered", STOCK)
-_KEYS = (
-    *("datasets", "models", "ratios", "seeds", "contenders", "sharing", "settings"),
-    *("compression", "learning_rates", "options"),
-)
 _OWN_OPTIONS = ("seed", "learning_rate", "MAX_ITEM_LIST_LENGTH", "data_path")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*")
 _LENGTH = 50  # RecBole's
@@ -134,14 +130,11 @@ class Spec:
 
     @classmethod
     def read(cls, file: str) -> Spec:
-        """The study that a YAML file describes.
-
-        Raises:
-            CompressionError: no such file, or a part of it that cannot be; it is named.
-        """
+        """The study that a YAML file describes; a CompressionError for no such file, or a part of
+        it that cannot be, which it names."""
         given = read_options(file, "study")
-        reject_unknown(given, _KEYS)
-        options, compression = _mapping(given, "options"), _mapping(given, "compression")
+        reject_unknown(given, (*cls.__dataclass_fields__, "sharing"))
+        options, compression = (_mapping(given, name) for name in ("options", "compression"))
         reject_unknown(compression, ("softmax", "tied", "sharing"))
         base = CompressionConfig(**compression)
         for name in options.keys() & {*_OWN_OPTIONS, *contenders.own_options(base)}:
@@ -186,19 +179,16 @@ class Spec:
         options: dict[str, Any] | None = None,
         config_files: Sequence[str] = (),
     ) -> Spec:
-        """The comparison of one model on one data set, by RecBole's names.
+        """The comparison of one model on one data set, by RecBole's names; a CompressionError for
+        an option that RecBole does not know or refuses.
 
         Args:
             compression: of the contender `compressed`; its objective is that of all.
             controls: further contenders, by name; `all` for every one.
             with_stock: also RecBole's own model, dataset and objective.
             seeds: how many; they count up from RecBole's `seed`.
-            options: RecBole's, for all contenders.
-            config_files: RecBole's YAML files, which may hold options of other models too; the
-                options win over them.
-
-        Raises:
-            CompressionError: an option that RecBole does not know or refuses.
+            options: RecBole's, for all contenders; they win over its YAML files, `config_files`,
+                which may hold options of other models too.
         """
         chosen = CompressionConfig() if compression is None else compression
         given = {"training": chosen.training, "loss_memory": chosen.loss_memory, **(options or {})}
@@ -257,33 +247,24 @@ class State:
 @dataclass
 class Study:
     """A spec and the plans of its cells: which trials are needed, and which of them count.
-
-    Nothing is chosen for good: each answer is computed from the trials that were found.
-
-    Attributes:
-        plans: of each cell, by its name: `rows`, a checksum of the interactions; `asked`, what the
-            plan followed from; `about`, of the data; `contenders`, by `Goal.name` the fields of a
-            Recipe, or a text, why there is none, or None for the same model as `compressed`.
-        command: what asks for it.
-    """
+    Nothing is chosen for good: each answer is computed from the trials that were found."""
 
     spec: Spec
-    plans: dict[str, dict[str, Any]] = field(default_factory=dict)
-    command: str = ""
+    # of each cell, by its name: `rows`, a checksum of the interactions; `asked`, what the plan
+    # followed from; `about`, of the data; `contenders`, by `Goal.name` the fields of a Recipe, or a
+    # text, why there is none, or None for the same model as `compressed`
+    plans: dict[str, dict[str, Any]]
+    command: str = ""  # what asks for it
 
-    def made(self, goal: Goal) -> Any:
-        """What the plan says of a contender, see `plans`; None where there is no plan yet."""
-        return self.plans.get(str(goal.cell), {"contenders": {}})["contenders"].get(goal.name)
+    def made(self, goal: Goal, default: Any = None) -> Any:
+        """What the plan says of a contender, see `plans`; the default where there is no plan."""
+        plan = self.plans.get(str(goal.cell), {"contenders": {}})
+        return plan["contenders"].get(goal.name, default)
 
     def state(self, goal: Goal, found: Mapping[str, Record], *, partly: bool = False) -> State:
-        """How far a run is. It is the best on validation, of equal ones the first, of its trials:
-        one for each learning rate with the first seed, one at the best rate with the others.
-
-        Args:
-            goal: the run.
-            found: records by the names of their trials.
-            partly: the best is that of the trials that are there; else all have to be.
-        """
+        """How far a run is, by the records of trials. It is the best on validation, of equal ones
+        the first, of its trials, which all have to be there unless `partly`: one for each learning
+        rate with the first seed, one at the best rate with the others."""
         made, parent = self.made(goal), None
         if not isinstance(made, dict):
             return State(error=made or f"it would be the same model as {COMPRESSED}")

@@ -41,7 +41,8 @@ class ItemTable(nn.Module, ABC):
         super().__init__()
         self.partition = Partition(torch.arange(n_items), (n_items,))  # positions are ids
         self.partition.register_buffer("item_at", self.partition.item_at, persistent=False)
-        self.dim = dim
+        self.n_items, self.dim = n_items, dim  # padding included
+        self.blocks = [self]  # as a softmax reads it: of `rows` and so on see Block
 
     @abstractmethod
     def _vectors(self, items: Tensor) -> Tensor:
@@ -50,11 +51,6 @@ class ItemTable(nn.Module, ABC):
     @abstractmethod
     def _products(self, hidden: Tensor) -> Tensor:
         """Products with every item, `[B, d] -> [B, n_items]`; that of padding is not looked at."""
-
-    @property
-    def n_items(self) -> int:
-        """Items of the catalogue, padding included."""
-        return self.partition.n_items
 
     def forward(self, items: Tensor) -> Tensor:
         """Vectors of item ids, `[...] -> [..., d]`; IndexError outside the catalogue."""
@@ -68,11 +64,6 @@ class ItemTable(nn.Module, ABC):
     def norm(self) -> Tensor:
         """Frobenius norm of the whole table, `[]`."""
         return torch.linalg.vector_norm(self.dense())
-
-    @property
-    def blocks(self) -> list[ItemTable]:
-        """Itself alone, for a softmax; of it see Block."""
-        return [self]
 
     def rows(self) -> Tensor:
         """See Block.rows."""

@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -169,20 +169,11 @@ def fit(
     on_epoch: OnEpoch = lambda epoch, score: None,
     recipe: Recipe = UNCOMPRESSED_RECIPE,
 ) -> tuple[nn.Module, Record]:
-    """Train a model from scratch and measure its quality.
-
-    Args:
-        config: RecBole's, with the options of the recipe.
-        data: made for that config.
-        place: a folder where the training keeps its state. Where it holds one of the same options,
-            data, machine and versions, the training goes on from there, and ends as it would have.
-        on_epoch: called after each evaluation.
-        recipe: what is trained.
-
-    Returns:
-        The model with its best epoch's weights, or what its recipe makes of that; metrics, the
-        validation curve, epochs and seconds.
-    """
+    """Train a model from scratch, by RecBole's config with the options of a recipe; returns it with
+    its best epoch's weights, or what its recipe makes of that, and metrics, the validation curve,
+    epochs and seconds. `place` is a folder where the training keeps its state. Where it holds one
+    of the same options, data, machine and versions, the training goes on, and ends as it would
+    have. `on_epoch` is called after each evaluation."""
     place = place.resolve()  # RecBole makes it again, from wherever it is
     model = contenders.build(recipe, config, data.train._dataset).to(config["device"])
     config["checkpoint_dir"] = str(place)
@@ -196,21 +187,17 @@ def fit(
     trainer.journal = Journal(place, terms)
     for name in (BEST, LAST):
         remove_leftovers(place / name)
-    try:
+    with suppress(CompressionError):  # damaged, or of something else: it is trained from the start
         state = trainer.journal.read()
-    except CompressionError:  # damaged, or of something else: it is trained from the start
-        state = None
-    if state is not None and (state["best_valid_result"] is None or (place / BEST).is_file()):
-        trainer.resume(state, data.valid)
-    trainer.fit(
-        data.train,
-        data.valid,
-        verbose=False,
-        callback_fn=lambda epoch, score: on_epoch(epoch + 1, float(score)),
-    )
+        if state is not None and (state["best_valid_result"] is None or (place / BEST).is_file()):
+            trainer.resume(state, data.valid)
+
+    def say(epoch: int, score: Any) -> None:
+        on_epoch(epoch + 1, float(score))
+
+    trainer.fit(data.train, data.valid, verbose=False, callback_fn=say)
     test = trainer.evaluate(data.test)  # with the best epoch's weights, which it loads
-    valid = trainer.best_valid_result
-    made = contenders.finished(recipe, model)
+    valid, made = trainer.best_valid_result, contenders.finished(recipe, model)
     is_itself = made is model
     if not is_itself:
         valid, test = evaluate(made, data.valid), evaluate(made, data.test)
@@ -292,8 +279,8 @@ def _measured(model: nn.Module, plain: nn.Module, data: Data, config: Config) ->
 
 @torch.no_grad()
 def score_times(models: Sequence[nn.Module], users: Any) -> list[float]:
-    """Median milliseconds to score the catalogue for one user out of rows of evaluation data,
-    `[models]`. Models take turns: a machine that slows down slows all of them."""
+    """Median milliseconds to score the catalogue for one user out of evaluation data, `[models]`,
+    which take turns: a machine that slows down slows all of them."""
     times: list[list[float]] = [[] for _ in models]
     for repeat in range(_SCORE_REPEATS + _WARM_UP):
         row = repeat % len(users)
