@@ -31,6 +31,7 @@ QUALITY = "ndcg@20"  # what contenders are judged by
 _WITHOUT_RATIO = (UNCOMPRESSED, "int8", "uncompressed-recovered", STOCK)
 _OWN_OPTIONS = ("seed", "learning_rate", "MAX_ITEM_LIST_LENGTH", "data_path")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*")
+_NAMES = "names of letters, digits, `-` and `.`"
 _LENGTH = 50  # RecBole's
 
 Record = dict[str, Any]  # what is kept of a trial: its results, or its `error`
@@ -138,31 +139,24 @@ class Spec:
         reject_unknown(compression, ("softmax", "tied", "sharing"))
         base = CompressionConfig(**compression)
         for name in options.keys() & {*_OWN_OPTIONS, *contenders.own_options(base)}:
-            raise CompressionError(
-                f"Expected `options` to leave `{name}` to the study, but got {options[name]!r}; "
-                "see docs/comparing.md for where it is said."
-            )
+            hint = "; see docs/comparing.md for where it is said."
+            raise _error(f"`options` to leave `{name}` to the study", options[name], hint)
         settings = {  # a number is a name too, as in {8: {ranks: [8]}}
             str(name) if is_whole(name) else name: value
             for name, value in _mapping(given, "settings").items()
         }
-        seeds = f"whole numbers from 0 to {2**32 - 1}"  # as NumPy takes them
-        names = [model.spec.name for model in MODELS]
-        rates = "numbers between 0 and 1"
+        is_seed = f"whole numbers from 0 to {2**32 - 1}", lambda n: is_whole(n) and 0 <= n < 2**32
+        is_rate = "numbers between 0 and 1", lambda rate: is_number(rate) and 0 < rate < 1
         datasets = _datasets(given.get("datasets", {"ml-100k": _LENGTH}))
         return cls(
             datasets=datasets,
-            models=_values(given, "models", ["SASRec"], *_out_of(names)),
+            models=_values(given, "models", ["SASRec"], *_out_of([m.spec.name for m in MODELS])),
             ratios=_ratios(given, datasets),
-            seeds=_values(
-                given, "seeds", [2020], seeds, lambda seed: is_whole(seed) and 0 <= seed < 2**32
-            ),
+            seeds=_values(given, "seeds", [2020], *is_seed),  # as NumPy takes them
             contenders=_contenders(given, settings),
             settings={name: _setting(name, value) for name, value in settings.items()},
             compression=compression,
-            learning_rates=_values(
-                given, "learning_rates", [1e-3], rates, lambda r: is_number(r) and 0 < r < 1
-            ),
+            learning_rates=_values(given, "learning_rates", [1e-3], *is_rate),
             options=options,
         )
 
@@ -301,6 +295,10 @@ def scheme_of(contender: str) -> str | None:
     return scheme if scheme in SHARING_SCHEMES and scheme != contender else None
 
 
+def _error(expected: str, got: object, hint: str = ".") -> CompressionError:
+    return CompressionError(f"Expected {expected}, but got {got!r}{hint}")
+
+
 def _out_of(names: Sequence[str]) -> tuple[str, Callable[[Any], bool]]:
     return f"out of {', '.join(map(str, names))}", names.__contains__
 
@@ -308,7 +306,7 @@ def _out_of(names: Sequence[str]) -> tuple[str, Callable[[Any], bool]]:
 def _values(
     given: Mapping[str, Any],
     name: str,
-    default: list[Any],
+    default: Sequence[Any] = (),
     expected: str = "",
     is_one: Callable[[Any], bool] = lambda value: True,
 ) -> tuple[Any, ...]:
@@ -316,19 +314,19 @@ def _values(
     values = given.get(name, default)
     values = values if isinstance(values, list) else [values]
     if any(isinstance(value, list | dict) for value in values):
-        raise CompressionError(f"Expected `{name}` to be a list of values, but got {values!r}.")
+        raise _error(f"`{name}` to be a list of values", values)
     for value in values:
         if not is_one(value):
-            raise CompressionError(f"Expected `{name}` to be {expected}, but got {value!r}.")
-    if default and not values:
-        raise CompressionError(f"Expected `{name}` to have one value at least, but got none.")
+            raise _error(f"`{name}` to be {expected}", value)
+    if not values and name != "sharing":
+        raise _error(f"`{name}` to have one value at least", values)
     return tuple(dict.fromkeys(values))
 
 
 def _mapping(given: Mapping[str, Any], name: str) -> dict[str, Any]:
     value = given.get(name) or {}
     if not isinstance(value, dict):
-        raise CompressionError(f"Expected `{name}` to hold names and values, but got {value!r}.")
+        raise _error(f"`{name}` to hold names and values", value)
     return value
 
 
@@ -348,20 +346,16 @@ def _contenders(given: Mapping[str, Any], settings: Mapping[Any, Any]) -> tuple[
 
 def _datasets(given: Any) -> dict[str, tuple[int, ...]]:
     if isinstance(given, str | list):
-        given = dict.fromkeys(_values({"datasets": given}, "datasets", [None]), _LENGTH)
+        given = dict.fromkeys(_values({"datasets": given}, "datasets"), _LENGTH)
     if not isinstance(given, dict) or not given:
-        raise CompressionError(
-            f"Expected `datasets` to be names, or names and lengths, but got {given!r}."
-        )
+        raise _error("`datasets` to be names, or names and lengths", given)
     found = {}
     for name, lengths in given.items():
         lengths = lengths if isinstance(lengths, list) else [lengths]
         are_whole = all(is_whole(length) and length > 0 for length in lengths)
         if not _NAME.fullmatch(str(name)) or not lengths or not are_whole:
-            raise CompressionError(
-                f"Expected `datasets` to hold names of letters, digits, `-` and `.`, each with a "
-                f"length of 1 or more, but got {name!r}: {lengths!r}."
-            )
+            expected = f"`datasets` to hold {_NAMES}, each with a length of 1 or more"
+            raise _error(expected, {name: lengths})
         found[str(name)] = tuple(dict.fromkeys(lengths))
     return found
 
@@ -371,37 +365,27 @@ def _ratios(given: Mapping[str, Any], datasets: Mapping[str, Any]) -> dict[str, 
     by_name = given.get("ratios", [4])
     by_name = by_name if isinstance(by_name, dict) else dict.fromkeys(datasets, by_name)
     if set(by_name) != set(datasets):
-        raise CompressionError(
-            f"Expected `ratios` to be a list, or a list for each of {', '.join(datasets)}, but got "
-            f"{', '.join(map(str, by_name))}."
-        )
-    found = {n: [checked_ratio(r, "ratios") for r in _values(by_name, n, [4])] for n in datasets}
-    # those of one name are one
-    return {name: tuple({f"{r:g}": r for r in ratios}.values()) for name, ratios in found.items()}
+        expected = f"`ratios` to be a list, or a list for each of {', '.join(datasets)}"
+        raise _error(expected, list(by_name))
+    found: dict[str, tuple[Ratio, ...]] = {}
+    for name in datasets:
+        ratios = [checked_ratio(r, "ratios") for r in _values({"ratios": by_name[name]}, "ratios")]
+        found[name] = tuple({f"{r:g}": r for r in ratios}.values())  # those of one name are one
+    return found
 
 
 def _setting(name: Any, options: Any) -> dict[str, Any]:
     taken = (UNCOMPRESSED, COMPRESSED, ALL, *contenders.CONTROLS)
     if not isinstance(name, str) or not _NAME.fullmatch(name) or name in taken or scheme_of(name):
-        raise CompressionError(
-            "Expected `settings` to have names of letters, digits, `-` and `.` that no other "
-            f"contender has, but got {name!r}."
-        )
+        raise _error(f"`settings` to have {_NAMES} that no other contender has", name)
     if not isinstance(options or {}, dict):
-        raise CompressionError(
-            f"Expected the setting {name} to hold options such as {{ranks: [64, 16, 4]}}, but got "
-            f"{options!r}."
-        )
+        raise _error(f"the setting {name} to hold options such as {{ranks: [64, 16, 4]}}", options)
     options = dict(options or {})
     dtype = options.pop("dtype", None)
     if dtype not in (None, "int8"):
-        raise CompressionError(
-            f"Expected the setting {name} to have `dtype` int8 or none, but got {dtype!r}."
-        )
+        raise _error(f"the setting {name} to have `dtype` int8 or none", dtype)
     own = contenders.own_options(CompressionConfig.from_options(options))
     for shared in options.keys() - own.keys():
-        raise CompressionError(
-            f"Expected the setting {name} to leave `{shared}` to the study's `options`, as it "
-            f"is the same for all contenders, but got {options[shared]!r}."
-        )
+        expected = f"the setting {name} to leave `{shared}` to the study's `options`"
+        raise _error(f"{expected}, as it is the same for all contenders", options[shared])
     return own if dtype is None else {**own, "dtype": dtype}
