@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import zipfile
+from contextlib import suppress
 from dataclasses import asdict
 
 import numpy as np
@@ -104,8 +105,7 @@ def few(world, tmp_path_factory):
 
 
 def point(findings, contender, ratio=None):
-    (table,) = findings.tables
-    return table.find(contender, ratio)
+    return findings.tables[0].find(contender, ratio)
 
 
 # what is run
@@ -173,31 +173,25 @@ def test_a_study_that_is_interrupted_again_and_again_comes_to_the_same(
 ):
     draws, run_trial, stops = random.Random(seed), running.run_trial, []
 
-    def interrupted(*arguments):
-        *others, say = arguments
-
-        def on_epoch(*epoch):
-            say(*epoch)
-            if draws.random() < 0.4 and len(stops) < 6:
-                stops.append(epoch)
-                raise KeyboardInterrupt
-
-        run_trial(*others, on_epoch)
+    def stop(*epoch):
         if draws.random() < 0.4 and len(stops) < 6:
-            stops.append("written")
+            stops.append(epoch)
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(running, "run_trial", interrupted)
+    def interrupted(*arguments):
+        *others, say = arguments
+        run_trial(*others, lambda *epoch: stop(say(*epoch)))
+        stop()  # once it is written
+
     text, out = FEW.replace("epochs: 2", "epochs: 4"), tmp_path / "out"
-    while True:
-        try:
-            run(spec_of(tmp_path, text), out, world)
-            break
-        except KeyboardInterrupt:
-            continue
-    assert stops
-    monkeypatch.setattr(running, "run_trial", run_trial)
     run(spec_of(tmp_path, text), tmp_path / "whole", world)
+    monkeypatch.setattr(running, "run_trial", interrupted)
+    is_over = False
+    while not is_over:
+        with suppress(KeyboardInterrupt):
+            run(spec_of(tmp_path, text), out, world)
+            is_over = True
+    assert stops
     assert tables_of(out) == tables_of(tmp_path / "whole")
     assert not list((out / "unfinished").iterdir())
 
@@ -205,7 +199,7 @@ def test_a_study_that_is_interrupted_again_and_again_comes_to_the_same(
 def test_two_jobs_come_to_what_one_comes_to_and_a_process_that_is_killed_costs_its_trial(
     world, tmp_path, few, ready_processes, monkeypatch
 ):
-    done, printed = run(spec_of(tmp_path, FEW), tmp_path / "out", world, jobs=2)
+    _, printed = run(spec_of(tmp_path, FEW), tmp_path / "out", world, jobs=2)
     assert tables_of(tmp_path / "out") == tables_of(few)
     assert re.search("recovered rate 0.01 seed 1: valid 0", printed)
     put = running._Display.epoch
@@ -220,8 +214,8 @@ def test_two_jobs_come_to_what_one_comes_to_and_a_process_that_is_killed_costs_i
     before = set(running.multiprocessing.active_children())
     text = FEW.replace("[recovered, int8]", "[narrower]").replace("epochs: 2", "epochs: 40")
     monkeypatch.setattr(running._Display, "epoch", kill)
-    only = ["*narrower*"]
-    done, _ = run(spec_of(tmp_path, text), tmp_path / "other", world, jobs=2, only=only)
+    spec = spec_of(tmp_path, text)
+    done, _ = run(spec, tmp_path / "other", world, jobs=2, only=["*narrower*"])
     ((goal, reason),) = done.failed.items()
     assert (goal.contender, reason.partition(",")[0]) == ("narrower", "its process was ended")
 
@@ -409,10 +403,11 @@ def test_a_file_says_what_to_run(tmp_path):
     numbered = spec_of(tmp_path, "settings: {8: {ranks: [8]}}\ncontenders: [8]\nratios: [4, 4.0]")
     assert numbered.contenders == ("uncompressed", "8")
     assert numbered.ratios == {"ml-100k": (4.0,)}
-    assert spec_of(tmp_path, "datasets: {a: [8, 8]}").datasets == {"a": (8,)}
-    several = spec_of(tmp_path, "datasets: [a, b]\nratios: {a: [2, 4], b: 8}")
+    several = spec_of(tmp_path, "datasets: {a: [8, 8], b: 5}\nratios: {a: [2, 4], b: 8}")
+    assert several.datasets == {"a": (8,), "b": (5,)}
     assert several.ratios == {"a": (2.0, 4.0), "b": (8.0,)}
-    everything = spec_of(tmp_path, "contenders: all")
+    everything = spec_of(tmp_path, "datasets: [a, b]\ncontenders: all")
+    assert everything.datasets == {"a": (50,), "b": (50,)}
     assert {"recovered", "hashing", "recjpq-svd", "tree"} <= set(everything.contenders)
 
 
@@ -517,12 +512,12 @@ def test_a_single_comparison_has_all_that_a_study_has(single, capsys):
     assert {"compare.csv", "compare.html"} <= {path.name for path in single.iterdir()}
 
 
-def test_the_command_prints_what_was_found(single, world, capsys):
-    arguments = ["compare", "--summary", "--out", str(single), "--against", "narrower", "--latex"]
-    assert main(arguments) == 0
+def test_the_command_measures_against_another_contender(single, capsys):
+    arguments = ["compare", "--summary", "--out", str(single), "--latex", "--against"]
+    assert main([*arguments, "narrower"]) == 0
     assert "compare.tex" in capsys.readouterr().out.replace("\n", "")
     assert "| to narrower |" in (single / "compare.md").read_text()
-    assert main([*arguments[:-1], "--against", "tree"]) == 2
+    assert main([*arguments, "tree"]) == 2
     assert "`against` to be out of RecBole's own, compressed" in capsys.readouterr().err
 
 

@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any, NamedTuple
@@ -332,16 +333,17 @@ def findings_of(folder: Path, against: str | None = None) -> Findings:
         raise CompressionError(
             f"Expected `out` to be the folder of a study, but {folder} has no run of one yet."
         )
-    finished = _with_comparable_times([run for run in runs if "error" not in run.record])
-    order = in_order(run.goal.contender for run in finished)
-    finished.sort(key=lambda r: (order.index(r.goal.contender), r.goal.ratio or 0, r.goal.seed))
-    cells: dict[Cell, dict[str, list[Run]]] = {}
-    for run in finished:
-        cells.setdefault(run.goal.cell, {}).setdefault(run.goal.name, []).append(run)
-    tables = [
-        Table(cell, study.plans[str(cell)]["about"], [Point(each) for each in cells[cell].values()])
-        for cell in sorted(cells)
-    ]
+    cells: dict[Cell, list[Run]] = {}
+    for run in runs:
+        if "error" not in run.record:
+            cells.setdefault(run.goal.cell, []).append(run)
+    order = in_order(run.goal.contender for each in cells.values() for run in each)
+    tables = []
+    for cell in sorted(cells):
+        own = _with_comparable_times(cells[cell])
+        own.sort(key=lambda r: (order.index(r.goal.contender), r.goal.ratio or 0, r.goal.seed))
+        points = [Point(list(each)) for _, each in groupby(own, lambda run: run.goal.name)]
+        tables.append(Table(cell, study.plans[str(cell)]["about"], points))
     names = [point.contender for table in tables for point in table.points]
     subject = subject_of(names, against)
     for table in tables:
@@ -372,24 +374,21 @@ def _runs(study: Study, found: dict[str, Record]) -> Iterable[Run]:
 
 
 def _with_comparable_times(runs: Sequence[Run]) -> list[Run]:
-    """The runs, those without their times that were trained on another machine than the
-    uncompressed model of their cell (without one, than the lowest seed)."""
+    """The runs of a cell, those without their times that were trained on another machine than the
+    uncompressed model (without one, than the lowest seed)."""
 
     def machine_of(run: Run) -> list[Any]:
         return [run.record.get("environment", {}).get(name) for name in _MACHINE]
 
-    machines: dict[Cell, list[Any]] = {}
-    plain: dict[Cell, list[float]] = {}
-    for run in sorted(runs, key=lambda run: (run.goal.contender != UNCOMPRESSED, run.goal.seed)):
-        at = machines.setdefault(run.goal.cell, machine_of(run))
-        if machine_of(run) == at and "plain_ms" in run.record:
-            plain.setdefault(run.goal.cell, []).append(run.record["plain_ms"])
+    first = min(runs, key=lambda run: (run.goal.contender != UNCOMPRESSED, run.goal.seed))
+    here = [run.record for run in runs if machine_of(run) == machine_of(first)]
+    plain = [record["plain_ms"] for record in here if "plain_ms" in record]
     found = []
     for run in runs:
-        cell, took, beside = run.goal.cell, run.record.get("score_ms"), run.record.get("plain_ms")
-        is_elsewhere = machine_of(run) != machines[cell]
-        if took and beside and cell in plain:
-            took *= median(plain[cell]) / beside
+        took, beside = run.record.get("score_ms"), run.record.get("plain_ms")
+        is_elsewhere = machine_of(run) != machine_of(first)
+        if took and beside and plain:
+            took *= median(plain) / beside
         elif is_elsewhere:
             took = None
         found.append(replace(run, is_elsewhere=is_elsewhere, score_ms=took))

@@ -7,8 +7,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -122,7 +122,9 @@ def run_trial(
     data = Data.of(config)
     data.check_rows(trial.cell, trial.rows)
     init_seed(trial.seed, config["reproducibility"])
-    with _unfinished(folder / UNFINISHED / trial.name) as place:
+    place = folder / UNFINISHED / trial.name  # it stays where a training is interrupted
+    make_folder(place)
+    try:
         if parent is None or trial.parent is None:
             model, record = fit(config, data, place, on_epoch, trial.recipe)
         else:
@@ -133,7 +135,11 @@ def run_trial(
         record["seconds"] = perf_counter() - start
         if trial.recipe == UNCOMPRESSED_RECIPE:
             write_whole(weights_of(folder, trial.name), lambda to: save_weights(model, to))
-        write_record(folder, trial, record)  # last: with it the trial is finished
+        write_record(folder, trial, record)  # with it the trial is finished
+    except ValueError:  # a loss that is no number, or options that cannot be: it would fail again
+        shutil.rmtree(place, ignore_errors=True)
+        raise
+    shutil.rmtree(place, ignore_errors=True)
 
 
 def write_record(folder: Path, trial: Trial, record: Record) -> None:
@@ -147,19 +153,6 @@ def write_record(folder: Path, trial: Trial, record: Record) -> None:
 def weights_of(folder: Path, name: str) -> Path:
     """Where the weights of an uncompressed model are."""
     return folder / WEIGHTS / f"{name}.safetensors"
-
-
-@contextmanager
-def _unfinished(folder: Path) -> Iterator[Path]:
-    """Where a training keeps its state; it is removed once that has ended, or has failed for what
-    would make it fail again, and stays where it was interrupted."""
-    make_folder(folder)
-    try:
-        yield folder
-    except ValueError:  # a loss that is no number, or options that cannot be
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def fit(
@@ -299,11 +292,9 @@ def score_times(models: Sequence[nn.Module], users: Any) -> list[float]:
 def save_weights(model: nn.Module, path: Path) -> None:
     """Write what safetensors' `load_model` reads: each parameter once, by a copy of its own, since
     on a GPU those of a recurrent layer are parts of one storage, which `save_model` refuses."""
-    kept = model.state_dict()
+    kept, alike = model.state_dict(), {"memory_format": torch.contiguous_format}
     unique = [*model.named_parameters(), *model.named_buffers()]
-    plain = {n: t.detach().cpu() for n, t in unique if n in kept}
-    contiguous = torch.contiguous_format
-    save_file({n: t.clone(memory_format=contiguous) for n, t in plain.items()}, path)
+    save_file({n: t.detach().cpu().clone(**alike) for n, t in unique if n in kept}, path)
 
 
 def _pickled_bytes(model: nn.Module) -> int:
