@@ -243,5 +243,5 @@ def test_svd_codes_follow_the_strongest_directions(world):
 def test_names_of_controls():
     assert find_controls(["tree", "narrower", "tree"]) == ["tree", "narrower"]
     assert find_controls(["tree", "all"]) == list(dict.fromkeys(["tree", *contenders.CONTROLS]))
-    with pytest.raises(CompressionError, match=r"all or out of recovered, .*mean 'narrower'"):
+    with pytest.raises(CompressionError, match=r"one of all, recovered, .*mean 'narrower'"):
         find_controls(["narower"])

@@ -4,7 +4,6 @@ would ask for. What each costs follows from a setting; nothing is tuned by hand.
 from __future__ import annotations
 
 import copy
-import difflib
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +17,7 @@ from cprec_recbole.compression.compress import compress
 from cprec_recbole.compression.original import Original
 from cprec_recbole.compression.quantize import quantize
 from cprec_recbole.compression.recover import recover
-from cprec_recbole.config import CompressionConfig, CompressionError
+from cprec_recbole.config import CompressionConfig, CompressionError, check_choice
 from cprec_recbole.costs import BYTES_PER_FLOAT, PARAMETERS, PartSizes, Unit, estimate
 from cprec_recbole.host.library import recbole_model
 from cprec_recbole.int8 import BYTES_PER_SCALE
@@ -218,13 +217,7 @@ BY_SIZE = ("recovered-int8", "narrower", "uniform-svd-recovered-int8", "narrower
 def find_controls(names: Sequence[str]) -> list[str]:
     """The controls of these names, each once; `all` for every one. CompressionError for others."""
     for name in names:
-        if name not in (ALL, *CONTROLS):
-            near = difflib.get_close_matches(name, [ALL, *CONTROLS], n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else "."
-            raise CompressionError(
-                f"Expected `controls` to be {ALL} or out of {', '.join(CONTROLS)}, but got "
-                f"{name!r}{hint}"
-            )
+        check_choice("controls", name, (ALL, *CONTROLS))
     return list(dict.fromkeys(n for name in names for n in (CONTROLS if name == ALL else [name])))
 
 

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from cprec_recbole.config import (
     SHARING_SCHEMES,
     CompressionConfig,
     CompressionError,
+    check_choice,
     check_whole,
     is_number,
     is_whole,
@@ -145,18 +146,22 @@ class Spec:
             str(name) if is_whole(name) else name: value
             for name, value in _mapping(given, "settings").items()
         }
-        is_seed = f"whole numbers from 0 to {2**32 - 1}", lambda n: is_whole(n) and 0 <= n < 2**32
-        is_rate = "numbers between 0 and 1", lambda rate: is_number(rate) and 0 < rate < 1
+        seeds = _values(given, "seeds", [2020])
+        for seed in (seed for seed in seeds if not is_whole(seed) or not 0 <= seed < 2**32):
+            raise _error(f"`seeds` to be whole numbers from 0 to {2**32 - 1}", seed)  # NumPy's
+        rates = _values(given, "learning_rates", [1e-3])
+        for rate in (rate for rate in rates if not is_number(rate) or not 0 < rate < 1):
+            raise _error("`learning_rates` to be numbers between 0 and 1", rate)
         datasets = _datasets(given.get("datasets", {"ml-100k": _LENGTH}))
         return cls(
             datasets=datasets,
-            models=_values(given, "models", ["SASRec"], *_out_of([m.spec.name for m in MODELS])),
+            models=_values(given, "models", ["SASRec"], [model.spec.name for model in MODELS]),
             ratios=_ratios(given, datasets),
-            seeds=_values(given, "seeds", [2020], *is_seed),  # as NumPy takes them
+            seeds=seeds,
             contenders=_contenders(given, settings),
             settings={name: _setting(name, value) for name, value in settings.items()},
             compression=compression,
-            learning_rates=_values(given, "learning_rates", [1e-3], *is_rate),
+            learning_rates=rates,
             options=options,
         )
 
@@ -299,26 +304,18 @@ def _error(expected: str, got: object, hint: str = ".") -> CompressionError:
     return CompressionError(f"Expected {expected}, but got {got!r}{hint}")
 
 
-def _out_of(names: Sequence[str]) -> tuple[str, Callable[[Any], bool]]:
-    return f"out of {', '.join(map(str, names))}", names.__contains__
-
-
 def _values(
-    given: Mapping[str, Any],
-    name: str,
-    default: Sequence[Any] = (),
-    expected: str = "",
-    is_one: Callable[[Any], bool] = lambda value: True,
+    given: Mapping[str, Any], name: str, default: Sequence[Any] = (), choices: Sequence[str] = ()
 ) -> tuple[Any, ...]:
     """The values of a key, each once: a list, or one alone."""
     values = given.get(name, default)
     values = values if isinstance(values, list) else [values]
-    if any(isinstance(value, list | dict) for value in values):
-        raise _error(f"`{name}` to be a list of values", values)
     for value in values:
-        if not is_one(value):
-            raise _error(f"`{name}` to be {expected}", value)
-    if not values and name != "sharing":
+        if isinstance(value, list | dict):
+            raise _error(f"`{name}` to be a list of values", values)
+        if choices:
+            check_choice(name, value, choices)
+    if not values:
         raise _error(f"`{name}` to have one value at least", values)
     return tuple(dict.fromkeys(values))
 
@@ -332,14 +329,13 @@ def _mapping(given: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def _contenders(given: Mapping[str, Any], settings: Mapping[Any, Any]) -> tuple[str, ...]:
     """All of them, first the uncompressed model, which all others are measured against."""
-    expected, is_known = _out_of([ALL, UNCOMPRESSED, COMPRESSED, *contenders.CONTROLS, *settings])
-    names = _values(
-        *(given, "contenders", [ALL], expected),
-        lambda name: is_known(str(name)) or scheme_of(str(name)) is not None,
-    )
-    every = COMPRESSED, *contenders.CONTROLS
-    found = [str(n) for name in names for n in (every if name == ALL else [name])]
-    schemes = _values(given, "sharing", [], *_out_of(SHARING_SCHEMES))
+    known = [ALL, UNCOMPRESSED, COMPRESSED, *contenders.CONTROLS, *map(str, settings)]
+    found = []
+    for name in map(str, _values(given, "contenders", [ALL])):
+        if scheme_of(name) is None:
+            check_choice("contenders", name, known)
+        found += [COMPRESSED, *contenders.CONTROLS] if name == ALL else [name]
+    schemes = _values(given, "sharing", (), SHARING_SCHEMES) if given.get("sharing") else ()
     found += [f"{COMPRESSED}-{scheme}" for scheme in schemes]
     return tuple(dict.fromkeys([UNCOMPRESSED, *found, *settings]))
 
