@@ -458,7 +458,7 @@ def test_bad_files_are_refused(tmp_path, text, words):
         (("epochs: 2", "topk: [10], valid_metric: NDCG@10"), "to measure NDCG@20"),
         (("{made-up: 8}", "{missing: 8}"), "`dataset` to be ml-100k"),
         (("epochs: 2", "epochs: 2, eval_args: {mode: uni100}"), "`eval_args` to rank all items"),
-        (("epochs: 2", "eval_args: {split: {LS: test_only}}"), "leave rows out for validation"),
+        (("epochs: 2", "eval_args: {order: TO, split: {LS: test_only}}"), "out for validation"),
         (("epochs: 2", "epochs: 2, metrics: [NDCG, ItemCoverage]"), "to be of users alone"),
     ],
 )
