@@ -11,15 +11,7 @@ from markupsafe import Markup
 from plotly.io import templates
 from plotly.offline import get_plotlyjs
 
-from cprec_recbole.compare.results import (
-    Findings,
-    Point,
-    Run,
-    Standing,
-    Table,
-    in_order,
-    listed,
-)
+from cprec_recbole.compare.results import Findings, Point, Run, Standing, Table, in_order, listed
 
 _SCHEMES = {"light": "plotly_white", "dark": "plotly_dark"}
 
