@@ -32,16 +32,12 @@ def quietly() -> Iterator[None]:
 def traced_graph(
     module: nn.Module, inputs: Mapping[str, Tensor], axes: Mapping[str, Mapping[int, str]]
 ) -> bytes:
-    """A module in eval mode as a graph with one output, by what it does with some inputs.
+    """A module in eval mode, not used by anybody else meanwhile, as a graph with one output; of
+    inputs by name, in the order of its arguments, of which some sizes may differ from call to call.
 
     PyTorch's older exporter: it needs `onnx` alone, takes a third of a second where the newer one
     takes ten, and knows ONNX's GRU. It follows nothing that depends on the inputs' numbers: whoever
     calls this compares the graph with the module on other inputs.
-
-    Args:
-        module: not used by anybody else meanwhile.
-        inputs: by name, in the order of its arguments.
-        axes: sizes of inputs that may differ from call to call, by name.
     """
     file: Any = io.BytesIO()  # which it takes, though it does not say so
     with quietly():
