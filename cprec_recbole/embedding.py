@@ -90,13 +90,6 @@ class Block(nn.Module):
         CompressionError for rows in int8, which cannot be trained."""
         return LogitBlock(self.into_rank(hidden), self.weight)
 
-    def squared_norm(self) -> Tensor:
-        """Squared Frobenius norm of `weight @ projection`, from the two `[r, r]` Gram matrices."""
-        rows = self.whole()
-        if self.projection is None:
-            return rows.square().sum()
-        return ((rows.T @ rows) * (self.projection @ self.projection.T)).sum()
-
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
         size, rank = self.weight.shape
@@ -285,8 +278,14 @@ class BlockEmbedding(nn.Module):
         return self._by_position().index_select(0, self.partition.position_of)
 
     def norm(self) -> Tensor:
-        """Frobenius norm of the whole table, `[]`, without building it."""
-        return torch.stack([block.squared_norm() for block in self.blocks]).sum().sqrt()
+        """Frobenius norm of the whole table, `[]`, without building it: of `W P`, from the two
+        `[r, r]` Gram matrices."""
+        squares = []
+        for block in self.blocks:
+            rows, basis = block.whole(), block.projection
+            square = rows.square() if basis is None else (rows.T @ rows) * (basis @ basis.T)
+            squares.append(square.sum())
+        return torch.stack(squares).sum().sqrt()
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""

@@ -173,8 +173,7 @@ class Encoder:
         return pick(self.every_position(item_seq), lengths)
 
     def all_states(self, item_seq: Tensor) -> Tensor:
-        """Every hidden state that predicts something, `[B, L] -> [N, d]`: one for each item, or
-        one for each history."""
+        """Every hidden state that predicts something, `[B, L] -> [N, d]`."""
         real = item_seq != PADDING
         if self.spec.hidden_states is None:
             return self.last_state(item_seq, real.sum(1))

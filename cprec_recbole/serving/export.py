@@ -17,9 +17,9 @@ from cprec_recbole.costs import part_sizes, saved_bytes
 from cprec_recbole.embedding import Int8Block
 from cprec_recbole.files import write_whole
 from cprec_recbole.int8 import SCALE_DTYPE, Int8Rows
+from cprec_recbole.models.engine import OPSET, quietly
 from cprec_recbole.models.recommender import CompressedRecommender, copied
 from cprec_recbole.models.saving import as_path, write_tokens
-from cprec_recbole.onnx import OPSET, quietly
 from cprec_recbole.partition import PADDING
 from cprec_recbole.search.topk import check_k
 
