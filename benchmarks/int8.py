@@ -161,7 +161,7 @@ def main() -> None:
         f"## Kernels: {N_ROWS:,} rows, one thread",
         "",
         "Logits, milliseconds of float rows, and times as long for: whole numbers turned into "
-        "float a piece at a time and products scaled (what is done); `torch._weight_int8pack_mm`; "
+        "float a piece at a time (what is done); `torch._weight_int8pack_mm`; "
         "`torch._int_mm`, which needs the hidden states in int8 too.",
         "",
         "| rank | hidden states | float, ms | pieces | _weight_int8pack_mm | _int_mm |",

@@ -106,12 +106,10 @@ def nextitnet_last(model: RecBoleModel, item_seq: Tensor, lengths: Tensor) -> Te
         [c.weight.squeeze(2).transpose(1, 2).flatten(1) for c in (block.conv1, block.conv2)]
         for block in model.residual_blocks  # [d, kernel * d]
     ]
-    is_whole = item_seq.device.type != "cpu" or torch.jit.is_tracing()
-    size = len(item_seq) if is_whole else _ROWS
-    states = [
-        pick(_cone_states(model, rows, plan, kernels), ends - first)
-        for rows, ends in zip(item_seq.split(size), lengths.split(size))
-    ]
+    parts = [(item_seq, lengths)]
+    if item_seq.device.type == "cpu" and not torch.jit.is_tracing():
+        parts = list(zip(item_seq.split(_ROWS), lengths.split(_ROWS)))
+    states = [pick(_cone_states(model, rows, plan, kernels), ends - first) for rows, ends in parts]
     return model.final_layer(states[0] if len(states) == 1 else torch.cat(states))
 
 
