@@ -175,6 +175,9 @@ def fit(
     trainer.tensorboard.close()
     written = ("add_scalar", "add_hparams")  # into event files, which nobody would read
     trainer.tensorboard = SimpleNamespace(**dict.fromkeys(written, lambda *args, **kwargs: None))
+    seconds: list[float] = []
+    scores: list[float] = []
+    trainer.measured = {"epoch_seconds": seconds, "valid_scores": scores}
     trainer.saved_model_file = str(place / BEST)
     terms = terms_of(config, data[1:]) | {"environment": json.dumps(environment(config["device"]))}
     trainer.journal = Journal(place, terms)
@@ -194,7 +197,6 @@ def fit(
     is_itself = made is model
     if not is_itself:
         valid, test = evaluate(made, data.valid), evaluate(made, data.test)
-    scores, seconds = trainer.measured["valid_scores"], trainer.measured["epoch_seconds"]
     sign = 1 if config["valid_metric_bigger"] else -1
     best = max(range(len(scores)), key=lambda i: (sign * scores[i], i))  # of equal ones the last
     step = min(int(config["eval_step"]), int(config["epochs"]))  # as RecBole does

@@ -37,14 +37,15 @@ class CompressedTrainer(Trainer):
 
     Attributes:
         journal: where the state is written as every epoch begins, for a run that can be resumed.
-        measured: `epoch_seconds` of training, and `valid_scores`, so far; part of the state.
+        measured: lists for `epoch_seconds` and `valid_scores`, where these are asked for; they are
+            part of the state.
     """
 
     def __init__(self, config: Any, model: nn.Module) -> None:
         super().__init__(config, model)
         self.eval_collector = TopKCollector(config)
         self.journal: Journal | None = None
-        self.measured: dict[str, list[float]] = {"epoch_seconds": [], "valid_scores": []}
+        self.measured: dict[str, list[float]] = {}
         self.valid_data: Any = None
         self._resumed: Progress | None = None
         self._is_resumed = False
@@ -110,12 +111,12 @@ class CompressedTrainer(Trainer):
         group.total(total)
         self._check_nan(total)
         loss = float(total)  # which waits for a GPU
-        self.measured["epoch_seconds"].append(perf_counter() - began)
+        self.measured.get("epoch_seconds", []).append(perf_counter() - began)
         return loss
 
     def _valid_epoch(self, *args: Any, **kwargs: Any) -> Any:
         score, result = super()._valid_epoch(*args, **kwargs)
-        self.measured["valid_scores"].append(float(score))
+        self.measured.get("valid_scores", []).append(float(score))
         return score, result
 
     def _begin(self, train_data: Any, epoch: int, scaler: GradScaler) -> Progress:
