@@ -15,7 +15,8 @@ from cprec_recbole.threads import let_threads_sleep
 
 let_threads_sleep()  # before anything imports torch
 
-from cprec_recbole.host.provider import Provider, activate  # noqa: E402
+from cprec_recbole.host.provider import Provider  # noqa: E402
+from cprec_recbole.host.registration import activate  # noqa: E402
 
 __version__ = "0.1.0"
 
