@@ -274,8 +274,8 @@ def read_study(folder: Path) -> Study:
     path = Path(folder) / STUDY
     if not path.exists():
         raise CompressionError(
-            f"Expected `out` to be the folder of a study, but got no file {path}; run it first "
-            "with --study."
+            f"Expected `out` to be the folder of a study, but got no file {path}; run "
+            "`cprec compare` with that --out first."
         )
     given = _read(path)
     try:
