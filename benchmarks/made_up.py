@@ -249,6 +249,7 @@ def trained(kind: str, n_items: int, steps: int | None = None, seed: int = 2020)
     return Trained(head.eval(), saved["hidden"], saved["last"])
 
 
+@torch.enable_grad()  # whoever asks may be within no_grad
 def _train(head: Softmax, kind: str, n_items: int, steps: int, seed: int) -> dict[str, Any]:
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
