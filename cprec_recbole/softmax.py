@@ -9,11 +9,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from cprec_recbole.config import LOSS_MEMORY, CompressionError
 from cprec_recbole.embedding import Block, BlockEmbedding
 from cprec_recbole.losses import LogitBlock, Workspace, cross_entropy
 from cprec_recbole.partition import PADDING
+from cprec_recbole.sampling import NegativeSampler
 from cprec_recbole.search.compiled import compiled_search
 from cprec_recbole.search.exact import search
 from cprec_recbole.search.table import SearchTable
@@ -35,6 +37,7 @@ class Softmax(nn.Module, ABC):
         super().__init__()
         self.table = table
         self.loss_memory = loss_memory
+        self.sampler: NegativeSampler | None = None
         self._search_table: SearchTable | None = None
 
     @property
@@ -181,7 +184,46 @@ class FullSoftmax(Softmax):
 
     Computed as `(h P_j^T) W_j^T`, never through a materialised table. Its scores are the logits,
     so that with one block of full rank they equal RecBole's own.
+
+    Attributes:
+        sampler: draws the negatives of a training step, where the loss is sampled; None: it is of
+            all items.
     """
+
+    def loss(self, hidden: Tensor, target: Tensor) -> Tensor:
+        """See Softmax.loss; while the model is trained with a sampler, the sampled loss."""
+        if self.sampler is None or not self.training:
+            return super().loss(hidden, target)
+        return self.sampled_loss(hidden, target, *self.sampler())
+
+    def sampled_loss(
+        self, hidden: Tensor, target: Tensor, negatives: Tensor, log_expected: Tensor
+    ) -> Tensor:
+        """Mean loss of targets among negatives that all of them share, `[N, d], [N], [m], [m] ->
+        []`; rows whose target is padding do not count.
+
+        A negative's logit is less by the log of how often it is drawn (logQ; Bengio and Senecal,
+        2008), so that the sum of exponentials is that over all items in expectation; one that is
+        the target itself is left out. With every item drawn once it is the loss over all items.
+        """
+        rows = (target != PADDING).nonzero().squeeze(1)
+        hidden, target = hidden.index_select(0, rows), target.index_select(0, rows)
+        hit = (hidden * self.table(target)).sum(1, keepdim=True)  # [N, 1]
+        vectors = self.table(negatives)
+        # logits, their softmax and its gradient
+        size = self.loss_memory // (3 * max(4, hidden.element_size()) * len(negatives))
+
+        def loss(hit: Tensor, hidden: Tensor, target: Tensor) -> Tensor:
+            missed = hidden @ vectors.T - log_expected
+            missed = missed.masked_fill(target.unsqueeze(1) == negatives, -torch.inf)
+            return (torch.cat([hit, missed], 1).logsumexp(1) - hit.squeeze(1)).sum()
+
+        pieces = [part.split(max(1, size)) for part in (hit, hidden, target)]
+        if len(pieces[0]) == 1:
+            total = loss(hit, hidden, target)
+        else:  # the logits of a piece are made again for its gradient
+            total = sum(checkpoint(loss, *piece, use_reentrant=False) for piece in zip(*pieces))
+        return total / max(1, len(rows))
 
     def logit_blocks(self, hidden: Tensor) -> list[LogitBlock]:
         """The columns of the softmax by position, as a loss reads them, of `[N, d]`."""

@@ -28,7 +28,12 @@ from cprec_recbole.results import Recovery
 
 ALL, UNCOMPRESSED, COMPRESSED, STOCK = "all", "uncompressed", "compressed", "RecBole's own"
 STOCK_KIND = "recbole"
-SHARED_OPTIONS = ("training", "loss_memory")  # of a CompressionConfig: the same for all contenders
+SHARED_OPTIONS = (
+    "training",
+    "loss_memory",
+    "negatives",
+    "negatives_power",
+)  # of a CompressionConfig: the same for all contenders
 INT8_BYTES = Unit("bytes in int8", entry=1, row=BYTES_PER_SCALE, other=BYTES_PER_FLOAT)
 _PLAIN = CompressionConfig.uncompressed()
 _WIDTHS = ("embedding_size", "hidden_size", "inner_size")  # RecBole's names of a model's widths

@@ -479,6 +479,8 @@ def _setting(name: Any, options: Any) -> dict[str, Any]:
             f"Expected the setting {name} to have `dtype` int8 or none, but got {dtype!r}."
         )
     own = own_options(CompressionConfig.from_options(options))
+    # how a contender is trained may differ, what it is trained for may not
+    own |= {n: options[n] for n in ("negatives", "negatives_power") if n in options}
     for shared in options.keys() - own.keys():
         raise CompressionError(
             f"Expected the setting {name} to leave `{shared}` to the study's `options`, as it "
