@@ -31,7 +31,7 @@ def __getattr__(name: str) -> Any:
             DeprecationWarning,
             stacklevel=2,
         )
-        return importlib.import_module("cprec_recbole.models.deprecated").backbone
+        return importlib.import_module("cprec_recbole.models.spec").backbone
     return _from_stub(name)
 
 

@@ -66,8 +66,7 @@ class TableCost(NamedTuple):
 
 @dataclass(frozen=True)
 class PartSizes:
-    """Parameters of each part, or their cost in another unit, each once: a tied softmax has nothing
-    of its own but clusters."""
+    """Parameters of each part, or their cost in another unit, each once."""
 
     table: int
     layers: int
@@ -84,8 +83,7 @@ class PartSizes:
 
 
 def part_sizes(model: nn.Module) -> PartSizes:
-    """Parameters by part of a compressed model or of RecBole's own; the scales of int8 rows are
-    none."""
+    """Parameters by part of a compressed model or of RecBole's own, without scales of int8 rows."""
     if isinstance(model, CompressedRecommender):
         table, softmax = list(model.table.parameters()), list(model.softmax.parameters())
     else:
@@ -100,8 +98,7 @@ def part_sizes(model: nn.Module) -> PartSizes:
 
 
 def saved_bytes(model: nn.Module) -> int:
-    """Bytes of a model's weights as a folder keeps them, each parameter once; the file's header and
-    the tokens come on top."""
+    """Bytes of a model's weights as a folder keeps them, each parameter once."""
     scales = _scales(model)
     rounded = model.int8_scales if isinstance(model, CompressedRecommender) else {}
     total = 0
@@ -155,8 +152,8 @@ def estimate(
     dim: int,
     unit: Unit = PARAMETERS,
 ) -> Estimate:
-    """Count what a compression of a model would leave; exact, and as cheap for any catalogue: the
-    inner model may be built for one of another size than `n_items`, padding included."""
+    """Count exactly what a compression of a model would leave; the inner model may be built for a
+    catalogue of another size than `n_items`, padding included."""
     plan = compression.plan(dim, n_items)
     layers = sum(map(unit.parameter, layer_parameters(spec, inner, compression.sharing)))
     table = TableCost(dim, unit=unit).of(plan)

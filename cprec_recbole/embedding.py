@@ -43,11 +43,6 @@ class Block(nn.Module):
         self.weight = nn.Parameter(torch.empty(size, rank))
         self.projection = nn.Parameter(torch.empty(rank, dim)) if rank != dim else None
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The precision that rows are read in."""
-        return self.rows().dtype
-
     def rows(self) -> Tensor | Int8Rows:
         """The rows without a gradient, as a search reads them, `[k, r]`."""
         return self.weight.detach()
@@ -56,31 +51,18 @@ class Block(nn.Module):
         """All rows at once, `[k, r]`, with their gradient if they have one."""
         return self.weight
 
-    def per_row(self) -> list[nn.Parameter]:
-        """The parameters with an entry for each row, in the order of the rows."""
-        return [each for each in self.parameters() if each is not self.projection]
-
     def extend(self, rows: Tensor) -> None:
         """Append rows `[n, r]`; those that are there stay as they are."""
         weight = torch.cat([self.weight.detach(), rows])
         self.weight = nn.Parameter(weight, self.weight.requires_grad)
 
     def look_up(self, positions: Tensor, start: int) -> Tensor:
-        """Rows of those positions that are in this block, which starts at one; zero for others.
-
-        Every block looks up every position, its first row for those of others: cheap at low rank,
-        and no round trip to the host to count items; but with sparse gradients, which hold the rows
-        that were read, only its own. The padding row gets no gradient.
-
-        Args:
-            positions: in popularity order, `[...]`.
-            start: first position of the block.
-
-        Returns:
-            `[..., r]`.
-        """
-        size = len(self.weight)
-        here = (positions >= start) & (positions < start + size)
+        """Rows of those positions that are in this block, which starts at one, and zero for others,
+        `[...] -> [..., r]`. The padding row gets no gradient."""
+        # every block looks up every position, its first row for those of others: cheap at low rank,
+        # and no round trip to the host to count items; but with sparse gradients, which hold the
+        # rows that were read, only its own
+        here = (positions >= start) & (positions < start + len(self.weight))
         rows = torch.where(here, positions - start, 0)
         padding = PADDING if start == 0 else None
         if self.sparse:
@@ -89,7 +71,6 @@ class Block(nn.Module):
         return torch.where(here.unsqueeze(-1), self._embed(rows, padding), 0.0)
 
     def _embed(self, rows: Tensor, padding: int | None) -> Tensor:
-        """Some rows, `[...] -> [..., r]`; the padding row gets no gradient."""
         return F.embedding(rows, self.weight, padding_idx=padding, sparse=self.sparse)
 
     def into_rank(self, hidden: Tensor) -> Tensor:
@@ -105,19 +86,9 @@ class Block(nn.Module):
         return self.into_rank(hidden) @ self.weight.T
 
     def logit_block(self, hidden: Tensor) -> LogitBlock:
-        """The block's part of a softmax, as a loss reads it, of hidden states `[N, d]`.
-
-        Raises:
-            CompressionError: rows in int8, which cannot be trained.
-        """
+        """The block's part of a softmax, as a loss reads it, of hidden states `[N, d]`; a
+        CompressionError for rows in int8, which cannot be trained."""
         return LogitBlock(self.into_rank(hidden), self.weight)
-
-    def squared_norm(self) -> Tensor:
-        """Squared Frobenius norm of `weight @ projection`, from the two `[r, r]` Gram matrices."""
-        rows = self.whole()
-        if self.projection is None:
-            return rows.square().sum()
-        return ((rows.T @ rows) * (self.projection @ self.projection.T)).sum()
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
@@ -126,15 +97,8 @@ class Block(nn.Module):
 
 
 class Int8Block(Block):
-    """A block whose rows are in int8; its projection stays in float.
-
-    It is looked up, multiplied and searched as a Block is, and holds no gradient: whole numbers
-    cannot take an optimizer's small steps.
-
-    Attributes:
-        weight: the rows as whole numbers, `[k, r]`, int8.
-        scale: what a row is multiplied by, `[k]`.
-    """
+    """A block whose rows are in int8, `weight [k, r]` times `scale [k]`; its projection stays in
+    float. It holds no gradient: whole numbers cannot take an optimizer's small steps."""
 
     def __init__(self, size: int, rank: int, dim: int) -> None:
         super().__init__(0, rank, dim)
@@ -156,7 +120,7 @@ class Int8Block(Block):
 
     def extend(self, rows: Tensor) -> None:
         """See Block.extend; the rows that are there keep their numbers."""
-        values, scales = quantized_rows(rows.to(self.dtype))
+        values, scales = quantized_rows(rows.to(self.scale.dtype))
         self.put(torch.cat([self.weight.detach(), values]), torch.cat([self.scale, scales]))
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -175,17 +139,15 @@ class Int8Block(Block):
 class BlockEmbedding(nn.Module):
     """An item table `[n_items, d]` kept as low-rank blocks by popularity (CpRec, section 3.2).
 
-    Item x in row g of block j has the vector `W_j[g] P_j`. A drop-in for the `nn.Embedding` of a
-    RecBole model: call it with item ids. Row 0 of the head is the padding item; look-ups of it
-    get no gradient, as with `nn.Embedding(padding_idx=0)`.
+    Item x in row g of block j has the vector `W_j[g] P_j`, of `blocks[j].weight` and
+    `blocks[j].projection`. A drop-in for the `nn.Embedding` of a RecBole model: call it with item
+    ids. Row 0 of the head is the padding item; look-ups of it get no gradient.
 
     Args:
         partition: which item is where.
         ranks: rank of each block, `[n_blocks]`.
         dim: size `d` of an item vector.
         make_block: what makes the blocks, from size, rank and dim.
-
-    Use `blocks[j].weight` and `blocks[j].projection` for a block's own factors.
     """
 
     def __init__(
@@ -217,7 +179,7 @@ class BlockEmbedding(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The precision of item vectors."""
-        return self.blocks[0].dtype
+        return self.blocks[0].rows().dtype
 
     @property
     def is_int8(self) -> bool:
@@ -237,13 +199,12 @@ class BlockEmbedding(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, std: float) -> None:
-        """Draw factors whose products have entries of standard deviation `std`.
-
-        The rows have that spread themselves, and projections orthogonal rows of length
-        sqrt(d / r). So a block of any rank starts with vectors as long as a full table's, and an
-        optimizer that moves every parameter equally (Adam) moves them equally fast.
-        """
-        if self.is_int8:  # rows in int8 are made of others
+        """Draw factors whose products have entries of standard deviation `std`, as the rows have
+        themselves; rows in int8, which are made of others, stay."""
+        # projections get orthogonal rows of length sqrt(d / r). So a block of any rank starts with
+        # vectors as long as a full table's, and an optimizer that moves every parameter equally
+        # (Adam) moves them equally fast
+        if self.is_int8:
             return
         for block in self.blocks:
             block.weight.normal_(0.0, std)
@@ -253,10 +214,8 @@ class BlockEmbedding(nn.Module):
 
     @torch.no_grad()
     def approximate(self, table: Tensor, counts: Tensor, importance: Tensor | None = None) -> None:
-        """Take the best factors of a given table: a truncated SVD of each block.
-
-        Lossless where a block's rank is d. Elsewhere it minimises the squared error of each
-        block's vectors, each weighted by how often its item occurs.
+        """Take the best factors of a given table: those of least squared error, each vector
+        weighted by how often its item occurs. Lossless where a block's rank is d.
 
         Args:
             table: item vectors in id order, `[n_items, d]`.
@@ -264,10 +223,8 @@ class BlockEmbedding(nn.Module):
             importance: what an error `e` costs: `e @ importance @ e`, `[d, d]`, positive definite;
                 None: its squared length.
         """
-        partition = self.partition
-        order = partition.item_at.long()
-        for block, start, end in zip(self.blocks, partition.starts, partition.cutoffs):
-            items = order[start:end].to(table.device)
+        order = self.partition.item_at.long().to(table.device)
+        for block, items in zip(self.blocks, order.split(self.partition.sizes)):
             rows = table[items]
             if block.projection is not None:
                 rank = block.projection.shape[0]
@@ -285,18 +242,14 @@ class BlockEmbedding(nn.Module):
         if not torch.is_grad_enabled() and self.keeps_vectors:
             return F.embedding(items, self.kept_vectors())
         positions = self.partition.positions(items)
-        if self._makes_all(items):
+        is_sparse = any(block.sparse for block in self.blocks)
+        if self.training and not is_sparse and self.partition.n_items <= _MANY * items.numel():
+            # its gradient is of all vectors in any case, so that these may be made first
             return F.embedding(positions, self._by_position(), PADDING)
         vectors = torch.zeros((), dtype=self.dtype, device=items.device)
         for block, start in zip(self.blocks, self.partition.starts):
             vectors = vectors + block.out_of_rank(block.look_up(positions, start))
         return vectors
-
-    def _makes_all(self, items: Tensor) -> bool:
-        """Whether a look-up is sooner done where the vectors of all items are made first: in
-        training, where it is of many items, and its gradient is of all in any case."""
-        is_sparse = any(block.sparse for block in self.blocks)
-        return self.training and not is_sparse and self.partition.n_items <= _MANY * items.numel()
 
     def _by_position(self) -> Tensor:
         """The whole table in popularity order, `[n_items, d]`."""
@@ -311,8 +264,8 @@ class BlockEmbedding(nn.Module):
 
     @torch.no_grad()
     def kept_vectors(self) -> Tensor:
-        """The whole table in id order, `[n_items, d]`, made once for each version of the weights.
-        Of a small catalogue only, and not to be written to."""
+        """The whole table as `dense` gives it, made once for each version of the weights; not to
+        be written to."""
         if self._kept is None or not self._kept[0].is_current():
             self._kept = Version(self), self.dense()
         return self._kept[1]
@@ -325,8 +278,14 @@ class BlockEmbedding(nn.Module):
         return self._by_position().index_select(0, self.partition.position_of)
 
     def norm(self) -> Tensor:
-        """Frobenius norm of the whole table, `[]`, without building it."""
-        return torch.stack([block.squared_norm() for block in self.blocks]).sum().sqrt()
+        """Frobenius norm of the whole table, `[]`, without building it: of `W P`, from the two
+        `[r, r]` Gram matrices."""
+        squares = []
+        for block in self.blocks:
+            rows, basis = block.whole(), block.projection
+            square = rows.square() if basis is None else (rows.T @ rows) * (basis @ basis.T)
+            squares.append(square.sum())
+        return torch.stack(squares).sum().sqrt()
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
@@ -337,24 +296,18 @@ def _best_factors(
     rows: Tensor, counts: Tensor, rank: int, importance: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Codes `[k, rank]` and orthonormal directions `[rank, d]` whose product is nearest to the
-    weighted rows.
-
-    Directions are eigenvectors of the `[d, d]` Gram matrix: the right singular vectors, also where
-    a block has fewer rows than d. Items that never occurred count as seen once. With an importance
-    `R R^T` the rows `E R` are approximated, and what was found is turned back by `R^-1`.
-    """
-    weights = counts.to(rows.device, torch.float64).clamp(min=1)
+    weighted rows. With an importance `R R^T` the rows `E R` are approximated, and what was found is
+    turned back by `R^-1`."""
+    weights = counts.to(rows.device, torch.float64).clamp(min=1)  # never seen counts as seen once
     exact = rows.double()
     gram = exact.T @ (exact * weights.unsqueeze(1))
     if importance is not None:
         root = torch.linalg.cholesky(importance)
         gram = root.T @ gram @ root
-    found = torch.linalg.eigh(gram).eigenvectors  # by rising eigenvalue
-    basis = found.flip(1)[:, :rank]
-    into = basis  # what makes codes of rows, `[d, rank]`
+    # the right singular vectors, also where a block has fewer rows than d; by rising eigenvalue
+    into = basis = torch.linalg.eigh(gram).eigenvectors.flip(1)[:, :rank]
     if importance is not None:
         back = torch.linalg.solve_triangular(root.T, basis, upper=True)
-        into = root @ basis
         basis, triangle = torch.linalg.qr(back)
-        into = into @ triangle.T
+        into = root @ into @ triangle.T
     return rows @ into.to(rows.dtype), basis.T.to(rows.dtype)

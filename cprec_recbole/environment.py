@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import traceback
 from importlib import metadata
 from pathlib import Path
@@ -15,11 +16,7 @@ from cprec_recbole.config import CompressionError
 
 
 def environment(device: torch.device | None = None) -> dict[str, Any]:
-    """Versions and hardware.
-
-    Args:
-        device: what was run on; None for a GPU where there is one.
-    """
+    """Versions and hardware; the device is what was run on, None a GPU where there is one."""
     on_gpu = torch.cuda.is_available() and (device is None or device.type == "cuda")
     packages = ("cprec_recbole", "recbole", "torch", "numpy", "pandas")
     return {
@@ -51,9 +48,7 @@ def _version(package: str) -> str:
 
 def _processor() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(
-            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
-        )
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        found = re.search(r"^model name\s*:(.*)", Path("/proc/cpuinfo").read_text("utf-8"), re.M)
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine()

@@ -43,8 +43,8 @@ def flush(path: Path) -> None:
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Have `write` write a file so that a crash at any moment leaves the old one or the new one; an
-    OSError where the folder cannot be written or the disk is full."""
+    """Have `write` write a file so that a crash leaves the old one or the new one; an OSError where
+    that cannot be."""
     temporary = path.with_name(f".{path.name}-{os.getpid()}.tmp")
     try:
         write(temporary)
@@ -69,8 +69,8 @@ def remove_leftovers(path: Path) -> None:
 
 @contextmanager
 def held(folder: Path, option: str = "out") -> Iterator[None]:
-    """Within: no other process that asks for it gets this folder; given back when a process dies.
-    Refuses a folder that another process has; the error names the option."""
+    """Within: no other process that asks for it gets this folder, until this one dies. Refuses a
+    folder that another process has; the error names the option."""
     if fcntl is None:
         yield
         return

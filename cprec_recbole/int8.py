@@ -20,16 +20,13 @@ LARGEST = 127  # symmetric: -128 is not used
 SCALE_DTYPE = torch.bfloat16  # as which scales are kept in a folder
 BYTES_PER_SCALE = 2
 ROWS_AT_A_TIME = 2**15  # that are turned into float, or from it
-_NUMBERS = 2**18  # the same in numbers where they are multiplied: 1 MiB in float32
 _SMALLEST_SCALE = 2.0**-126  # so that no product of a scale is below float32's normal numbers
 
 
 def quantized_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest int8 rows and their scales, `[k, r] -> [k, r] int8, [k]`.
-
-    Of finite float32 or float64. The scale of a row is the smallest number of bfloat16 that brings
-    its longest entry to 127 or below, so no entry is off by more than half of it.
-    """
+    """The nearest int8 rows and their scales, `[k, r] -> [k, r] int8, [k]`, of finite float32 or
+    float64: a scale is the smallest number of bfloat16 that brings the longest entry to 127 or
+    below, so no entry is off by more than half of it."""
     values = torch.empty_like(rows, dtype=torch.int8)
     scales = rows.new_empty(len(rows))
     for start in range(0, len(rows), ROWS_AT_A_TIME):
@@ -69,22 +66,8 @@ class Int8Rows:
             yield self[start : start + size]
 
     def double(self) -> Tensor:
-        """All rows in float64: a copy."""
+        """All rows in float64."""
         return Int8Rows(self.values, self.scales.double())[:]
-
-    def multiply(self, start: int, end: int, factor: Tensor, out: Tensor | None = None) -> Tensor:
-        """Rows `start` to `end` times a matrix, `[r, B] -> [n, B]`. The products are scaled, which
-        are fewer than the rows' numbers where the batch is thin; the part that is in float at a
-        time stays in the cache."""
-        if out is None:
-            out = factor.new_empty(end - start, factor.shape[1])
-        size = max(1, _NUMBERS // self.shape[1])
-        for first in range(start, end, size):
-            last = min(first + size, end)
-            part = out[first - start : last - start]
-            torch.mm(self.values[first:last].to(self.dtype), factor, out=part)
-            part.mul_(self.scales[first:last].unsqueeze(1))
-        return out
 
 
 def float_matrices(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -103,9 +86,9 @@ def round_to_int8(matrix: Tensor) -> Tensor:
 @torch.no_grad()
 def fill_from_int8(matrix: Tensor, values: Tensor, scales: Tensor) -> Tensor:
     """Give a matrix what was kept of one; gives the scales as `round_to_int8` does."""
-    scales = scales.to(matrix.dtype)
-    matrix.copy_(_products(values, scales, matrix))
-    return scales
+    rows = Int8Rows(values.flatten(1), scales.to(matrix.dtype))
+    matrix.copy_(rows[:].view(matrix.shape))
+    return rows.scales
 
 
 @torch.no_grad()
@@ -116,19 +99,10 @@ def whole_numbers(matrix: Tensor, scales: Tensor | None) -> Tensor | None:
         return None
     scales = scales.to(matrix.device)
     values = (matrix.flatten(1).double() / scales.double().unsqueeze(1)).round()
-    values = values.clamp(-128, 127).to(torch.int8)
-    same = torch.equal(_products(values, scales, matrix), matrix)
-    return values.view(matrix.shape) if same else None
-
-
-def kept_scales(scales: list[Tensor]) -> Tensor:
-    """The scales of several matrices as one tensor, in as few bits as they have."""
-    return torch.cat([each.to("cpu", SCALE_DTYPE) for each in scales])
-
-
-def _products(values: Tensor, scales: Tensor, like: Tensor) -> Tensor:
-    rows = Int8Rows(values.flatten(1), scales.to(like.dtype))
-    return rows[:].view(like.shape)
+    values = values.clamp(-128, 127).to(torch.int8).view(matrix.shape)
+    again = torch.empty_like(matrix)
+    fill_from_int8(again, values, scales)
+    return values if torch.equal(again, matrix) else None
 
 
 def not_trained() -> CompressionError:

@@ -46,12 +46,7 @@ class Partition(nn.Module):
 
     @classmethod
     def from_counts(cls, counts: np.ndarray, cutoffs: Sequence[int]) -> Partition:
-        """Order items by how often they occur in training.
-
-        Args:
-            counts: training interactions of each item id, `[n_items]`; that of id 0 is ignored.
-            cutoffs: end of each block in that order, the last `n_items`.
-        """
+        """Order items by how often they occur in training, `[n_items]`; that of id 0 is ignored."""
         often = np.asarray(counts, dtype=np.float64)[1:]  # unsigned numbers have no negative
         by_popularity = np.argsort(-often, kind="stable") + 1
         return cls(torch.from_numpy(np.concatenate([[PADDING], by_popularity])), cutoffs)
@@ -100,23 +95,20 @@ class Partition(nn.Module):
         if isinstance(item_at, Tensor) and item_at.shape == self.item_at.shape:
             _inverse(item_at)
 
-    def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
         self.check_state(state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        super()._load_from_state_dict(state_dict, prefix, *others)
         self.position_of = _inverse(self.item_at)
 
 
 def _inverse(item_at: Tensor) -> Tensor:
     """Position of each id, `[n_items]`; refuses what is not a permutation that starts with 0."""
     order = item_at.to(torch.int64)
-    inside = len(order) and order[0] == PADDING and bool((order >= 0).all())
-    inverse = torch.full_like(order, -1, dtype=torch.int32)
-    if inside and int(order.max()) < len(order):  # of a permutation every place is taken
-        places = torch.arange(len(order), dtype=torch.int32, device=order.device)
+    places = torch.arange(len(order), dtype=torch.int32, device=order.device)
+    inverse = torch.full_like(places, -1)
+    if ((order >= 0) & (order < len(order))).all():  # of a permutation every place is taken
         inverse.scatter_(0, order, places)
-    if (inverse < 0).any():
+    if (inverse < 0).any() or order[:1].tolist() != [PADDING]:
         raise CompressionError(
             "Expected `item_at` to hold every item id once, the padding id 0 first, but it does "
             "not; the checkpoint or the order of items is damaged."

@@ -48,8 +48,7 @@ class Recovery:
     kept: int = 0  # the epoch whose weights the model now has; 0: those it started with
 
     def last_is_best(self) -> bool:
-        """Whether neither the start nor an earlier epoch was as good as the latest; always, where
-        nothing was measured."""
+        """Whether nothing before was as good as the latest epoch, or nothing was measured."""
         scores = [found[self.metric] for found in [self.start, *self.epochs]] if self.metric else []
         return all(scores[-1] > score for score in scores[:-1])
 

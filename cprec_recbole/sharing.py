@@ -15,12 +15,7 @@ Layer = Sequence[Slot]
 
 
 def sharing_plan(scheme: str, n_layers: int, layers_per_block: int) -> tuple[int, ...]:
-    """The parameter set s(i) that each layer uses, `[n_layers]`.
-
-    Args:
-        scheme: `none`, `cross_layer`, `cross_block`, `adjacent_layer` or `adjacent_block`.
-        n_layers: layers in the stack.
-        layers_per_block: layers `g` of one residual block.
+    """The parameter set s(i) that each layer of a stack uses, `[n_layers]`, under a scheme.
 
     >>> sharing_plan("cross_block", n_layers=8, layers_per_block=2)
     (0, 1, 0, 1, 0, 1, 0, 1)
@@ -38,11 +33,8 @@ def sharing_plan(scheme: str, n_layers: int, layers_per_block: int) -> tuple[int
 
 
 def sharing_sets(layers: Sequence[Layer], plan: Sequence[int]) -> list[list[int]]:
-    """Layers that will use one set of parameters, as lists of layer indices.
-
-    A layer joins only layers of its own shape: a first GRU layer with a narrower input keeps
-    its own parameters.
-    """
+    """Layers that will use one set of parameters, as lists of layer indices. A layer joins only
+    layers of its own shape: a first GRU layer with a narrower input keeps its own parameters."""
     sets: dict[tuple, list[int]] = defaultdict(list)
     for index, (layer, key) in enumerate(zip(layers, plan)):
         shapes = tuple(getattr(module, name).shape for module, name in layer)
@@ -51,11 +43,8 @@ def sharing_sets(layers: Sequence[Layer], plan: Sequence[int]) -> list[list[int]
 
 
 def share(layers: Sequence[Layer], plan: Sequence[int]) -> int:
-    """Make the layers of each set use the very same parameters, those of the set's first layer;
-    returns how many sets are left.
-
-    The shared object is one `nn.Parameter` that several modules hold, so a step moves all of
-    them. Copying equal values into each layer would look the same and come apart at once.
+    """Make the layers of each set use the very same `nn.Parameter` objects, those of the set's
+    first layer, so that a step moves all of them; returns how many sets are left.
 
     Args:
         layers: the parameter slots of each layer; normalisation layers are not among them.

@@ -1,8 +1,5 @@
-"""How many threads PyTorch works on, and how they wait for each other.
-
-Threads that wait for work spin by default. Where another program takes a core, each operation then
-waits for a thread that does not run: a product of 0.3 ms was measured to take 10 ms.
-"""
+"""How many threads PyTorch works on, and how they wait: by default they spin, and where another
+program takes a core, a product of 0.3 ms was measured to take 10 ms."""
 
 from __future__ import annotations
 
@@ -16,21 +13,15 @@ _LARGE_TABLE = 2**20  # numbers; products with a smaller one gain little from a 
 
 
 def let_threads_sleep() -> None:
-    """Let waiting threads sleep, unless the user said how they wait. Only before torch is imported,
-    which reads this once."""
+    """Let waiting threads sleep, unless the user said how they wait."""
     if "torch" not in sys.modules:
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch reads it once
 
 
 @contextmanager
 def threads_for(n_items: int, dim: int) -> Iterator[int]:
-    """Within: as many threads as a model with a table of this size gains from; how many these are.
-    A number that the user set, by OMP_NUM_THREADS or `torch.set_num_threads`, stays.
-
-    Args:
-        n_items: items of the catalogue.
-        dim: size of an item vector.
-    """
+    """Within: as many threads as a model with a table `[n_items, dim]` gains from, and how many.
+    A number that the user set, by OMP_NUM_THREADS or `torch.set_num_threads`, stays."""
     import psutil
     import torch
 

@@ -20,9 +20,7 @@ class Version:
 
     def __init__(self, module: nn.Module) -> None:
         kinds: list[Any] = [(m._modules, m._parameters, m._buffers) for m in module.modules()]
-        self._held: list[dict[str, Any]] = [
-            held for kind in kinds for held in kind if held
-        ]  # a part's, by name
+        self._held = [held for kind in kinds for held in kind if held]  # a part's, by name
         self._parts = self._now()
         self._tensors = [part for part in self._parts if isinstance(part, Tensor)]
         self._storages = [tensor.detach() for tensor in self._tensors]  # no address is used again

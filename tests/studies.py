@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import numpy as np
 
 from cprec_recbole.compare.contenders import Recipe
 from cprec_recbole.compare.results import ORDER, STUDY, TRIALS, Findings, findings_of, pack_users
-from cprec_recbole.compare.spec import QUALITY, Cell, Failed, Goal, Spec, Study
+from cprec_recbole.compare.spec import QUALITY, Cell, Goal, Spec, Study
 
 CONTENDERS = tuple(ORDER)
 RATES = {3e-4: 0.93, 1e-3: 1.0, 3e-3: 0.97}  # tried, and what share of the best each reaches
@@ -106,10 +105,10 @@ def study_of(folder: Path, runs: Iterable[Made]) -> Findings:
         plans[str(goal.cell)]["contenders"][goal.name] = asdict(recipe)
     study, found = Study(spec, plans), {}
     for goal, record in runs:
-        search, trials = record.pop("search", RATES), []
-        with suppress(Failed):  # its first seed failed
-            trials = study.trials(goal, found, partly=True) or []
-        for trial in (trial for trial in trials if trial.rate in (None, *search)):
+        search, state = record.pop("search", RATES), study.state(goal, found, partly=True)
+        trials = [trial for trial, _ in state.tried] + state.missing  # or what it needs first
+        own = [trial for trial in trials if (trial.contender, trial.seed) == goal[1::2]]
+        for trial in (trial for trial in own if trial.rate in (None, *search)):
             valid = {"valid": {QUALITY: search.get(trial.rate, 0.1)}}
             found[trial.name] = record if "error" in record else {**record, **valid}
     (folder / TRIALS).mkdir(parents=True)

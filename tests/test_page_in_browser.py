@@ -133,11 +133,10 @@ def test_the_table_shows_the_cell_and_sorts(open_page):
     page.check("#all-rows")
     assert rows.count() > few
     heading = page.locator("#results thead th", has_text="NDCG@20")
+    numbers = "cells => cells.map((cell) => Number(cell.dataset.value))"
     for direction in ("ascending", "descending"):
         heading.locator("button").press("Enter")
-        values = page.locator("#results tbody td:nth-child(6)").evaluate_all(
-            "cells => cells.map((cell) => Number(cell.dataset.value))"
-        )
+        values = page.locator("#results tbody td:nth-child(6)").evaluate_all(numbers)
         assert values == sorted(values, reverse=direction == "descending")
         assert heading.get_attribute("aria-sort") == direction
 

@@ -60,8 +60,8 @@ def _nobody_reads() -> bool:
 
 
 def recbole_options(arguments: Sequence[str]) -> dict[str, Any]:
-    """RecBole options off a command line: `--name=value`, or `--name value` behind what has no
-    name, values as YAML. A dash in a name is an underscore, as in `--data-path`."""
+    """RecBole options off a command line, `--name=value` or `--name value`, values as YAML; a dash
+    in a name is an underscore."""
     if not arguments:
         return {}
     from cprec_recbole.commands.common import TEXTS, plain_text, value
@@ -84,13 +84,15 @@ def recbole_options(arguments: Sequence[str]) -> dict[str, Any]:
 
 def _parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     """The parser of the command that is called, or of all where it is none of them: to import what
-    trains takes seconds, which `cprec recommend` need not wait for."""
+    trains takes seconds."""
     description = "CpRec for RecBole: small and fast sequential recommenders."
     parser = argparse.ArgumentParser("cprec", description=description, allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     called = [name for name in COMMANDS if name in argv[:1]]
     for name in called or COMMANDS:
-        importlib.import_module(f"cprec_recbole.commands.{name}").add_parser(commands)
+        module = importlib.import_module(f"cprec_recbole.commands.{name}")
+        module.add_parser(commands)
+        commands.choices[name].set_defaults(run=module.run)
     return parser
 
 

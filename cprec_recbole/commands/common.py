@@ -87,7 +87,6 @@ def model_of(options: argparse.Namespace, names: Sequence[str] | None = None) ->
 
 
 def _name(options: argparse.Namespace, option: str) -> str | None:
-    """An option that is a name, of the command line or else of a file; None where none has it."""
     name = getattr(options, option) or from_files(options).get(option)
     if name is not None and not isinstance(name, str):
         raise CompressionError(f"Expected `{option}` to be a name, but got {name!r}.")

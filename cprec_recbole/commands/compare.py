@@ -31,43 +31,27 @@ def add_parser(commands: Any) -> None:
         allow_abbrev=False,
     )
     compare.set_defaults(run=run)
-    compare.add_argument("--model", choices=MODELS, help="or in --config; none for a study")
-    compare.add_argument("--dataset", help="RecBole's name, or in --config (default: ml-100k)")
-    compare.add_argument(
-        "--data-path",
-        "--data_path",
-        metavar="FOLDER",
-        help="where data sets are (RecBole: dataset)",
-    )
-    compare.add_argument("--seeds", type=int, metavar="N", help="repeat with N seeds (default: 1)")
-    compare.add_argument("--with-stock", action="store_true", help="also RecBole's own model")
-    compare.add_argument(
-        "--length", type=int, choices=(10, 20, 50, 100), help="items of a history (RecBole: 50)"
-    )
-    compare.add_argument(
-        "--out", default="cprec-compare", metavar="FOLDER", help="for trials, tables and a page"
-    )
-    compare.add_argument(
-        "--controls",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help=f"also controls: {ALL}, or out of {', '.join(CONTROLS)}",
-    )
+    add = compare.add_argument
+    add("--model", choices=MODELS, help="or in --config; none for a study")
+    add("--dataset", help="RecBole's name, or in --config (default: ml-100k)")
+    where = "where data sets are (RecBole: dataset)"
+    add("--data-path", "--data_path", metavar="FOLDER", help=where)
+    add("--seeds", type=int, metavar="N", help="repeat with N seeds (default: 1)")
+    add("--with-stock", action="store_true", default=None, help="also RecBole's own model")
+    lengths = (10, 20, 50, 100)
+    add("--length", type=int, choices=lengths, help="items of a history (RecBole: 50)")
+    add("--out", default="cprec-compare", metavar="FOLDER", help="for trials, tables and a page")
+    names = f"also controls: {ALL}, or out of {', '.join(CONTROLS)}"
+    add("--controls", nargs="+", default=[], metavar="NAME", help=names)
     add_compression(compare)
-    compare.add_argument(
-        "--study", metavar="FILE", help="YAML: many comparisons; see docs/comparing.md"
-    )
-    compare.add_argument("--jobs", type=int, metavar="N", help="trainings at a time (default: 1)")
-    compare.add_argument("--only", nargs="+", metavar="KEY", help="patterns of keys of runs")
-    compare.add_argument("--retry", action="store_true", help="try again what failed")
-    compare.add_argument("--summary", action="store_true", help="only write the tables of --out")
-    compare.add_argument("--latex", action="store_true", help="also compare.tex")
-    compare.add_argument(
-        "--against",
-        metavar="NAME",
-        help="the contender that others are measured against, beside the uncompressed model",
-    )
+    add("--study", metavar="FILE", help="YAML: many comparisons; see docs/comparing.md")
+    add("--jobs", type=int, metavar="N", help="trainings at a time (default: 1)")
+    add("--only", nargs="+", metavar="KEY", help="patterns of keys of runs")
+    add("--retry", action="store_true", help="try again what failed")
+    add("--summary", action="store_true", help="only write the tables of --out")
+    add("--latex", action="store_true", help="also compare.tex")
+    against = "the contender that others are measured against, beside the uncompressed model"
+    add("--against", metavar="NAME", help=against)
 
 
 def run(options: argparse.Namespace, passed_on: dict[str, Any], command: str) -> int:
@@ -113,31 +97,27 @@ def run(options: argparse.Namespace, passed_on: dict[str, Any], command: str) ->
 def _single(options: argparse.Namespace, passed_on: dict[str, Any]) -> Spec:
     """One model on one data set, by the command line and the files of --config."""
     model = model_of(options, MODELS)
-    given = dict(passed_on)
     own = {"MAX_ITEM_LIST_LENGTH": options.length, "data_path": options.data_path}
-    given |= {name: value for name, value in own.items() if value is not None}
     return Spec.single(
         model,
         dataset_of(options),
         compression_for(model, options),
         controls=options.controls,
-        with_stock=options.with_stock,
+        with_stock=bool(options.with_stock),
         seeds=1 if options.seeds is None else options.seeds,
-        options=given,
+        options=passed_on | {name: value for name, value in own.items() if value is not None},
         config_files=options.config,
     )
 
 
 def _check_alone(options: argparse.Namespace, passed_on: dict[str, Any]) -> None:
     """Raise a CompressionError for what a study's file says, or what trains where nothing does."""
-    own = {name: getattr(options, name) for name in ("model", "length", "ranks", "cutoffs")}
-    own |= {name: getattr(options, name) for name in ("sharing", "softmax", "tied", "training")}
-    own |= {name: getattr(options, name) for name in ("dataset", "seeds")}
-    given = [name for name, value in (own | passed_on).items() if value is not None]
-    given += [name for name in ("controls", "with_stock", "config") if getattr(options, name)]
-    if given:
+    names = ["model", "length", "ranks", "cutoffs", "sharing", "softmax", "tied", "training"]
+    names += ["dataset", "seeds", "controls", "with_stock", "config"]
+    own = {name: getattr(options, name) for name in names}
+    for name in (name for name, value in (own | passed_on).items() if value not in (None, [])):
         raise CompressionError(
-            f"Expected a study to be all in its file, but got `{given[0]}` on the command line."
+            f"Expected a study to be all in its file, but got `{name}` on the command line."
         )
     for name in ("study", "only", "retry", "jobs") if options.summary else ():
         if getattr(options, name):

@@ -33,7 +33,6 @@ def add_parser(commands: Any) -> None:
         "--name=value is passed on to RecBole, e.g. --data_path=DATA.",
         allow_abbrev=False,
     )
-    parser.set_defaults(run=run)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="RecBole's .pth")
     parser.add_argument("--out", required=True, metavar="FOLDER")
     budget = parser.add_mutually_exclusive_group()

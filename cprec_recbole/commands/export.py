@@ -20,7 +20,6 @@ def add_parser(commands: Any) -> None:
         "leave out go in, the best items and their scores come out. The tokens are written beside.",
         allow_abbrev=False,
     )
-    parser.set_defaults(run=run)
     parser.add_argument("folder", metavar="FOLDER")
     parser.add_argument("--to", required=True, metavar="{" + ",".join(SUFFIXES) + "}")
     parser.add_argument("--out", metavar="FILE", help="default: FOLDER.onnx or FOLDER.pt2")

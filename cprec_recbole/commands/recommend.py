@@ -21,8 +21,6 @@ _OURS = ("history", "items", "scores", "error", "line")  # of a request, what no
 
 
 class _Asked(NamedTuple):
-    """What a line asks for, and the object that its answer is written into."""
-
     answer: dict[str, Any]
     ids: list[int]
     k: Any
@@ -40,7 +38,6 @@ def add_parser(commands: Any) -> None:
         "the object held.",
         allow_abbrev=False,
     )
-    parser.set_defaults(run=run)
     parser.add_argument("folder", metavar="FOLDER")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
@@ -65,7 +62,7 @@ def run(options: argparse.Namespace, passed_on: dict[str, Any], command: str) ->
     model = load_pretrained(options.folder, engine=options.engine)
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
-        warnings.showwarning = _on_one_line
+        warnings.showwarning = lambda message, *_: print(f"cprec: {message}", file=sys.stderr)
         if options.history is None:
             return _answer_lines(model, options)
         history = [token.strip() for token in options.history.split(",") if token.strip()]
@@ -125,8 +122,7 @@ def _asked(
         raise CompressionError(
             f"Expected `exclude_seen` to be true or false, but got {exclude_seen!r}."
         )
-    vocabulary = model.known_vocabulary()
-    ids = vocabulary.ids(request["history"], options.unknown, "the history")
+    ids = model.known_vocabulary().ids(request["history"], options.unknown, "the history")
     if not ids:
         raise CompressionError(
             "Expected every history to hold a token of the catalogue, but this one has none."
@@ -163,7 +159,3 @@ def _opened(name: str) -> TextIO:
         raise CompressionError(
             f"Expected `input` to be a file that can be read, but got {name}: {error.strerror}."
         ) from error
-
-
-def _on_one_line(message: Warning | str, *args: Any, **kwargs: Any) -> None:
-    print(f"cprec: {message}", file=sys.stderr)

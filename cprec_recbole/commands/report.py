@@ -30,7 +30,6 @@ def add_parser(commands: Any) -> None:
         description="What each choice of ranks, cutoffs and sharing would cost, untrained.",
         allow_abbrev=False,
     )
-    report.set_defaults(run=run)
     report.add_argument("model", choices=common.MODELS)
     catalogue = report.add_mutually_exclusive_group()
     catalogue.add_argument("--dataset", help="RecBole's name, or in --config (default: ml-100k)")
@@ -57,11 +56,8 @@ def run(options: argparse.Namespace, passed_on: dict[str, Any], command: str) ->
 def size_rows(
     config: Config, compression: CompressionConfig, items: int | None = None
 ) -> tuple[str, list[dict[str, str]]]:
-    """A title, and named cells in rows: sizes of a model, uncompressed and under each choice.
-
-    Nothing is trained, no table is built. The choices vary the given one, one option at a time; the
-    catalogue is the data set's, or has some number of `items`.
-    """
+    """A title, and named cells in rows: sizes of a model, uncompressed, under the given choice and
+    with one option of it varied; the catalogue is the data set's, or has so many `items`."""
     spec = config.model_class.spec
     if items is None:
         n_items = int(library.recbole_dataset(config).item_num)

@@ -23,7 +23,6 @@ def add_parser(commands: Any) -> None:
         "option too (docs/scale.md).",
         allow_abbrev=False,
     )
-    parser.set_defaults(run=run)
     parser.add_argument("--model", metavar="{CpSASRec,...,SASRec,...}", help="or in --config")
     parser.add_argument("--dataset", help="RecBole's name, or in --config (default: ml-100k)")
     parser.add_argument(

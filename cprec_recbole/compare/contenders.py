@@ -4,11 +4,10 @@ would ask for. What each costs follows from a setting; nothing is tuned by hand.
 from __future__ import annotations
 
 import copy
-import difflib
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from cprec_recbole.compression.compress import compress
 from cprec_recbole.compression.original import Original
 from cprec_recbole.compression.quantize import quantize
 from cprec_recbole.compression.recover import recover
-from cprec_recbole.config import CompressionConfig, CompressionError
+from cprec_recbole.config import CompressionConfig, CompressionError, check_choice
 from cprec_recbole.costs import BYTES_PER_FLOAT, PARAMETERS, PartSizes, Unit, estimate
 from cprec_recbole.host.library import recbole_model
 from cprec_recbole.int8 import BYTES_PER_SCALE
@@ -41,17 +40,16 @@ _WIDTHS = ("embedding_size", "hidden_size", "inner_size")  # RecBole's names of 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a contender is made. The kind is one of
+    """How a contender is made."""
 
-    - `train`, a Cp model; `hashing`, `recjpq-random`, `recjpq-svd`, one on that item table;
-      `recbole`, RecBole's own model. Options are RecBole's, and `dtype: int8` puts the matrices of
-      the trained model in int8.
-    - `compress`, made of the trained uncompressed model; `recover`, that and then trained on.
-      Options are arguments of `compress`, and `one_rank: true` asks for one block in those bytes.
-    """
-
+    # `train`: a Cp model; `hashing`, `recjpq-random`, `recjpq-svd`: one on that item table;
+    # `recbole`: RecBole's own model; `compress`: made of the trained uncompressed model; `recover`:
+    # that, then trained on
     kind: str
-    options: dict[str, Any]  # that only it has, as JSON has them
+    # that only it has, as JSON has them: RecBole's, and `dtype: int8` puts the matrices of the
+    # trained model in int8; or arguments of `compress`, where `one_rank: true` asks for one block
+    # in those bytes
+    options: dict[str, Any]
 
     @property
     def is_derived(self) -> bool:
@@ -64,7 +62,7 @@ class Recipe:
         return self.kind != "compress"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Setting:
     """A model, a catalogue, and the compressed contender that others stand beside."""
 
@@ -75,26 +73,12 @@ class Setting:
     base: dict[str, Any] = field(default_factory=dict)  # the options given beside a ratio
     refused_size: int | None = None  # parameters it should have had, where it cannot be that small
 
-    @property
-    def spec(self) -> ModelSpec:
-        """What compression knows of the model."""
-        return self.config.model_class.spec
-
-    @property
-    def dim(self) -> int:
-        """Size `d` of an uncompressed item vector."""
-        return self.spec.dim(int(self.config[self.spec.size_option]))
-
-    @property
-    def n_items(self) -> int:
-        """Items of the catalogue, padding included."""
-        return int(self.dataset.item_num)
-
-    @cached_property
-    def inner(self) -> Any:
-        """RecBole's model without its table."""
+    def __post_init__(self) -> None:
+        self.spec: ModelSpec = self.config.model_class.spec
+        self.dim = self.spec.dim(int(self.config[self.spec.size_option]))
+        self.n_items = int(self.dataset.item_num)  # padding included
         with torch.random.fork_rng(devices=[]):
-            return self.spec.build_inner(self.config, self.dataset)
+            self.inner = self.spec.build_inner(self.config, self.dataset)
 
     @property
     def compressed(self) -> PartSizes:
@@ -176,9 +160,9 @@ def _changed(setting: Setting, **change: Any) -> Recipe | None:
 
 
 def _recovered(setting: Setting) -> Recipe:
-    chosen_later = {"ratio": setting.ratio, **setting.base}  # by the table, once it is trained
-    given = own_options(setting.compression)
-    return Recipe("recover", given if setting.ratio is None else chosen_later)
+    if setting.ratio is None:
+        return Recipe("recover", own_options(setting.compression))
+    return Recipe("recover", {"ratio": setting.ratio, **setting.base})  # chosen once it is trained
 
 
 def _recovered_int8(setting: Setting, **more: Any) -> Recipe:
@@ -238,19 +222,13 @@ BY_SIZE = ("recovered-int8", "narrower", "uniform-svd-recovered-int8", "narrower
 def find_controls(names: Sequence[str]) -> list[str]:
     """The controls of these names, each once; `all` for every one. CompressionError for others."""
     for name in names:
-        if name not in (ALL, *CONTROLS):
-            near = difflib.get_close_matches(name, [ALL, *CONTROLS], n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else "."
-            raise CompressionError(
-                f"Expected `controls` to be {ALL} or out of {', '.join(CONTROLS)}, but got "
-                f"{name!r}{hint}"
-            )
+        check_choice("controls", name, (ALL, *CONTROLS))
     return list(dict.fromkeys(n for name in names for n in (CONTROLS if name == ALL else [name])))
 
 
 def recipe_of(name: str, setting: Setting) -> Recipe | None:
-    """How a contender is made in a setting; None where it is the same model as `compressed`. A
-    CompressionError where there is none, as nothing is narrower than the narrowest."""
+    """How a contender is made; None where it is the same model as `compressed`. A CompressionError
+    where there is none, as nothing is narrower than the narrowest."""
     return CONTENDERS[name](setting)
 
 
@@ -278,11 +256,8 @@ def derive(
     loss_memory: int | str,
 ) -> tuple[CompressedRecommender, Recovery | None]:
     """What a derived recipe makes of the trained uncompressed model, which is left as it was.
-
-    `train` and `valid` are RecBole's loaders; `epochs` those until the original's best, of which a
-    recovery has a quarter, one at least; `seed` and `rate` the recovery's, None for the rate that
-    `recover` has by itself; `loss_memory` as in CompressionConfig.
-    """
+    `epochs` are those until the original's best, of which a recovery has a quarter, one at least;
+    without a `rate` it has the one that `recover` has by itself."""
     options = {**recipe.options, "loss_memory": loss_memory}
     in_one_rank = options.pop("one_rank", False)
     small = compress(original, data=train, verbose=False, **options)

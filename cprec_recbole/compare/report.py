@@ -2,50 +2,33 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from rich.table import Table as Screen
 
+from cprec_recbole.compare import results
 from cprec_recbole.compare.contenders import UNCOMPRESSED
 from cprec_recbole.compare.page import render_page
-from cprec_recbole.compare.results import (
-    LEVEL,
-    OURS,
-    RESAMPLES,
-    Difference,
-    Figure,
-    Findings,
-    Point,
-    Quantity,
-    Run,
-    Table,
-    paired,
-    quality_of,
-)
+from cprec_recbole.compare.results import Figure, Findings, Point, Run, Table
 from cprec_recbole.compare.spec import QUALITY
 from cprec_recbole.files import write_text
 from cprec_recbole.training.ranking import PARTS
 
 _FIT = 5  # contenders, each in columns of its own, in the width of a terminal's table
-_COSTS: dict[str, tuple[Quantity | str, str]] = {
-    "parameters: table": (lambda run: run.record["parameters"]["table"], ",.0f"),
-    "parameters: layers": (lambda run: run.record["parameters"]["layers"], ",.0f"),
-    "parameters: softmax": (lambda run: run.record["parameters"]["softmax"], ",.0f"),
-    "parameters": (lambda run: sum(run.record["parameters"].values()), ",.0f"),
+_PARTS = ("table", "layers", "softmax")
+_COSTS = {  # labels, figures of runs, and how they are written
+    **{f"parameters: {part}": (f"parameters: {part}", ",.0f") for part in _PARTS},
+    "parameters": ("parameters", ",.0f"),
     "bytes of weights": ("bytes", ",.0f"),
     "saved weights (bytes)": ("weight_bytes", ",.0f"),
     "RecBole checkpoint (bytes)": ("checkpoint_bytes", ",.0f"),
-    "seconds an epoch": (lambda run: run.epoch_seconds, ".2f"),
+    "seconds an epoch": ("epoch_seconds", ".2f"),
     "epochs to the best": ("best_epoch", ".1f"),
-    "ms to score a user": (lambda run: run.score_ms, ".2f"),
+    "ms to score a user": ("score_ms", ".2f"),
 }
-_SHOWN_COSTS = ("bytes of weights", "ms to score a user")
-_HEADER = ("contender", "ratio", "seeds", "parameters", "smaller", "NDCG@20 test")
 
 
 def write_report(findings: Findings, folder: Path, *, latex: bool = False) -> list[Path]:
@@ -71,22 +54,21 @@ def _csv_row(run: Run, metrics: Sequence[str]) -> dict[str, Any]:
     goal, record = run.goal, run.record
     row = {"key": goal.key, **goal.cell._asdict(), "seed": goal.seed}
     row |= {"contender": goal.contender, "ratio": goal.ratio}
+    parts, seconds = record.get("parameters", {}), record.get("epoch_seconds")
     row["learning_rate"] = record.get("learning_rate")
-    parts = record.get("parameters", {})
     row["total_parameters"] = sum(parts.values()) if parts else None
     row |= {name: record.get(name) for name in ("bytes", "best_epoch", "epochs", "score_ms")}
     row |= {name: record.get("environment", {}).get(name) for name in ("processor", "gpu")}
     blocks = record.get("blocks") or {}  # runs of before did not say
     row |= {f"block_{n}": "/".join(map(str, blocks.get(n, []))) for n in ("items", "ranks")}
     row["sharing"] = record.get("sharing")
-    row |= {f"parameters_{part}": parts.get(part) for part in ("table", "layers", "softmax")}
+    row |= {f"parameters_{part}": parts.get(part) for part in _PARTS}
     row |= {f"{s}_{m}": record.get(s, {}).get(m) for s in ("valid", "test") for m in metrics}
-    seconds = record.get("epoch_seconds")
     row["epoch_seconds"] = float(pd.Series(seconds).median()) if seconds else None
     for part in PARTS:
         found = record.get("popularity", {}).get(part, {})
         row |= {f"{part}_{name}": found.get(name) for name in (QUALITY, "hit@20", "cases")}
-    return {**row, "error": run.error}
+    return {**row, "error": record.get("error")}
 
 
 def as_markdown(findings: Findings) -> str:
@@ -96,14 +78,19 @@ def as_markdown(findings: Findings) -> str:
     if findings.study.spec.is_single and findings.tables:
         lines = [f"# {_title(findings)}", "", f"Repeat it with `{findings.study.command}`.", ""]
         lines += [*_markdown(_by_quantity(findings)), _note(findings)]
-        lines += ["", "Contenders:", "", *_described(findings), ""]
+        lines += ["", "Contenders:", ""]
+        for point in findings.tables[0].points:
+            options = findings.study.made(point.runs[0].goal)["options"]
+            words = [f"{name} {value}" for name, value in options.items() if value is not None]
+            sharing = point.runs[0].record.get("sharing")
+            lines.append(f"- {point.label}: {', '.join(words)} ({sharing})")
+        lines.append("")
     lines += ["## Differences" if lines else "# Study", "", *_notes(findings), ""]
     lines += _overview(findings)
     for table in findings.tables:
-        rows = [_header(findings), *(_texts(table, point) for point in _sorted(table))]
-        lines += [f"## {_heading(table)}", "", *_markdown(rows)]
+        lines += [f"## {_heading(table)}", "", *_markdown(_rows(findings, table))]
     if findings.failed:
-        lines += ["## Failed", "", *_failures(findings.failed), ""]
+        lines += ["## Failed", "", *(f"- {who}: {why}" for who, why in findings.failures), ""]
     return "\n".join(lines)
 
 
@@ -111,8 +98,8 @@ def as_latex(findings: Findings) -> str:
     """The tables of the cells for LaTeX; they need the package booktabs."""
     parts = ["% needs \\usepackage{booktabs}"]
     for table in findings.tables:
-        rows = [_texts(table, point) for point in _sorted(table)]
-        frame = pd.DataFrame(rows, columns=_header(findings))
+        header, *rows = _rows(findings, table)
+        frame = pd.DataFrame(rows, columns=header)
         parts.append(frame.to_latex(index=False, escape=True, caption=_heading(table)))
     return "\n".join(parts)
 
@@ -124,10 +111,9 @@ def as_screen(findings: Findings) -> Screen:
     points = findings.tables[0].points
     are_many = len(points) > (_FIT if len(findings.study.spec.seeds) == 1 else _FIT - 1)
     if are_many:
-        highest = max((r[0].rpartition("@")[2] for r in rows if "@" in r[0]), key=int, default="")
-        metrics = [r for r in rows if r[0].endswith(f"@{highest}")]
-        shown = [r for r in metrics if r[0].startswith(("HR@", "NDCG@"))]
-        shown += [r for r in rows if r[0] in _SHOWN_COSTS]
+        highest = max((int(r[0].split("@")[1]) for r in rows if "@" in r[0]), default=0)
+        names = (f"HR@{highest}", f"NDCG@{highest}", "bytes of weights", "ms to score a user")
+        shown = [row for row in rows if row[0] in names]
         header = ["", *(text for row in shown for text in (row[0], "ratio"))]
         rows = [[point.label] for point in points]
         for i, row in enumerate(rows):
@@ -150,31 +136,15 @@ def _by_quantity(findings: Findings) -> list[list[str]]:
     """A header, and a row for each metric and cost: the first contender's figure, then those of the
     others, each with its ratio to the first."""
     first, *others = findings.tables[0].points
-    metrics = first.runs[0].record["test"]
-    wanted = [
-        (name.upper().replace("HIT", "HR"), ".4f", partial(Point.metric, name=name))
-        for name in metrics
-    ]
-    wanted += [
-        (label, form, partial(Point.figure, quantity=quantity))
-        for label, (quantity, form) in _COSTS.items()
-    ]
+    metrics = {m.upper().replace("HIT", "HR"): (m, ".4f") for m in first.runs[0].record["test"]}
     rows = [["", first.label, *(text for p in others for text in (p.label, "ratio"))]]
-    for label, form, figure_of in wanted:
-        base, *figures = map(figure_of, (first, *others))
-        row = [label, _figure(base, form)]
+    for label, (name, form) in (metrics | _COSTS).items():
+        base, *figures = (point.figure(name) for point in (first, *others))
+        row = [label, format(base, form) if base else "-"]
         for figure in figures:
-            row += [_figure(figure, form), _ratio(figure, base)]
+            row += [format(figure, form) if figure else "-", _ratio(figure, base)]
         rows += [row] if any((base, *figures)) else []  # what was not measured has no row
     return rows
-
-
-def _figure(figure: Figure | None, form: str) -> str:
-    if figure is None:
-        return "-"
-    if math.isnan(figure.spread) or figure.spread == 0:
-        return format(figure.mean, form)
-    return f"{figure.mean:{form}} ± {figure.spread:{form}}"
 
 
 def _ratio(figure: Figure | None, base: Figure | None) -> str:
@@ -195,10 +165,9 @@ def _markdown(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _title(findings: Findings) -> str:
-    table = findings.tables[0]
-    about = table.about
-    where = f"{table.cell.model} on {table.cell.dataset}"
-    return f"{where} ({about['users']:,} users, {about['items']:,} items)"
+    cell, about = findings.tables[0].cell, findings.tables[0].about
+    counts = f"{about['users']:,} users, {about['items']:,} items"
+    return f"{cell.model} on {cell.dataset} ({counts})"
 
 
 def _note(findings: Findings) -> str:
@@ -208,24 +177,13 @@ def _note(findings: Findings) -> str:
     spread = "mean ± standard deviation" if len(seeds) > 1 else "no spread; use --seeds 3"
     split = about["evaluation"]["split"]
     parts = "leave one out" if "LS" in split else f"split {split}"
-    cases = f"{about['test_cases']:,} cases"
-    return f"Test set: {parts}, all items ranked, {cases}; {over} ({spread})."
-
-
-def _described(findings: Findings) -> list[str]:
-    """What each contender of a single comparison is."""
-    lines = []
-    for point in findings.tables[0].points:
-        options = findings.study.recipe(point.runs[0].goal).options
-        words = [f"{name} {value}" for name, value in options.items() if value is not None]
-        sharing = point.runs[0].record.get("sharing")
-        lines.append(f"- {point.label}: {', '.join(words)} ({sharing})")
-    return lines
+    ranked = f"all items ranked, {about['test_cases']:,} cases"
+    return f"Test set: {parts}, {ranked}; {over} ({spread})."
 
 
 def _sorted(table: Table) -> list[Point]:
     """The uncompressed model, what has no ratio, then ratio by ratio ours before the controls."""
-    ours = [UNCOMPRESSED, *OURS]
+    ours = [UNCOMPRESSED, *results.OURS]
 
     def place(point: Point) -> tuple[Any, ...]:
         known = ours.index(point.contender) if point.contender in ours else len(ours)
@@ -268,30 +226,13 @@ def _share(table: Table, point: Point | None) -> str:
     if point is None:
         return ""
     if point is table.reference:
-        return _quality(point)
-    found = point.interval
-    both = table.reference and paired(point, table.reference, quality_of)
-    if table.reference is None or found is None or not both or not both[1]:
+        return f"{point.quality:.4f}"
+    found, both = point.interval, point.beside(point.whole)
+    if point.whole is None or found is None or not both or not both[1]:
         return "–"  # nothing to divide by
     of, low, high = (round(100 * (1 + x / both[1])) for x in (found.mean, found.low, found.high))
-    few = f" [{found.seeds}]" if found.seeds < len(table.reference.runs) else ""
+    few = f" [{found.seeds}]" if found.seeds < len(point.whole.runs) else ""
     return f"{of}% ({low} to {high}){few}"
-
-
-def _failures(failed: Sequence[Run]) -> list[str]:
-    """What failed for the same reason, in one line."""
-    groups: dict[tuple[str, str], list[Run]] = {}
-    for run in failed:
-        (dataset, model, length), _, ratio, _ = run.goal
-        at = "" if ratio is None else f", ratio {ratio:g}"
-        place = f"{model} on {dataset}, length {length}{at}"
-        groups.setdefault((place, str(run.error)), []).append(run)
-    lines = []
-    for (place, error), runs in groups.items():
-        names = ", ".join(dict.fromkeys(run.goal.contender for run in runs))
-        seeds = ", ".join(str(seed) for seed in sorted({run.goal.seed for run in runs}))
-        lines.append(f"- {place}: {names} (seeds {seeds}): {error}")
-    return lines
 
 
 def _notes(findings: Findings) -> list[str]:
@@ -307,18 +248,24 @@ def _notes(findings: Findings) -> list[str]:
         if findings.searches
         else ", at one learning rate"
     )
+    highest, lowest = findings.edges
+    edges = (  # whether the rates that were tried were enough
+        f" The highest rate that was tried won {highest} of {len(findings.searches)} searches, the "
+        f"lowest {lowest}: there, rates beyond it may be better still, and can be added to the "
+        "study."
+    )
     return [
         f"{len(findings.finished)} runs finished, {len(findings.failed)} failed; "
-        f"{findings.trainings} trainings in all{search}.{_edges(findings)}",
+        f"{findings.trainings} trainings in all{search}.{edges if highest + lowest else ''}",
         "",
         "*Smaller*: bytes of the weights as they are kept, of the uncompressed model over the "
         "contender's. *NDCG@20 test*: mean ± standard deviation over seeds. *To uncompressed*"
         f"{to_subject}: mean difference of NDCG@20 over the test users, "
-        f"a user's difference averaged over seeds, with the {LEVEL:.0%} interval of {RESAMPLES:,} "
-        "bootstrap samples of users. *Verdict*: `worse` or `better` where the interval to "
-        "uncompressed leaves zero out, else `not told apart`: the interval says how large a "
-        "difference may still be. Intervals are of these trainings; others would differ, as seeds "
-        "do. One in twenty misses by chance.",
+        f"a user's difference averaged over seeds, with the {results.LEVEL:.0%} interval of "
+        f"{results.RESAMPLES:,} bootstrap samples of users. *Verdict*: `worse` or `better` where "
+        "the interval to uncompressed leaves zero out, else `not told apart`: the interval says "
+        "how large a difference may still be. Intervals are of these trainings; others would "
+        "differ, as seeds do. One in twenty misses by chance.",
         "",
         *(["Learning rates were not searched alike for all:", ""] if unequal else []),
         *[f"- {sentence}" for sentence in unequal],
@@ -328,54 +275,32 @@ def _notes(findings: Findings) -> list[str]:
     ]
 
 
-def _edges(findings: Findings) -> str:
-    """Whether the rates that were tried were enough."""
-    highest, lowest, ended = findings.edges
-    if not highest + lowest:
-        return ""
-    return (
-        f" The highest rate that was tried won {highest} of {ended} searches, the lowest "
-        f"{lowest}: there, rates beyond it may be better still, and can be added to the study."
-    )
-
-
 def _machine(environment: dict[str, Any]) -> str:
-    versions = ", ".join(
-        f"{n} {environment.get(n)}" for n in ("recbole", "torch", "numpy", "python")
-    )
+    packages = ("recbole", "torch", "numpy", "python")
+    versions = ", ".join(f"{name} {environment.get(name)}" for name in packages)
     hardware = environment.get("gpu") or environment.get("processor")
     return f"{hardware}, one thread a run; {versions}"
 
 
 def _heading(table: Table) -> str:
-    return f"{table.label} ({_users(table)} test users)"
+    return f"{table.cell.label} ({_users(table)} test users)"
 
 
 def _users(table: Table) -> str:
-    return "?" if table.users is None else f"{table.users:,}"
+    found = (run.users for point in table.points for run in point.runs)
+    return next((f"{len(users):,}" for users in found if users is not None), "?")
 
 
-def _header(findings: Findings) -> list[str]:
+def _rows(findings: Findings, table: Table) -> list[list[str]]:
+    """A header, and a row for each point of a cell."""
     to_subject = f"to {findings.subject}" if findings.subject else ""
-    return [*_HEADER, "to uncompressed", "verdict", to_subject]
-
-
-def _texts(table: Table, point: Point) -> list[str]:
-    ratio = "" if point.ratio is None else f"{point.ratio:g}"
-    smaller = f"{table.reference.size / point.size:.2f}" if table.reference else ""
-    verdict = "" if point.interval is None else point.interval.verdict
-    return [
-        *(point.contender, ratio, str(len(point.runs)), f"{point.parameters:,.0f}", smaller),
-        _quality(point),
-        *(_interval(point.interval), verdict, _interval(point.to_subject)),
-    ]
-
-
-def _quality(point: Point) -> str:
-    return _figure(point.quality, ".4f")
-
-
-def _interval(difference: Difference | None) -> str:
-    if difference is None:
-        return ""
-    return f"{difference.mean:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
+    rows = [["contender", "ratio", "seeds", "parameters", "smaller", "NDCG@20 test"]]
+    rows[0] += ["to uncompressed", "verdict", to_subject]
+    for point in _sorted(table):
+        ratio = "" if point.ratio is None else f"{point.ratio:g}"
+        smaller = f"{table.reference.size / point.size:.2f}" if table.reference else ""
+        verdict = point.interval.verdict if point.interval else ""
+        row = [point.contender, ratio, str(len(point.runs)), f"{point.parameters:,.0f}", smaller]
+        row += [f"{point.quality:.4f}", str(point.interval or ""), verdict]
+        rows.append([*row, str(point.to_subject or "")])
+    return rows

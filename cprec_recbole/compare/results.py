@@ -7,9 +7,10 @@ import json
 import math
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cprec_recbole.compare.contenders import COMPRESSED, UNCOMPRESSED
-from cprec_recbole.compare.spec import QUALITY, Cell, Failed, Goal, Ratio, Record, Spec, Study
+from cprec_recbole.compare.spec import QUALITY, Cell, Goal, Ratio, Record, Spec, Study
 from cprec_recbole.config import CompressionError
 
 STUDY, TRIALS, PACKED = "study.json", "trials", "trials.zip"  # in the folder of a study
@@ -39,43 +40,43 @@ class Figure(NamedTuple):
     mean: float
     spread: float
 
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Figure:
-        """Sum values up."""
-        return cls(mean(values), stdev(values) if len(values) > 1 else math.nan)
+    def __format__(self, form: str) -> str:
+        spread = f" ± {self.spread:{form}}" if self.spread > 0 else ""  # not for one seed
+        return f"{self.mean:{form}}{spread}"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A mean difference over users and its interval."""
+
+    mean: float
+    low: float
+    high: float
+    users: int
+    seeds: int  # that each user's difference is the mean of
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
+
+    @property
+    def verdict(self) -> str:
+        """`better` where the interval is above zero, `worse` where it is below it, else `not told
+        apart`: the interval says how large a difference may still be."""
+        return "better" if self.low > 0 else "worse" if self.high < 0 else "not told apart"
 
 
 @dataclass(frozen=True)
 class Run:
-    """The trial that counts for a contender with a seed.
-
-    Attributes:
-        goal: what it is the run of.
-        record: what was found; of a run that failed its `error` alone.
-        search: learning rates that were tried with the first seed, and what each reached on
-            validation (None: it failed).
-        is_elsewhere: it was trained on another machine than the rest of its cell, and its times are
-            left out.
-        score_ms: milliseconds to score the catalogue for one user. Where a plain model was timed
-            beside it, by that: what the run's time would be while that took its usual time.
-    """
+    """The trial that counts for a contender with a seed."""
 
     goal: Goal
-    record: Record
+    record: Record  # what was found; of a run that failed its `error` alone
+    # learning rates tried with the first seed; what each reached on validation, None: it failed
     search: dict[float, float | None] = field(default_factory=dict)
-    is_elsewhere: bool = False
+    is_elsewhere: bool = False  # on another machine than the rest of its cell: no times
+    # milliseconds to score the catalogue for one user. Where a plain model was timed beside it, by
+    # that: what the run's time would be while that took its usual time
     score_ms: float | None = None
-
-    @property
-    def error(self) -> str | None:
-        """Why it failed; None for a run that finished."""
-        return self.record.get("error")
-
-    @property
-    def epoch_seconds(self) -> float | None:
-        """Median seconds of its training epochs."""
-        seconds = None if self.is_elsewhere else self.record.get("epoch_seconds")
-        return median(seconds) if seconds else None
 
     @cached_property
     def users(self) -> np.ndarray | None:
@@ -83,65 +84,63 @@ class Run:
         packed = self.record.get("users")
         return None if packed is None else unpack_users(packed)
 
-    def popularity(self, group: str) -> float | None:
-        """NDCG@20 of a group of items by popularity; None where it holds no case."""
-        return self.record.get("popularity", {}).get(group, {}).get(QUALITY)
-
     @property
-    def machine(self) -> tuple[Any, ...]:
-        """On what it was timed."""
-        return tuple(self.record.get("environment", {}).get(name) for name in _MACHINE)
+    def figures(self) -> dict[str, float | None]:
+        """What points have means of: metrics on the test set, costs, and NDCG@20 of each group of
+        items by popularity; None: not measured, or no such case."""
+        record, parts = self.record, self.record["parameters"]
+        seconds = None if self.is_elsewhere else record.get("epoch_seconds")
+        names = ("bytes", "weight_bytes", "checkpoint_bytes", "best_epoch")
+        groups, total = record.get("popularity") or {}, sum(parts.values())
+        return {
+            **record["test"],
+            **{f"parameters: {part}": count for part, count in parts.items()},
+            **{f"popularity: {group}": found.get(QUALITY) for group, found in groups.items()},
+            **{name: record.get(name) for name in names},
+            "parameters": total,
+            "size": record.get("bytes") or 4 * total,  # of float32 where a study does not tell
+            "epoch_seconds": median(seconds) if seconds else None,
+            "score_ms": self.score_ms,
+        }
 
 
-Quantity = Callable[[Run], float | None]
-
-
-@dataclass
 class Point:
     """One contender at one ratio in a cell: its runs, a seed each."""
 
-    contender: str
-    ratio: Ratio
-    runs: list[Run]
-    interval: Difference | None = None  # to the uncompressed model
-    to_subject: Difference | None = None  # and to the subject of the findings, at the same ratio
+    def __init__(self, runs: list[Run]) -> None:
+        goal = runs[0].goal
+        self.runs, self.search = runs, runs[0].search
+        self.contender, self.ratio, self.label = goal.contender, goal.ratio, goal.label
+        self._values: dict[str, dict[int, float]] = {}  # by name and seed
+        for run in runs:
+            for name, value in run.figures.items():
+                if value is not None:
+                    self._values.setdefault(name, {})[run.goal.seed] = value
+        self.groups = dict.fromkeys(g for r in runs for g in r.record.get("popularity") or ())
+        self.quality = self.figure(QUALITY)
+        self.parameters = mean(self._values["parameters"].values())
+        self.size = mean(self._values["size"].values())  # bytes of the weights
+        self.whole: Point | None = None  # the uncompressed model of its cell
+        self.rival: Point | None = None  # the subject at its ratio, or where that has none
+        self.interval: Difference | None = None  # to the one
+        self.to_subject: Difference | None = None  # to the other
 
-    @property
-    def label(self) -> str:
-        """What tables and pictures call it."""
-        return self.contender + ("" if self.ratio is None else f" ÷\u00a0{self.ratio:g}")
+    def figure(self, name: str) -> Figure | None:
+        """Mean and spread over the runs in which this was measured."""
+        values = list(self._values.get(name, {}).values())
+        spread = stdev(values) if len(values) > 1 else math.nan
+        return Figure(mean(values), spread) if values else None
 
-    @property
-    def search(self) -> dict[float, float | None]:
-        """The learning rates that were tried, with the first seed."""
-        return self.runs[0].search
+    def beside(self, other: Point | None, name: str = QUALITY) -> tuple[float, float] | None:
+        """Its mean and another's over the seeds in which both were measured; None for no such."""
+        mine, theirs = (point._values.get(name, {}) if point else {} for point in (self, other))
+        common = mine.keys() & theirs.keys()
+        return (mean(mine[s] for s in common), mean(theirs[s] for s in common)) if common else None
 
-    def figure(self, quantity: Quantity | str) -> Figure | None:
-        """Mean and spread over the runs in which this was measured: a function of a run, or a name
-        in its record."""
-        of = (lambda run: run.record.get(quantity)) if isinstance(quantity, str) else quantity
-        values = [value for run in self.runs if (value := of(run)) is not None]
-        return Figure.of(values) if values else None
-
-    def metric(self, name: str) -> Figure | None:
-        """A metric on the test set."""
-        return self.figure(lambda run: run.record["test"].get(name))
-
-    @cached_property
-    def quality(self) -> Figure:
-        """NDCG@20 on the test set."""
-        return Figure.of([run.record["test"][QUALITY] for run in self.runs])
-
-    @cached_property
-    def parameters(self) -> float:
-        """All parameters."""
-        return mean(sum(run.record["parameters"].values()) for run in self.runs)
-
-    @cached_property
-    def size(self) -> float:
-        """Bytes of the weights; where a study does not tell them, those of float32."""
-        known = self.figure("bytes")
-        return 4 * self.parameters if known is None else known.mean
+    def share(self, name: str = QUALITY) -> float | None:
+        """Its mean by the uncompressed model's; None where there is nothing to divide by."""
+        both = self.beside(self.whole, name)
+        return both[0] / both[1] if both is not None and both[1] > 0 else None
 
 
 @dataclass
@@ -150,93 +149,85 @@ class Table:
 
     cell: Cell
     about: dict[str, Any]  # of its data: users, items
-    points: list[Point] = field(default_factory=list)
+    points: list[Point]
 
     @property
-    def label(self) -> str:
-        """What the text calls it."""
-        return f"{self.cell.model} on {self.cell.dataset}, length {self.cell.length}"
-
-    @cached_property
     def reference(self) -> Point | None:
         """The uncompressed model."""
         return self.find(UNCOMPRESSED, None)
-
-    @cached_property
-    def users(self) -> int | None:
-        """Test users, where their figures were kept."""
-        found = [run.users for point in self.points for run in point.runs]
-        return next((len(users) for users in found if users is not None), None)
 
     def find(self, contender: str | None, ratio: Ratio) -> Point | None:
         """A contender's point at a ratio."""
         found = (p for p in self.points if (p.contender, p.ratio) == (contender, ratio))
         return next(found, None)
 
-    def rival(self, subject: str | None, point: Point) -> Point | None:
-        """The subject at a point's ratio, or where it has none; None for the subject's own."""
-        if subject == point.contender:
-            return None
-        return self.find(subject, point.ratio) or self.find(subject, None)
+
+class Standing:
+    """One contender at one ratio, by its points in all cells."""
+
+    def __init__(self, points: Sequence[Point]) -> None:
+        def shares(name: str) -> list[float]:
+            return [share for point in points if (share := point.share(name)) is not None]
+
+        point = points[0]
+        self.contender, self.ratio, self.label = point.contender, point.ratio, point.label
+        # shares of the uncompressed model's figures, a cell each
+        self.shares, self.slower = shares(QUALITY), shares("score_ms")
+        groups = dict.fromkeys(group for p in points if p.whole for group in p.groups)
+        self.groups = {group: shares(f"popularity: {group}") for group in groups}
+        self.smaller = [p.whole.size / p.size for p in points if p.whole]
+        self.not_below = sum(share >= 1 for share in self.shares)
+        self.intervals = [p.interval for p in points if p.interval]
+        self.certain = sum(interval.high >= 0 for interval in self.intervals)  # not below
+        pairs = [both for point in points if (both := point.beside(point.rival)) is not None]
+        self.below = [mine < theirs for mine, theirs in pairs]  # the rival, a cell each
+        self.to_subject = [p.to_subject for p in points if p.to_subject]
 
 
-@dataclass
 class Findings:
     """A study as its folder tells it.
 
     Attributes:
-        study: what was asked for.
-        tables: a model on a data set each, with its points and their intervals.
-        failed: the runs that have an error instead.
+        tables: a model on a data set each; `points` and `finished` runs are those of all.
+        failed: the runs that have an error instead; `failures` says which and why.
         subject: the contender that the findings are about, and that others are measured against
             beside the uncompressed model; None where nothing else was run.
+        searches: what those points tried that had a choice of learning rates; in `edges`, of how
+            many the highest rate was the best, and the lowest.
+        trainings: how many in all. Of runs that came to the same training, each counts.
+        missing: what was asked for and is not there yet; not what cannot be or would be another.
     """
 
-    study: Study
-    tables: list[Table]
-    failed: list[Run]
-    subject: str | None
+    def __init__(
+        self, study: Study, tables: list[Table], failed: list[Run], subject: str | None
+    ) -> None:
+        self.study, self.tables, self.failed, self.subject = study, tables, failed, subject
+        self.points = [point for table in tables for point in table.points]
+        self.finished = [run for point in self.points for run in point.runs]
+        self.failures = _together((run.goal, run.record["error"]) for run in failed)
+        known = {run.goal for run in self.finished + failed}
+        left = [goal for goal in study.spec.goals() if goal not in known]
+        left = [goal for goal in left if isinstance(study.made(goal, {}), dict)]
+        self.missing = [words for words, _ in _together((goal, "") for goal in left)]
+        trained = [[run for run in p.runs if run.record.get("epochs")] for p in self.points]
+        tried = [len(runs) + max(0, len(runs[0].search) - 1) for runs in trained if runs]
+        self.trainings, self.edges = sum(tried), [0, 0]
+        self.searches = [point.search for point in self.points if len(point.search) > 1]
+        for search in self.searches:
+            ended = {rate: valid for rate, valid in search.items() if valid is not None}
+            best = max(ended, key=ended.__getitem__)
+            self.edges = [n + (best == end(search)) for n, end in zip(self.edges, (max, min))]
 
     @property
-    def finished(self) -> list[Run]:
-        """The runs that have results."""
-        return [run for table in self.tables for point in table.points for run in point.runs]
-
-    @cached_property
     def standings(self) -> list[Standing]:
         """All contenders at all ratios, but the uncompressed model, in the order of the points."""
-        found: dict[tuple[str, Ratio], Standing] = {}
-        for table in self.tables:
-            for point in table.points:
-                if point.contender != UNCOMPRESSED:
-                    key = point.contender, point.ratio
-                    found.setdefault(key, Standing(*key)).add(point, table, self.subject)
+        found: dict[tuple[str, Ratio], list[Point]] = {}
+        for point in self.points:
+            if point.contender != UNCOMPRESSED:
+                found.setdefault((point.contender, point.ratio), []).append(point)
         order = in_order(name for name, _ in found)
-        return sorted(found.values(), key=lambda s: (order.index(s.contender), s.ratio or 0))
-
-    @cached_property
-    def searches(self) -> list[Point]:
-        """The points that had a choice of learning rates."""
-        return [p for table in self.tables for p in table.points if len(p.search) > 1]
-
-    @property
-    def trainings(self) -> int:
-        """Trainings in all. Of runs that came to the same training, each counts."""
-        points = [p for table in self.tables for p in table.points]
-        trained = [p for p in points if any(run.record.get("epochs") for run in p.runs)]
-        runs = sum(bool(run.record.get("epochs")) for point in trained for run in point.runs)
-        return runs + sum(max(0, len(point.search) - 1) for point in trained)
-
-    @property
-    def edges(self) -> tuple[int, int, int]:
-        """Of how many searches the highest rate was the best, the lowest, and how many there
-        were."""
-        won = []
-        for search in (point.search for point in self.searches):
-            ended = {rate: valid for rate, valid in search.items() if valid is not None}
-            best = max(ended, key=lambda rate: ended[rate])
-            won.append((best == max(search), best == min(search)))
-        return sum(high for high, _ in won), sum(low for _, low in won), len(won)
+        keys = sorted(found, key=lambda key: (order.index(key[0]), key[1] or 0))
+        return [Standing(found[key]) for key in keys]
 
     @property
     def unequal(self) -> list[str]:
@@ -246,105 +237,29 @@ class Findings:
             searched = [point for point in table.points if point.search]
             most = max((len(point.search) for point in searched), default=0)
             fewer = [f"{p.label} ({len(p.search)})" for p in searched if len(p.search) < most]
-            if fewer:
-                found.append(
-                    f"{table.label}: fewer learning rates than the {most} of others were tried for "
-                    f"{', '.join(fewer)}."
-                )
+            text = f"fewer learning rates than the {most} of others were tried for"
+            found += [f"{table.cell.label}: {text} {', '.join(fewer)}."] if fewer else []
         return found
 
 
-@dataclass
-class Standing:
-    """One contender at one ratio, over the cells that have an uncompressed model.
-
-    Attributes:
-        contender: its name.
-        ratio: the ratio that was aimed at.
-        shares: its NDCG@20 by the uncompressed model's, a cell each.
-        smaller: the uncompressed model's size by its own, a cell each.
-        slower: its milliseconds to score a user by the uncompressed model's, a cell each.
-        groups: shares of the NDCG@20 of each group of items by popularity.
-        intervals: of the paired differences to the uncompressed model, where they are known.
-        below: for each cell with a rival, whether it is below the subject of the findings.
-        to_subject: intervals of the paired differences to that.
-    """
-
-    contender: str
-    ratio: Ratio
-    shares: list[float] = field(default_factory=list)
-    smaller: list[float] = field(default_factory=list)
-    slower: list[float] = field(default_factory=list)
-    groups: dict[str, list[float]] = field(default_factory=dict)
-    intervals: list[Difference] = field(default_factory=list)
-    below: list[bool] = field(default_factory=list)
-    to_subject: list[Difference] = field(default_factory=list)
-
-    @property
-    def label(self) -> str:
-        """What tables call it."""
-        return Point(self.contender, self.ratio, []).label
-
-    @property
-    def not_below(self) -> int:
-        """In how many cells it is not below the uncompressed model."""
-        return sum(share >= 1 for share in self.shares)
-
-    @property
-    def certain(self) -> int:
-        """In how many cells the interval of the difference includes or exceeds zero."""
-        return sum(interval.high >= 0 for interval in self.intervals)
-
-    def add(self, point: Point, table: Table, subject: str | None) -> None:
-        """Take a cell in."""
-        reference, rival = table.reference, table.rival(subject, point)
-        if reference is not None:
-            groups = dict.fromkeys(g for r in point.runs for g in r.record.get("popularity", {}))
-            wanted: list[tuple[list[float], Quantity]] = [
-                (self.shares, quality_of),
-                (self.slower, lambda run: run.score_ms),
-                *((self.groups.setdefault(g, []), in_group(g)) for g in groups),
-            ]
-            for values, quantity in wanted:
-                if (share := share_of(point, reference, quantity)) is not None:
-                    values.append(share)
-            if point.size > 0:
-                self.smaller.append(reference.size / point.size)
-            if point.interval is not None:
-                self.intervals.append(point.interval)
-        if rival is not None and (both := paired(rival, point, quality_of)) is not None:
-            self.below.append(both[0] > both[1])
-            if point.to_subject is not None:
-                self.to_subject.append(point.to_subject)
+def _together(goals: Iterable[tuple[Goal, str]]) -> list[tuple[str, str]]:
+    """What is said of a place, and a reason; one for each place and reason."""
+    seeds: dict[tuple[str, str, str], list[int]] = {}
+    for goal, reason in goals:
+        seeds.setdefault((goal.cell.label, reason, goal.label), []).append(goal.seed)
+    found: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for (place, reason, name), own in seeds.items():
+        found.setdefault((place, reason), {}).setdefault(listed(own), []).append(name)
+    return [
+        (f"{place}: {', '.join(f'{listed(who)} (seeds {s})' for s, who in by.items())}", reason)
+        for (place, reason), by in found.items()
+    ]
 
 
-def quality_of(run: Run) -> float:
-    """NDCG@20 on the test set."""
-    return float(run.record["test"][QUALITY])
-
-
-def in_group(group: str) -> Quantity:
-    """NDCG@20 of a group of items by popularity."""
-    return lambda run: run.popularity(group)
-
-
-def share_of(point: Point, reference: Point, quantity: Quantity) -> float | None:
-    """A point's mean by the reference's over the seeds that both have; None where there is none, or
-    nothing to divide by."""
-    both = paired(point, reference, quantity)
-    return both[0] / both[1] if both is not None and both[1] > 0 else None
-
-
-def paired(one: Point, other: Point, quantity: Quantity) -> tuple[float, float] | None:
-    """Means of both over the seeds in which both were measured; None for no such seed."""
-    theirs, mine = (
-        {run.goal.seed: value for run in point.runs if (value := quantity(run)) is not None}
-        for point in (other, one)
-    )
-    common = mine.keys() & theirs.keys()
-    if not common:
-        return None
-    return mean(mine[seed] for seed in common), mean(theirs[seed] for seed in common)
+def listed(words: Iterable[Any]) -> str:
+    """`a, b and c`."""
+    *most, last = map(str, words)
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def in_order(contenders: Iterable[str]) -> list[str]:
@@ -354,18 +269,15 @@ def in_order(contenders: Iterable[str]) -> list[str]:
 
 
 def read_study(folder: Path) -> Study:
-    """What was asked for in a folder.
-
-    Raises:
-        CompressionError: no study, or a file that cannot be read; it is named.
-    """
+    """What was asked for in a folder; a CompressionError for no study, or a file that cannot be
+    read, which it names."""
     path = Path(folder) / STUDY
     if not path.exists():
         raise CompressionError(
-            f"Expected `out` to be the folder of a study, but got no file {path}; run it first "
-            "with --study."
+            f"Expected `out` to be the folder of a study, but got no file {path}; run "
+            "`cprec compare` with that --out first."
         )
-    given = _read(path, path.read_text(encoding="utf-8"))
+    given = _read(path)
     try:
         return Study(Spec.from_dict(given["spec"]), dict(given["cells"]), given["command"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -385,26 +297,20 @@ def read_trials(folder: Path) -> dict[str, Record]:
 
 def read_trial(file: Any) -> Record:
     """The record of a trial."""
-    record = _read(file, file.read_text(encoding="utf-8"))
-    if "error" not in record and not {"test", "valid", "parameters"} <= record.keys():
-        raise _damaged(file, "the results of a trial", ", ".join(record))
-    return record
+    return _read(file, "test", "valid", "parameters")
 
 
-def _read(path: Any, text: str) -> dict[str, Any]:
+def _read(file: Any, *needed: str) -> dict[str, Any]:
+    """The names and values in a file; names that are needed, unless it holds an `error`."""
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise _damaged(path, "JSON", str(error)) from None
-    if not isinstance(found, dict):
-        raise _damaged(path, "a JSON object", type(found).__name__)
-    return found
-
-
-def _damaged(path: Any, expected: str, got: str) -> CompressionError:
-    return CompressionError(
-        f"Expected {path} to hold {expected}, but got {got[:200]}; remove it, and run again."
-    )
+        found = {**json.loads(file.read_text(encoding="utf-8"))}
+        return found if "error" in found else {**{name: found[name] for name in needed}, **found}
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        with_these = f" with {', '.join(needed)}" if needed else ""
+        raise CompressionError(
+            f"Expected {file} to hold JSON{with_these}, but got {str(error)[:200]}; remove it, and "
+            "run again."
+        ) from None
 
 
 def pack_users(values: np.ndarray) -> str:
@@ -418,86 +324,71 @@ def unpack_users(text: str) -> np.ndarray:
 
 
 def findings_of(folder: Path, against: str | None = None) -> Findings:
-    """Read a study, and put its runs together.
-
-    Args:
-        folder: of the study.
-        against: the contender that the findings are about; None: of ours the one that was run
-            most often.
-
-    Raises:
-        CompressionError: no study or no run, a file that cannot be read (it is named), or no run
-            of `against`.
-    """
+    """Read a study, and put its runs together. They are about the contender `against`; None: of
+    ours the one that was run most often. A CompressionError for no study or no run, a file that
+    cannot be read (it is named), or no run of `against`."""
     study, found = read_study(folder), read_trials(folder)
     runs = list(_runs(study, found))
     if not runs:
         raise CompressionError(
             f"Expected `out` to be the folder of a study, but {folder} has no run of one yet."
         )
-    finished = _with_comparable_times([run for run in runs if run.error is None])
-    tables: dict[Cell, Table] = {}
-    order = in_order(run.goal.contender for run in finished)
-    finished.sort(key=lambda r: (order.index(r.goal.contender), r.goal.ratio or 0, r.goal.seed))
-    for run in finished:
-        cell, contender, ratio, _ = run.goal
-        table = tables.setdefault(cell, Table(cell, study.plans[str(cell)]["about"]))
-        point = table.find(contender, ratio)
-        if point is None:
-            table.points.append(Point(contender, ratio, [run]))
-        else:
-            point.runs.append(run)
-    points = [point for table in tables.values() for point in table.points]
-    subject = subject_of((point.contender for point in points), against)
-    for table in tables.values():
+    cells: dict[Cell, list[Run]] = {}
+    for run in runs:
+        if "error" not in run.record:
+            cells.setdefault(run.goal.cell, []).append(run)
+    order = in_order(run.goal.contender for each in cells.values() for run in each)
+    tables = []
+    for cell in sorted(cells):
+        own = _with_comparable_times(cells[cell])
+        own.sort(key=lambda r: (order.index(r.goal.contender), r.goal.ratio or 0, r.goal.seed))
+        points = [Point(list(each)) for _, each in groupby(own, lambda run: run.goal.name)]
+        tables.append(Table(cell, study.plans[str(cell)]["about"], points))
+    names = [point.contender for table in tables for point in table.points]
+    subject = subject_of(names, against)
+    for table in tables:
         for point in table.points:
             if point is not table.reference:
-                point.interval = _interval(point, table.reference)
-            point.to_subject = _interval(point, table.rival(subject, point))
-    failed = [run for run in runs if run.error is not None]
-    return Findings(study, [tables[cell] for cell in sorted(tables)], failed, subject)
+                point.whole = table.reference
+            if point.contender != subject:
+                point.rival = table.find(subject, point.ratio) or table.find(subject, None)
+            point.interval = _interval(point, point.whole)
+            point.to_subject = _interval(point, point.rival)
+    return Findings(study, tables, [run for run in runs if "error" in run.record], subject)
 
 
 def _runs(study: Study, found: dict[str, Record]) -> Iterable[Run]:
     """The runs that there are, also those that failed."""
     for goal in study.spec.goals():
-        plan = study.plans.get(str(goal.cell), {"contenders": {}})
-        made = plan["contenders"].get(goal.name)
+        made, first = study.made(goal), goal._replace(seed=study.spec.seeds[0])
         if made is None:  # not asked for yet, or the same model as another
             continue
-        first = goal._replace(seed=study.spec.seeds[0])
-        try:
-            chosen = study.choose(goal, found, partly=True)
-            searched = chosen and study.choose(first, found, partly=True)
-        except Failed as error:
-            if goal == first or not isinstance(made, str):
-                yield Run(goal, {"error": str(error)})  # what cannot be is said once
-            continue
-        if chosen is not None:
-            tried = searched.tried if searched else []
-            search = {
-                trial.rate: record["valid"][QUALITY] if "valid" in record else None
-                for trial, record in tried
-                if trial.rate is not None
-            }
-            yield Run(goal, chosen.record, search)
+        state = study.state(goal, found, partly=True)
+        if state.best is not None:
+            tried = study.state(first, found, partly=True).tried
+            valid = {t.rate: record.get("valid", {}).get(QUALITY) for t, record in tried}
+            search = {rate: value for rate, value in valid.items() if rate is not None}
+            yield Run(goal, state.best[1], search)
+        elif state.error is not None and (goal == first or isinstance(made, dict)):
+            yield Run(goal, {"error": state.error})  # what cannot be is said once
 
 
 def _with_comparable_times(runs: Sequence[Run]) -> list[Run]:
-    """The runs, those without their times that were trained on another machine than the
-    uncompressed model of their cell (without one, than the lowest seed)."""
-    machines: dict[Cell, tuple[Any, ...]] = {}
-    plain: dict[Cell, list[float]] = {}
-    for run in sorted(runs, key=lambda run: (run.goal.contender != UNCOMPRESSED, run.goal.seed)):
-        at = machines.setdefault(run.goal.cell, run.machine)
-        if run.machine == at and "plain_ms" in run.record:
-            plain.setdefault(run.goal.cell, []).append(run.record["plain_ms"])
+    """The runs of a cell, those without their times that were trained on another machine than the
+    uncompressed model (without one, than the lowest seed)."""
+
+    def machine_of(run: Run) -> list[Any]:
+        return [run.record.get("environment", {}).get(name) for name in _MACHINE]
+
+    first = min(runs, key=lambda run: (run.goal.contender != UNCOMPRESSED, run.goal.seed))
+    here = [run.record for run in runs if machine_of(run) == machine_of(first)]
+    plain = [record["plain_ms"] for record in here if "plain_ms" in record]
     found = []
     for run in runs:
-        cell, took, beside = run.goal.cell, run.record.get("score_ms"), run.record.get("plain_ms")
-        is_elsewhere = run.machine != machines[cell]
-        if took and beside and cell in plain:
-            took *= median(plain[cell]) / beside
+        took, beside = run.record.get("score_ms"), run.record.get("plain_ms")
+        is_elsewhere = machine_of(run) != machine_of(first)
+        if took and beside and plain:
+            took *= median(plain) / beside
         elif is_elsewhere:
             took = None
         found.append(replace(run, is_elsewhere=is_elsewhere, score_ms=took))
@@ -505,16 +396,9 @@ def _with_comparable_times(runs: Sequence[Run]) -> list[Run]:
 
 
 def subject_of(contenders: Iterable[str], against: str | None = None) -> str | None:
-    """Whom the findings are about: of our own contenders the one that was run most often, of
-    equals the first; or else the one of all.
-
-    Args:
-        contenders: a name for each ratio at which it was run in a cell.
-        against: the one that is wanted; None for no wish.
-
-    Raises:
-        CompressionError: `against` is not among them, or is the uncompressed model.
-    """
+    """Whom the findings are about: `against`, or of our own contenders the one that was run most
+    often, of equals the first; or else the one of all. `contenders` has a name for each ratio in
+    each cell. A CompressionError where `against` is not in it, or is the uncompressed model."""
     names = [name for name in contenders if name != UNCOMPRESSED]
     if against is not None and against not in names:
         known = ", ".join(sorted(set(names))) or "none yet"
@@ -526,41 +410,13 @@ def subject_of(contenders: Iterable[str], against: str | None = None) -> str | N
     return against or max(ours or sorted(set(names)), key=names.count, default=None)
 
 
-@dataclass(frozen=True)
-class Difference:
-    """A mean difference over users and its interval.
-
-    Attributes:
-        mean: of the users' differences.
-        low: lower end of the interval.
-        high: upper end.
-        users: how many users.
-        seeds: how many seeds each user's difference is the mean of.
-    """
-
-    mean: float
-    low: float
-    high: float
-    users: int
-    seeds: int
-
-    @property
-    def verdict(self) -> str:
-        """`better` where the interval is above zero, `worse` where it is below it, else `not told
-        apart`: the interval says how large a difference may still be."""
-        if self.low > 0:
-            return "better"
-        return "worse" if self.high < 0 else "not told apart"
-
-
 def _interval(point: Point, other: Point | None) -> Difference | None:
     """Of the seeds that both have; None where there is none, or the users of a run are missing."""
     theirs = {run.goal.seed: run.users for run in other.runs} if other else {}
     pairs = [(r.users, theirs[r.goal.seed]) for r in point.runs if r.goal.seed in theirs]
-    whole = [(ours, others) for ours, others in pairs if ours is not None and others is not None]
-    if not pairs or len(whole) < len(pairs):
+    if not pairs or any(users is None for pair in pairs for users in pair):
         return None
-    return paired_difference([ours for ours, _ in whole], [others for _, others in whole])
+    return paired_difference(*zip(*pairs))
 
 
 def paired_difference(
@@ -570,14 +426,8 @@ def paired_difference(
 
     A user's difference is averaged over seeds first; then users are resampled. The interval says
     what another sample of users would give for these trainings, not what other trainings would.
-
-    Args:
-        ours: one contender's value for each user, `[users]` for each seed.
-        theirs: the other's, the same users and seeds in the same order.
-        seed: of the draws.
-
-    Raises:
-        CompressionError: nothing to compare, or values of other users or seeds.
+    Both have a value for each user, `[users]` for each seed, in the same order; a CompressionError
+    for none, or for values of other users or seeds. `seed` is that of the draws.
     """
     shapes = {np.shape(values) for values in (*ours, *theirs)}
     shape = shapes.pop() if len(shapes) == 1 else ()
@@ -586,8 +436,7 @@ def paired_difference(
             f"Expected values of the same users and seeds, [users] for each seed, but got "
             f"{[np.shape(v) for v in ours]} and {[np.shape(v) for v in theirs]}."
         )
-    pairs = zip(ours, theirs)
-    mine = np.mean([np.asarray(a, np.float64) - np.asarray(b, np.float64) for a, b in pairs], 0)
+    mine = np.mean([np.subtract(*pair, dtype=np.float64) for pair in zip(ours, theirs)], 0)
     mine = mine.round(9)  # equal but for rounding is equal
     means = resampled_means(mine, RESAMPLES, np.random.default_rng(seed))
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
@@ -598,10 +447,8 @@ def resampled_means(
     values: np.ndarray, resamples: int, generator: np.random.Generator
 ) -> np.ndarray:
     """Means of samples of users, drawn with replacement and as large as the users, `[resamples]`.
-
-    Most users have a difference of zero. How many of a sample have another one follows a binomial
-    law; only those are drawn.
-    """
+    Most users have a difference of zero: how many of a sample have another one follows a binomial
+    law, and only those are drawn."""
     others = values[values != 0]
     if not len(others):
         return np.zeros(resamples)

@@ -5,57 +5,32 @@ from __future__ import annotations
 import json
 import multiprocessing
 import signal
-from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from cprec_recbole.compare import contenders
 from cprec_recbole.compare.contenders import (
-    BY_SIZE,
-    COMPRESSED,
     STOCK,
-    STOCK_KIND,
     UNCOMPRESSED,
     UNCOMPRESSED_RECIPE,
     Recipe,
     Setting,
-    build,
-    own_options,
-    recipe_of,
 )
 from cprec_recbole.compare.results import STUDY, TRIALS, read_study, read_trial, read_trials
-from cprec_recbole.compare.spec import (
-    QUALITY,
-    Cell,
-    Failed,
-    Goal,
-    Plan,
-    Ratio,
-    Record,
-    Spec,
-    Study,
-    Trial,
-    scheme_of,
-)
+from cprec_recbole.compare.spec import QUALITY, Cell, Goal, Record, Spec, Study, Trial, scheme_of
 from cprec_recbole.compare.trial import (
     WEIGHTS,
     Data,
+    OnEpoch,
     config_of,
     run_trial,
     weights_of,
@@ -72,24 +47,18 @@ from cprec_recbole.parallel.launch import START_METHOD, end_with_parent
 from cprec_recbole.training.evaluation import check_metrics, check_valid_metric
 
 _SECONDS_BETWEEN_LOOKS = 0.2  # at what trainings say
+_said: Any = None  # in a process of ours: what it says to the first one
 _ENDED = "its process was ended, as a system does that runs out of memory"
 
 
 @dataclass
 class Outcome:
-    """What became of the runs that were wanted.
+    """What became of the runs that were wanted."""
 
-    Attributes:
-        study: what was asked for, and what its contenders are.
-        goals: the runs.
-        failed: those of them that failed, and why.
-        dropped: others that would be the same model as `compressed`.
-    """
-
-    study: Study
-    goals: list[Goal]
-    failed: dict[Goal, str]
-    dropped: list[Goal]
+    study: Study  # what was asked for, and what its contenders are
+    goals: list[Goal]  # the runs
+    failed: dict[Goal, str]  # those of them that failed, and why
+    dropped: list[Goal]  # others that would be the same model as `compressed`
 
 
 def run_study(
@@ -103,14 +72,10 @@ def run_study(
     retry: bool = False,
     console: Console | None = None,
 ) -> Outcome:
-    """Do all trials of a study that are not there yet.
-
-    Every finished trial is a file at once. An interruption at any moment loses the epochs, and
-    the recoveries, that are in progress and nothing else.
+    """Do all trials of a study that are not in its folder yet. Each is a file as soon as it is
+    finished: an interruption loses the epochs, and the recoveries, that are in progress.
 
     Args:
-        spec: the study.
-        folder: where it is kept.
         jobs: trials at a time, one thread each; 1 works in this process.
         data_path: where data sets are, as RecBole's option; None for RecBole's own place.
         command: what to write down as the way to repeat this.
@@ -124,8 +89,7 @@ def run_study(
     """
     check_whole("jobs", jobs)
     goals = _wanted(spec, only)
-    cells = list(dict.fromkeys(goal.cell for goal in goals))
-    _check(spec, cells, data_path)
+    _check(spec, list(dict.fromkeys(goal.cell for goal in goals)), data_path)
     make_folder(folder)
     with held(folder):
         for kind in (TRIALS, WEIGHTS):
@@ -133,16 +97,16 @@ def run_study(
             for left in (folder / kind).glob(".*.tmp"):
                 left.unlink(missing_ok=True)
         study = _planned(spec, goals, folder, data_path, retry, command)
-        made = {goal: study.plans[str(goal.cell)]["contenders"][goal.name] for goal in goals}
-        dropped = [goal for goal in goals if made[goal] is None]
-        goals = [goal for goal in goals if made[goal] is not None]
+        dropped = [goal for goal in goals if study.made(goal) is None]
+        goals = [goal for goal in goals if study.made(goal) is not None]
         work = _Work(study, folder, goals, read_trials(folder))
         if retry:
             work.forget_failures()
         display = _Display(console or Console(), work)
         with display.progress:
             _work_on(work, jobs, data_path, display)
-        return Outcome(study, goals, work.failed(), dropped)
+        ends = {goal: study.state(goal, work.found).error for goal in goals}
+        return Outcome(study, goals, {g: why for g, why in ends.items() if why}, dropped)
 
 
 @dataclass
@@ -160,69 +124,45 @@ class _Work:
     def next(self, room: int) -> list[tuple[Trial, Record | None]]:
         """Trials that can begin now, and what each is made of."""
         ahead = [self._ahead(goal) for goal in self.goals]
-        self.finished = sum(trials is None for trials in ahead)
-        found = {t.name: t for trials in ahead for t in trials or ()}
+        self.finished = sum(not trials for trials in ahead)
+        found = {trial.name: trial for trials in ahead for trial in trials}
         free = [trial for name, trial in found.items() if name not in self.running][:room]
         self.running |= {trial.name for trial in free}
         return [(trial, self.found[trial.parent[0]] if trial.parent else None) for trial in free]
 
-    def _ahead(self, goal: Goal) -> list[Trial] | None:
-        """The trials that bring a run nearer; None where it is settled."""
-        try:
-            recipe, trials = self.study.recipe(goal), self.study.trials(goal, self.found)
-        except Failed:
-            return None
-        if trials is None:
-            first = [goal._replace(contender=UNCOMPRESSED, ratio=None)] * recipe.is_derived
-            first += [goal._replace(seed=self.study.spec.seeds[0])]
-            return [t for g in first if g != goal for t in self._ahead(g) or ()]
-        missing = [trial for trial in trials if trial.name not in self.found]
-        if not missing:
-            return None
-        parent = missing[0].parent
-        if parent is None or weights_of(self.folder, parent[0]).exists():
-            return missing
-        if parent[0] not in self.lost:  # as in a folder that was published
-            original = goal._replace(contender=UNCOMPRESSED, ratio=None)
-            chosen = self.study.choose(original, self.found)
-            return [chosen.trial] if chosen else []
-        for trial in missing:
-            self.end(trial, f"there is no {parent[0]}: {self.lost[parent[0]]}")
-        return None
+    def _ahead(self, goal: Goal) -> list[Trial]:
+        """The trials that bring a run nearer."""
+        found = []
+        for trial in self.study.state(goal, self.found).missing:
+            parent = trial.parent and trial.parent[0]
+            if parent is None or weights_of(self.folder, parent).exists():
+                found.append(trial)
+            elif parent in self.lost:
+                self.end(trial, f"there is no {parent}: {self.lost[parent]}")
+            else:  # it was not kept, as in a folder that was published
+                original = self.study.state(goal.original._replace(seed=trial.seed), self.found)
+                found += [original.best[0]] if original.best else []
+        return found
 
     def end(self, trial: Trial, error: str | None) -> Record:
         """Note that a trial has ended, or why it failed; gives what was found."""
         self.running.discard(trial.name)
         if error is None:
             self.found[trial.name] = read_trial(self.folder / TRIALS / f"{trial.name}.json")
-        elif "error" not in self.found.get(trial.name, {"error": ""}):
+            return self.found[trial.name]
+        if "error" not in self.found.get(trial.name, {"error": ""}):
             self.lost[trial.name] = error  # what was there is not lost
-            return {"error": error}
         else:
             self.found[trial.name] = {"error": error}
-            write_record(self.folder, trial, self.found[trial.name])
-        return self.found[trial.name]
+            write_record(self.folder, trial, {"error": error})
+        return {"error": error}
 
     def forget_failures(self) -> None:
         """Forget what failed of the runs that are wanted."""
         for goal in self.goals:
-            try:
-                trials = self.study.trials(goal, self.found) or []
-            except Failed:
-                continue
-            for trial in trials:
-                if "error" in self.found.get(trial.name, {}):
+            for trial, record in self.study.state(goal, self.found).tried:
+                if "error" in record:
                     del self.found[trial.name]
-
-    def failed(self) -> dict[Goal, str]:
-        """The runs that failed, and why."""
-        found = {}
-        for goal in self.goals:
-            try:
-                self.study.choose(goal, self.found)
-            except Failed as error:
-                found[goal] = str(error)
-        return found
 
 
 def _wanted(spec: Spec, only: list[str] | None) -> list[Goal]:
@@ -258,7 +198,7 @@ def _check(spec: Spec, cells: list[Cell], data_path: str | None) -> None:
                 f"Expected `eval_args` to rank all items (mode: full), but got mode {mode}."
             )
         if STOCK in spec.contenders:  # RecBole may refuse for it what it takes for ours
-            config_of(cell, spec.options, data_path, recipe=Recipe(STOCK_KIND, {}))
+            config_of(cell, spec.options, data_path, recipe=Recipe(contenders.STOCK_KIND, {}))
     reject_unknown(spec.options, sorted(known))
 
 
@@ -279,14 +219,8 @@ def _planned(
         wanted[UNCOMPRESSED] = Goal(cell, UNCOMPRESSED, None, spec.seeds[0])
         new = [goal for name, goal in wanted.items() if name not in {*known, *spec.settings}]
         if new:
-            plan = plan_cell(spec, cell, new, data_path)
-            if is_same and before["rows"] != plan["rows"]:
-                raise CompressionError(
-                    f"Expected `data_path` to hold the interactions with which the study of {cell} "
-                    "began, but they have changed; use another --out, or restore them."
-                )
-            plan["contenders"] = known | plan["contenders"]
-            plans[str(cell)] = {**plan, "asked": asked}
+            plan = plan_cell(spec, cell, new, data_path, before["rows"] if is_same else None)
+            plans[str(cell)] = {**plan, "asked": asked, "contenders": known | plan["contenders"]}
         for name, options in spec.settings.items():
             plans[str(cell)]["contenders"][name] = asdict(Recipe("train", options))
     whole = {"command": command, "spec": asdict(spec), "cells": plans}
@@ -294,21 +228,19 @@ def _planned(
     return Study(spec, plans, command)
 
 
-def plan_cell(spec: Spec, cell: Cell, wanted: list[Goal], data_path: str | None) -> Plan:
-    """What contenders are in a cell, see Study."""
+def plan_cell(
+    spec: Spec, cell: Cell, wanted: list[Goal], data_path: str | None, rows: str | None = None
+) -> dict[str, Any]:
+    """What contenders are in a cell, see Study, whose interactions are to have this checksum."""
     config = config_of(cell, spec.options, data_path, seed=spec.seeds[0])
     data = Data.of(config)
-    fresh = build(UNCOMPRESSED_RECIPE, config, data.train._dataset)
+    data.check_rows(cell, rows or data.rows)
+    fresh = contenders.build(UNCOMPRESSED_RECIPE, config, data.train._dataset)
     same = compression_of(config)
-    about = {
-        "users": int(data.dataset.user_num) - 1,
-        "items": int(data.dataset.item_num) - 1,
-        "test_cases": len(data.test._dataset),
-        "evaluation": config["eval_args"],
-    }
+    shared = {name: getattr(same, name) for name in contenders.SHARED_OPTIONS}
 
     @cache
-    def setting_of(ratio: Ratio, scheme: str | None) -> tuple[Setting, str | None]:
+    def setting_of(ratio: float | None, scheme: str | None) -> tuple[Setting, str | None]:
         """What a ratio, or the options that were given, come to; and why that cannot be."""
         base = spec.compression if scheme is None else {**spec.compression, "sharing": scheme}
         chosen, size, refused = CompressionConfig(**base), None, None
@@ -317,36 +249,46 @@ def plan_cell(spec: Spec, cell: Cell, wanted: list[Goal], data_path: str | None)
                 chosen = compress(fresh, ratio=ratio, verbose=False, **base).compression
             except CompressionError as error:
                 size, refused = int(part_sizes(fresh).total / ratio), str(error)
-        chosen = replace(chosen, training=same.training, loss_memory=same.loss_memory)
+        chosen = replace(chosen, **shared)
         return Setting(config, data.dataset, chosen, ratio, base, size), refused
 
-    found: dict[str, dict[str, Any] | str | None] = {}
-    for goal in wanted:
-        _, name, ratio, _ = goal
-        setting, refused = setting_of(ratio, scheme_of(name))
-        if name == COMPRESSED and ratio is None:  # what cannot be built is said at once
-            made = Recipe("train", own_options(setting.compression))
-            build(made, config_of(cell, spec.options, data_path, recipe=made), data.dataset)
+    def recipe_of(goal: Goal) -> dict[str, Any] | str | None:
+        name, scheme = goal.contender, scheme_of(goal.contender)
+        setting, refused = setting_of(goal.ratio, scheme)
+        if name == contenders.COMPRESSED and goal.ratio is None:  # what cannot be is said at once
+            made = Recipe("train", contenders.own_options(setting.compression))
+            own = config_of(cell, spec.options, data_path, recipe=made)
+            contenders.build(made, own, data.dataset)
+        if refused is not None and name not in contenders.BY_SIZE:
+            return refused
         try:
-            if refused is not None and ratio is not None and name not in BY_SIZE:
-                raise CompressionError(refused)
-            recipe = recipe_of(COMPRESSED if scheme_of(name) else name, setting)
+            recipe = contenders.recipe_of(contenders.COMPRESSED if scheme else name, setting)
             if recipe is not None and recipe.is_derived and recipe.options.get("ratio"):
                 given = {k: v for k, v in recipe.options.items() if k != "one_rank"}
                 compress(fresh, verbose=False, **given)  # said before anything is trained
-            found[goal.name] = None if recipe is None else asdict(recipe)
         except CompressionError as error:
-            found[goal.name] = str(error)
-    return {"rows": data.rows, "about": about, "contenders": found}
+            return str(error)
+        return None if recipe is None else asdict(recipe)
+
+    about = {
+        "users": int(data.dataset.user_num) - 1,
+        "items": int(data.dataset.item_num) - 1,
+        "test_cases": len(data.test._dataset),
+        "evaluation": config["eval_args"],
+    }
+    made = {goal.name: recipe_of(goal) for goal in wanted}
+    return {"rows": data.rows, "about": about, "contenders": made}
 
 
-def _attempt(trial: Trial, parent: Record | None, folder: Path, data: str | None, say: Any) -> Any:
+def _attempt(
+    say: OnEpoch, trial: Trial, parent: Record | None, folder: Path, data_path: str | None
+) -> str | None:
     """Do a trial, with one thread, as in any number of processes: their number changes what is
     trained. Gives why it failed, in a line."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        run_trial(trial, parent, folder, data, lambda *epoch: say((trial, *epoch)))
+        run_trial(trial, parent, folder, data_path, say)
     except Exception as error:
         return in_a_line(error)
     finally:
@@ -354,56 +296,68 @@ def _attempt(trial: Trial, parent: Record | None, folder: Path, data: str | None
     return None
 
 
-class _Here(Executor):
+class _Process:
+    """A process of its own for a trial at a time, so that it alone is lost where it dies."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context(START_METHOD)
+        # of its own: who dies while it writes must not keep others from writing
+        self.said: Any = context.SimpleQueue()
+        self.executor = ProcessPoolExecutor(1, context, _begin, (self.said,))
+
+    def do(self, display: _Display, *given: Any) -> Future[str | None]:
+        return self.executor.submit(_attempt_there, *given)
+
+
+class _Here:
     """This process, as if it were another."""
 
-    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        future.set_result(function(*args, **kwargs))
+    said: Any = multiprocessing.SimpleQueue()  # stays empty
+
+    def do(self, display: _Display, trial: Trial, *given: Any) -> Future[str | None]:
+        future: Future[str | None] = Future()
+        future.set_result(_attempt(partial(display.epoch, trial), trial, *given))
         return future
 
 
-def _process() -> Executor:
-    """A process of its own for a trial at a time, so that it alone is lost where it dies."""
-    return ProcessPoolExecutor(1, multiprocessing.get_context(START_METHOD), _begin)
-
-
-def _begin() -> None:
+def _begin(said: Any) -> None:
+    global _said
+    _said = said
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the first process ends us
     end_with_parent()
+
+
+def _attempt_there(*given: Any) -> str | None:
+    return _attempt(lambda *epoch: _said.put(epoch), *given)
 
 
 def _work_on(work: _Work, jobs: int, data_path: str | None, display: _Display) -> None:
     """Hand out trials until none is left."""
     before = set(multiprocessing.active_children())
-    with ExitStack() as stack:
-        say: Callable[..., Any] = display.epoch
-        said: Any = None
-        if jobs > 1:
-            said = stack.enter_context(multiprocessing.Manager()).Queue()
-            say = said.put
-        free = [_process() if jobs > 1 else _Here() for _ in range(jobs)]
-        busy: dict[Future[str | None], tuple[Executor, Trial]] = {}
-        try:
-            while True:
-                for trial, parent in work.next(len(free)):
-                    display.begin(trial)
-                    executor, given = free.pop(), (trial, parent, work.folder, data_path, say)
-                    busy[executor.submit(_attempt, *given)] = executor, trial
-                display.count()
-                if not busy:
-                    return
-                done, _ = wait(busy, _SECONDS_BETWEEN_LOOKS, FIRST_COMPLETED)
-                while said is not None and not said.empty():
-                    display.epoch(said.get())
-                for future in done:
-                    executor, trial = busy.pop(future)
-                    is_dead = isinstance(future.exception(), BrokenProcessPool)
-                    free.append(_process() if is_dead else executor)
-                    display.end(trial, work.end(trial, _ENDED if is_dead else future.result()))
-        finally:
-            for child in set(multiprocessing.active_children()) - before if busy else ():
-                child.kill()
+    free: list[_Process | _Here] = [_Process() if jobs > 1 else _Here() for _ in range(jobs)]
+    busy: dict[Future[str | None], tuple[_Process | _Here, Trial]] = {}
+    try:
+        while True:
+            for trial, parent in work.next(len(free)):
+                display.begin(trial)
+                process = free.pop()
+                future = process.do(display, trial, parent, work.folder, data_path)
+                busy[future] = process, trial
+            display.progress.update(display.all, completed=work.finished)
+            if not busy:
+                return
+            done, _ = wait(busy, _SECONDS_BETWEEN_LOOKS, FIRST_COMPLETED)
+            for process, trial in busy.values():
+                while not process.said.empty():
+                    display.epoch(trial, *process.said.get())
+            for future in done:
+                process, trial = busy.pop(future)
+                is_dead = isinstance(future.exception(), BrokenProcessPool)
+                free.append(_Process() if is_dead else process)
+                display.end(trial, work.end(trial, _ENDED if is_dead else future.result()))
+    finally:
+        for child in set(multiprocessing.active_children()) - before if busy else ():
+            child.kill()
 
 
 class _Display:
@@ -413,22 +367,20 @@ class _Display:
     def __init__(self, console: Console, work: _Work) -> None:
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
         more = TextColumn("{task.fields[note]}"), TimeElapsedColumn()
-        is_log = not console.is_terminal
+        self.console, is_log = console, not console.is_terminal
         self.progress = Progress(*columns, *more, console=console, disable=is_log)
-        self.console, self.work = console, work
         self.has_epochs = is_log and len({goal.cell for goal in work.goals}) == 1
         given = str(work.study.spec.options.get("epochs"))  # RecBole takes a text as well
         self.epochs = int(given) if given.isdecimal() else None
         self.all = self.progress.add_task("runs", total=len(work.goals), note="")
-        self.bars: dict[str, TaskID] = {}
+        self.bars: dict[str, Any] = {}
         work.next(0)
         self._line(f"{len(work.goals)} runs, {work.finished} of them finished before.")
 
     def begin(self, trial: Trial) -> None:
         self.bars[trial.name] = self.progress.add_task(trial.words, total=self.epochs, note="")
 
-    def epoch(self, said: tuple[Trial, int, float]) -> None:
-        trial, epoch, score = said
+    def epoch(self, trial: Trial, epoch: int, score: float) -> None:
         note = f"valid {score:.4f}"
         self.progress.update(self.bars[trial.name], completed=epoch, note=note)
         if self.has_epochs:
@@ -441,9 +393,6 @@ class _Display:
         else:
             reached = f"valid {found['valid'][QUALITY]:.4f}, {found['epochs']} epochs"
             self._line(f"{trial.words}: {reached}, {found['seconds']:.0f} s")
-
-    def count(self) -> None:
-        self.progress.update(self.all, completed=self.work.finished)
 
     def _line(self, text: str) -> None:
         # a message may have brackets, which are rich's for colours

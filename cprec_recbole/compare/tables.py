@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -15,7 +14,6 @@ from scipy.sparse import csr_matrix
 from scipy.sparse.linalg import svds
 from torch import Tensor, nn
 
-from cprec_recbole.config import CompressionError
 from cprec_recbole.costs import BYTES_PER_FLOAT, saved_bytes
 from cprec_recbole.data.sequences import item_counts
 from cprec_recbole.embedding import BlockEmbedding
@@ -32,15 +30,9 @@ _NOISE = 1e-5  # against ties, as in the paper; the values are from 0 to 1
 
 
 class ItemTable(nn.Module, ABC):
-    """Vectors of all items, kept in another way than as rows: `[n_items, d]` in id order.
-
-    Stands where a BlockEmbedding stands, as the only block of itself. The padding item's vector is
-    zero.
-
-    Args:
-        n_items: items of the catalogue, padding included.
-        dim: size `d` of an item vector.
-    """
+    """Vectors of all items, padding included, kept in another way than as rows: `[n_items, d]` in
+    id order. Stands where a BlockEmbedding stands, as the only block of itself. The padding item's
+    vector is zero."""
 
     is_int8 = False
     projection = None
@@ -49,24 +41,20 @@ class ItemTable(nn.Module, ABC):
         super().__init__()
         self.partition = Partition(torch.arange(n_items), (n_items,))  # positions are ids
         self.partition.register_buffer("item_at", self.partition.item_at, persistent=False)
-        self.dim = dim
+        self.n_items, self.dim = n_items, dim  # padding included
+        self.blocks = [self]  # as a softmax reads it: of `rows` and so on see Block
 
     @abstractmethod
-    def vectors(self, items: Tensor) -> Tensor:
+    def _vectors(self, items: Tensor) -> Tensor:
         """Vectors of item ids, `[...] -> [..., d]`; that of padding is not looked at."""
 
     @abstractmethod
-    def products(self, hidden: Tensor) -> Tensor:
+    def _products(self, hidden: Tensor) -> Tensor:
         """Products with every item, `[B, d] -> [B, n_items]`; that of padding is not looked at."""
-
-    @property
-    def n_items(self) -> int:
-        """Items of the catalogue, padding included."""
-        return self.partition.n_items
 
     def forward(self, items: Tensor) -> Tensor:
         """Vectors of item ids, `[...] -> [..., d]`; IndexError outside the catalogue."""
-        vectors = self.vectors(self.partition.positions(items))
+        vectors = self._vectors(self.partition.positions(items))
         return vectors.masked_fill((items == PADDING).unsqueeze(-1), 0.0)
 
     def dense(self) -> Tensor:
@@ -77,20 +65,13 @@ class ItemTable(nn.Module, ABC):
         """Frobenius norm of the whole table, `[]`."""
         return torch.linalg.vector_norm(self.dense())
 
-    # -- as a block, which a softmax reads ---------------------------------------------------------
-
-    @property
-    def blocks(self) -> list[ItemTable]:
-        """Itself alone."""
-        return [self]
-
     def rows(self) -> Tensor:
         """See Block.rows."""
         return self.dense().detach()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See Block.logits."""
-        return F.pad(self.products(hidden)[:, 1:], (1, 0))
+        return F.pad(self._products(hidden)[:, 1:], (1, 0))
 
     def logit_block(self, hidden: Tensor) -> LogitBlock:
         """See Block.logit_block. Of the vectors of all items, made for the step: on a processor
@@ -99,15 +80,8 @@ class ItemTable(nn.Module, ABC):
 
 
 class HashedTable(ItemTable):
-    """Quotient-remainder hashing (Shi et al., KDD 2020): item x has the vector
-    `quotients[x // q] * remainders[x % q]`, `[d]`.
-
-    Args:
-        n_items: items of the catalogue, padding included.
-        dim: size `d` of an item vector.
-        divisor: q; the tables have `ceil(n_items / q)` and q rows.
-        std: spread of the entries of a fresh item vector.
-    """
+    """Quotient-remainder hashing (Shi et al., KDD 2020): with the divisor q, item x has the vector
+    `quotients[x // q] * remainders[x % q]`, `[d]`, whose entries have the spread `std` at first."""
 
     def __init__(self, n_items: int, dim: int, divisor: int, std: float) -> None:
         super().__init__(n_items, dim)
@@ -117,27 +91,19 @@ class HashedTable(ItemTable):
         for rows in (self.quotients, self.remainders):
             nn.init.normal_(rows, std=math.sqrt(std))  # so that products have a spread of std
 
-    def vectors(self, items: Tensor) -> Tensor:
-        """See ItemTable.vectors."""
+    def _vectors(self, items: Tensor) -> Tensor:
         return self.quotients[items // self.divisor] * self.remainders[items % self.divisor]
 
-    def products(self, hidden: Tensor) -> Tensor:
-        """See ItemTable.products; each quotient's row weighs the hidden states once."""
-        weighed = hidden.unsqueeze(1) * self.quotients  # [B, quotients, d]
+    def _products(self, hidden: Tensor) -> Tensor:
+        weighed = hidden.unsqueeze(1) * self.quotients  # once each, [B, quotients, d]
         return (weighed @ self.remainders.T).flatten(1)[:, : self.n_items]
 
 
 class CodedTable(ItemTable):
     """RecJPQ (Petrov and Macdonald, WSDM 2024): item x has the vector
-    `[centroids[0, code_0(x)], ..., centroids[m-1, code_m-1(x)]]`, `[d]`.
-
-    The codes are fixed before training; the centroids are learnt.
-
-    Args:
-        codes: m codes of each item id from 0 to 255, `[n_items, m]`; those of padding are unused.
-        dim: size `d` of an item vector; a multiple of m.
-        std: spread of the entries of a fresh item vector.
-    """
+    `[centroids[0, code_0(x)], ..., centroids[m-1, code_m-1(x)]]`, `[d]`, whose entries have the
+    spread `std` at first. The codes, `[n_items, m]` from 0 to 255, are fixed before training; the
+    centroids are learnt."""
 
     codes: Tensor
 
@@ -148,13 +114,12 @@ class CodedTable(ItemTable):
         self.centroids = nn.Parameter(torch.empty(m, CENTROIDS, dim // m))
         nn.init.normal_(self.centroids, std=std)
 
-    def vectors(self, items: Tensor) -> Tensor:
-        """See ItemTable.vectors."""
+    def _vectors(self, items: Tensor) -> Tensor:
         splits = torch.arange(len(self.centroids), device=items.device)
         return self.centroids[splits, self.codes[items].long()].flatten(-2)
 
-    def products(self, hidden: Tensor) -> Tensor:
-        """See ItemTable.products: sums of m looked-up products; no item's vector is made."""
+    def _products(self, hidden: Tensor) -> Tensor:
+        # sums of m looked-up products: no item's vector is made
         m = len(self.centroids)
         pieces = hidden.view(len(hidden), m, self.dim // m)
         products = torch.einsum("mcs,bms->mcb", self.centroids, pieces).flatten(0, 1)
@@ -162,44 +127,12 @@ class CodedTable(ItemTable):
         return F.embedding_bag(rows, products, mode="sum").T
 
 
-# -- models on them --------------------------------------------------------------------------------
-
-
-class TableRecommender(CompressedRecommender):
-    """A Cp model whose table is an ItemTable. It is there to be measured, and not saved."""
-
-    def save_pretrained(self, folder: Any, tokens: Any = None) -> Any:
-        """Refused: always a CompressionError."""
-        raise self._refusal("save")
-
-    def add_items(self, tokens: Any, like: Any = None) -> list[int]:
-        """Refused: always a CompressionError."""
-        raise self._refusal("add items to")
-
-    def _refusal(self, verb: str) -> CompressionError:
-        return CompressionError(
-            f"Expected a table of blocks to {verb}, but got {type(self.table).__name__}."
-        )
-
-
-@functools.cache
-def _class_of(model: type[CompressedRecommender]) -> type[TableRecommender]:
-    return type(f"Table{model.spec.name}", (TableRecommender,), {"spec": model.spec})
-
-
 def model_on_table(
     kind: str, options: Mapping[str, Any], config: Any, dataset: Any
-) -> TableRecommender:
-    """A fresh model as RecBole would build it, on an item table.
-
-    Args:
-        kind: `hashing` with the option `hashing_divisor`; `recjpq-random` or `recjpq-svd` with
-            `recjpq_codes`.
-        options: the table's, among others.
-        config: a RecBole config of a Cp model; `sharing` and `training` are read, and for codes the
-            `seed`.
-        dataset: the training split.
-    """
+) -> CompressedRecommender:
+    """A fresh model as RecBole would build it from the config of a Cp model and the training split,
+    on another item table: `hashing` with the option `hashing_divisor`, `recjpq-random` or
+    `recjpq-svd` with `recjpq_codes`. It is there to be measured, and cannot be saved."""
     spec, compression = config.model_class.spec, compression_of(config)
     n_items, dim = int(dataset.item_num), spec.dim(int(config[spec.size_option]))
     with torch.random.fork_rng(devices=[]):
@@ -218,7 +151,7 @@ def model_on_table(
     blocks = cast(BlockEmbedding, table)
     last_column = spec.reads_last_column and compression.training == "last_position"
     parts = Parts(inner, blocks, blocks, compression, last_column, item_counts(dataset))
-    model = _class_of(config.model_class)(parts=parts)
+    model = config.model_class(parts=parts)
     model.item_tokens = dataset.field2id_token[dataset.iid_field]
     return model.to(config["device"])
 
@@ -235,9 +168,6 @@ def served_bytes(model: nn.Module) -> int:
     return total
 
 
-# -- what fits, and codes --------------------------------------------------------------------------
-
-
 def largest_divisor(n_items: int, rows: int) -> int:
     """The largest q whose two tables have at most so many rows; that of the fewest rows where none
     has. A larger q means fewer items to a remainder."""
@@ -249,10 +179,8 @@ def largest_divisor(n_items: int, rows: int) -> int:
 
 def most_codes(n_items: int, dim: int, limit: int) -> int:
     """The most codes m, from 4 to 32 and a divisor of `dim`, whose table fits into so many bytes.
-
-    Centroids take `256 d` floats whatever m is. Where they do not fit themselves there is no such
-    table, and 8 codes are taken, or what comes nearest: the size is told, not hidden.
-    """
+    Centroids take `256 d` floats whatever m is; where they do not fit themselves 8 codes are taken,
+    or what comes nearest: the size is told, not hidden."""
     divisors = [m for m in range(min(dim, _MOST_CODES), 0, -1) if dim % m == 0]
     possible = [m for m in divisors if m >= _FEWEST_CODES] or divisors
     usual = min(possible, key=lambda m: abs(m - _USUAL_CODES))
@@ -265,11 +193,9 @@ def coded_bytes(n_items: int, dim: int, m: int) -> int:
 
 
 def svd_codes(matrix: csr_matrix, m: int, generator: np.random.Generator) -> np.ndarray:
-    """Codes out of the m strongest right singular vectors, `[users, n_items] -> [n_items, m]`.
-
-    Each direction is brought to values from 0 to 1, a little noise is added against ties, and the
-    items are cut into 256 bins of equal count. Directions that the matrix does not have are random.
-    """
+    """Codes out of the m strongest right singular vectors, `[users, n_items] -> [n_items, m]`: each
+    is brought to values from 0 to 1, a little noise is added against ties, and the items are cut
+    into 256 bins of equal count. Directions that the matrix does not have are random."""
     n_items = matrix.shape[1]
     rank = min(m, min(matrix.shape) - 1)
     start = generator.standard_normal(min(matrix.shape))

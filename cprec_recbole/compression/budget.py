@@ -62,11 +62,8 @@ def checked_bytes(size: object) -> int:
 
 
 class OptionSearch:
-    """An original on its way to compressed models, under options that are given or found.
-
-    The counts `[n_items]` and the histories `[N, L]` to fit on are of the training data. `base` has
-    the options but ranks and cutoffs, `sharing` the scheme, or None to choose one.
-    """
+    """An original on its way to compressed models: counts `[n_items]` and histories `[N, L]` of the
+    training data, all options but ranks and cutoffs, and the sharing, or None to choose one."""
 
     def __init__(
         self,
@@ -91,7 +88,7 @@ class OptionSearch:
         self.smallest = self.least_table + min(self.layer_costs.values())
 
     def compressed(self, options: CompressionConfig) -> CompressedRecommender:
-        """The compressed model for given options, as near to a trained original as it gets."""
+        """The compressed model for given options, fitted to a trained original."""
         small = self.original.compressed(options, self.counts, self.moment)
         if self.is_trained:
             small.warm_start = warm_start(small, self.original, self.histories)
@@ -107,7 +104,7 @@ class OptionSearch:
 
     def within_loss(self, max_loss: float, valid_data: Any) -> CompressedRecommender:
         """The smallest compressed model that loses at most a share of the validation metric, by
-        bisection over ratios: a smaller model is taken to be no better."""
+        bisection over ratios."""
         metric = valid_metric(valid_data)
         whole = evaluate(self.original.model, valid_data)[metric]
         if not whole > 0:
@@ -140,13 +137,9 @@ class OptionSearch:
         return best
 
     def best(self, limit: int) -> ChosenOptions:
-        """The options that lose least and cost at most `limit`; a CompressionError where there are
-        none.
-
-        For each way of sharing layers that leaves room for a table, the best table is found; then
-        what the table loses is added to what the hidden states lose, both as relative squared
-        errors, and the least sum wins.
-        """
+        """The options that cost at most `limit` and lose least: of each sharing scheme with its
+        best table, what table and hidden states lose is added, both as relative squared errors. A
+        CompressionError where nothing fits."""
         if limit < self.smallest:
             n_bytes = self.smallest * self.original.dtype.itemsize // self.unit.other
             raise CompressionError(
@@ -173,10 +166,10 @@ class OptionSearch:
                 continue
             options = replace(self.base, sharing=scheme, ranks=plan.ranks, cutoffs=plan.cutoffs)
             cost, table = self.cost.of(plan) + layer_cost, self._spectra.loss(plan)
-            freedom = (len(sets) - 1) / (len(layers) - 1) if len(layers) > 1 else 1.0
-            hidden = _FRESH_SHARING * (1 - freedom)
             if self.is_trained:
                 hidden = self._hidden_error(options)
+            else:
+                hidden = _FRESH_SHARING * (len(layers) - len(sets)) / max(1, len(layers) - 1)
             blocks = ", ".join(f"rank {r} for {size:,}" for r, size in zip(plan.ranks, plan.sizes))
             reasons = (
                 f"items from head to tail: {blocks}; {by} {table:.1%}",

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cprec_recbole.compression.budget import (
     OptionSearch,
@@ -59,13 +58,11 @@ def compress(
         model: RecBole's NextItNet, SASRec, GRU4Rec, BERT4Rec, LightSANs, GCSAN, NARM, STAMP, SRGNN
             or SINE, one of your own (see `register`), or a Cp model with the options of
             `CompressionConfig.uncompressed()`.
-        config: the options as one object; or name them one by one instead, as in
-            `compress(model, ranks=[64, 16, 4], sharing="cross_block")`: see CompressionConfig. With
-            a budget, sharing is chosen unless it is named; an object names it. The result reads a
-            history as the model does, whatever the object's `training`.
+        config: the options as one object, or by name, as in `compress(model, ranks=[64, 16, 4])`:
+            see CompressionConfig. With a budget, sharing is chosen unless it is named; an object
+            names it. The result reads a history as the model does, whatever the `training`.
         item_counts: how often each item occurs in training: a RecBole dataset (the training
-            split), or an array `[n_items]`. May be left out for a model that was built after
-            `import cprec_recbole`, which remembers them.
+            split), or an array `[n_items]`. A model built after `import cprec_recbole` knows them.
         data: training data to fit table and layers on: RecBole's dataset or data loader, or lists
             of item ids. Left out: what `item_counts` holds, or histories drawn from the counts,
             which serve nearly as well.
@@ -102,7 +99,12 @@ def compress(
     for given, name in ((data, "data"), (item_counts, "item_counts"), (valid_data, "valid_data")):
         check_numbering(original.model, given, name)
     counts = original.counts(dataset_of(data) if item_counts is None else item_counts)
-    histories = _histories(data, item_counts, original, counts)
+    data, name = (dataset_of(item_counts), "item_counts") if data is None else (data, "data")
+    length = original.inner.max_seq_length
+    if data is None:
+        histories = drawn_histories(counts, FIT_HISTORIES, length, torch.Generator().manual_seed(0))
+    else:
+        histories = histories_of(data, original.n_items, length, name).items
     with torch.random.fork_rng(devices=[]):  # fresh factors are drawn, and written over
         search = OptionSearch(original, counts, histories, base, sharing, unit)
         if max_loss is not None:
@@ -117,16 +119,6 @@ def compress(
         print(small.choice)
     small.to(original.dtype).train(model.training)
     return small if dtype is None else quantize(small)
-
-
-def _histories(data: Any, item_counts: Any, original: Original, counts: np.ndarray) -> Tensor:
-    """What table and layers are fitted on, `[N, L]`."""
-    length, name = original.inner.max_seq_length, "data"
-    if data is None:
-        data, name = dataset_of(item_counts), "item_counts"
-    if data is not None:
-        return histories_of(data, original.n_items, length, name).items
-    return drawn_histories(counts, FIT_HISTORIES, length, torch.Generator().manual_seed(0))
 
 
 def _check_budget(base: CompressionConfig, budgets: dict[str, Any], valid_data: Any) -> None:

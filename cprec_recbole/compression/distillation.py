@@ -13,8 +13,8 @@ from cprec_recbole.softmax import FullSoftmax
 
 
 class Teacher:
-    """The original's probabilities of the items as a loss, mixed with the model's own: `share` of
-    it, from 0 to 1. The model's `loss_memory` bounds the logits that are there at a time."""
+    """The original's probabilities of the items as a loss, mixed with the model's own: a `share` of
+    it, from 0 to 1."""
 
     def __init__(self, small: CompressedRecommender, original: Original, share: float) -> None:
         self.small, self.original, self.share = small, original, share
@@ -24,9 +24,9 @@ class Teacher:
         self.vectors = original.table[self.partition.item_at.long()]
 
     def loss(self, hidden: Tensor, taught: Tensor, target: Tensor) -> Tensor:
-        """The model's own loss mixed with the divergence from the original: within blocks, or where
-        the model's softmax is flat over all items, less the original's entropy, a constant. Of the
-        model's hidden states, the original's, and the next items, `[N, d], [N, d], [N] -> []`."""
+        """The model's own loss mixed with the divergence from the original within blocks; of a flat
+        softmax over all items, less the original's entropy, a constant. Of the hidden states of
+        both and the next items, `[N, d], [N, d], [N] -> []`."""
         softmax = self.small.softmax
         if not isinstance(softmax, FullSoftmax) or self.small.loss_type == "BPR":
             own = self.small.position_loss(hidden, target)
@@ -53,7 +53,6 @@ class Teacher:
         return total / max(1, len(hidden))
 
     def _within(self, j: int, hidden: Tensor, taught: Tensor) -> Tensor:
-        """Summed divergence within one block, `[]`."""
         vectors = self.vectors[self.partition.starts[j] : self.partition.cutoffs[j]]
         entropy = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
 

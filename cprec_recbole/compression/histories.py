@@ -26,8 +26,7 @@ class Histories(NamedTuple):
     targets: Tensor  # the next item at each position, [N, L]
 
     def prefixes(self) -> tuple[Tensor, Tensor]:
-        """Each target with the items before it in its window, `[M, L], [M]`; for models that read
-        one position only."""
+        """Each target with the items before it in its window, `[M, L], [M]`."""
         row, column = (self.targets != PADDING).nonzero(as_tuple=True)
         later = torch.arange(self.items.shape[1]) > column.unsqueeze(1)
         return self.items[row].masked_fill(later, PADDING), self.targets[row, column]
@@ -45,9 +44,9 @@ def dataset_of(data: Any) -> Any:
 
 
 def histories_of(data: Any, n_items: int, max_length: int, name: str = "data") -> Histories:
-    """Windows of RecBole's training data set or data loader, for a Cp model or RecBole's own, or of
-    lists of item ids, oldest first. Refuses other data, empty data, and data of another catalogue
-    than the `n_items`, padding included; the error names the option."""
+    """Windows of RecBole's training data set or data loader, or of lists of item ids, oldest first.
+    Refuses other data, empty data, and another catalogue than of `n_items`; the error has the name.
+    """
     if isinstance(data, FullSortEvalDataLoader | NegSampleEvalDataLoader):
         raise CompressionError(
             f"Expected `{name}` to be training data, but got evaluation data; pass the first of "
@@ -106,8 +105,7 @@ def _rejoined(
     users: Tensor, items: Tensor, lengths: Tensor, targets: Tensor
 ) -> tuple[Tensor, Pointers]:
     """RecBole's row for every prefix, `[n, L]` with `[n]`, as the sequences that they come from:
-    rows of which each has the history of the one before it and then its target. What belongs to no
-    other row is a sequence with one target."""
+    rows of which each has the history of the one before it and then its target."""
     order = torch.from_numpy(stable_order(users.numpy()))
     orders = (order, order.flip(0))  # benchmark files may have a user's longest history first
     found = [_follows(users, items, lengths, targets, each) for each in orders]
@@ -127,8 +125,8 @@ def _rejoined(
 def _follows(
     users: Tensor, items: Tensor, lengths: Tensor, targets: Tensor, order: Tensor
 ) -> Tensor:
-    """Whether each row, in an order, is of the user of the row before it and has that one's history
-    and then its target, of which RecBole keeps the newest items, `[n]`."""
+    """Whether each row, in an order, is of the user of the row before it and has the newest items
+    of that one's history and then its target, `[n]`."""
     parts = [torch.zeros(1, dtype=torch.bool)]
     for before, after in zip(order[:-1].split(_ROWS), order[1:].split(_ROWS)):
         longer = torch.nn.functional.pad(items[before], (0, 1))
@@ -140,8 +138,7 @@ def _follows(
 
 
 def drawn_histories(counts: np.ndarray, n: int, length: int, generator: torch.Generator) -> Tensor:
-    """Histories of items drawn by how often they occur, `[n, length]`, where no data is at hand:
-    without an order to learn, but they reach every layer with the vectors that it will see."""
+    """Histories of items drawn by how often they occur, `[n, length]`, where no data is at hand."""
     weights = torch.from_numpy(counts).double()
     weights = torch.where(weights.sum() > 0, weights, torch.ones_like(weights))
     weights[PADDING] = 0

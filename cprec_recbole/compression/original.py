@@ -46,7 +46,15 @@ class Original:
         """See a model as an original; a CompressionError where it is not supported, is compressed,
         is a part of another, or has weights that are not finite."""
         if isinstance(model, CompressedRecommender):
-            _check_uncompressed(model)
+            options = model.compression
+            layers, sets = model.spec.sharing(model.inner, options.sharing)
+            is_whole = set(model.table.ranks) == {model.table.dim} and len(sets) == len(layers)
+            if not is_whole or options.softmax != "full" or not options.tied or model.table.is_int8:
+                how = "in int8" if model.table.is_int8 else "compressed"
+                raise CompressionError(
+                    f"Expected `model` to be uncompressed, but got {type(model).__name__}, which "
+                    f"is {how}; compress the original model with the new options."
+                )
             inner, spec, last_column = model.inner, model.spec, model.reads_last_column
             table = model.table.dense().detach()
         else:
@@ -83,8 +91,8 @@ class Original:
         return Encoder(self.spec, self.inner, self.reads_last_column)
 
     def counts(self, item_counts: Any = None) -> np.ndarray:
-        """Training interactions of each item id, `[n_items]`: those of a RecBole dataset or of
-        numbers `[n_items]`, or what the model knows; a CompressionError where they do not fit."""
+        """Training interactions of each item id, `[n_items]`: of a RecBole dataset, of numbers
+        `[n_items]` or what the model knows; a CompressionError where they do not fit."""
         if item_counts is None:
             item_counts = getattr(self.model, "train_item_counts", None)
         if item_counts is None:
@@ -128,9 +136,9 @@ class Original:
     def compressed(
         self, compression: CompressionConfig, counts: np.ndarray, moment: Tensor | None = None
     ) -> CompressedRecommender:
-        """A compressed model with the original's weights, before anything is fitted: factors by the
-        SVD of each block, weighted by counts `[n_items]` and the moment `[d, d]` of the hidden
-        states; of shared layers the first of each set, clusters the mean of their items."""
+        """A compressed model with the original's weights, nothing fitted: factors by the SVD of
+        each block, weighted by counts `[n_items]` and the moment `[d, d]` of the hidden states; of
+        shared layers the first of each set, clusters the mean of their items."""
         if compression.training not in self.spec.objectives:
             compression = replace(compression, training=self.spec.objectives[0])
         plan = compression.plan(self.dim, self.n_items)
@@ -179,25 +187,9 @@ def hidden_moment(original: Original, histories: Tensor) -> Tensor | None:
 
 def importance_of(moment: Tensor | None, *, tied: bool) -> Tensor | None:
     """What an error of an item's vector costs, as a quadratic form `[d, d]`; None without a moment.
-
-    Scores are products with hidden states: an error across the directions of those costs nothing.
-    But where the layers read the same vectors (`tied`), any direction may matter.
-    """
+    Across the hidden states it costs no score, but layers that read the vectors too (`tied`)."""
     if moment is None:
         return None
     share = _TIED if tied else _UNTIED
     identity = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
     return share * moment + (1 - share) * identity
-
-
-def _check_uncompressed(model: CompressedRecommender) -> None:
-    """Refuse a Cp model that has lost something."""
-    options = model.compression
-    layers, sets = model.spec.sharing(model.inner, options.sharing)
-    is_whole = set(model.table.ranks) == {model.table.dim} and len(sets) == len(layers)
-    if not is_whole or options.softmax != "full" or not options.tied or model.table.is_int8:
-        how = "in int8" if model.table.is_int8 else "compressed"
-        raise CompressionError(
-            f"Expected `model` to be uncompressed, but got {type(model).__name__}, which is {how}; "
-            "compress the original model with the new options."
-        )

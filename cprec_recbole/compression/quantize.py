@@ -20,22 +20,14 @@ from cprec_recbole.models.saving import check_finite
 def quantize(small: nn.Module) -> CompressedRecommender:
     """A copy of a compressed model with all matrices in int8, a scale for each row.
 
-    The rows of the blocks are so in memory; the matrices of layers, projections and a tree's
-    clusters are rounded, computed in float, and in int8 in the folder that `save_pretrained`
-    writes. Biases and norms stay in float. Lossy: an entry of a row is off by at most half of the
-    row's scale, which is a 127th of its largest entry, rounded up to bfloat16. Everything that is
-    exact about a model (top-k, saving, loading) is exact about the new one; it cannot be trained,
-    but for `recover`, which does so in float.
-
-    Args:
-        small: a Cp model in float32 or float64; it is left as it was.
-
-    Returns:
-        The new model, in the mode of the old one. It shares its tokens and counts.
+    The rows of the blocks are so in memory, other matrices in the folder that `save_pretrained`
+    writes, biases and norms nowhere. An entry of a row is off by at most half of the row's scale,
+    which is a 127th of its largest entry, rounded up to bfloat16. The new model, in the mode of the
+    old one, cannot be trained, but for `recover`, which does so in float.
 
     Raises:
-        CompressionError: RecBole's own model, rows in int8 already, another precision, or weights
-            that are not finite.
+        CompressionError: RecBole's own model, rows in int8 already, another precision than float32
+            or float64, or weights that are not finite.
     """
     if not isinstance(small, CompressedRecommender):
         raise CompressionError(
@@ -56,8 +48,8 @@ def quantize(small: nn.Module) -> CompressedRecommender:
 def to_int8(
     model: CompressedRecommender, before: CompressedRecommender | None = None
 ) -> CompressedRecommender:
-    """Put a model's rows in int8 and round its other matrices, in place; blocks and matrices that
-    are still as in the model before keep the very numbers that they have there."""
+    """Put a model's rows in int8 and round its other matrices, in place; what is still as in the
+    model `before` keeps the very numbers that it has there."""
     olds = [] if before is None else [block for each in before.tables for block in each.blocks]
     places = [(table.factors, j) for table in model.tables for j in range(len(table.factors))]
     for (factors, j), old in zip_longest(places, olds):
@@ -81,8 +73,7 @@ def in_float(small: CompressedRecommender) -> CompressedRecommender:
 
 
 def int8_block(block: Block, before: Int8Block | None = None) -> Int8Block:
-    """A block's rows in int8, those of the block before where nothing changed, and its projection,
-    which is trained no more."""
+    """A block with its rows in int8, those of the block `before` where nothing changed."""
     result = Int8Block(0, 0, 0)
     result.projection = block.projection
     if before is not None and torch.equal(before.whole(), block.weight):

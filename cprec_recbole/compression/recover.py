@@ -54,8 +54,7 @@ def recover(
 
     The loss is the model's own, mixed with the divergence from the original's softmax: over all
     items where the model's softmax is flat; in a tree over the head's items and those of each
-    target's own block, which it reads for those targets, so that the original's opinion costs no
-    more than that. Adam, its rate rising over the first twentieth of the steps, then falling
+    target's own block. Adam, its rate rising over the first twentieth of the steps, then falling
     evenly. What counts is the average of the weights over the latest steps.
     With validation data the best epoch's average is kept, which may be the start.
     A model in int8 is trained in float, measured in int8 and in int8 again afterwards.
@@ -67,20 +66,18 @@ def recover(
         data: training data: RecBole's dataset or data loader, or lists of item ids.
         epochs: passes over the data.
         valid_data: RecBole's validation data, to report quality before and after each epoch.
-        distillation: weight of the original's predictions, from 0 (none) to 1 (nothing else);
-            without a teacher there are none.
+        distillation: weight of the original's predictions, from 0 (none) to 1 (nothing else).
         learning_rate: the highest, after the rise.
         batch_size: predictions a step; fewer than in training, for a recovery has few epochs.
         seed: of dropout and the order of batches. The process's random state is left as it was.
         progress: show a bar; a line an epoch where the output is no terminal.
 
     Returns:
-        Recovery: metrics before and after each epoch, and which epoch was kept.
+        Metrics before and after each epoch, and which epoch was kept.
 
     Raises:
         CompressionError: models that do not belong together, data of another catalogue, options out
-            of range, a loss that is no number. What was reached until then is kept, as it is
-            on Ctrl-C.
+            of range, a loss that is no number. What was reached is kept, as it is on Ctrl-C.
     """
     if not isinstance(small, CompressedRecommender):
         raise CompressionError(
@@ -92,8 +89,11 @@ def recover(
             "Adam's steps are lost; use small.float()."
         )
     original = None if teacher is None else Original.of(teacher)
-    if original is not None:
-        _check_pair(small, original)
+    if original is not None and _about(small) != _about(original):
+        raise CompressionError(
+            f"Expected `teacher` to be the original of `small` ({_about(small)}), but got "
+            f"{_about(original)}."
+        )
     check_whole("epochs", epochs)
     check_whole("batch_size", batch_size)
     check_whole("seed", seed, 0)
@@ -167,8 +167,7 @@ def _train(
     seed: int,
     progress: bool,
 ) -> Generator[float, None, None]:
-    """Train for some epochs. Gives the mean loss of each, and meanwhile the parameters are the
-    averages of what they were after the steps."""
+    """Train, giving the mean loss of each epoch while the parameters are their averages."""
     # a model with one state for a history is asked for each target by itself
     items, targets = histories.prefixes() if small.encoder.has_one_state else histories
     n_targets = int((targets != PADDING).sum())
@@ -186,7 +185,12 @@ def _train(
             ) from error
     optimizer = build_optimizer(small, "adam", learning_rate, weight_decay=0.0)
     n_steps, step = epochs * n_batches, 0
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: _rate_at((i + 1) / n_steps))
+
+    def rate_after(i: int) -> float:  # as a share, evenly up, then evenly down
+        progress = (i + 1) / n_steps
+        return min(progress / _WARM_UP, 1 - (1 - _LAST_RATE) * progress)
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate_after)
     parameters = [parameter.detach() for parameter in small.parameters()]
     # in half precision the later, smaller shares would round to nothing, as in AveragedModel
     types = [torch.promote_types(each.dtype, torch.float32) for each in parameters]
@@ -236,8 +240,8 @@ def _batches(
 def _loss(
     small: CompressedRecommender, teacher: Teacher | None, items: Tensor, targets: Tensor
 ) -> Tensor:
-    """Training loss of windows `[B, L]` and the next item at each position `[B, L]`; or, for models
-    that read one position, of prefixes `[B, L]` and their targets `[B]`, `[]`."""
+    """Training loss of windows `[B, L]` and the next items `[B, L]`, or of prefixes `[B, L]` and
+    their targets `[B]`, `[]`."""
     device = small.table.partition.item_at.device
     items, targets = items.to(device), targets.to(device)
     hidden, target = _hidden(small.encoder, items, targets), targets[targets != PADDING]
@@ -264,17 +268,7 @@ def _diverged(what_came: str, learning_rate: float, epoch: int) -> CompressionEr
     )
 
 
-def _rate_at(progress: float) -> float:
-    """Share of the learning rate after a share of all steps: evenly up, then evenly down."""
-    return min(progress / _WARM_UP, 1 - (1 - _LAST_RATE) * progress)
-
-
-def _check_pair(small: CompressedRecommender, original: Original) -> None:
-    known = []
-    for model, dim in ((small, small.table.dim), (original, original.dim)):
-        reads = "last column of a batch" if model.reads_last_column else "last item"
-        known.append(f"{model.spec.name}, {model.n_items} items, d {dim}, reads the {reads}")
-    if known[0] != known[1]:
-        raise CompressionError(
-            f"Expected `teacher` to be the original of `small` ({known[0]}), but got {known[1]}."
-        )
+def _about(model: CompressedRecommender | Original) -> str:
+    dim = model.dim if isinstance(model, Original) else model.table.dim
+    reads = "last column of a batch" if model.reads_last_column else "last item"
+    return f"{model.spec.name}, {model.n_items} items, d {dim}, reads the {reads}"

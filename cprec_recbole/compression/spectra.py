@@ -49,8 +49,8 @@ def _gram(rows: Tensor, weights: Tensor) -> Tensor:
 
 
 class Spectra:
-    """What each possible block would lose at each rank, as a share of the whole table: of blocks
-    between two of `(0, *ends)`, `lost` `[start, end, rank]`. The last of the ends is `n_items`."""
+    """What each block between two of `(0, *ends)` would lose at each rank, as a share of the whole
+    table: `lost` is `[start, end, rank]`, the last of the ends `n_items`."""
 
     def __init__(self, ends: Sequence[int], lost: np.ndarray) -> None:
         self.ends, self.lost, self.dim = (0, *ends), lost, lost.shape[2] - 1
@@ -59,8 +59,8 @@ class Spectra:
     def of_table(
         cls, table: Tensor, counts: np.ndarray, ends: Sequence[int], importance: Tensor | None
     ) -> Spectra:
-        """Of a trained table `[n_items, d]`: the error of each block's best factors, weighted by
-        counts and by the importance of directions as BlockEmbedding.approximate weights it."""
+        """Of a trained table `[n_items, d]`: the error of each block's best factors, weighted as
+        BlockEmbedding.approximate does."""
         order = Partition.from_counts(counts, [len(counts)]).item_at.long()
         weights = torch.from_numpy(counts).clamp(min=1).to(table.device)
         dim = table.shape[1]
@@ -79,8 +79,8 @@ class Spectra:
 
     @classmethod
     def of_counts(cls, counts: np.ndarray, dim: int, ends: Sequence[int]) -> Spectra:
-        """Of a table that is not trained yet: items matter as often as they occur, and the i-th
-        direction of a block carries 1/i of the first, about what trained tables show."""
+        """Of a table to be trained: items matter as often as they occur, and the i-th direction of
+        a block carries 1/i of the first, about what trained tables show."""
         order = Partition.from_counts(counts, [len(counts)]).item_at.numpy()
         mass = np.concatenate([[0.0], np.maximum(counts, 1)[order].cumsum()])
         carried = 1 / np.arange(1, dim + 1)
@@ -91,12 +91,10 @@ class Spectra:
         return cls(ends, np.where((share > 0)[..., None], share[..., None] * left, np.inf))
 
     def best_plan(self, limit: int, cost: TableCost) -> BlockPlan | None:
-        """The blocks and ranks that lose least and cost at most `limit`; None if nothing fits.
-
-        Dynamic programming finds those of least loss plus price, for a price on a parameter or a
-        byte that is bisected until the budget is met. Such plans are on the convex hull of loss and
-        cost, so what is left of the budget is spent on higher ranks and on blocks in two.
-        """
+        """The blocks and ranks that lose least and cost at most `limit`; None if nothing fits."""
+        # Of least loss plus price, for a price on a parameter or a byte that is bisected until the
+        # budget is met. Such plans are on the convex hull of loss and cost, so what is left of the
+        # budget is spent on higher ranks and on blocks in two.
         best = BlockPlan((1,), (self.ends[-1],), self.dim)
         if cost.of(best) > limit:
             return None
@@ -111,8 +109,7 @@ class Spectra:
         other: BlockPlan | None = best
         while other is not None:
             best = self._filled(other, limit, cost)
-            one_more = len(best.ranks) < MOST_BLOCKS
-            other = self._with_one_more(best, limit, cost) if one_more else None
+            other = self._with_one_more(best, limit, cost)
         full = max(1, best.ranks.count(self.dim))  # blocks that lose nothing are one
         return BlockPlan(best.ranks[full - 1 :], best.cutoffs[full - 1 :], self.dim)
 
@@ -130,10 +127,8 @@ class Spectra:
         return np.asarray(cost.block(sizes, np.arange(self.dim + 1)))
 
     def _priced(self, price: float, cost: TableCost) -> BlockPlan:
-        """The plan of least loss plus price times cost; ranks never rise.
-
-        `value[b, e, r]` is the least for the items before end e in b blocks, the last of rank r.
-        """
+        """The plan of least loss plus price times cost, by dynamic programming: `value[b, e, r]` is
+        the least for the items before end e in b blocks, the last of rank r; ranks never rise."""
         block = self.lost + price * self._costs(cost)
         block[..., 0] = np.inf  # every block has a rank
         another = price * (cost.each_cluster + 1)  # of equal plans the one with fewer blocks
@@ -171,8 +166,9 @@ class Spectra:
             plan = max(steps, key=lambda step: step[0])[1]
 
     def _with_one_more(self, plan: BlockPlan, limit: int, cost: TableCost) -> BlockPlan | None:
-        """The plan with one of its blocks in two that loses least within the budget; None where
-        none loses less."""
+        """The plan with one of its blocks in two that loses least within the budget, if any."""
+        if len(plan.ranks) == MOST_BLOCKS:
+            return None
         costs, spent = self._costs(cost), cost.of(plan) + cost.each_cluster
         best, least = None, self.loss(plan) - _WORTH_A_BLOCK
         around = (self.dim, *plan.ranks, 1)

@@ -1,14 +1,11 @@
-"""Where a compressed model starts: its hidden states and clusters fitted to the original's.
-
-A table of low rank moves what the layers read, and layers that share cannot all keep what they had.
-What is left free is fitted to the original's hidden states over a few histories, without a label.
-"""
+"""Where a compressed model starts: its hidden states and clusters fitted to the original's, over a
+few histories, without a label."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -39,12 +36,10 @@ def warm_start(
     small: CompressedRecommender, original: Original, histories: Tensor, quickly: bool = False
 ) -> WarmStart:
     """Fit the layers of a compressed model, which hold the original's weights, to the original's
-    hidden states over some histories `[N, L]`; the table is left alone.
-
-    In three steps, each kept only where it helps: each set of shared layers takes the parameters of
-    its best member (or their mean); norms and linear maps that are not shared are solved for by
-    least squares; then all are fitted by gradient, which takes longest and is left out `quickly`.
-    """
+    hidden states over some histories `[N, L]`, in three steps, each kept only where it helps: each
+    set of shared layers takes the parameters of its best member (or their mean); norms and linear
+    maps that are not shared are solved for by least squares; then, unless `quickly`, all are fitted
+    by gradient."""
     generator = torch.Generator().manual_seed(0)
     n_compared = _QUICK_HISTORIES if quickly else _LOOK_HISTORIES
     look = _trimmed(small, sample(histories, n_compared, generator))
@@ -76,8 +71,7 @@ class _Fit:
         return float(_relative_error(self.small.encoder.all_states(self.look), self.wanted))
 
     def improved(self, before: float, change: Callable[[], None]) -> float:
-        """Make a change and give the error after it; where it is no less than `before`, or a refit
-        met numbers that it could not solve, undo it."""
+        """Make a change and give the error after it; undo it where that is not less than before."""
         plain = [p.detach().clone() for p in self.free]
         change()
         after = self.error()
@@ -89,7 +83,7 @@ class _Fit:
     @torch.no_grad()
     def choose_start(self) -> tuple[int | None, float, float]:
         """Take the best parameters for each set, then refit what is not shared. Gives the member
-        that was taken, and the error with its parameters and after the refit."""
+        that was taken, and the error before and after the refit."""
         copied = [p.clone() for p in self.free]
         starts = []
         for member in (None, *range(max(map(len, self.sets), default=0))):
@@ -103,7 +97,7 @@ class _Fit:
         return member, before, after
 
     def descend(self, histories: Tensor, generator: torch.Generator) -> None:
-        """A few passes of gradient descent on the error of the hidden states."""
+        """Fit by gradient."""
         optimizer = torch.optim.Adam(self.free, lr=_LEARNING_RATE)
         n_steps = _PASSES * -(-len(histories) // _BATCH)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, n_steps)
@@ -123,7 +117,7 @@ class _Fit:
         optimizer.zero_grad()
 
     def _take(self, member: int | None) -> None:
-        """Set shared parameters to those of one member of each set, or to the mean of them."""
+        """Set shared parameters to those of one member of each set, or to their mean."""
         originals = self.small.spec.layers(self.original.inner)
         for members in self.sets:
             layers = [originals[i] for i in members]
@@ -164,13 +158,12 @@ class _Fit:
             self.small.encoder.all_states(self.look)
 
 
-@contextmanager
-def _hooked(hook: Callable[..., Any], modules: Mapping[str, nn.Module]) -> Iterator[None]:
+def _hooked(hook: Callable[..., Any], modules: Mapping[str, nn.Module]) -> ExitStack:
     """Within, modules call `hook(name, module, inputs, output)` after they ran."""
-    with ExitStack() as stack:
-        for name, module in modules.items():
-            stack.enter_context(module.register_forward_hook(partial(hook, name)))
-        yield
+    stack = ExitStack()
+    for name, module in modules.items():
+        stack.enter_context(module.register_forward_hook(partial(hook, name)))
+    return stack
 
 
 def _trimmed(small: CompressedRecommender, histories: Tensor) -> Tensor:
@@ -187,8 +180,7 @@ def fill(parameters: Iterable[Tensor], values: Iterable[Tensor]) -> None:
 
 
 def _rows(states: Tensor, real: Tensor) -> Tensor:
-    """What a layer reads or gives, `[..., d] -> [N, d]`: where it has a state for each position, of
-    those that count; of models that read whole histories, all it has."""
+    """What a layer reads or gives, `[..., d] -> [N, d]`, at positions that count if it has any."""
     return states[real] if states.shape[:-1] == real.shape else states.flatten(0, -2)
 
 
@@ -199,8 +191,8 @@ def _relative_error(hidden: Tensor, wanted: Tensor) -> Tensor:
 
 
 def _solve(module: Any, inputs: Tensor, output: Tensor, wanted: Tensor) -> None:
-    """Change a norm or a linear map so that its outputs `[N, d]` come nearest to what is wanted, by
-    ridge regression of what is missing: with nothing missing nothing changes."""
+    """Bring the outputs `[N, d]` of a norm or a linear map nearest to what is wanted, by ridge
+    regression of what is missing: with nothing missing nothing changes."""
     if len(inputs) < 2:
         return
     missing = (wanted - output).double()
@@ -224,8 +216,7 @@ def _solve(module: Any, inputs: Tensor, output: Tensor, wanted: Tensor) -> None:
 
 @torch.no_grad()
 def fit_clusters_to(small: CompressedRecommender, original: Original, histories: Tensor) -> None:
-    """Fit the clusters of a tree softmax, where there are any, to the original's probabilities of
-    the blocks."""
+    """Fit the clusters of a tree softmax, if any, to the original's probabilities of the blocks."""
     if not isinstance(small.softmax, TreeSoftmax) or not small.softmax.tails:
         return
     generator = torch.Generator().manual_seed(0)
@@ -238,8 +229,8 @@ def fit_clusters_to(small: CompressedRecommender, original: Original, histories:
 
 
 def block_probabilities(partition: Partition, original: Original, hidden: Tensor) -> Tensor:
-    """The original's probability of each block, given its hidden states, a few rows at a time,
-    `[N, d] -> [N, n_blocks]`. Padding has none."""
+    """The original's probability of each block, given its hidden states, `[N, d] -> [N, n_blocks]`,
+    a few rows at a time."""
     by_position = original.table[partition.item_at.long()]
     parts = []
     for rows in hidden.split(max(1, _LOGITS // original.n_items)):
@@ -253,8 +244,7 @@ def block_probabilities(partition: Partition, original: Original, hidden: Tensor
 @torch.no_grad()
 def fit_clusters(softmax: TreeSoftmax, hidden: Tensor, probabilities: Tensor) -> None:
     """Fit the cluster vectors so that each block gets the original's probability `[N, n_blocks]` at
-    the hidden states `[N, d]` of the compressed model: a softmax regression on the head as a whole
-    and each cluster, convex, solved by L-BFGS from where the clusters stand."""
+    the compressed model's hidden states `[N, d]`: a softmax regression, solved by L-BFGS."""
     exact = hidden.double()
     head = softmax.head_block.logits(hidden)[:, 1:].double().logsumexp(1, keepdim=True)
     clusters = softmax.clusters.detach().double().clone().requires_grad_()

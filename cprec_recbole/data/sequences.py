@@ -1,9 +1,5 @@
-"""The rows of RecBole's sequential data sets, their lists gathered when they are asked for.
-
-RecBole writes every prefix of every history into a matrix before training. Here the interactions
-are kept once, sorted by user and time, with rows that point into them. Whatever a data set is asked
-for, RecBole's own or one of the user's class, the answer is RecBole's.
-"""
+"""The rows of RecBole's sequential data sets, which point into the interactions, kept once by user
+and time. RecBole writes every prefix of every history into a matrix; its answers are the same."""
 
 from __future__ import annotations
 
@@ -17,8 +13,8 @@ from torch import Tensor
 
 
 def stable_order(keys: np.ndarray) -> np.ndarray:
-    """Row numbers by key, equal keys in the order they had, `[n]`. PyTorch sorts whole numbers by
-    their digits, NumPy compares them: at ten million a quarter of the time."""
+    """Row numbers by key, equal keys in the order they had, `[n]`."""
+    # PyTorch sorts whole numbers by their digits: at ten million a quarter of NumPy's time
     keys = np.require(keys, requirements="W")  # of pandas they may be read-only: torch warns
     return torch.from_numpy(keys).argsort(stable=True).numpy()
 
@@ -60,11 +56,8 @@ class _Columns(UserDict[str, Any]):
 
 
 class SequenceRows(Interaction):
-    """RecBole's Interaction of a sequential data set: a row for each target with a history.
-
-    Its columns are `[n, ...]` or a List. Rows that are taken by an index, as for a batch, are an
-    Interaction with everything in it.
-    """
+    """RecBole's Interaction with a row for each target with a history; columns are `[n, ...]` or a
+    List. Rows that are taken by an index are an Interaction with everything in it."""
 
     interaction: _Columns
 
@@ -112,9 +105,8 @@ class SequenceRows(Interaction):
 
 
 def item_counts(dataset: Any) -> np.ndarray:
-    """Training interactions of each item id of a RecBole dataset, best the training split that a
-    model is built with, `[n_items]`. The first item of a history, which is no target, counts where
-    its user's first target is there."""
+    """Training interactions of each item id of a RecBole dataset, `[n_items]`. The first item of a
+    history, which is no target, counts where its user's first target is there."""
     feat, n_items = dataset.inter_feat, dataset.item_num
     counts = np.bincount(np.asarray(feat[dataset.iid_field]), minlength=n_items)
     length = getattr(dataset, "item_list_length_field", "")

@@ -15,10 +15,7 @@ from cprec_recbole.data.sequences import Pointers, SequenceRows, gather, stable_
 
 
 class Windows(NamedTuple):
-    """Windows that hold each target of some rows once.
-
-    From a user's newest target back, so that only the oldest window of a user is short.
-    """
+    """Windows that hold each target of some rows once; only a user's oldest one is short."""
 
     rows: Tensor  # the row of a window's newest target, [n_windows]
     ends: Tensor  # that target's place in the sequence, [n_windows]
@@ -27,8 +24,8 @@ class Windows(NamedTuple):
 
     @classmethod
     def of(cls, pointers: Pointers, n_interactions: int, length: int) -> Windows:
-        """Cut the targets of rows, in any order and with any left out, into windows of `length`
-        positions at most; the rows point into `n_interactions` places."""
+        """Cut the targets of rows, in any order, into windows of `length` positions at most; the
+        rows point into `n_interactions` places."""
         order = torch.from_numpy(stable_order(pointers.ends.numpy()))  # by user, then time
         targets, begins = pointers.ends[order], pointers.begins[order]
         counts = begins.unique_consecutive(return_counts=True)[1]
@@ -49,8 +46,8 @@ class Windows(NamedTuple):
         return int(self.is_target.sum())
 
     def gather(self, items: Tensor, index: Any, length: int) -> tuple[Tensor, Tensor]:
-        """What some windows read and what is to be predicted at each position, `[n, length]` twice;
-        0 behind a window, and where there is no target. `items` has the id at each place."""
+        """What some windows read and what comes next at each position, `[n, length]` twice; 0
+        behind a window, and where there is no target. `items` has the id at each place."""
         ends = self.ends[index]
         starts = ends - self.lengths[index]
         targets = gather(items, starts + 1, ends + 1, length)
@@ -59,14 +56,8 @@ class Windows(NamedTuple):
 
 
 class PositionsDataLoader(TrainDataLoader):
-    """RecBole's TrainDataLoader of windows, for `training: all_positions`.
-
-    `train_batch_size` counts predictions, as everywhere else: a window asks for many, and 2,048
-    windows a step would make one step an epoch.
-
-    Raises:
-        CompressionError: rows that do not tell where they lie in a user's history.
-    """
+    """RecBole's TrainDataLoader of windows, for `training: all_positions`; `train_batch_size`
+    counts predictions. A CompressionError for rows that do not tell where they lie in a history."""
 
     step: int
 

@@ -1,8 +1,5 @@
-"""RecBole's checkpoints, read without running any code that is in them.
-
-A checkpoint is a zip of one pickle and of the bytes of each storage. Whatever function or class the
-pickle names, the unpickler gets a stand-in of ours, which only describes.
-"""
+"""RecBole's checkpoints, a zip of one pickle and of the bytes of each storage, read without running
+any code in them: the unpickler gets a stand-in for every function and class that is named."""
 
 from __future__ import annotations
 
@@ -50,8 +47,8 @@ class Checkpoint(NamedTuple):
 
 
 def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
-    """Read what RecBole's trainer wrote; nothing that the file names is imported or run. A
-    CompressionError for no file, a damaged one, none of RecBole's, or one that asks for code."""
+    """Read what RecBole's trainer wrote and run nothing of it. A CompressionError for no file, a
+    damaged one, none of RecBole's, or one that asks for code."""
     if not os.path.isfile(path) or not os.access(path, os.R_OK):
         raise CompressionError(
             f"Expected `checkpoint` to be a file that can be read, but {path} is none."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import re
 import sys
@@ -16,7 +17,7 @@ import yaml
 from recbole.config import Config
 from recbole.data import create_dataset, data_preparation
 
-from cprec_recbole.config import CompressionError, check_choice, check_whole, is_number
+from cprec_recbole.config import CompressionError, check_choice, check_number, check_whole
 from cprec_recbole.host.data import without_saved_data
 from cprec_recbole.host.patching import Values
 
@@ -35,16 +36,9 @@ def recbole_config(
     options: dict[str, Any],
     config_files: Sequence[str] | None = None,
 ) -> Config:
-    """A RecBole config of a model (its name or class) from its arguments alone; options win over
-    YAML files.
-
-    RecBole's Config also parses `sys.argv`, which belongs to whoever called us, and evaluates the
-    texts among the options; here they are values, whatever they look like.
-
-    Raises:
-        CompressionError: no such data set, no such file, options that RecBole refuses, or that
-            name code for it to run.
-    """
+    """A RecBole config of a model (its name or class); options win over YAML files. Unlike RecBole,
+    `sys.argv` is not read, and no text is evaluated. A CompressionError for no such data set or
+    file, and options that RecBole refuses, or that name code for it to run."""
     given: dict[str, Any] = {}
     for file in config_files or ():
         given |= read_options(file)
@@ -58,7 +52,9 @@ def recbole_config(
             )
     # RecBole looks for files of its own by the name of a data set
     if dataset in ("", "..") or Path(dataset).name != dataset:
-        raise _expected("dataset", "the name of a folder in `data_path`", dataset)
+        raise CompressionError(
+            f"Expected `dataset` to be the name of a folder in `data_path`, but got {dataset!r}."
+        )
     argv = sys.argv
     sys.argv = argv[:1] or [""]
     try:
@@ -90,7 +86,6 @@ def recbole_model(config: Config, dataset: Any) -> Any:
 
 @contextmanager
 def _recbole_errors(message: str) -> Iterator[None]:
-    """Within: what RecBole raises, which has no errors of its own, is a CompressionError."""
     try:
         yield
     except (CompressionError, OSError):
@@ -135,8 +130,7 @@ def read_yaml(text: str) -> Any:
 
 
 def read_options(file: str, name: str = "config") -> dict[str, Any]:
-    """The names and values of a YAML file that the option `name` gave; a CompressionError where
-    there is no such file, or none that holds names and values."""
+    """The names and values of a YAML file, or a CompressionError that names the option `name`."""
     try:
         options = read_yaml(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
@@ -161,14 +155,14 @@ def model_options(model: str = "*") -> set[str]:
 
 
 def _check(config: Config) -> None:
-    """What RecBole takes, or knows to be wrong only once it gets there, perhaps after an epoch."""
+    """Refuse what RecBole takes, or refuses only once it gets there, perhaps after an epoch."""
     for name, lowest in _WHOLE.items():
         check_whole(name, config[name], lowest)
     rate, decay = config["learning_rate"], config["weight_decay"]
-    if rate is not None and not (is_number(rate) and rate > 0):
-        raise _expected("learning_rate", "a number above 0", rate)
-    if decay is not None and not (is_number(decay) and decay >= 0):
-        raise _expected("weight_decay", "a number, 0 or more", decay)
+    if rate is not None:
+        check_number("learning_rate", rate, "a number above 0", math.ulp(0.0), math.inf)
+    if decay is not None:
+        check_number("weight_decay", decay, "a number, 0 or more", 0, math.inf)
     split = config["eval_args"]["split"]
     if isinstance(split, dict) and "LS" in split:
         check_choice("LS", split["LS"], ("valid_and_test", "valid_only", "test_only"))
@@ -185,10 +179,6 @@ def _check(config: Config) -> None:
             "Expected `dataset` to be ml-100k, or the name of a folder in `data_path` that holds "
             f"{name}.inter, but {folder} does not exist."
         )
-
-
-def _expected(name: str, what: str, value: object) -> CompressionError:
-    return CompressionError(f"Expected `{name}` to be {what}, but got {value!r}.")
 
 
 @contextmanager

@@ -1,8 +1,5 @@
-"""RecBole's numbers for items and users, and whether a model and data agree about them.
-
-RecBole numbers both by their first appearance, so the same interactions in another order of rows
-have other ids.
-"""
+"""RecBole's numbers for items and users, by first appearance, so that another order of rows gives
+other ones; and whether a model and data agree about them."""
 
 from __future__ import annotations
 
@@ -23,9 +20,8 @@ def remember(model: Any, config: Any, dataset: Any) -> None:
 
 
 def check_numbering(model: Any, data: Any, argument: str) -> None:
-    """Raise a CompressionError where a model and data, given as `argument`, call an item by
-    different ids, or a user, of models that know users. Nothing is compared where the model does
-    not know its tokens, or the data is no data set or data loader of RecBole's."""
+    """Raise a CompressionError where a model and data, given as `argument`, number items (or users,
+    of models that know them) differently; nothing is compared where either knows no tokens."""
     dataset = getattr(data, "_dataset", data)
     if not hasattr(dataset, "field2id_token"):
         return
@@ -56,8 +52,8 @@ def check_numbering(model: Any, data: Any, argument: str) -> None:
 def check_checkpoint_numbering(
     file: Any, options: Mapping[str, Any], dataset: Any, kind: str = "item"
 ) -> None:
-    """Raise a CompressionError where a data set numbers its items, or users, otherwise than the one
-    that a checkpoint's model was trained on; an older checkpoint does not say."""
+    """Raise a CompressionError where a data set numbers its items, or users, otherwise than that of
+    a checkpoint's options; an older checkpoint does not say."""
     expected = options.get(f"{kind}_numbering")
     field = dataset.iid_field if kind == "item" else dataset.uid_field
     if expected is not None and expected != numbering(dataset, field):

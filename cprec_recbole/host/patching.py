@@ -12,15 +12,11 @@ from typing import Any
 _REPLACEMENTS: list[tuple[str, Callable[..., Any]]] = []
 
 
-class View(ModuleType):
+def view(module: ModuleType, **names: Any) -> ModuleType:
     """A module as one importer sees it: some names replaced, all others passed on."""
-
-    def __init__(self, module: ModuleType, **names: Any) -> None:
-        super().__init__(module.__name__)
-        self.__dict__.update(names, _viewed=module)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_viewed"], name)
+    seen = ModuleType(module.__name__)
+    seen.__dict__.update(names, __getattr__=functools.partial(getattr, module))
+    return seen
 
 
 def replaces(*places: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

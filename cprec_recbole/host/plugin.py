@@ -1,9 +1,5 @@
-"""What RecBole 1.2.1 needs to know the compressed models and to run on current libraries.
-
-RecBole has no hook for a plugin and was written for NumPy 1, torch before 2.6 and ray 2.6. All of
-that is mended inside RecBole's own modules: no name of NumPy, torch or ray is changed for the rest
-of the process.
-"""
+"""What RecBole 1.2.1, of NumPy 1, torch before 2.6 and ray 2.6, needs to know the compressed models
+and to run on current libraries: mended in its own modules, for nobody else in the process."""
 
 from __future__ import annotations
 
@@ -25,7 +21,7 @@ import torch
 
 from cprec_recbole.config import CompressionConfig, CompressionError, is_near, reject_unknown
 from cprec_recbole.host.numbering import check_checkpoint_numbering, remember
-from cprec_recbole.host.patching import Values, View, replace_all, replaces
+from cprec_recbole.host.patching import Values, replace_all, replaces, view
 from cprec_recbole.host.provider import importing_models, provider, register_model
 
 _PLAIN = (str, int, float, list, tuple, dict, bool, type(None))
@@ -51,9 +47,9 @@ class _DokMatrix(scipy.sparse.dok_matrix):
 _REMOVED = {"bool": np.bool_, "int": np.int_, "long": np.int64, "float": np.float64, "str": np.str_}
 # by the name that RecBole's modules give a library: the library, and what they see in its place
 _LIBRARIES = {
-    "np": (np, View(np, load=_load_numbers, **_REMOVED)),
-    "torch": (torch, View(torch, load=_trusting_load)),
-    "sp": (scipy.sparse, View(scipy.sparse, dok_matrix=_DokMatrix)),
+    "np": (np, view(np, load=_load_numbers, **_REMOVED)),
+    "torch": (torch, view(torch, load=_trusting_load)),
+    "sp": (scipy.sparse, view(scipy.sparse, dok_matrix=_DokMatrix)),
 }
 _WARNINGS = (
     "The given NumPy array is not writable",
@@ -63,22 +59,18 @@ _WARNINGS = (
 )
 
 
-def _adapt_libraries() -> None:
-    """Give every RecBole module imported so far its own view of NumPy, SciPy and torch."""
+def _adapt_libraries() -> None:  # of the RecBole modules imported so far
     for module_name, module in list(sys.modules.items()):
         if module_name.startswith("recbole."):
-            for name, (library, view) in _LIBRARIES.items():
+            for name, (library, seen) in _LIBRARIES.items():
                 if getattr(module, name, None) is library:
-                    setattr(module, name, view)
+                    setattr(module, name, seen)
 
 
 @contextmanager
 def ray_if_possible() -> Iterator[None]:
-    """Within: `from ray import tune` works. Afterwards: sys.modules knows no stand-in.
-
-    The stand-in's `report`, with which RecBole's `objective_function` ends, tells nobody; RecBole
-    needs ray for its own search of hyper-parameters only, and none with hyperopt.
-    """
+    """Within: `from ray import tune` works. Afterwards: sys.modules knows no stand-in. RecBole
+    needs ray for its own search of hyper-parameters only; `report` of the stand-in tells nobody."""
     before, stand_in = set(sys.modules), None
     try:
         importlib.import_module("ray.tune")
@@ -109,7 +101,6 @@ def _convert_config_dict(original: Callable, self: Any, given: dict[str, Any]) -
 
 
 def _literal(value: Any) -> Any:
-    """What a text is as Python writes values, as RecBole takes it; any other as it is."""
     if not isinstance(value, str):
         return value
     try:
@@ -140,7 +131,6 @@ def _load_internal_config_dict(
 
 
 def _register_subclass(model_class: type) -> None:
-    """Let RecBole find a class that was made from one of ours."""
     from recbole.utils import get_model
 
     known = None
@@ -156,10 +146,8 @@ def _register_subclass(model_class: type) -> None:
 
 
 def _check_compression(given: dict[str, Any], defaults: dict[str, Any], spec: Any) -> None:
-    """Raise a CompressionError for a compression option that does not fit, or a misspelt one.
-
-    RecBole takes any key; one that is nearly an option of ours is taken for a misspelling. Of an
-    option of another of RecBole's models, which a file for several may hold, there is a warning.
+    """Refuse a compression option that does not fit, and what is nearly one, since RecBole takes
+    any key. Options of RecBole's other models, which a file for several may hold, give a warning.
     """
     from cprec_recbole.host.library import model_options
 
@@ -195,17 +183,12 @@ def _init_model(original: Callable, self: Any, config: Any, dataset: Any) -> Non
             self.train_item_counts = item_counts(dataset)
 
 
-_ENTRY_POINTS = ("recbole.quick_start", "recbole.quick_start.quick_start")
-
-
-@replaces(*(f"{module}.load_data_and_model" for module in _ENTRY_POINTS))
+@replaces(
+    "recbole.quick_start.load_data_and_model", "recbole.quick_start.quick_start.load_data_and_model"
+)
 def _load_data_and_model(original: Callable, model_file: str) -> tuple:
-    """RecBole's function, but for its torch.load, which the function imports for itself.
-
-    It trusts what it reads: the checkpoint is unpickled, which runs whatever code is in it, and so
-    is the data set that the checkpoint's options name as a saved one. For files of your own;
-    `cprec compress` reads others without running anything.
-    """
+    """RecBole's function, but for its own torch.load. It runs whatever code is in the checkpoint or
+    in the saved data set that its options name; `cprec compress` runs nothing of a file."""
     from recbole.data import create_dataset, data_preparation
     from recbole.utils import get_model, init_logger, init_seed
 
@@ -228,7 +211,7 @@ def _load_data_and_model(original: Callable, model_file: str) -> tuple:
     return config, model, dataset, *loaders
 
 
-@replaces(*(f"{module}.run" for module in _ENTRY_POINTS))
+@replaces("recbole.quick_start.run", "recbole.quick_start.quick_start.run")
 def _run(original: Callable, *args: Any, **kwargs: Any) -> Any:
     """RecBole's `run`, whose processes know this package and need no GPU. What it was asked for on
     several machines is left to RecBole; torchrun starts those, too."""
@@ -236,14 +219,15 @@ def _run(original: Callable, *args: Any, **kwargs: Any) -> Any:
 
     call = inspect.signature(original).bind(*args, **kwargs)
     call.apply_defaults()
-    given, own = call.arguments, ("nproc", "config_file_list", "saved")
+    given = call.arguments
     nproc, size = given["nproc"], given["world_size"]
     if (nproc == 1 and size <= 0) or size not in (-1, nproc):
         return original(*args, **kwargs)
     reader = Config.__new__(Config)  # its `run` reads the command line, and texts as values
     options = reader._convert_config_dict(given["config_dict"] or {}) | reader._load_cmd_line()
     names = [given[name] or options.get(name, "") for name in ("model", "dataset")]
-    return provider().run(*names, config_dict=options, **{name: given[name] for name in own})
+    own = {name: given[name] for name in ("nproc", "config_file_list", "saved")}
+    return provider().run(*names, config_dict=options, **own)
 
 
 def _trainer_by_name(name: str) -> Any:
@@ -271,12 +255,12 @@ def prepare() -> None:
     from recbole.utils.argument_list import dataset_arguments, training_arguments
 
     # these import RecBole, and register what they replace
-    from cprec_recbole.host import data, processes, splits  # noqa: F401
+    from cprec_recbole.host import data, processes  # noqa: F401
 
     # hyperopt asks for a Generator since 0.2.7
-    generators = View(np.random, RandomState=np.random.default_rng)
-    hyper_tuning.np = View(_LIBRARIES["np"][1], random=generators)
-    _LIBRARIES["pd"] = pd, View(pd, read_csv=data.read_csv)
+    generators = view(np.random, RandomState=np.random.default_rng)
+    hyper_tuning.np = view(_LIBRARIES["np"][1], random=generators)
+    _LIBRARIES["pd"] = pd, view(pd, read_csv=data.read_csv)
     _adapt_libraries()
     for message in _WARNINGS:
         warnings.filterwarnings("ignore", message=message, module=r"recbole\.")

@@ -1,9 +1,6 @@
-"""What it takes to run RecBole 1.2.1 on several processes, with GPUs or without.
-
-RecBole starts torch.distributed with NCCL and a GPU for each process, on every machine; pads the
-evaluation rows with rows that it then counts twice; weighs the processes' metrics by the number of
-fields of a batch; and lets every process write. One process alone does what it did.
-"""
+"""What it takes to run RecBole 1.2.1 on several processes, with GPUs or without: it asks for NCCL
+and a GPU each, counts padded evaluation rows, weighs metrics by the fields of a batch, and lets
+every process write. One process alone does what it did."""
 
 from __future__ import annotations
 
@@ -11,6 +8,7 @@ import copy
 import logging
 import os
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,7 +21,7 @@ from torch.utils.data import BatchSampler, RandomSampler
 from cprec_recbole.config import CompressionError
 from cprec_recbole.host.patching import is_ours, replaces
 from cprec_recbole.parallel import group
-from cprec_recbole.parallel.group import PartOf, Place
+from cprec_recbole.parallel.group import Place
 
 # what the collector keeps of evaluation batches, a row for each user or interaction
 _COLLECTED = ("rec.topk", "rec.meanrank", "rec.score", "rec.items", "data.label")
@@ -54,8 +52,7 @@ def _init_device(original: Callable, self: Any) -> None:
 
 
 def _gpus(options: dict[str, Any], given: bool, place: Place) -> list[int]:
-    """A GPU for each process of this machine, by its number; none to work on the CPU. RecBole's
-    option `gpu_id` says which; where it was not given, the first ones."""
+    """The number of each local process's GPU, by `gpu_id` where it is `given`; [] for the CPU."""
     gpu_id = options["gpu_id"]
     listed = ",".join(map(str, gpu_id)) if isinstance(gpu_id, tuple | list) else str(gpu_id)
     names = [name for name in listed.split(",") if name.strip()]
@@ -92,7 +89,7 @@ def _init_loader(
         order = range(self.sample_size)
         if shuffle:
             order = RandomSampler(order, generator=self.generator)
-        self.collate_fn = PartOf(self.collate_fn, number, parts)
+        self.collate_fn = partial(group.collate_part, self.collate_fn, number, parts)
     else:
         return
     # which a DataLoader does not let one set
@@ -137,8 +134,7 @@ def _save_checkpoint(original: Callable, self: Any, *args: Any, **options: Any) 
 
 
 def _alone(config: Any) -> Any:
-    """A copy of a RecBole config that says nothing of several processes, to be written to a file
-    from which one process reads."""
+    """A copy of a RecBole config for one process, which reads it from a file."""
     single = copy.copy(config)
     for name in ("final", "external", "variable", "cmd", "file"):
         options = getattr(config, f"{name}_config_dict", {})

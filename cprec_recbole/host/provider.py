@@ -1,4 +1,4 @@
-"""What RecBole may ask the rooms above for, and how they make their models known to it."""
+"""What RecBole may ask the rooms above, which its side never imports, and where it finds models."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _current: Provider  # since `use`, which is the first that this package does
 
 
 def use(of_package: Provider) -> None:
-    """Have RecBole ask this provider from now on."""
+    """Have RecBole ask this provider."""
     global _current
     _current = of_package
 

@@ -1,10 +1,8 @@
 """When RecBole is prepared and told of the compressed models: when it is first used.
 
-Where RecBole runs in this process already, at once. Otherwise behind the first import of its
-configuration, data sets, trainers or evaluation, which take seconds to import: a process that only
-loads a folder and recommends needs none of them.
-
-RecBole's side imports nothing of the rooms above. What RecBole asks them for is a Provider's.
+Where it runs in this process already, at once; otherwise behind the first import of what takes
+seconds to import, which a process that loads a folder and recommends does not need. RecBole's side
+imports nothing of the rooms above: what RecBole asks them for is a Provider's.
 """
 
 from __future__ import annotations
@@ -17,19 +15,14 @@ from types import ModuleType
 
 from cprec_recbole.host.provider import MODULES_OF_MODELS, Provider, provider, use
 
-_RUNS_RECBOLE = (
-    "recbole.config",
-    "recbole.data.dataset",
-    "recbole.evaluator",
-    "recbole.quick_start",
-    "recbole.trainer",
-)
+_RUNS_RECBOLE = {f"recbole.{name}" for name in ("config", "evaluator", "quick_start", "trainer")}
+_RUNS_RECBOLE.add("recbole.data.dataset")
 
 
 def activate(of_package: Provider) -> None:
     """Prepare RecBole now where it runs in this process already, else when it first does."""
     use(of_package)
-    if any(name in sys.modules for name in _RUNS_RECBOLE):
+    if _RUNS_RECBOLE & sys.modules.keys():
         from cprec_recbole.host import plugin
 
         plugin.prepare()

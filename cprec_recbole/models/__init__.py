@@ -11,7 +11,7 @@ from torch import nn
 from cprec_recbole.config import CompressionError
 from cprec_recbole.host.provider import importing_models, register_model
 from cprec_recbole.models.known import TEN
-from cprec_recbole.models.recommender import CompressedRecommender
+from cprec_recbole.models.recommender import CompressedRecommender, compressed_class
 from cprec_recbole.models.saving import load_model
 from cprec_recbole.models.spec import ModelSpec
 
@@ -22,7 +22,6 @@ MODELS: list[type[CompressedRecommender]] = []
 
 
 def _add(model_class: type[CompressedRecommender]) -> None:
-    model_class.__module__ = __name__
     globals()[model_class.__name__] = model_class  # checkpoints name a class by where it is
     MODELS.append(model_class)
     register_model(model_class)
@@ -63,10 +62,8 @@ def load_pretrained(
     Args:
         folder: what `save_pretrained` was given.
         device: where the model shall be.
-        engine: what computes hidden states in `recommend`: `torch`, `onnx` for onnxruntime, or
-            `auto` for onnxruntime where it can be had (see `CompressedRecommender.engine`). The
-            graph for it is made for the first answer, and kept in the folder if that can be
-            written.
+        engine: see `CompressedRecommender.engine`. The graph for `onnx` and `auto` is made for the
+            first answer, and kept in the folder if that can be written.
 
     Returns:
         The model in eval mode, with the scores, item ids and tokens that it was saved with.
@@ -83,16 +80,10 @@ def load_pretrained(
 
 def register(spec: ModelSpec) -> type[CompressedRecommender]:
     """Make a sequential model of one's own known: from now on `compress` takes it, and RecBole
-    builds and trains its compressed form by name.
+    builds and trains its compressed form, the class `Cp<name>` that is returned, by name.
 
     RecBole has no default options for such a model; give all that it reads. A process that shall
     load or train it (`load_pretrained`, `run(nproc=2)`) has to register it too.
-
-    Args:
-        spec: the model's class, and what compression has to know of it.
-
-    Returns:
-        The class `Cp<name>` of the compressed models.
 
     Raises:
         CompressionError: no spec, no sequential model of RecBole's kind, or a name that is taken.
@@ -115,7 +106,6 @@ def register(spec: ModelSpec) -> type[CompressedRecommender]:
             f"Expected `model_class` to have a name of its own, but {name} is known already; "
             "rename it."
         )
-    about = {"spec": spec, "__doc__": f"{own.__name__}, compressed."}
-    model_class = type(name, (CompressedRecommender,), about)
+    model_class = compressed_class(spec)
     _add(model_class)
     return model_class

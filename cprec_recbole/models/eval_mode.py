@@ -6,7 +6,7 @@ import functools
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -79,10 +79,8 @@ def _trains(model: nn.Module) -> bool:
 
 
 def with_gradients(model: nn.Module) -> Any:
-    """Within, a model in eval mode has gradients of its recurrent layers too.
-
-    cuDNN has gradients of them in train mode alone, so they are in that mode, without dropout.
-    """
+    """Within, a model in eval mode has gradients of its recurrent layers too: cuDNN has them in
+    train mode alone, so they are in that mode, without dropout."""
     recurrent = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
     changes = [(module, "training", True) for module in recurrent]
     return _with_attributes([*changes, *((module, "dropout", 0.0) for module in recurrent)])
@@ -91,32 +89,26 @@ def with_gradients(model: nn.Module) -> Any:
 def without_dropout(model: nn.Module) -> Any:
     """Within, nothing is dropped out in train mode either, in any kind of layer."""
     kinds = {_DropoutNd: "p", nn.RNNBase: "dropout", nn.MultiheadAttention: "dropout"}
-    return _with_attributes(
-        [
-            (module, name, 0.0)
-            for module in model.modules()
-            for kind, name in kinds.items()
-            if isinstance(module, kind)
-        ]
-    )
+    changes = [
+        (module, name, 0.0)
+        for kind, name in kinds.items()
+        for module in model.modules()
+        if isinstance(module, kind)
+    ]
+    return _with_attributes(changes)
 
 
 def with_dense_gradients(model: nn.Module) -> Any:
-    """Within, look-ups give dense gradients, also of a model that is trained with sparse ones.
-
-    Where a loss reads the table too, the sum of both is dense, which no sparse optimizer takes.
-    """
+    """Within, look-ups give dense gradients: where a loss reads the table too, the sum of both is
+    dense, which no sparse optimizer takes."""
     sparse = [module for module in model.modules() if getattr(module, "sparse", False)]
     return _with_attributes([(module, "sparse", False) for module in sparse])
 
 
 @contextmanager
 def _with_attributes(changes: list[tuple[nn.Module, str, Any]]) -> Iterator[None]:
-    before = [(module, name, getattr(module, name)) for module, name, _ in changes]
-    try:
+    with ExitStack() as stack:
         for module, name, value in changes:
+            stack.callback(setattr, module, name, getattr(module, name))
             setattr(module, name, value)
         yield
-    finally:
-        for module, name, value in before:
-            setattr(module, name, value)

@@ -44,11 +44,8 @@ class PlainTable:
 
 
 class MaskedTable(PlainTable):
-    """BERT4Rec's: a last row that stands for what is to be guessed, and a bias for each item.
-
-    The bias is the last number of an item's vector, and a hidden state ends in 1 (`with_one`). So
-    the bias is compressed with its item, and the score is a product like any other.
-    """
+    """BERT4Rec's: a last row that stands for what is to be guessed, and a bias for each item: the
+    last number of its vector, which meets the 1 at the end of a hidden state (`with_one`)."""
 
     holds = ("item_embedding", "output_bias")
     n_more = 1

@@ -1,10 +1,9 @@
-"""The ten compressed models: each a class with its spec."""
+"""The ten compressed models: each made from its spec."""
 
 from __future__ import annotations
 
 import math
-from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from cprec_recbole.host.provider import importing_models
 from cprec_recbole.models.item_tables import MaskedTable, RecBoleModel, with_one
 from cprec_recbole.models.last_states import nextitnet_last, transformer_last
-from cprec_recbole.models.recommender import HIDDEN_AT, CompressedRecommender
+from cprec_recbole.models.recommender import HIDDEN_AT, CompressedRecommender, compressed_class
 from cprec_recbole.models.spec import ModelSpec, pick
 from cprec_recbole.sharing import Layer
 
@@ -21,6 +20,27 @@ if TYPE_CHECKING:
 
 with importing_models():
     from recbole.model import sequential_recommender as recbole_models
+
+
+def _compressed(model_class: type[Any], *options: Any, **spec: Any) -> type[CompressedRecommender]:
+    """The compressed form of a model that is built by `embedding_size` and other options."""
+    architecture = ("embedding_size", *options, "loss_type")
+    spec = {"size_option": "embedding_size", "architecture": architecture, **spec}
+    return compressed_class(ModelSpec(model_class, **spec))
+
+
+def _transformer(model_class: type[Any], *options: str, **spec: Any) -> type[CompressedRecommender]:
+    """The same around RecBole's TransformerEncoder, with options besides that one's."""
+    shape = ("n_layers", "n_heads", "hidden_size", "inner_size", "hidden_act", "layer_norm_eps")
+    others = ("hidden_dropout_prob", "attn_dropout_prob", "initializer_range", "loss_type")
+    spec.setdefault("layers", lambda model: _transformer_layers(model.trm_encoder))
+    return _compressed(
+        model_class,
+        size_option="hidden_size",
+        table_std=lambda model, n_items: model.initializer_range,
+        architecture=(*shape, *others, *options),
+        **spec,
+    )
 
 
 def _xavier_std(model: RecBoleModel, n_items: int) -> float:
@@ -46,26 +66,6 @@ def _gru_layers(gru: nn.GRU) -> list[Layer]:
     return [[(gru, name.format(i)) for name in names] for i in range(gru.num_layers)]
 
 
-_TRANSFORMER_OPTIONS = (
-    "n_layers",
-    "n_heads",
-    "hidden_size",
-    "inner_size",
-    "hidden_act",
-    "layer_norm_eps",
-    "hidden_dropout_prob",
-    "attn_dropout_prob",
-    "initializer_range",
-    "loss_type",
-)
-_transformer = partial(
-    ModelSpec,
-    size_option="hidden_size",
-    table_std=lambda model, n_items: model.initializer_range,
-    layers=lambda model: _transformer_layers(model.trm_encoder),
-)
-
-
 def _nextitnet_layers(model: RecBoleModel) -> list[Layer]:
     convolutions = [c for block in model.residual_blocks for c in (block.conv1, block.conv2)]
     return [[(c, "weight"), (c, "bias")] for c in convolutions]
@@ -82,21 +82,17 @@ def _nextitnet_penalty(model: RecBoleModel) -> Tensor:
     return model.reg_weight * (model.item_embedding.norm() + torch.stack(norms).sum())
 
 
-class CpNextItNet(CompressedRecommender):
-    """NextItNet (WSDM 2019), compressed."""
-
-    spec = ModelSpec(
-        model_class=recbole_models.NextItNet,
-        size_option="embedding_size",
-        table_std=lambda model, n_items: math.sqrt(1 / (3 * n_items)),  # uniform in +-sqrt(1/n)
-        architecture=("embedding_size", "dilations", "kernel_size", "reg_weight", "loss_type"),
-        layers=_nextitnet_layers,
-        layers_per_block=2,  # two dilated convolutions to a residual block
-        hidden_states=_nextitnet_hidden,
-        last_state=nextitnet_last,
-        penalty=_nextitnet_penalty,
-        reads_last_column=True,
-    )
+CpNextItNet = _compressed(  # WSDM 2019
+    recbole_models.NextItNet,
+    *("dilations", "kernel_size", "reg_weight"),
+    table_std=lambda model, n_items: math.sqrt(1 / (3 * n_items)),  # uniform in +-sqrt(1/n)
+    layers=_nextitnet_layers,
+    layers_per_block=2,  # two dilated convolutions to a residual block
+    hidden_states=_nextitnet_hidden,
+    last_state=nextitnet_last,
+    penalty=_nextitnet_penalty,
+    reads_last_column=True,
+)
 
 
 def _sasrec_inputs(model: RecBoleModel, item_seq: Tensor) -> Tensor:
@@ -114,41 +110,27 @@ def _sasrec_last(model: RecBoleModel, item_seq: Tensor, lengths: Tensor) -> Tens
     return transformer_last(model.trm_encoder, inputs, item_seq, lengths, is_causal=True)
 
 
-class CpSASRec(CompressedRecommender):
-    """SASRec (ICDM 2018), compressed."""
-
-    spec = _transformer(
-        model_class=recbole_models.SASRec,
-        architecture=_TRANSFORMER_OPTIONS,
-        hidden_states=_sasrec_hidden,
-        last_state=_sasrec_last,
-    )
+CpSASRec = _transformer(  # ICDM 2018
+    recbole_models.SASRec, hidden_states=_sasrec_hidden, last_state=_sasrec_last
+)
 
 
 def _gru4rec_states(model: RecBoleModel, item_seq: Tensor) -> Tensor:
     return model.gru_layers(model.emb_dropout(model.item_embedding(item_seq)))[0]
 
 
-def _gru4rec_hidden(model: RecBoleModel, item_seq: Tensor) -> Tensor:
-    return model.dense(_gru4rec_states(model, item_seq))
-
-
 def _gru4rec_last(model: RecBoleModel, item_seq: Tensor, lengths: Tensor) -> Tensor:
     return model.dense(pick(_gru4rec_states(model, item_seq), lengths))
 
 
-class CpGRU4Rec(CompressedRecommender):
-    """GRU4Rec (DLRS 2016), compressed."""
-
-    spec = ModelSpec(
-        model_class=recbole_models.GRU4Rec,
-        size_option="embedding_size",
-        table_std=_xavier_std,
-        architecture=("embedding_size", "hidden_size", "num_layers", "dropout_prob", "loss_type"),
-        layers=lambda model: _gru_layers(model.gru_layers),
-        hidden_states=_gru4rec_hidden,
-        last_state=_gru4rec_last,
-    )
+CpGRU4Rec = _compressed(  # DLRS 2016
+    recbole_models.GRU4Rec,
+    *("hidden_size", "num_layers", "dropout_prob"),
+    table_std=_xavier_std,
+    layers=lambda model: _gru_layers(model.gru_layers),
+    hidden_states=lambda model, item_seq: model.dense(_gru4rec_states(model, item_seq)),
+    last_state=_gru4rec_last,
+)
 
 
 def _bert4rec_last(model: RecBoleModel, item_seq: Tensor, lengths: Tensor) -> Tensor:
@@ -169,71 +151,34 @@ def _bert4rec_training(model: RecBoleModel, batch: Interaction) -> tuple[Tensor,
     return hidden, *targets
 
 
-class CpBERT4Rec(CompressedRecommender):
-    """BERT4Rec (CIKM 2019), compressed."""
-
-    spec = _transformer(
-        model_class=recbole_models.BERT4Rec,
-        architecture=(*_TRANSFORMER_OPTIONS, "mask_ratio"),
-        last_state=_bert4rec_last,
-        table=MaskedTable(),
-        training_states=_bert4rec_training,
-    )
-
-
-class CpLightSANs(CompressedRecommender):
-    """LightSANs (SIGIR 2021), compressed."""
-
-    spec = _transformer(
-        model_class=recbole_models.LightSANs,
-        architecture=(*_TRANSFORMER_OPTIONS, "k_interests"),
-    )
-
-
-class CpGCSAN(CompressedRecommender):
-    """GC-SAN (IJCAI 2019), compressed."""
-
-    spec = _transformer(
-        model_class=recbole_models.GCSAN,
-        architecture=(*_TRANSFORMER_OPTIONS, "step", "weight", "reg_weight"),
-        layers=lambda model: _transformer_layers(model.self_attention),
-        # the norm of the whole table, over the number of items
-        penalty=lambda model: model.reg_weight * model.item_embedding.norm() / model.n_items,
-    )
-
-
-class CpNARM(CompressedRecommender):
-    """NARM (CIKM 2017), compressed."""
-
-    spec = ModelSpec(
-        model_class=recbole_models.NARM,
-        size_option="embedding_size",
-        table_std=_xavier_std,
-        architecture=("embedding_size", "hidden_size", "n_layers", "dropout_probs", "loss_type"),
-        layers=lambda model: _gru_layers(model.gru),
-    )
-
-
-class CpSTAMP(CompressedRecommender):
-    """STAMP (KDD 2018), compressed."""
-
-    spec = ModelSpec(
-        model_class=recbole_models.STAMP,
-        size_option="embedding_size",
-        table_std=lambda model, n_items: 0.002,
-        architecture=("embedding_size", "loss_type"),
-    )
-
-
-class CpSRGNN(CompressedRecommender):
-    """SR-GNN (AAAI 2019), compressed."""
-
-    spec = ModelSpec(
-        model_class=recbole_models.SRGNN,
-        size_option="embedding_size",
-        table_std=lambda model, n_items: math.sqrt(1 / (3 * model.embedding_size)),  # uniform
-        architecture=("embedding_size", "step", "loss_type"),
-    )
+CpBERT4Rec = _transformer(  # CIKM 2019
+    recbole_models.BERT4Rec,
+    "mask_ratio",
+    last_state=_bert4rec_last,
+    table=MaskedTable(),
+    training_states=_bert4rec_training,
+)
+CpLightSANs = _transformer(recbole_models.LightSANs, "k_interests")  # SIGIR 2021
+CpGCSAN = _transformer(  # IJCAI 2019
+    recbole_models.GCSAN,
+    *("step", "weight", "reg_weight"),
+    layers=lambda model: _transformer_layers(model.self_attention),
+    # the norm of the whole table, over the number of items
+    penalty=lambda model: model.reg_weight * model.item_embedding.norm() / model.n_items,
+)
+CpNARM = _compressed(  # CIKM 2017
+    recbole_models.NARM,
+    *("hidden_size", "n_layers", "dropout_probs"),
+    table_std=_xavier_std,
+    layers=lambda model: _gru_layers(model.gru),
+)
+# KDD 2018
+CpSTAMP = _compressed(recbole_models.STAMP, table_std=lambda model, n_items: 0.002)
+CpSRGNN = _compressed(  # AAAI 2019
+    recbole_models.SRGNN,
+    "step",
+    table_std=lambda model, n_items: math.sqrt(1 / (3 * model.embedding_size)),  # uniform
+)
 
 
 def _sine_penalty(model: RecBoleModel) -> Tensor | float:
@@ -241,25 +186,13 @@ def _sine_penalty(model: RecBoleModel) -> Tensor | float:
     return model.reg_loss_ratio * model.calculate_reg_loss() if model.loss_type == "NLL" else 0.0
 
 
-class CpSINE(CompressedRecommender):
-    """SINE (WSDM 2021), compressed."""
-
-    spec = ModelSpec(
-        model_class=recbole_models.SINE,
-        size_option="embedding_size",
-        table_std=_xavier_std,
-        architecture=(
-            "embedding_size",
-            "layer_norm_eps",
-            "reg_loss_ratio",
-            "loss_type",
-            ("prototype_size", "L"),
-            ("interest_size", "k"),
-            ("tau_ratio", "tau"),
-        ),
-        penalty=_sine_penalty,
-        losses=("CE", "BPR", "NLL"),
-    )
-
+CpSINE = _compressed(  # WSDM 2021
+    recbole_models.SINE,
+    *("layer_norm_eps", "reg_loss_ratio"),
+    *(("prototype_size", "L"), ("interest_size", "k"), ("tau_ratio", "tau")),
+    table_std=_xavier_std,
+    penalty=_sine_penalty,
+    losses=("CE", "BPR", "NLL"),
+)
 
 TEN: list[type[CompressedRecommender]] = CompressedRecommender.__subclasses__()  # those above

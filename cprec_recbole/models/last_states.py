@@ -59,18 +59,13 @@ def _transformed(
 
 
 def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    n_rows: int,
-    n_heads: int,
-    dropout: float,
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *sizes: Any
 ) -> Tensor:
     """Attention of several heads, of states as `_transformed` has them."""
-    size = query.shape[-1] // n_heads
+    n_rows, n_heads, dropout = sizes
     query_, key_, value_ = (
-        each.view(n_rows, -1, n_heads, size).transpose(1, 2) for each in (query, key, value)
+        each.view(n_rows, -1, n_heads, query.shape[-1] // n_heads).transpose(1, 2)
+        for each in (query, key, value)
     )
     context = F.scaled_dot_product_attention(
         query_, key_, value_, attn_mask=mask, dropout_p=dropout, is_causal=mask is None
@@ -91,18 +86,13 @@ class _GraphAttention(torch.autograd.Function):
         graph: Any, query: Any, key: Any, value: Any, mask: Any, _: Any, n_heads: int, dropout: Any
     ) -> Any:
         """The node."""
-        if mask is None:
-            more, is_causal = [], 1
-        else:
+        inputs = [query, key, value]
+        if mask is not None:
             nothing = graph.op("prim::Constant")
             nothing.setType(torch.OptionalType.ofTensor())
-            more, is_causal = [nothing, nothing, mask], 0
-        node = graph.op(
-            "com.microsoft::MultiHeadAttention",
-            *(query, key, value, *more),
-            num_heads_i=n_heads,
-            unidirectional_i=is_causal,
-        )
+            inputs += [nothing, nothing, mask]
+        kind = {"num_heads_i": n_heads, "unidirectional_i": int(mask is None)}
+        node = graph.op("com.microsoft::MultiHeadAttention", *inputs, **kind)
         node.setType(query.type())
         return node
 
@@ -116,14 +106,11 @@ def nextitnet_last(model: RecBoleModel, item_seq: Tensor, lengths: Tensor) -> Te
         [c.weight.squeeze(2).transpose(1, 2).flatten(1) for c in (block.conv1, block.conv2)]
         for block in model.residual_blocks  # [d, kernel * d]
     ]
-    if item_seq.device.type != "cpu" or torch.jit.is_tracing():
-        states = pick(_cone_states(model, item_seq, plan, kernels), lengths - first)
-    else:
-        parts = zip(item_seq.split(_ROWS), lengths.split(_ROWS))
-        states = torch.cat(
-            [pick(_cone_states(model, rows, plan, kernels), ends - first) for rows, ends in parts]
-        )
-    return model.final_layer(states)
+    parts = [(item_seq, lengths)]
+    if item_seq.device.type == "cpu" and not torch.jit.is_tracing():
+        parts = list(zip(item_seq.split(_ROWS), lengths.split(_ROWS)))
+    states = [pick(_cone_states(model, rows, plan, kernels), ends - first) for rows, ends in parts]
+    return model.final_layer(states[0] if len(states) == 1 else torch.cat(states))
 
 
 def _cone_states(
@@ -168,31 +155,24 @@ def _cone(
     """What each residual block reads for the positions from `first` on."""
     wanted, plan = list(range(first, width)), []
     for dilation in reversed(dilations):
-        middle = _read(wanted, 2 * dilation, kernel)
-        given = sorted({*_read(middle, dilation, kernel), *wanted})
-        plan.append(
-            _Reads(
-                _taps(middle, given, dilation, kernel, device),
-                _taps(wanted, middle, 2 * dilation, kernel, device),
-                torch.tensor([given.index(position) for position in wanted], device=device),
-            )
-        )
+        middle = sorted({each for each in _under(wanted, 2 * dilation, kernel) if each >= 0})
+        given = sorted({each for each in _under(middle, dilation, kernel) if each >= 0} | {*wanted})
+        added = torch.tensor([given.index(position) for position in wanted], device=device)
+        one = _taps(_under(middle, dilation, kernel), given, device)
+        two = _taps(_under(wanted, 2 * dilation, kernel), middle, device)
+        plan.append(_Reads(one, two, added))
         wanted = given
     return plan[::-1]
 
 
-def _read(positions: list[int], dilation: int, kernel: int) -> list[int]:
-    """The positions that a causal convolution reads for some, rising."""
-    read = {position - tap * dilation for position in positions for tap in range(kernel)}
-    return sorted(position for position in read if position >= 0)
-
-
-def _taps(
-    positions: list[int], given: list[int], dilation: int, kernel: int, device: torch.device
-) -> _Taps:
-    """The rows of `given` for some positions, those of a position one after the other."""
+def _under(positions: list[int], dilation: int, kernel: int) -> list[int]:
+    """The positions under the taps of a causal convolution, those of each beside each other."""
     shifts = [tap * dilation for tap in reversed(range(kernel))]
-    read = [position - shift for position in positions for shift in shifts]
+    return [position - shift for position in positions for shift in shifts]
+
+
+def _taps(read: list[int], given: list[int], device: torch.device) -> _Taps:
+    """The rows of `given` for some positions."""
     pads = min(read) < 0
     number = {position: row for row, position in enumerate(given, start=int(pads))}
     return _Taps(torch.tensor([number.get(each, 0) for each in read], device=device), pads)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -19,15 +20,13 @@ from cprec_recbole.embedding import BlockEmbedding
 from cprec_recbole.host.numbering import check_numbering, remember
 from cprec_recbole.host.provider import importing_models
 from cprec_recbole.int8 import not_trained
-from cprec_recbole.models.deprecated import renamed
-from cprec_recbole.models.engine import ENGINES, GraphLayers, NoGraph, no_graph
+from cprec_recbole.models.engine import ENGINES, GraphLayers, NoGraph
 from cprec_recbole.models.eval_mode import can_be_trained, in_eval_mode
 from cprec_recbole.models.from_config import parts_of_config
 from cprec_recbole.models.inputs import barred_ids, pad_histories
 from cprec_recbole.models.item_tables import MaskedLookUp
-from cprec_recbole.models.new_items import append_items
 from cprec_recbole.models.saving import name_in_model, save_model
-from cprec_recbole.models.spec import Encoder, ModelSpec, Parts
+from cprec_recbole.models.spec import Encoder, ModelSpec, Parts, renamed
 from cprec_recbole.models.vocabulary import Vocabulary, as_vocabulary
 from cprec_recbole.partition import Partition
 from cprec_recbole.sampling import NegativeSampler
@@ -45,30 +44,15 @@ with importing_models():
 
 HIDDEN_AT = "MASK_INDEX"  # RecBole's field: where a row's items were hidden, [B, m]; 0 is none
 
-_RECBOLE_ATTRIBUTES = (
-    "USER_ID",
-    "ITEM_ID",
-    "ITEM_SEQ",
-    "ITEM_SEQ_LEN",
-    "POS_ITEM_ID",
-    "NEG_ITEM_ID",
-    "max_seq_length",
-    "n_items",
-    "device",
-    "loss_type",
-)
+_FIELDS = ("USER_ID", "ITEM_ID", "ITEM_SEQ", "ITEM_SEQ_LEN", "POS_ITEM_ID", "NEG_ITEM_ID")
+_RECBOLE_ATTRIBUTES = (*_FIELDS, "max_seq_length", "n_items", "device", "loss_type")
 
 
 class TokenTopK(NamedTuple):
-    """The best items of each history by their tokens.
-
-    Attributes:
-        tokens: `[B, k]`, best first.
-        scores: `[B, k]`; log-probabilities with a tree softmax, logits with a full one.
-    """
+    """The best items of each history by their tokens, best first, `[B, k]`."""
 
     tokens: list[list[str]]
-    scores: Tensor
+    scores: Tensor  # log-probabilities with a tree softmax, logits with a full one
 
 
 class CompressedRecommender(SequentialRecommender):
@@ -112,13 +96,10 @@ class CompressedRecommender(SequentialRecommender):
         layers = self.spec.layers(parts.inner)
         share(layers, sharing_plan(compression.sharing, len(layers), self.spec.layers_per_block))
         self.inner = parts.inner
-        self.softmax = self._softmax_over(parts.softmax_table)
+        memory = int(compression.loss_memory)
+        self.softmax: Softmax = build_softmax(compression.softmax, parts.softmax_table, memory)
         if hasattr(dataset, "inter_feat"):
             remember(self, config, dataset)
-
-    def _softmax_over(self, table: BlockEmbedding) -> Softmax:
-        memory = int(self.compression.loss_memory)
-        return build_softmax(self.compression.softmax, table, memory)
 
     head = renamed("head", "softmax")
     backbone = renamed("backbone", "inner")
@@ -144,11 +125,8 @@ class CompressedRecommender(SequentialRecommender):
     # -- what RecBole calls ------------------------------------------------------------------------
 
     def hidden_states(self, item_seq: Tensor) -> Tensor:
-        """Hidden state at every position, `[B, L] -> [B, L, d]`; position t sees items up to t.
-
-        Raises:
-            CompressionError: a model with one state for a whole history.
-        """
+        """Hidden state at every position, `[B, L] -> [B, L, d]`; position t sees items up to t. A
+        CompressionError for a model with one state for a whole history."""
         return self.encoder.every_position(item_seq)
 
     def forward(self, item_seq: Tensor, item_seq_len: Tensor) -> Tensor:
@@ -169,11 +147,8 @@ class CompressedRecommender(SequentialRecommender):
         return self.softmax.score(self.last_hidden(interaction), items).squeeze(1)
 
     def calculate_loss(self, interaction: Interaction) -> Tensor:
-        """Training loss of a batch, `[]`: every position of a window, or the last of a prefix.
-
-        Raises:
-            CompressionError: a model in int8, which cannot be trained.
-        """
+        """Training loss of a batch, `[]`: every position of a window, or the last of a prefix. A
+        CompressionError for a model in int8, which cannot be trained."""
         if self.table.is_int8:
             raise not_trained()
         item_seq, lengths = interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN]
@@ -217,9 +192,7 @@ class CompressedRecommender(SequentialRecommender):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """As nn.Module does, but a state of a model that shares less is refused.
-
-        States of version 0.1 are taken too, in which the parts had other names.
+        """As nn.Module does, also of version 0.1's states, in which the parts had other names.
 
         Raises:
             CompressionError: places that share a parameter here hold different values there, rows
@@ -242,7 +215,8 @@ class CompressedRecommender(SequentialRecommender):
                     f"{given.dtype}; make the model with `quantize` or `dtype` as the state's was."
                 )
             other = first.setdefault(id(parameter), name)
-            if other != name and not _same(given, state_dict[other]):
+            same_shape = given.shape == state_dict[other].shape
+            if not same_shape or not given.allclose(state_dict[other], 0, 0, equal_nan=True):
                 raise CompressionError(
                     "Expected `state_dict` to be of a model with the same `sharing` and `tied`, "
                     f"but {other} and {name}, one parameter here, differ there."
@@ -256,11 +230,10 @@ class CompressedRecommender(SequentialRecommender):
 
     @property
     def engine(self) -> str:
-        """What computes hidden states in `recommend`: `torch`, or `onnx` for onnxruntime.
-
-        Set it to either, or to `auto`: onnxruntime where it is installed and runs the model's
-        layers in float32 or int8 on the CPU, until weights change. Set to `onnx`, the layers are
-        followed anew after each change.
+        """What computes hidden states in `recommend`: `torch`, or `onnx` for onnxruntime, which
+        follows the layers anew after each change of weights. Set it to either, or to `auto`:
+        onnxruntime where it is installed and runs the layers in float32 or int8 on the CPU, until
+        weights change.
 
         Raises:
             CompressionError: another name, or `onnx` where onnxruntime is missing or cannot run
@@ -293,7 +266,10 @@ class CompressedRecommender(SequentialRecommender):
             graph, self.graph_file = GraphLayers(self, self.graph_file), None
         except NoGraph as error:
             if self._engine == "onnx":
-                raise no_graph(error) from error
+                raise CompressionError(
+                    "Expected `engine` to be torch or auto for this model, but got onnx, which "
+                    f"cannot be had: {error}."
+                ) from error
             self._engine, graph = "torch", None
         self._graph = graph
         return graph
@@ -318,14 +294,11 @@ class CompressedRecommender(SequentialRecommender):
         Args:
             item_seq: one history of item ids, oldest first, or several: a list of lists of any
                 lengths, or a tensor `[B, L]` with 0 as padding. Of a history longer than the
-                model's limit the newest items count.
+                model's limit the newest items count. One history is a batch of one.
             k: how many items.
             exclude_seen: leave out the items of the history itself, also those beyond the limit.
             exclude: item ids to leave out: one list for all histories, or one list for each.
             allowed: the only item ids to choose from; every item if left out.
-
-        Returns:
-            TopK: items `[B, k]` and their scores `[B, k]`; one history is a batch of one.
 
         Raises:
             CompressionError: an empty history, an id outside the catalogue, nothing allowed, or k
@@ -368,12 +341,13 @@ class CompressedRecommender(SequentialRecommender):
                 history of which nothing is left, and as `recommend`.
         """
         vocabulary = self.known_vocabulary()
-        are_several = isinstance(histories, Sequence) and any(
+        if isinstance(histories, Sequence) and any(
             isinstance(row, Sequence) and not isinstance(row, str) for row in histories
-        )
-        rows: Sequence[Any] = histories if are_several else [histories]
-        names = [f"history {i}" for i in range(len(rows))] if are_several else ["the history"]
-        ids = [vocabulary.ids(row, unknown, name) for row, name in zip(rows, names)]
+        ):
+            rows = enumerate(histories)
+            ids = [vocabulary.ids(row, unknown, f"history {i}") for i, row in rows]  # type: ignore
+        else:
+            ids = [vocabulary.ids(histories, unknown, "the history")]
         barred = None if exclude is None else vocabulary.ids(exclude, unknown, "`exclude`")
         only = None if allowed is None else vocabulary.ids(allowed, unknown, "`allowed`")
         best = self.recommend(ids, k, exclude_seen, barred or None, only)
@@ -386,11 +360,7 @@ class CompressedRecommender(SequentialRecommender):
         self.softmax.build_index()
 
     def known_vocabulary(self) -> Vocabulary:
-        """The tokens of the items.
-
-        Raises:
-            CompressionError: a model that knows none.
-        """
+        """The tokens of the items; a CompressionError for a model that knows none."""
         if self.vocabulary is None and self.item_tokens is not None:
             self.vocabulary = Vocabulary([str(token) for token in self.item_tokens[1:]])
         if self.vocabulary is None:
@@ -402,29 +372,24 @@ class CompressedRecommender(SequentialRecommender):
         return as_vocabulary(self.vocabulary, self.n_items)
 
     def save_pretrained(self, folder: str | os.PathLike[str], tokens: Any = None) -> Path:
-        """Keep the model in a folder that `load_pretrained` reads, without RecBole's data set.
+        """Keep the model in a folder that `load_pretrained` reads, without RecBole's data set;
+        returns the folder.
 
         Weights as safetensors, each parameter once whatever shares it; options and tokens as JSON.
-        A crash at any moment leaves what was in the folder before. Rows within a block are written
-        by item id: their order means nothing.
+        A crash at any moment leaves what was in the folder before.
 
         Args:
             folder: made where it is missing; a model that was in it is replaced.
             tokens: a RecBole dataset, or the token of each item id from 1 on; may be left out for a
                 model that RecBole built.
 
-        Returns:
-            The folder.
-
         Raises:
             CompressionError: no tokens, tokens that do not fit, or a folder that cannot be written
                 or that another process writes to.
         """
         check_numbering(self, tokens, "tokens")
-        vocabulary = (
-            self.known_vocabulary() if tokens is None else as_vocabulary(tokens, self.n_items)
-        )
-        return save_model(self, folder, vocabulary)
+        known = self.known_vocabulary() if tokens is None else as_vocabulary(tokens, self.n_items)
+        return save_model(self, folder, known)
 
     @can_be_trained
     @torch.no_grad()
@@ -433,7 +398,8 @@ class CompressedRecommender(SequentialRecommender):
         tokens: Sequence[str],
         like: Sequence[Any] | Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Append items to the last block, in place; every other row stays as it is, bit for bit.
+        """Append items to the last block, in place, and return their ids; every other row stays as
+        it is, bit for bit.
 
         A new item starts at the mean vector of the items that it is like, as near as the last
         block's rank allows, or else at the mean of the last block. Use the model at once, or train
@@ -444,19 +410,75 @@ class CompressedRecommender(SequentialRecommender):
             like: for each new item a token, or a list of tokens, of items that it is like, or None;
                 as a list in the order of `tokens`, or by token.
 
-        Returns:
-            The ids of the new items.
-
         Raises:
             CompressionError: a token that is there already or comes twice, or like an unknown one.
         """
-        return append_items(self, tokens, like)
+        known = self.known_vocabulary()
+        if isinstance(tokens, str) or not isinstance(tokens, Sequence) or not tokens:
+            raise CompressionError(
+                f"Expected `tokens` to be a list of one token or more, but got {tokens!r}."
+            )
+        extended = known.extended(tokens)
+        similar = _similar_items(tokens, like, known)
+        rows = [_new_rows(table, similar) for table in self.tables]  # what can fail has been done
+        partition = self.table.partition.extended(len(tokens))
+        for table, new in zip(self.tables, rows):
+            table.partition = partition
+            table.blocks[-1].extend(new)
+        ids = list(range(self.n_items, partition.n_items))
+        self.n_items = self.inner.n_items = partition.n_items
+        if self.train_item_counts is not None:
+            self.train_item_counts = np.append(self.train_item_counts, np.zeros(len(tokens)))
+        ranks, cutoffs = self.table.ranks, partition.cutoffs
+        self.compression = replace(self.compression, ranks=ranks, cutoffs=cutoffs)
+        self.vocabulary, self.item_tokens = extended, None
+        self.softmax.drop_index()
+        return ids
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are equal; numbers that are none are equal to each other."""
-    same_shape = one.shape == other.shape
-    return same_shape and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+def _similar_items(
+    tokens: Sequence[str], like: Sequence[Any] | Mapping[str, Any] | None, known: Vocabulary
+) -> list[list[int]]:
+    """For each new token the ids of the items that it is like."""
+    if isinstance(like, Mapping):
+        strangers = [token for token in like if token not in tokens]
+        if strangers:
+            raise CompressionError(
+                f"Expected `like` to name new tokens, but got {strangers[0]!r}, which is none."
+            )
+        like = [like.get(token) for token in tokens]
+    if like is None:
+        like = [None] * len(tokens)
+    if isinstance(like, str) or not isinstance(like, Sequence) or len(like) != len(tokens):
+        raise CompressionError(
+            f"Expected `like` to have an entry for each of the {len(tokens)} new tokens, but got "
+            f"{like!r}."
+        )
+    lists = [[] if e is None else e if isinstance(e, list | tuple) else [e] for e in like]
+    return [known.ids(entry, name="`like`") for entry in lists]
+
+
+def _new_rows(table: BlockEmbedding, similar: Sequence[Sequence[int]]) -> Tensor:
+    """A row of the last block for each new item, `[n, r]`: the one whose vector is nearest to the
+    mean of some items', or the mean of all."""
+    last, rows = table.blocks[-1], []
+    skip = 1 if len(table.blocks) == 1 else 0  # of one block, row 0 is padding
+    for ids in similar:
+        if not ids:
+            rows.append(last.rows()[skip:].mean(0))
+            continue
+        vector = table(torch.tensor(ids, device=last.weight.device)).mean(0)
+        if last.projection is not None:
+            wanted, basis = vector.double().unsqueeze(1), last.projection.T.double()
+            vector = torch.linalg.lstsq(basis, wanted).solution.squeeze(1).to(vector.dtype)
+        rows.append(vector)
+    return torch.stack(rows)
+
+
+def compressed_class(spec: ModelSpec) -> type[CompressedRecommender]:
+    """The class of the compressed models of a spec, for `models` to keep."""
+    about = {"spec": spec, "__doc__": f"{spec.name}, compressed."}
+    return type(f"Cp{spec.name}", (CompressedRecommender,), about | {"__module__": __package__})
 
 
 def copied(model: CompressedRecommender) -> CompressedRecommender:

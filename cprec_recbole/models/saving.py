@@ -16,6 +16,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,7 @@ from torch import Tensor, nn
 from cprec_recbole.config import CompressionConfig, CompressionError
 from cprec_recbole.embedding import Block, BlockEmbedding, Int8Block
 from cprec_recbole.files import flush, held, write_whole
-from cprec_recbole.int8 import (
-    SCALE_DTYPE,
-    fill_from_int8,
-    float_matrices,
-    kept_scales,
-    whole_numbers,
-)
+from cprec_recbole.int8 import SCALE_DTYPE, fill_from_int8, float_matrices, whole_numbers
 from cprec_recbole.models.engine import graph_file
 from cprec_recbole.models.spec import Parts
 from cprec_recbole.models.vocabulary import Vocabulary
@@ -99,9 +94,9 @@ def _kept_weights(model: Any) -> dict[str, Tensor]:
     instead: dict[int, Tensor] = {}  # what is written in place of parameters, by their `id`
     for table in model.tables:
         partition = table.partition
-        for block, start, end in zip(table.blocks, partition.starts, partition.cutoffs):
-            order = torch.argsort(partition.item_at[start:end])
-            instead |= {id(parameter): parameter[order] for parameter in block.per_row()}
+        for block, items in zip(table.blocks, partition.item_at.split(partition.sizes)):
+            order = torch.argsort(items)
+            instead[id(block.weight)] = block.weight[order]
             if isinstance(block, Int8Block):  # scales have no more bits than that
                 instead[id(block.scale)] = block.scale[order].to(SCALE_DTYPE)
     scales = []
@@ -113,7 +108,9 @@ def _kept_weights(model: Any) -> dict[str, Tensor]:
     member = partition.blocks(partition.position_of).cpu().numpy()
     weights = {name: instead.get(id(place), place) for name, place in _places(model).items()}
     weights["blocks"] = packed_blocks(member, len(partition.sizes))
-    return weights | ({"scales": kept_scales(scales)} if scales else {})
+    if scales:  # in as few bits as they have
+        weights["scales"] = torch.cat([each.to("cpu", SCALE_DTYPE) for each in scales])
+    return weights
 
 
 def _places(model: Any) -> dict[str, Tensor]:
@@ -134,13 +131,10 @@ def _write(
     out: Path, header: dict[str, Any], weights: Mapping[str, Tensor], vocabulary: Vocabulary
 ) -> None:
     theirs = {"inner": "backbone", "softmax": "head"}
-
-    def write_weights(path: Path) -> None:
-        plain = {_renamed(n, theirs): t.detach().cpu().contiguous() for n, t in weights.items()}
-        safetensors.torch.save_file(plain, path)
-
+    plain = {_renamed(n, theirs): t.detach().cpu().contiguous() for n, t in weights.items()}
+    save = partial(safetensors.torch.save_file, plain)
     files = {
-        "weights": _put(out, "weights", ".safetensors", write_weights),
+        "weights": _put(out, "weights", ".safetensors", save),
         "items": _put(out, "items", ".json", lambda path: write_tokens(vocabulary, path)),
     }
     header = {**header, "files": files}
@@ -219,26 +213,19 @@ def read_folder(
     newer format, or a file that is missing, cut short or changed."""
     out = as_path("folder", folder)
     header = _read_config(out)
-    while True:
-        try:
-            return header, *_contents(out, header["files"])
-        except CompressionError:
-            before, header = header, _read_config(out)
-            if header == before:
-                raise
-            # else it was replaced while it was read
-
-
-def _contents(out: Path, files: Mapping[str, Any]) -> tuple[dict[str, Tensor], Vocabulary | None]:
-    """Weights and tokens of the files that config.json names."""
+    files = header["files"]
     try:
         tokens = None
         if "items" in files:
             tokens = Vocabulary(_tokens(_checked(out, files["items"]).read_bytes()))
         weights = safetensors.torch.load_file(_checked(out, files["weights"]))
-    except (SafetensorError, OSError, RuntimeError) as error:
+    except (SafetensorError, OSError, RuntimeError, CompressionError) as error:
+        if _read_config(out) != header:  # it was replaced while it was read
+            return read_folder(folder)
+        if isinstance(error, CompressionError):
+            raise
         raise CompressionError(f"Expected the files of {out} to be readable: {error}.") from error
-    return {name_in_model(name): tensor for name, tensor in weights.items()}, tokens
+    return header, {name_in_model(name): tensor for name, tensor in weights.items()}, tokens
 
 
 def _tokens(text: bytes) -> Iterator[str]:
@@ -281,9 +268,9 @@ def _built(
     make_block = {None: Block, "int8": Int8Block}[header.get("rows")]
     with torch.random.fork_rng(devices=[]):  # fresh weights are drawn, and written over
         partition = Partition(item_at, plan.cutoffs)
+        n_tables = 1 if compression.tied else 2
         tables = [
-            BlockEmbedding(partition, plan.ranks, plan.dim, make_block)
-            for _ in range(1 if compression.tied else 2)
+            BlockEmbedding(partition, plan.ranks, plan.dim, make_block) for _ in range(n_tables)
         ]
         inner = spec.build_inner(options)
         inner.n_items = n_items

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -19,16 +20,6 @@ from cprec_recbole.sharing import Layer, sharing_plan, sharing_sets
 
 if TYPE_CHECKING:
     from recbole.data.interaction import Interaction
-
-
-def _no_layers(model: RecBoleModel) -> list[Layer]:
-    return []  # no stack of layers of one shape: nothing to share
-
-
-def _by_forward(model: RecBoleModel, item_seq: Tensor, lengths: Tensor) -> Tensor:
-    """What most of RecBole's models call `forward`, `[B, L], [B] -> [B, d]`."""
-    model.device = item_seq.device  # some put their own tensors there
-    return model.forward(item_seq, lengths)
 
 
 def pick(states: Tensor, lengths: Tensor) -> Tensor:
@@ -70,7 +61,7 @@ class ModelSpec:
     size_option: str
     table_std: Callable[[RecBoleModel, int], float]
     architecture: Sequence[str | tuple[str, str]]
-    layers: Callable[[RecBoleModel], list[Layer]] = _no_layers
+    layers: Callable[[RecBoleModel], list[Layer]] = lambda model: []  # no stack
     layers_per_block: int = 1
     hidden_states: Callable[[RecBoleModel, Tensor], Tensor] | None = None
     last_state: Callable[[RecBoleModel, Tensor, Tensor], Tensor] | None = None
@@ -123,16 +114,14 @@ class ModelSpec:
         return layers, sharing_sets(layers, plan)
 
     def build_inner(self, config: Any, dataset: Any = None) -> RecBoleModel:
-        """RecBole's model without its table, built for a catalogue of one item: by a RecBole
-        config, and a dataset (or anything with `iid_field` and `num(field)`) for its other fields.
-        """
+        """RecBole's model without its table, by a RecBole config, and a dataset (or anything with
+        `iid_field` and `num(field)`) for its other fields."""
         return self.model_class(config, _OneItemCatalogue(dataset))
 
     def architecture_of(self, model: RecBoleModel) -> dict[str, Any]:
         """The RecBole options by which an equal model can be built, without its table."""
         pairs = [(name, name) if isinstance(name, str) else name for name in self.architecture]
-        options = {option: getattr(model, attribute) for option, attribute in pairs}
-        return options | {
+        return {option: getattr(model, attribute) for option, attribute in pairs} | {
             "MAX_ITEM_LIST_LENGTH": model.max_seq_length,
             "USER_ID_FIELD": model.USER_ID,
             "ITEM_ID_FIELD": model.ITEM_ID,
@@ -179,12 +168,12 @@ class Encoder:
         if self.spec.last_state is not None:
             return self.spec.last_state(self.model, item_seq, lengths)
         if self.spec.hidden_states is None:
-            return _by_forward(self.model, item_seq, lengths)
+            self.model.device = item_seq.device  # some put their own tensors there
+            return self.model.forward(item_seq, lengths)
         return pick(self.every_position(item_seq), lengths)
 
     def all_states(self, item_seq: Tensor) -> Tensor:
-        """Every hidden state that predicts something, `[B, L] -> [N, d]`: one for each item, or
-        one for each history."""
+        """Every hidden state that predicts something, `[B, L] -> [N, d]`."""
         real = item_seq != PADDING
         if self.spec.hidden_states is None:
             return self.last_state(item_seq, real.sum(1))
@@ -216,3 +205,26 @@ class _OneItemCatalogue:
     def num(self, field: str) -> int:
         is_item = self._dataset is None or field == self._dataset.iid_field
         return 1 if is_item else self._dataset.num(field)
+
+
+# -- names of version 0.1, which still work with a warning and go in 0.3 ---------------------------
+
+
+def backbone(**fields: Any) -> ModelSpec:
+    """A ModelSpec by the names that its fields had as a `Backbone`."""
+    new = {"host": "model_class", "group": "layers_per_block"}
+    return ModelSpec(**{new.get(name, name): value for name, value in fields.items()})
+
+
+def renamed(old: str, new: str) -> Any:
+    """A property for the old name of an attribute."""
+
+    def get(self: Any) -> Any:
+        warnings.warn(
+            f"`{old}` is called `{new}` since 0.2; the old name goes in 0.3.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return getattr(self, new)
+
+    return property(get)

@@ -19,9 +19,6 @@ UNKNOWN = ("warn", "error", "skip")
 class Vocabulary:
     """Tokens of the items by id; id 0 is padding and has none. It does not change.
 
-    A million texts in a list and a dict take 130 MiB. One text of all tokens, where each ends, and
-    the ids sorted by the hashes of their tokens take 12 bytes a token besides its own.
-
     Args:
         tokens: the token of each id from 1 on, `[n_items - 1]`.
 
@@ -29,6 +26,8 @@ class Vocabulary:
         CompressionError: a token that is no text, is empty, or stands for two items.
     """
 
+    # a million texts in a list and a dict take 130 MiB; one text of all tokens, where each ends,
+    # and the ids sorted by the hashes of their tokens 12 bytes a token besides its own
     def __init__(self, tokens: Iterable[str]) -> None:
         self._text, self._ends, hashes = bytearray(), array("I", [0]), array("I")
         for token in tokens:
@@ -76,12 +75,13 @@ class Vocabulary:
 
     def _id(self, token: str) -> int:
         """The id of a token, 0 where it is none."""
-        place = bisect_left(self._hashes, _hash(token))
-        while place < len(self) and self._hashes[place] == _hash(token):
+        wanted = _hash(token)
+        for place in range(bisect_left(self._hashes, wanted), len(self)):
             item = int(self._order[place]) + 1
+            if self._hashes[place] != wanted:
+                break
             if self.token(item) == token:
                 return item
-            place += 1
         return 0
 
     def ids(

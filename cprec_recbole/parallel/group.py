@@ -1,24 +1,17 @@
 """The processes that train one model: where this one stands, what they tell each other, and its
-part of the rows.
-
-Tensors on the CPU go through Gloo, those on a GPU through NCCL. A process that is alone needs no
-group: every function here then answers for one process.
-"""
+part of the rows. A process that is alone needs no group: all functions answer for one process."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from cprec_recbole.config import CompressionError
-
-if TYPE_CHECKING:
-    from recbole.data.interaction import Interaction
 
 T = TypeVar("T")
 STAND_IN = "is_stand_in"  # an attribute of a batch of which this process has no row
@@ -39,7 +32,7 @@ place: Place | None = None  # where this process will stand; RecBole's Config jo
 
 def place_of_torchrun() -> Place | None:
     """The place that torchrun gives this process; None outside of it, and for one process alone. A
-    CompressionError for variables of its that are no numbers or do not fit each other."""
+    CompressionError for its variables where they do not fit each other."""
     given = os.environ
     if not given.keys() >= {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}:
         return None
@@ -109,27 +102,18 @@ def gather(value: T) -> list[T]:
 
 def part_of(n: int, number: int, parts: int) -> range:
     """Which of `n` rows the `number`-th of `parts` processes takes: each row goes to one process,
-    in their order, and some get none where there are fewer rows than processes."""
+    in their order; some get none where there are fewer rows than processes."""
     return range(number * n // parts, (number + 1) * n // parts)
 
 
-class PartOf(NamedTuple):
-    """A DataLoader's `collate_fn` that reads one process's part of each batch.
-
-    Every process draws the same batches, from a generator in the same state. The parts in the order
-    of the processes are the batch. A process without a row gets one of another process, marked as
-    STAND_IN, that counts for nothing: every process has to take part in every step.
-    """
-
-    collate: Callable[[Sequence[int]], Interaction]
-    number: int
-    parts: int
-
-    def __call__(self, index: Sequence[int]) -> Interaction:
-        """This process's rows of a batch `[B]`, or one that is marked as STAND_IN."""
-        mine = part_of(len(index), self.number, self.parts)
-        if mine:
-            return self.collate(index[mine.start : mine.stop])
-        batch = self.collate(index[:1])
-        setattr(batch, STAND_IN, True)
-        return batch
+def collate_part(
+    collate: Callable[[Sequence[int]], Any], number: int, parts: int, index: Sequence[int]
+) -> Any:
+    """One process's rows of a batch `[B]` that all draw alike. One without rows gets another's,
+    marked as STAND_IN, that counts for nothing: every process has to take part in every step."""
+    mine = part_of(len(index), number, parts)
+    if mine:
+        return collate(index[mine.start : mine.stop])
+    batch = collate(index[:1])
+    setattr(batch, STAND_IN, True)
+    return batch

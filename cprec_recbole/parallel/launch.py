@@ -1,8 +1,5 @@
-"""Start several processes on this machine that end together.
-
-torch.multiprocessing starts them and ends the others when one fails. The caller gets the error
-that came first: a process that loses its partner fails too, and may be noticed before it.
-"""
+"""Start several processes on this machine that end together. The caller gets the error that came
+first: a process that loses its partner fails too, and may be noticed before it."""
 
 from __future__ import annotations
 
@@ -31,12 +28,9 @@ START_METHOD = "spawn"  # a forked process can use no GPU that its parent has us
 
 
 def launch(nproc: int, task: Callable[..., Any], *arguments: Any) -> Any:
-    """Run `task(*arguments)` in `nproc` processes; returns what the first one returns.
-
-    In each, `group.place` is its place. Functions and arguments have to be ones that pickle
-    takes, and a script that calls this needs its `if __name__ == "__main__":`. A CompressionError
-    where a process raised one or was killed; a RuntimeError with the traceback of any other error.
-    """
+    """Run `task(*arguments)`, which pickle takes, in `nproc` processes, each with a `group.place`;
+    returns what the first one returns. A CompressionError where a process raised one or was killed;
+    a RuntimeError with the traceback of any other error."""
     with tempfile.TemporaryDirectory(prefix="cprec-") as name:
         folder = Path(name)
         work = (nproc, folder, task, arguments)
@@ -58,7 +52,6 @@ def launch(nproc: int, task: Callable[..., Any], *arguments: Any) -> Any:
 def _process(
     number: int, nproc: int, folder: Path, task: Callable[..., Any], arguments: tuple
 ) -> None:
-    """One of the processes, from its first line to its last."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // nproc))
     if sys.platform == "linux":  # they are on one machine, whatever its name resolves to
@@ -85,8 +78,7 @@ def _process(
 
 
 def end_with_parent() -> None:
-    """Have this process killed when its parent is gone: nobody else would end it, and it would
-    write into the folder of a run that may be resumed."""
+    """Have this process killed when its parent is gone, for it writes where a run may resume."""
 
     def watch(sentinel: int) -> None:
         connection.wait([sentinel])

@@ -83,9 +83,8 @@ class CompiledSearch:
             for j, (rows, rank, end) in enumerate(zip(table.blocks, table.ranks, ends))
         )
         # what brings hidden states into the spaces of all blocks, [d, sum r]; a tree's clusters too
-        basis = table.joint_basis
-        if table.clusters is not None:
-            basis = torch.cat([basis, table.clusters.T], 1)
+        clusters = [] if table.clusters is None else [table.clusters.T]
+        basis = torch.cat([*(block.basis for block in table.blocks), *clusters], 1)
         self.basis = basis.numpy()
         self.is_indexed, self.n_searched, self._building = False, 0, threading.Lock()
         none = _no_tiles(self.blocks[0].values.dtype)
@@ -125,9 +124,7 @@ class CompiledSearch:
         self.n_searched += len(hidden)
         if self.n_searched >= _ROWS_THAT_PAY and not self.is_indexed:
             self.build_index()
-        numbers = hidden.detach()
-        numbers = numbers if numbers.dtype == torch.float32 else numbers.double()
-        states = np.ascontiguousarray(numbers.numpy(), dtype=np.float64)
+        states = hidden.detach().double().contiguous().numpy()
         n_rows = len(states)
         items = np.empty((n_rows, limits.k), np.int64)
         scores = np.empty((n_rows, limits.k), np.float32)
@@ -155,19 +152,14 @@ class CompiledSearch:
 
 
 class _Part:
-    """Rows of a batch that are searched together.
-
-    Attributes:
-        tail_rows: products of a row of the tail and a row of the batch.
-    """
+    """Rows of a batch that are searched together."""
 
     def __init__(self, whole: CompiledSearch, hidden: np.ndarray, limits: Limits) -> None:
         self.whole, self.loops, self.limits = whole, whole.loops, limits
-        self.hidden, self.index = hidden, whole.index
-        self.n_rows = len(self.hidden)
+        self.hidden, self.index, self.n_rows = hidden, whole.index, len(hidden)
         self.excluded = limits.excluded.numpy()
         self.allowed = None if limits.allowed is None else limits.allowed.numpy()
-        self.tail_rows = 0
+        self.tail_rows = 0  # products of a row of the tail and a row of the batch
         exact, *others, self.lengths = self.loops.prepare(
             hidden, whole.basis, self.index.moved_basis, whole.roundings
         )
@@ -209,13 +201,10 @@ class _Part:
         return best
 
     def _by_rough_normalisers(self) -> Any:
-        """The best of a tree and one more, by normalisers in float32; scores are not rounded.
-
-        Of a score, the head's normaliser is what all items have in common; in the other blocks
-        there are a cluster's logit and the block's own normaliser besides.
-        """
+        """The best of a tree and one more, by normalisers in float32; scores are not rounded."""
+        # of a score, the head's normaliser is what all items have in common; in the other blocks
+        # there are a cluster's logit and the block's own normaliser besides
         best = self._none(self.limits.k + 1)
-        normaliser = np.zeros(self.n_rows)
         for j, (block, tiles) in enumerate(zip(self.index.blocks, self.index.tiles)):
             rows, part = np.arange(self.n_rows), self
             if j:
@@ -317,8 +306,8 @@ class _Part:
             end = min(start + width, n)
             logits = memory[: self.n_rows * (end - start)].view(self.n_rows, -1)
             torch.mm(torch.from_numpy(rough), rows[start:end].T, out=logits)
-            arguments = best, block, start, logits.numpy(), sums, queries
-            self._on_threads(self.loops.take_rows, *arguments)
+            own = best, block, start, logits.numpy(), sums, queries
+            self._on_threads(self.loops.take_rows, *own)
 
     def _on_threads(self, loop: Any, *arguments: Any) -> None:
         """Run a loop over the rows on torch's number of threads, and count the rows of the tail
@@ -352,12 +341,10 @@ def _no_tiles(dtype: Any) -> Any:
 
 def _sorted_into_tiles(rows: Rows) -> tuple[np.ndarray, Any]:
     """Rows in groups of near ones with bounds, and what brings hidden states into the space of the
-    bounds, `[d, r]`.
-
-    There, rows are as long as their item vectors, so that bounds are not stretched by how training
-    shared out the length between the factors. The axes are the rows' principal ones, along which
-    boxes are tight.
-    """
+    bounds, `[d, r]`."""
+    # there, rows are as long as their item vectors, so that bounds are not stretched by how
+    # training shared out the length between the factors, and axes are the rows' principal ones,
+    # along which boxes are tight
     loops_ = loops()
     orthonormal, triangular = torch.linalg.qr(rows.basis)
     vectors = rows.values.double() @ triangular.T
@@ -372,29 +359,22 @@ def _sorted_into_tiles(rows: Rows) -> tuple[np.ndarray, Any]:
     branch_bounds, branch_counts = _bounds(moved[order], size * loops_.FAN)
     order = torch.cat([order, order[-1:].expand(-len(order) % size)])
     values, scales = (torch.from_numpy(each) for each in _numbers(rows.values))
-    tiles = loops_.Tiles(
-        values=values[order].view(len(counts), size, -1).transpose(1, 2).contiguous().numpy(),
-        scales=(scales[order] if len(scales) else scales).numpy(),
-        order=order.int().numpy(),
-        counts=counts,
-        bounds=bounds,
-        branch_counts=branch_counts,
-        branch_bounds=branch_bounds,
-    )
+    values = values[order].view(len(counts), size, -1).transpose(1, 2).contiguous()
+    scales = scales[order] if len(scales) else scales
+    own = values.numpy(), scales.numpy(), order.int().numpy()
+    tiles = loops_.Tiles(*own, counts, bounds, branch_counts, branch_bounds)
     return (orthonormal @ axes).contiguous().numpy(), tiles
 
 
 def _bounds(rows: Tensor, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Centre, radius, middle and half widths of groups of `size` rows, as `Tiles` has them, and
     the rows of each group."""
-    n_groups, fan = -(-len(rows) // size), loops().FAN
-    last = (n_groups - 1) * size
-    counts = np.full(n_groups, size)
-    counts[-1] = len(rows) - last
+    fan, parts = loops().FAN, rows.split(size)
+    counts = np.array([len(part) for part in parts])
     groups = torch.cat([rows, rows[-1:].expand(-len(rows) % size, -1)])
-    groups = groups.view(n_groups, size, rows.shape[1])
+    groups = groups.view(len(parts), size, -1)
     centre = groups.mean(1)
-    centre[-1] = rows[last:].mean(0)
+    centre[-1] = parts[-1].mean(0)
     radius = (groups - centre.unsqueeze(1)).norm(dim=2).amax(1, keepdim=True)
     low, high = groups.amin(1), groups.amax(1)
     middle, half = (low + high) / 2, (high - low) / 2
@@ -402,5 +382,5 @@ def _bounds(rows: Tensor, size: int) -> tuple[np.ndarray, np.ndarray]:
     error = (2 * rows.shape[1] + 8) * torch.finfo(rows.dtype).eps
     radius += error * (radius + centre.norm(dim=1, keepdim=True))
     half += error * (half + middle.abs())
-    bounds = F.pad(torch.cat([centre, radius, middle, half], 1), (0, 0, 0, -n_groups % fan))
+    bounds = F.pad(torch.cat([centre, radius, middle, half], 1), (0, 0, 0, -len(parts) % fan))
     return bounds.view(-1, fan, bounds.shape[1]).transpose(1, 2).contiguous().numpy(), counts

@@ -26,19 +26,12 @@ _PAIRS = 2**14  # scored in float64 at a time
 
 
 def search(table: SearchTable, hidden: Tensor, limits: Limits) -> Found:
-    """The k best items of each row.
+    """The k best items of each row, of hidden states `[B, d]`. A CompressionError for hidden states
+    that are not finite numbers, or scores that overflow.
 
     The items do not depend on the batch, on pieces or on an index, and neither do the scores of a
     flat softmax. A tree's scores may, in the last digit: normalisers are sums in the model's
     precision, and in float64 only for rows whose order could depend on them.
-
-    Args:
-        table: the weights.
-        hidden: hidden states, `[B, d]`.
-        limits: how many items, and which.
-
-    Raises:
-        CompressionError: hidden states that are not finite numbers, or scores that overflow.
     """
     if not len(hidden):
         scores = hidden.new_empty(0, limits.k, dtype=table.dtype)

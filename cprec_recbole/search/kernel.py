@@ -9,7 +9,7 @@ their two factors.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +23,7 @@ _LOWEST = np.float32(-126)  # the exponent of float32's smallest normal number
 _POWERS = (1.8775767e-3, 8.9893397e-3, 5.5826318e-2, 2.4015361e-1, 6.9315308e-1, 9.9999994e-1)
 P0, P1, P2, P3, P4, P5 = (np.float32(each) for each in _POWERS)
 Array = np.ndarray
+Span = tuple[int, int]
 
 
 class Block(NamedTuple):
@@ -68,20 +69,15 @@ class Queries(NamedTuple):
     rounds: bool  # whether scores are rounded to float32, by which equal ones come by id
 
 
-def _compiled(**options: Any) -> Callable[[Any], Any]:
+def _in_order(function: Any, **options: Any) -> Any:
     """Compile a function when it is first called, and keep that on disk if there is a place."""
-
-    def decorate(function: Any) -> Any:
-        try:
-            return njit(cache=True, nogil=True, **options)(function)
-        except RuntimeError:  # numba finds no folder that it may write to
-            return njit(nogil=True, **options)(function)
-
-    return decorate
+    try:
+        return njit(cache=True, nogil=True, **options)(function)
+    except RuntimeError:  # numba finds no folder that it may write to
+        return njit(nogil=True, **options)(function)
 
 
-_in_order = _compiled()
-_in_any_order = _compiled(fastmath={"reassoc", "contract", "nsz"})
+_in_any_order = partial(_in_order, fastmath={"reassoc", "contract", "nsz"})
 
 
 # -- products ------------------------------------------------------------------------------------
@@ -194,10 +190,8 @@ def _consider(best: Best, i: int, block: Block, row: int, queries: Queries) -> N
 @_in_order
 def _floor(best: Best, i: int, block: Block, queries: Queries) -> np.float32:
     """What a logit in float32 must reach to be of interest."""
-    return (
-        np.float32(best.scores[i, 0] - queries.offsets[block.number, i])
-        - queries.slack[block.number, i]
-    )
+    last = np.float32(best.scores[i, 0] - queries.offsets[block.number, i])
+    return last - queries.slack[block.number, i]
 
 
 @_in_order
@@ -254,13 +248,7 @@ def _take(best: Best, block: Block, start: int, logits: Array, queries: Queries,
 
 @_in_order
 def take_rows(
-    best: Best,
-    block: Block,
-    start: int,
-    logits: Array,
-    sums: Array,
-    queries: Queries,
-    some: tuple[int, int],
+    best: Best, block: Block, start: int, logits: Array, sums: Array, queries: Queries, some: Span
 ) -> None:
     """Offer rows from `start` on, given their logits `[B, m]`; `sums` as in `read_rows`."""
     for i in range(some[0], some[1]):
@@ -271,12 +259,7 @@ def take_rows(
 
 @_in_order
 def read_rows(
-    best: Best,
-    block: Block,
-    rough: Block,
-    sums: Array,
-    queries: Queries,
-    some: tuple[int, int],
+    best: Best, block: Block, rough: Block, sums: Array, queries: Queries, some: Span
 ) -> None:
     """Offer all rows of a block, of which `rough` has the logits within the slack; and add the
     exponentials of their logits to `sums`, peaks and totals, `[B, 2]`, unless that is empty."""
@@ -291,9 +274,7 @@ def read_rows(
 
 
 @_in_order
-def take_places(
-    best: Best, block: Block, places: Array, queries: Queries, some: tuple[int, int]
-) -> None:
+def take_places(best: Best, block: Block, places: Array, queries: Queries, some: Span) -> None:
     """Offer the rows at some places, `[m]`."""
     for i in range(some[0], some[1]):
         for place in places:
@@ -398,9 +379,7 @@ def _above_branches(
 
 
 @_in_order
-def take_groups(
-    best: Best, block: Block, tiles: Tiles, queries: Queries, some: tuple[int, int]
-) -> int:
+def take_groups(best: Best, block: Block, tiles: Tiles, queries: Queries, some: Span) -> int:
     """Offer the rows of the groups that may hold one of the best; returns how many were read."""
     memory = np.empty((2, max(FAN, tiles.values.shape[2])), dtype=np.float32)
     n_read = 0
@@ -435,15 +414,11 @@ def _sum_of_powers(logits: Array, peak: np.float32) -> np.float32:
 @_in_any_order
 def _highest(logits: Array) -> np.float32:
     lanes = np.full(FAN, -np.inf, dtype=np.float32)  # beside each other: several at once
-    n_whole = len(logits) - len(logits) % FAN
-    for first in range(0, n_whole, FAN):
-        for s in range(FAN):
+    for first in range(0, len(logits), FAN):
+        for s in range(min(FAN, len(logits) - first)):
             logit = logits[first + s]
             lanes[s] = logit if logit > lanes[s] else lanes[s]
-    highest = lanes.max()
-    for s in range(n_whole, len(logits)):
-        highest = max(highest, logits[s])
-    return highest
+    return lanes.max()
 
 
 @_in_order
@@ -480,12 +455,7 @@ def _log_sum_below(
 
 @_in_order
 def find_open(
-    is_open: Array,
-    best: Best,
-    block: Block,
-    tiles: Tiles,
-    queries: Queries,
-    some: tuple[int, int],
+    is_open: Array, best: Best, block: Block, tiles: Tiles, queries: Queries, some: Span
 ) -> None:
     """For which rows of a tree's batch a block has to be read, into `is_open`, `[B]`: those where,
     for all that bounds say of its normaliser, an item may do. Offsets are cluster logits here."""
@@ -512,12 +482,8 @@ def exact_log_sums(block: Block, queries: Queries) -> Array:
     result = np.empty(len(queries.exact))
     logits = np.empty(len(block.values))
     for i in range(len(result)):
-        query = queries.exact[i, block.column :]
         for row in range(len(logits)):
-            logit = 0.0
-            for a in range(block.values.shape[1]):
-                logit += np.float64(block.values[row, a]) * query[a]
-            logits[row] = logit * block.scales[row] if len(block.scales) else logit
+            logits[row] = _exact_logit(block, row, queries, i)
         peak, total = logits.max(), 0.0
         for row in range(len(logits)):
             total += math.exp(logits[row] - peak)
@@ -591,74 +557,37 @@ def search(
 # -- the index -----------------------------------------------------------------------------------
 
 
-@_in_order
-def _select(keys: Array, order: Array, start: int, end: int, middle: int) -> None:
-    """Bring the smallest of `start` to `end` before `middle`, in place (Hoare's quickselect)."""
-    end -= 1
-    while start < end:
-        pivot = keys[(start + end) // 2]
-        i, j = start, end
-        while i <= j:
-            while keys[i] < pivot:
-                i += 1
-            while keys[j] > pivot:
-                j -= 1
-            if i <= j:
-                keys[i], keys[j] = keys[j], keys[i]
-                order[i], order[j] = order[j], order[i]
-                i, j = i + 1, j - 1
-        if middle <= j:
-            end = j
-        elif middle >= i:
-            start = i
-        else:
-            return
-
-
 @_in_any_order
-def _project(rows: Array, order: Array, start: int, end: int, along: Array) -> None:
-    """Coordinates of some rows along their principal direction, that of a sample, into `along`."""
-    rank, step = rows.shape[1], max(1, (end - start) // 256)
-    mean, row = np.zeros(rank, np.float32), np.zeros(rank, np.float32)
-    scatter = np.zeros((rank, rank), np.float32)
-    direction, other = np.ones(rank, np.float32), np.zeros(rank, np.float32)
-    for g in range(start, end, step):
-        for a in range(rank):
-            mean[a] += rows[order[g], a]
-    for a in range(rank):
-        mean[a] /= np.float32(len(range(start, end, step)))
-    for g in range(start, end, step):
-        for a in range(rank):
-            row[a] = rows[order[g], a] - mean[a]
-        for a in range(rank):
-            for b in range(rank):
-                scatter[a, b] += row[a] * row[b]
-    for _ in range(8):  # towards the eigenvector of the largest eigenvalue
-        length = np.float32(1e-30)
-        for a in range(rank):
-            other[a] = 0
-            for b in range(rank):
-                other[a] += scatter[a, b] * direction[b]
-            length = max(length, abs(other[a]))
-        for a in range(rank):
-            direction[a] = other[a] / length
-    for g in range(start, end):
-        total = np.float32(0)
-        for a in range(rank):
-            total += rows[order[g], a] * direction[a]
-        along[g] = total
+def _along(rows: Array, runs: Array) -> Array:
+    """Coordinates of the rows of each run along their principal direction, that of a sample,
+    `[n, r], [R, m] -> [R, m]`; infinity where a run has no row, -1."""
+    along, rank = np.full(runs.shape, np.inf, np.float32), rows.shape[1]
+    step = max(1, runs.shape[1] // 256)
+    for i in range(len(runs)):
+        run = runs[i][runs[i] >= 0]
+        some = rows[run[::step]]
+        some -= some.sum(0) / np.float32(max(1, len(some)))
+        scatter = some.T @ some
+        for _ in range(3):  # eight steps towards the eigenvector of the largest eigenvalue
+            scatter /= max(np.float32(1e-30), np.abs(scatter).max())
+            scatter = scatter @ scatter
+        direction = scatter.sum(1)
+        for g in range(runs.shape[1]):
+            if runs[i, g] >= 0:
+                total = np.float32(0)
+                for a in range(rank):
+                    total += rows[runs[i, g], a] * direction[a]
+                along[i, g] = total
+    return along
 
 
-@_in_order
 def sort_by_nearness(rows: Array, size: int, depth: int) -> Array:
     """An order of rows in which runs of `size` hold near ones, `[n, r] -> [n]`: all are halved at
     the median of their principal direction, both halves likewise, `depth` times."""
-    order, along = np.arange(len(rows)), np.empty(len(rows), np.float32)
+    order = np.arange(size << depth, dtype=np.int32)
+    order[len(rows) :] = -1  # what fills up comes last at each median
     for level in range(depth):
-        run = size << (depth - level)
-        for start in range(0, len(rows), run):
-            end = min(start + run, len(rows))
-            if end - start > run // 2:
-                _project(rows, order, start, end, along)
-                _select(along, order, start, end, start + run // 2)
-    return order
+        runs = order.reshape(2**level, -1)
+        halves = np.argpartition(_along(rows, runs), runs.shape[1] // 2, axis=1)
+        order = np.take_along_axis(runs, halves, axis=1).ravel()
+    return order[order >= 0].astype(np.int64)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -102,9 +101,6 @@ class SearchTable:
         projections: of each block, `[r, d]`; None where `r == d`.
         clusters: those of a tree, `[n_blocks - 1, d]`; None for a flat softmax.
         version: of what all of this is made from.
-
-    Raises:
-        CompressionError: weights that are not finite numbers.
     """
 
     def __init__(
@@ -134,8 +130,3 @@ class SearchTable:
         self.ranks = [block.values.shape[1] for block in self.blocks]
         self.rounding = torch.finfo(self.dtype).eps * (max(self.ranks) + 4) * self.longest
         self.compiled: Any = None  # see compiled_search
-
-    @cached_property
-    def joint_basis(self) -> Tensor:
-        """Those of all blocks beside each other, `[d, sum r]`."""
-        return torch.cat([block.basis for block in self.blocks], 1)

@@ -17,12 +17,8 @@ Ids = Tensor | np.ndarray | Sequence
 
 
 class TopK(NamedTuple):
-    """The best items of each row, best first; equal scores by lower item id.
-
-    Attributes:
-        items: item ids, `[B, k]`.
-        scores: their scores, `[B, k]`.
-    """
+    """Item ids and scores of the best of each row, `[B, k]`, best first; equal scores by lower item
+    id."""
 
     items: Tensor
     scores: Tensor
@@ -48,10 +44,6 @@ class Limits(NamedTuple):
         """The excluded rows and positions, `[M], [M]`."""
         return self.excluded // self.n_items, self.excluded % self.n_items
 
-    def excludes(self, rows: Tensor, positions: Tensor) -> Tensor:
-        """Which of some pairs are excluded, `[C], [C] -> [C]`."""
-        return torch.isin(rows * self.n_items + positions, self.excluded)
-
     def of_rows(self, rows: Tensor) -> Limits:
         """Those of some rows, numbered as they come, `[B]`."""
         if not len(self.excluded):
@@ -65,14 +57,12 @@ class Limits(NamedTuple):
 
 def not_finite(hidden: Tensor) -> CompressionError:
     """What is said where scores are no finite numbers."""
-    if not hidden.isfinite().all():
-        return CompressionError(
-            "Expected `hidden` to hold finite numbers, but found NaN or infinity; the model "
-            "diverged in training, or its input is damaged."
-        )
     return CompressionError(
         "Expected scores to be finite numbers, but they overflow; the hidden states or the weights "
         "of the item table are far too large."
+        if hidden.isfinite().all()
+        else "Expected `hidden` to hold finite numbers, but found NaN or infinity; the model "
+        "diverged in training, or its input is damaged."
     )
 
 
@@ -124,8 +114,7 @@ def check_k(k: object, left: int) -> int:
 
 
 def check_ids(ids: Any, n_items: int, name: str) -> Tensor:
-    """Item ids, 0 among them, as int64 of the same shape. Refuses what is no whole number, and ids
-    outside the catalogue; the error names the option."""
+    """Item ids, 0 among them, as int64 of the same shape; the error names the option."""
     if isinstance(ids, np.ndarray):  # PyTorch does not read every byte order and direction
         ids = ids.astype(np.int64) if ids.dtype.kind in "iu" else ids.tolist()
     try:

@@ -17,9 +17,9 @@ from cprec_recbole.costs import part_sizes, saved_bytes
 from cprec_recbole.embedding import Int8Block
 from cprec_recbole.files import write_whole
 from cprec_recbole.int8 import SCALE_DTYPE, Int8Rows
+from cprec_recbole.models.engine import OPSET, quietly
 from cprec_recbole.models.recommender import CompressedRecommender, copied
 from cprec_recbole.models.saving import as_path, write_tokens
-from cprec_recbole.onnx import OPSET, quietly
 from cprec_recbole.partition import PADDING
 from cprec_recbole.search.topk import check_k
 
@@ -40,7 +40,7 @@ def export(
     call. Ids are int64. Rows in int8 stay in int8.
 
     The tokens of the items, where the model knows them, are written beside as a JSON list, with id
-    1 first.
+    1 first. Returns the file.
 
     Args:
         small: a compressed model, its numbers in float32, its rows in float32 or int8.
@@ -48,9 +48,6 @@ def export(
         to: `onnx` (opset 18; needs the extra `export`) or `torch` (a `.pt2` for
             `torch.export.load`).
         k: how many items the graph returns.
-
-    Returns:
-        The file.
 
     Raises:
         CompressionError: an unknown format, k above the catalogue, another precision, a model too
@@ -150,12 +147,11 @@ class _Exported(nn.Module):
         lengths = (history != PADDING).sum(1)
         if self.model.spec.hidden_states is None:
             hidden = self.model(history, lengths)
-        elif self.model.reads_last_column:
-            hidden = self.model.hidden_states(history)[:, -1]
         else:  # `last_state` looks at lengths, which a graph does not know
             states = self.model.hidden_states(history)
-            last = (lengths - 1).clamp(min=0).view(-1, 1, 1)
-            hidden = states.gather(1, last.expand(-1, 1, states.shape[2])).squeeze(1)
+            last = (lengths - 1).clamp(min=0).view(-1, 1, 1).expand(-1, 1, states.shape[2])
+            is_last = self.model.reads_last_column
+            hidden = states[:, -1] if is_last else states.gather(1, last).squeeze(1)
         scores = self.model.softmax.scores(hidden)
         never = torch.cat([torch.zeros_like(history[:, :1]), exclude], dim=1)  # padding neither
         scores = scores.scatter(1, never, -torch.inf)
@@ -181,18 +177,13 @@ class _ExportedBlock(Int8Block):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See Block.logits."""
-        if self.to_onnx:  # runtimes do not fold this into a float table
-            scales = self.rows().scales
-            rows = torch.onnx.ops.symbolic(
-                "DequantizeLinear",
-                (self.weight, scales, torch.zeros_like(scales, dtype=torch.int8)),
-                {"axis": 0},
-                dtype=scales.dtype,
-                shape=self.weight.shape,
-                version=13,
-            )
-        else:
-            rows = self.whole()
+        if not self.to_onnx:
+            return F.linear(self.into_rank(hidden), self.whole())
+        scales, shape = self.rows().scales, self.weight.shape
+        inputs = self.weight, scales, torch.zeros_like(scales, dtype=torch.int8)
+        rows = torch.onnx.ops.symbolic(  # runtimes do not fold this into a float table
+            "DequantizeLinear", inputs, {"axis": 0}, dtype=scales.dtype, shape=shape, version=13
+        )
         return F.linear(self.into_rank(hidden), rows)
 
 

@@ -24,11 +24,8 @@ _NEED_SCORES = ("rec.meanrank", "rec.score", "data.label")
 
 
 class TopKCollector(Collector):
-    """RecBole's collector, which can score a batch itself, a few rows at a time.
-
-    The best items of a compressed model are looked up by `topk`, unless a metric needs more (GAUC).
-    What the metrics get is what RecBole's own collector gives them.
-    """
+    """RecBole's collector, which can score a batch itself, a few rows at a time; a compressed model
+    is asked for its best items only, unless a metric needs more (GAUC)."""
 
     def eval_batch_collect(
         self,
@@ -38,7 +35,7 @@ class TopKCollector(Collector):
         positive_i: Tensor,
         history: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        """Keep what the metrics need of a batch: of its scores, or else of what a model says."""
+        """Keep what the metrics need of a batch: of its scores, or of those of a model."""
         if isinstance(scores_tensor, Tensor):
             super().eval_batch_collect(scores_tensor, interaction, positive_u, positive_i)
             return
@@ -76,7 +73,7 @@ class TopKCollector(Collector):
 
 
 def _of_rows(users: Tensor, items: Tensor, start: int, size: int) -> tuple[Tensor, Tensor]:
-    """The pairs of a user and an item that belong to some rows, users counted from the first."""
+    """The pairs of a user and an item of some rows, users counted from the first."""
     here = (users >= start) & (users < start + size)
     return users[here] - start, items[here]
 
@@ -142,8 +139,7 @@ def check_validation_data(data: Any) -> None:
 
 
 def check_evaluation_data(data: Any, argument: str = "valid_data") -> None:
-    """Refuse what is not RecBole's evaluation data with full ranking; the error names the
-    `argument`."""
+    """Refuse what is not RecBole's evaluation data with full ranking."""
     if not isinstance(data, FullSortEvalDataLoader):
         raise CompressionError(
             f"Expected `{argument}` to be RecBole's evaluation data with full ranking, the second "

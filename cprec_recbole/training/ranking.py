@@ -20,19 +20,9 @@ _K = 20
 def rank_targets(
     model: CompressedRecommender, data: Any
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where the item that came next stands among all, for every case of RecBole's evaluation data.
-
-    Args:
-        model: any Cp model or control.
-        data: RecBole's validation or test data.
-
-    Returns:
-        User of each case, rising; the item that came next; its place from 0, or 20 where it is not
-        among the best 20; each `[cases]`.
-
-    Raises:
-        CompressionError: data of another kind, or one that takes seen items out.
-    """
+    """User of each case of RecBole's validation or test data, rising; the item that came next; its
+    place from 0, or 20 where it is not among the best 20; each `[cases]`. A CompressionError for
+    data of another kind, or one that takes seen items out."""
     check_evaluation_data(data, "data")
     device = next(model.parameters()).device
     found: list[list[torch.Tensor]] = []
@@ -67,13 +57,8 @@ def by_user(users: np.ndarray, places: np.ndarray) -> np.ndarray:
 
 
 def by_popularity(targets: np.ndarray, places: np.ndarray, counts: np.ndarray) -> dict[str, Any]:
-    """NDCG@20, HR@20 and number of cases by part of the catalogue (`popularity_parts`).
-
-    Args:
-        targets: the item that came next, `[cases]`.
-        places: its place, `[cases]`.
-        counts: training interactions of each item id, `[n_items]`.
-    """
+    """NDCG@20, HR@20 and number of cases by part of the catalogue, out of the items that came next
+    and their places, `[cases]`, and how often items occur in training, `[n_items]`."""
     part, found = popularity_parts(counts)[targets], {}
     for number, name in enumerate(PARTS):
         here = places[part == number]
@@ -86,12 +71,9 @@ def by_popularity(targets: np.ndarray, places: np.ndarray, counts: np.ndarray) -
 
 
 def popularity_parts(counts: np.ndarray) -> np.ndarray:
-    """The part of each item id, 0 head, 1 middle, 2 tail, `[n_items]`.
-
-    Items by falling training count, ties by lower id; the head are those that hold the first third
-    of the training interactions, the middle those that hold the second, the tail all others. An
-    item belongs where its first interaction falls; items that never occurred are in the tail.
-    """
+    """The part of each item id, 0 head, 1 middle, 2 tail, `[n_items]`: by falling training count,
+    ties by lower id, which third of the training interactions its first one falls into; items that
+    never occurred are in the tail."""
     counts = np.asarray(counts, dtype=np.float64)
     order = np.argsort(-counts[1:], kind="stable") + 1
     before = np.cumsum(counts[order]) - counts[order]

@@ -7,7 +7,6 @@ import logging
 import math
 import os
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from cprec_recbole.config import (
     is_near,
     reject_unknown,
 )
-from cprec_recbole.files import held, make_folder, remove_leftovers, write_whole
+from cprec_recbole.files import held, make_folder, remove_leftovers, write_text
 from cprec_recbole.host import library
 from cprec_recbole.models import MODELS
 from cprec_recbole.parallel import group
@@ -47,8 +46,7 @@ class Job:
     saved: bool = True  # whether the best weights are written
     out: str | None = None  # where everything is written; None for RecBole's `checkpoint_dir`
     resume: bool = False
-    # takes a line about where the run begins and about each epoch, in the first process; None:
-    # RecBole's own log is written and shown
+    # takes a line about each epoch, in the first process; None: RecBole's own log is shown
     say: Callable[[str], None] | None = None
     # the options that RecBole or we have to know; a file may hold those of other models
     named: tuple[str, ...] = ()
@@ -56,7 +54,7 @@ class Job:
     @property
     def is_ours(self) -> bool:
         """Whether the model is a compressed one."""
-        return self.model in _our_names()
+        return self.model in {model.__name__ for model in MODELS}
 
 
 def run(
@@ -128,14 +126,9 @@ def train(job: Job, nproc: int | None = None) -> dict[str, Any]:
     return result
 
 
-def _our_names() -> list[str]:
-    return [model.__name__ for model in MODELS]
-
-
 def _checked_config(job: Job) -> Config:
-    """RecBole's config of a job; a CompressionError for whatever is known to be wrong before the
-    start."""
-    ours = ", ".join(_our_names())
+    """RecBole's config of a job; a CompressionError for whatever is known to be wrong."""
+    ours = ", ".join(model.__name__ for model in MODELS)
     try:
         get_model(job.model)
     except (ValueError, AttributeError, TypeError, ImportError):
@@ -154,9 +147,8 @@ def _checked_config(job: Job) -> Config:
     config = library.recbole_config(job.model, job.dataset, job.options)
     if job.is_ours and config["eval_type"] == EvaluatorType.RANKING and config["eval_step"] > 0:
         check_valid_metric(config)
-    refused = [] if job.is_ours else [*_OWN, *CompressionConfig.option_names()]
-    for name in refused:
-        if name != "training" and config[name] is not None:
+    for name in (*_OWN, *CompressionConfig.option_names()):
+        if not job.is_ours and name != "training" and config[name] is not None:
             raise CompressionError(
                 f"Expected `{name}` with one of {ours}, but got it for {job.model}, which is not "
                 "compressed."
@@ -180,20 +172,20 @@ def train_here(job: Job, config: Config | None = None) -> dict[str, Any]:
     """One process's part of a job, or all of it."""
     if config is None:
         config = library.recbole_config(job.model, job.dataset, job.options)  # joins the others
-    with ExitStack() as stack:
-        if job.out is not None:
-            config["checkpoint_dir"] = job.out
-        if job.out is not None and group.is_first():
-            folder = Path(job.out)
-            make_folder(folder)
-            stack.enter_context(held(folder))
-            for name in (LAST, BEST, RESULT):
-                remove_leftovers(folder / name)
+    if job.out is None:
+        return _train_and_test(config, job)
+    config["checkpoint_dir"] = job.out
+    if not group.is_first():
+        return _train_and_test(config, job)
+    folder = Path(job.out)
+    make_folder(folder)
+    with held(folder):
+        for name in (LAST, BEST, RESULT):
+            remove_leftovers(folder / name)
         return _train_and_test(config, job)
 
 
 def _train_and_test(config: Config, job: Job) -> dict[str, Any]:
-    """RecBole's steps in RecBole's order."""
     logger = logging.getLogger()
     init_seed(config["seed"], config["reproducibility"])
     if not group.is_first():
@@ -232,13 +224,12 @@ def _train_and_test(config: Config, job: Job) -> dict[str, Any]:
     if group.is_first():
         score = result["best_valid_score"]  # infinite where nothing was validated: no JSON
         found = {**result, "best_valid_score": score if math.isfinite(score) else None}
-        text = json.dumps(found, indent=1) + "\n"
-        write_whole(folder / RESULT, lambda path: path.write_text(text, encoding="utf-8"))
+        write_text(folder / RESULT, json.dumps(found, indent=1) + "\n")
     return result
 
 
 def _loaders(config: Config, job: Job) -> tuple[Any, Any, Any]:
-    """RecBole's loaders, which every process makes for itself. A CompressionError where they do not
+    """RecBole's loaders, which every process makes for itself; a CompressionError where they do not
     read the same, or would have to download it."""
     if group.size() > 1 and not os.path.isdir(config["data_path"]):
         raise CompressionError(
@@ -261,7 +252,6 @@ def _loaders(config: Config, job: Job) -> tuple[Any, Any, Any]:
 
 
 def _fit_and_test(trainer: Any, config: Any, loaders: Any, job: Job) -> dict[str, Any]:
-    """Train from where it is, test, and put RecBole's result together."""
     train_data, valid_data, test_data = loaders
     show, logger = config["show_progress"], logging.getLogger()
 
@@ -283,7 +273,6 @@ def _fit_and_test(trainer: Any, config: Any, loaders: Any, job: Job) -> dict[str
 
 
 def _say(job: Job, line: str) -> None:
-    """Say a line about the run, once for all processes."""
     if group.is_first():
         (job.say or logging.getLogger().info)(line)
 

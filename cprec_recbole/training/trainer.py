@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -36,7 +37,8 @@ class CompressedTrainer(Trainer):
 
     Attributes:
         journal: where the state is written as every epoch begins, for a run that can be resumed.
-        measured: figures of each epoch so far, by name, that a subclass keeps; part of the state.
+        measured: lists for `epoch_seconds` and `valid_scores`, where these are asked for; they are
+            part of the state.
     """
 
     def __init__(self, config: Any, model: nn.Module) -> None:
@@ -86,7 +88,7 @@ class CompressedTrainer(Trainer):
         """
         self.model.train()
         scaler = GradScaler(self.device.type, enabled=self.enable_scaler)
-        begin = self._begin(train_data, epoch_idx, scaler)
+        begin, began = self._begin(train_data, epoch_idx, scaler), perf_counter()
         every = self.journal.every if self.journal is not None else 0
         total = torch.tensor(begin.loss, dtype=torch.float64, device=self.device)
         batches = iter(train_data)
@@ -108,7 +110,14 @@ class CompressedTrainer(Trainer):
                 self._write(begin._replace(step=step, loss=float(total), scaler=scale))
         group.total(total)
         self._check_nan(total)
-        return float(total)
+        loss = float(total)  # which waits for a GPU
+        self.measured.get("epoch_seconds", []).append(perf_counter() - began)
+        return loss
+
+    def _valid_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        score, result = super()._valid_epoch(*args, **kwargs)
+        self.measured.get("valid_scores", []).append(float(score))
+        return score, result
 
     def _begin(self, train_data: Any, epoch: int, scaler: GradScaler) -> Progress:
         """Where in an epoch to begin: at its first step, which is written down, or further on."""

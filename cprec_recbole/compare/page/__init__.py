@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from statistics import mean, median
 from typing import Any
 
@@ -12,9 +11,7 @@ from markupsafe import Markup
 from plotly.io import templates
 from plotly.offline import get_plotlyjs
 
-from cprec_recbole.compare import results
-from cprec_recbole.compare.results import Figure, Findings, Point, Run, Standing, Table
-from cprec_recbole.compare.spec import Goal
+from cprec_recbole.compare.results import Findings, Point, Run, Standing, Table, in_order, listed
 
 _SCHEMES = {"light": "plotly_white", "dark": "plotly_dark"}
 
@@ -25,16 +22,16 @@ def render_page(findings: Findings) -> str:
     own = [s for s in standings if s.contender == findings.subject and s.smaller]
     metrics = sorted({str(run.record.get("curve_metric", "ndcg@20")).upper() for run in finished})
     study = {
-        "contenders": results.in_order(run.goal.contender for run in finished),
+        "contenders": in_order(run.goal.contender for run in finished),
         "cells": [_cell(table) for table in findings.tables],
         "metric": " and ".join(metrics),
         "templates": {s: templates[name].layout.to_plotly_json() for s, name in _SCHEMES.items()},
     }
     engine = Environment(loader=PackageLoader(__name__, ""), autoescape=True, trim_blocks=True)
     engine.undefined, engine.lstrip_blocks = StrictUndefined, True
-    engine.filters.update(spread=_spread, listed=_listed, counted=_counted)
+    engine.filters.update(listed=listed, counted=_counted)
     engine.filters["middle"] = lambda values: median(values) if values else None
-    rivals = results.in_order(standing.contender for standing in standings if standing.below)
+    rivals = in_order(standing.contender for standing in standings if standing.below)
     return engine.get_template("page.html").render(
         findings=findings,
         goals=[run.goal for run in finished or findings.failed],
@@ -42,14 +39,9 @@ def render_page(findings: Findings) -> str:
         first=max(own, key=lambda s: (len(s.smaller), -(s.ratio or 0)), default=None),
         rivals=[_rival([s for s in standings if s.contender == name]) for name in rivals],
         groups=list(dict.fromkeys(group for standing in standings for group in standing.groups)),
-        smaller=_smaller,
-        times=[lambda run: run.score_ms, lambda run: run.epoch_seconds],
+        smaller_than=_smaller_than,
         machine=_machine,
         machines=list(dict.fromkeys(map(_machine, finished))),
-        failed=_together((run.goal, str(run.error)) for run in findings.failed),
-        missing=[words for words, _ in _together(_missing(findings))],
-        elsewhere=sum(run.is_elsewhere for run in finished),
-        alone=sum(run.users is None for run in finished),
         study=study,
         plotly=Markup(get_plotlyjs().replace("</script", "<\\/script")),
     )
@@ -66,9 +58,8 @@ def _cell(table: Table) -> dict[str, Any]:
 
 
 def _point(point: Point) -> dict[str, Any]:
-    records, time = [run.record for run in point.runs], point.figure(lambda run: run.score_ms)
-    names = dict.fromkeys(name for record in records for name in record.get("popularity") or ())
-    groups = {name: point.figure(results.in_group(name)) for name in names}
+    records, time = [run.record for run in point.runs], point.figure("score_ms")
+    groups = {name: point.figure(f"popularity: {name}") for name in point.groups}
     curves = zip(*(record["valid_curve"] for record in records if record.get("valid_curve")))
     parts = dict.fromkeys(part for record in records for part in record["parameters"])
     step = records[0].get("eval_step", 1)
@@ -86,12 +77,10 @@ def _point(point: Point) -> dict[str, Any]:
     }
 
 
-def _smaller(table: Table) -> list[tuple[float, Point]]:
+def _smaller_than(whole: Point | None, points: Sequence[Point]) -> list[tuple[float, Point]]:
     """Points smaller than the uncompressed model, by size, after their shares of its quality."""
-    if (whole := table.reference) is None:
-        return []
-    points = sorted((p for p in table.points if 0 < p.size < whole.size), key=lambda p: p.size)
-    return [(results.share_of(p, whole, results.quality_of) or 0.0, p) for p in points]
+    found = sorted((p for p in points if whole and p.size < whole.size), key=lambda p: p.size)
+    return [(point.share() or 0.0, point) for point in found]
 
 
 def _rival(standings: Sequence[Standing]) -> str:
@@ -107,41 +96,6 @@ def _rival(standings: Sequence[Standing]) -> str:
 def _machine(run: Run) -> str:
     known = run.record.get("environment", {}).items()
     return ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in known if v is not None) or "unknown"
-
-
-def _missing(findings: Findings) -> list[tuple[Goal, str]]:
-    """What was asked for and is not there yet; not what cannot be or would be another one."""
-    known = {run.goal for run in findings.finished + findings.failed}
-    goals = [goal for goal in findings.study.spec.goals() if goal not in known]
-    plans = {name: plan["contenders"] for name, plan in findings.study.plans.items()}
-    # a cell that was not begun has no plan yet
-    return [(g, "") for g in goals if isinstance(plans.get(str(g.cell), {}).get(g.name, {}), dict)]
-
-
-def _together(goals: Iterable[tuple[Goal, str]]) -> list[tuple[str, str]]:
-    """What is said of a place, and a reason; one for each place and reason."""
-    found: dict[tuple[str, str], dict[str, list[int]]] = {}
-    for goal, reason in goals:
-        who = found.setdefault((Table(goal.cell, {}).label, reason), {})
-        who.setdefault(Point(goal.contender, goal.ratio, []).label, []).append(goal.seed)
-    return [
-        (f"{place}: {', '.join(f'{name} (seeds {_listed(s)})' for name, s in who.items())}", reason)
-        for (place, reason), who in found.items()
-    ]
-
-
-def _spread(figure: Figure | None, form: str) -> str:
-    """`mean ± spread`, the mean alone for one seed, a dash where nothing was measured."""
-    if figure is None:
-        return "–"
-    spread = "" if math.isnan(figure.spread) else f"\u00a0±\u00a0{figure.spread:{form}}"
-    return f"{figure.mean:{form}}{spread}"
-
-
-def _listed(words: Iterable[Any]) -> str:
-    """`a, b and c`."""
-    *most, last = map(str, words)
-    return f"{', '.join(most)} and {last}" if most else last
 
 
 def _counted(count: int, noun: str) -> str:
