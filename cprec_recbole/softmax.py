@@ -9,13 +9,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from cprec_recbole.config import LOSS_MEMORY, CompressionError
 from cprec_recbole.embedding import Block, BlockEmbedding
 from cprec_recbole.losses import LogitBlock, Workspace, cross_entropy
 from cprec_recbole.partition import PADDING
-from cprec_recbole.sampling import NegativeSampler
+from cprec_recbole.sampling import NegativeSampler, sampled_cross_entropy
 from cprec_recbole.search.compiled import compiled_search
 from cprec_recbole.search.exact import search
 from cprec_recbole.search.table import SearchTable
@@ -199,30 +198,14 @@ class FullSoftmax(Softmax):
     def sampled_loss(
         self, hidden: Tensor, target: Tensor, negatives: Tensor, log_expected: Tensor
     ) -> Tensor:
-        """Mean loss of targets among negatives that all of them share, `[N, d], [N], [m], [m] ->
-        []`; rows whose target is padding do not count.
-
-        A negative's logit is less by the log of how often it is drawn (logQ; Bengio and Senecal,
-        2008), so that the sum of exponentials is that over all items in expectation; one that is
-        the target itself is left out. With every item drawn once it is the loss over all items.
-        """
+        """Mean loss of targets among negatives that all of them share, rising, `[N, d], [N], [m],
+        [m] -> []`; rows whose target is padding do not count. With every item drawn once it is the
+        loss over all items; see `sampled_cross_entropy`."""
         rows = (target != PADDING).nonzero().squeeze(1)
         hidden, target = hidden.index_select(0, rows), target.index_select(0, rows)
-        hit = (hidden * self.table(target)).sum(1, keepdim=True)  # [N, 1]
-        vectors = self.table(negatives)
-        # logits, their softmax and its gradient
-        size = self.loss_memory // (3 * max(4, hidden.element_size()) * len(negatives))
-
-        def loss(hit: Tensor, hidden: Tensor, target: Tensor) -> Tensor:
-            missed = hidden @ vectors.T - log_expected
-            missed = missed.masked_fill(target.unsqueeze(1) == negatives, -torch.inf)
-            return (torch.cat([hit, missed], 1).logsumexp(1) - hit.squeeze(1)).sum()
-
-        pieces = [part.split(max(1, size)) for part in (hit, hidden, target)]
-        if len(pieces[0]) == 1:
-            total = loss(hit, hidden, target)
-        else:  # the logits of a piece are made again for its gradient
-            total = sum(checkpoint(loss, *piece, use_reentrant=False) for piece in zip(*pieces))
+        hit = (hidden * self.table(target)).sum(1)
+        drawn = self.table(negatives), negatives, log_expected
+        total = sampled_cross_entropy(hidden, hit, target, *drawn, self.loss_memory)
         return total / max(1, len(rows))
 
     def logit_blocks(self, hidden: Tensor) -> list[LogitBlock]:

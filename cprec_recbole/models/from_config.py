@@ -77,7 +77,8 @@ def _check_negatives(compression: CompressionConfig, wanted: Any, n_items: int) 
 
 def _steps_sparsely(spec: ModelSpec, compression: CompressionConfig, config: Any) -> bool:
     """Whether the item table gets sparse gradients under RecBole's options: nothing but look-ups
-    may read it, as with sampled negatives: neither a softmax over all items nor a penalty or decay of all weights."""
+    may read it, as with sampled negatives: neither a softmax over all items nor a penalty or decay
+    of all weights."""
     # with `sgd` or `adagrad` the result is that of dense gradients; `sparse_adam` asks for a row's
     # averages to move only when the row is looked up
     learner = str(config["learner"]).lower()

@@ -153,8 +153,8 @@ class CompressedRecommender(SequentialRecommender):
             raise not_trained()
         item_seq, lengths = interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN]
         if NEXT_ITEMS in interaction:
-            hidden = self.hidden_states(item_seq).flatten(0, 1)  # [B * L, d]
-            loss = self.position_loss(hidden, interaction[NEXT_ITEMS].flatten())
+            hidden, target = self.encoder.at_targets(item_seq, interaction[NEXT_ITEMS])
+            loss = self.position_loss(hidden, target)
         elif self.spec.training_states is not None:
             hidden, target, negative = self.spec.training_states(self.inner, interaction)
             # where RecBole's masks hid nothing, there is nothing to learn, and no loss that is NaN
