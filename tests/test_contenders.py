@@ -246,14 +246,13 @@ def test_quantised_codes_and_centroids_stand_for_the_strongest_directions(world)
     codes, centroids = tables.quantised_codes(matrix, 8, 4, np.random.default_rng(1))
     directions = np.linalg.svd(matrix.toarray())[2][:8].T[1:]
     wanted = (directions - directions.mean(0)) / directions.std(0)
-    parts = np.stack(
-        [centroids[j, codes[1:, j]] for j in range(4)], 1
-    )  # fewer items than centroids
-    found = parts.reshape(wanted.shape)
+    # fewer items than centroids: each item has its own
+    found = np.hstack([centroids[j, codes[1:, j]] for j in range(4)])
     signs = np.sign((found * wanted).sum(0))
     np.testing.assert_allclose(found * signs, wanted, atol=2e-3)
     codes, centroids = tables.quantised_codes(matrix, 60, 4, np.random.default_rng(1))
-    assert np.isfinite(centroids).all() and centroids.shape == (4, 256, 15)
+    assert np.isfinite(centroids).all()
+    assert (codes.shape, centroids.shape) == ((matrix.shape[1], 4), (4, 256, 15))
 
 
 def test_names_of_controls():
