@@ -116,7 +116,7 @@ class CompressionConfig:
     training: str = "all_positions"
     loss_memory: int | str = LOSS_MEMORY
     negatives: int = 0
-    negatives_power: float = 0.75
+    negatives_power: float = 1.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ranks", _checked_ranks(self.ranks))
