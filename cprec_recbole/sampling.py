@@ -25,17 +25,13 @@ class NegativeSampler(nn.Module):
         power: of the counts; 0 draws items alike.
     """
 
-    ends: Tensor
-    log_expected: Tensor
+    ends: Tensor  # sums of the expectations of each item and all before it, `[n_items - 1]`
 
     def __init__(self, counts: Tensor, n_draws: int, power: float) -> None:
         super().__init__()
         self.n_draws = n_draws
-        weights = counts[1:].double().clamp(min=1) ** power
-        expected = _expected(weights, n_draws)
-        ends = expected.cumsum(0)
-        self.register_buffer("ends", ends, persistent=False)
-        self.register_buffer("log_expected", expected.log().float(), persistent=False)
+        weights = counts[1:].double().clamp(min=1).pow_(power)
+        self.register_buffer("ends", _expected(weights, n_draws).cumsum_(0), persistent=False)
 
     @torch.no_grad()
     def forward(self) -> tuple[Tensor, Tensor]:
@@ -44,7 +40,12 @@ class NegativeSampler(nn.Module):
         points = strata + torch.rand_like(strata)
         # sums round: the last point may lie beyond the last end
         rows = torch.searchsorted(self.ends, points, right=True).clamp(max=len(self.ends) - 1)
-        return rows + 1, self.log_expected[rows]
+        return rows + 1, self.log_expected(rows + 1)
+
+    def log_expected(self, items: Tensor) -> Tensor:
+        """The log of how often items are expected in a draw, `[m] -> [m]`."""
+        before = torch.where(items > 1, self.ends[(items - 2).clamp(min=0)], 0.0)
+        return (self.ends[items - 1] - before).log().float()
 
 
 def sampled_cross_entropy(
@@ -126,14 +127,16 @@ class _SampledCrossEntropy(torch.autograd.Function):
 
 
 def _expected(weights: Tensor, n_draws: int) -> Tensor:
-    """`min(1, c w)` with the c for which they sum to m, `[n]`."""
-    falling, order = weights.sort(descending=True)
-    rest = falling.flip(0).cumsum(0).flip(0)  # of each and all below
-    left = n_draws - torch.arange(len(weights), device=weights.device)
+    """`min(1, c w)` with the c for which they sum to m, `[n]`; in place of the weights."""
+    if n_draws == len(weights):
+        return weights.fill_(1.0)
+    falling, order = weights.topk(n_draws)  # no other is drawn in any case
+    total = weights.sum()
+    rest = total - falling.cumsum(0) + falling  # of each and all below
+    left = n_draws - torch.arange(n_draws, device=weights.device)
     is_sure = (left * falling >= rest).cumprod(0).bool()  # drawn once, as all before it
     n_sure = int(is_sure.sum())
-    expected = torch.ones_like(weights)
-    if n_sure < len(weights):
-        others = order[n_sure:]
-        expected[others] = (n_draws - n_sure) * weights[others] / rest[n_sure]
-    return expected
+    rest_of_all = total - falling[:n_sure].sum()
+    weights *= (n_draws - n_sure) / rest_of_all
+    weights[order[:n_sure]] = 1.0
+    return weights
