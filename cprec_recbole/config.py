@@ -97,6 +97,9 @@ class CompressionConfig:
         training: `all_positions` predicts the next item at every position of a sequence in one
             pass, as the papers do; `last_position` is RecBole's row for every prefix, and what
             models with one hidden state for a whole history are trained with.
+        negatives: how many items a training step draws as negatives for all its targets: a sampled
+            softmax, corrected for how often each is drawn. 0: the softmax over all items.
+        negatives_power: they are drawn by popularity to this power, from 0 to 1.
         loss_memory: bytes that the logits of a training step may take at a time, a number or text
             such as `"256MiB"`, 1 MiB or more. The loss and its gradient do not depend on it.
 
@@ -112,6 +115,8 @@ class CompressionConfig:
     tied: bool = True  # untied: 85 to 94% on validation, with up to twice the parameters
     training: str = "all_positions"
     loss_memory: int | str = LOSS_MEMORY
+    negatives: int = 0
+    negatives_power: float = 1.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ranks", _checked_ranks(self.ranks))
@@ -121,6 +126,13 @@ class CompressionConfig:
         check_choice("training", self.training, OBJECTIVES)
         if not isinstance(self.tied, bool):
             raise CompressionError(f"Expected `tied` to be True or False, but got {self.tied!r}.")
+        check_whole("negatives", self.negatives, 0)
+        check_number("negatives_power", self.negatives_power, "a number from 0 to 1", 0, 1)
+        if self.negatives and self.softmax == "tree":
+            raise CompressionError(
+                "Expected `negatives` to be 0 with `softmax: tree`, whose loss reads few items as "
+                f"it is, but got {self.negatives}; use `softmax: full`."
+            )
         memory = size_in_bytes(self.loss_memory)
         if memory is None or memory < LEAST_LOSS_MEMORY:
             raise CompressionError(

@@ -192,9 +192,9 @@ class BlockEmbedding(nn.Module):
         return tuple(block.weight.shape[1] for block in self.blocks)
 
     def look_up_sparsely(self, fewest_rows: int = SPARSE_ROWS) -> None:
-        """Give look-ups of the tail's larger blocks sparse gradients. For tables that nothing but
-        look-ups reads, with an optimizer that takes such gradients."""
-        for block in self.blocks[1:]:
+        """Give look-ups of the larger blocks sparse gradients. For tables that nothing but look-ups
+        reads, with an optimizer that takes such gradients."""
+        for block in self.blocks:
             block.sparse = len(block.weight) >= fewest_rows
 
     @torch.no_grad()

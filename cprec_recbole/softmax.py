@@ -14,6 +14,7 @@ from cprec_recbole.config import LOSS_MEMORY, CompressionError
 from cprec_recbole.embedding import Block, BlockEmbedding
 from cprec_recbole.losses import LogitBlock, Workspace, cross_entropy
 from cprec_recbole.partition import PADDING
+from cprec_recbole.sampling import NegativeSampler, sampled_cross_entropy
 from cprec_recbole.search.compiled import compiled_search
 from cprec_recbole.search.exact import search
 from cprec_recbole.search.table import SearchTable
@@ -35,6 +36,7 @@ class Softmax(nn.Module, ABC):
         super().__init__()
         self.table = table
         self.loss_memory = loss_memory
+        self.sampler: NegativeSampler | None = None
         self._search_table: SearchTable | None = None
 
     @property
@@ -181,7 +183,30 @@ class FullSoftmax(Softmax):
 
     Computed as `(h P_j^T) W_j^T`, never through a materialised table. Its scores are the logits,
     so that with one block of full rank they equal RecBole's own.
+
+    Attributes:
+        sampler: draws the negatives of a training step, where the loss is sampled; None: it is of
+            all items.
     """
+
+    def loss(self, hidden: Tensor, target: Tensor) -> Tensor:
+        """See Softmax.loss; while the model is trained with a sampler, the sampled loss."""
+        if self.sampler is None or not self.training:
+            return super().loss(hidden, target)
+        return self.sampled_loss(hidden, target, *self.sampler())
+
+    def sampled_loss(
+        self, hidden: Tensor, target: Tensor, negatives: Tensor, log_expected: Tensor
+    ) -> Tensor:
+        """Mean loss of targets among negatives that all of them share, rising, `[N, d], [N], [m],
+        [m] -> []`; rows whose target is padding do not count. With every item drawn once it is the
+        loss over all items; see `sampled_cross_entropy`."""
+        rows = (target != PADDING).nonzero().squeeze(1)
+        hidden, target = hidden.index_select(0, rows), target.index_select(0, rows)
+        hit = (hidden * self.table(target)).sum(1)
+        drawn = self.table(negatives), negatives, log_expected
+        total = sampled_cross_entropy(hidden, hit, target, *drawn, self.loss_memory)
+        return total / max(1, len(rows))
 
     def logit_blocks(self, hidden: Tensor) -> list[LogitBlock]:
         """The columns of the softmax by position, as a loss reads them, of `[N, d]`."""

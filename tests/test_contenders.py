@@ -22,7 +22,7 @@ from tests.oracles import best_items
 
 COMPRESSION = CompressionConfig(ranks=(16, 4, 1))
 PLAIN = CompressionConfig.uncompressed()
-TABLES = ("hashing", "recjpq-random", "recjpq-svd")
+TABLES = ("hashing", "recjpq-random", "recjpq-svd", "recjpq-hc")
 LARGER = ("blocks-only", "sharing-only", "untied", "tree")
 NAMES = set(contenders.CONTENDERS) - {"full", "tied", contenders.STOCK}  # the same, or not ours
 
@@ -238,6 +238,21 @@ def test_svd_codes_follow_the_strongest_directions(world):
         steps = np.diff(direction[1:][np.argsort(code[1:], kind="stable")])
         assert (steps > -1e-3).all() or (steps < 1e-3).all()  # but for the noise against ties
     assert tables.svd_codes(matrix, 60, np.random.default_rng(0)).shape[1] == 60  # directions
+
+
+def test_quantised_codes_and_centroids_stand_for_the_strongest_directions(world):
+    dataset = world.loaders(world.config("CpSASRec"))[0]._dataset
+    matrix = tables.user_item_matrix(dataset)
+    codes, centroids = tables.quantised_codes(matrix, 8, 4, np.random.default_rng(1))
+    directions = np.linalg.svd(matrix.toarray())[2][:8].T[1:]
+    wanted = (directions - directions.mean(0)) / directions.std(0)
+    # fewer items than centroids: each item has its own
+    found = np.hstack([centroids[j, codes[1:, j]] for j in range(4)])
+    signs = np.sign((found * wanted).sum(0))
+    np.testing.assert_allclose(found * signs, wanted, atol=2e-3)
+    codes, centroids = tables.quantised_codes(matrix, 60, 4, np.random.default_rng(1))
+    assert np.isfinite(centroids).all()
+    assert (codes.shape, centroids.shape) == ((matrix.shape[1], 4), (4, 256, 15))
 
 
 def test_names_of_controls():

@@ -118,6 +118,19 @@ def test_hidden_states_see_no_later_item(world, host_name):
             torch.testing.assert_close(after[:, : t + 1], before[:, : t + 1])
 
 
+@pytest.mark.parametrize("lengths", [[8] * 40, [1] * 50 + [7], [*range(9)] * 9, [0, 0, 5]])
+def test_states_at_targets_are_those_of_every_position(world, host_name, lengths):
+    model = world.model(f"Cp{host_name}", **BLOCKS).eval()
+    items = torch.randint(1, model.n_items, (len(lengths), 8))
+    items[torch.arange(8) >= torch.tensor(lengths).unsqueeze(1)] = 0
+    targets = torch.arange(1, items.numel() + 1).view(items.shape) * (items != 0)
+    states, found = model.encoder.at_targets(items, targets)
+    found, order = found[found != 0].sort(), found.nonzero().squeeze(1)
+    assert torch.equal(found.values, targets[targets != 0])  # each once
+    expected = model.hidden_states(items)[targets != 0]
+    torch.testing.assert_close(states[order][found.indices], expected)
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_step_moves_every_layer_that_shares_and_norms_stay_apart(world, host_name, scheme):
     name = f"Cp{host_name}"

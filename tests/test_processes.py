@@ -27,6 +27,7 @@ CURVES = [
     ("CpSASRec", TRAINING),
     ("CpGRU4Rec", {**TRAINING, **LAST}),
     ("CpGRU4Rec", {**TRAINING, **FEW_ROWS}),
+    ("CpSASRec", {**TRAINING, "negatives": 39}),  # all items, each once
     ("CpSASRec", {**UNTIED, "learner": "sgd", "learning_rate": 0.1}),
     ("CpSASRec", {**UNTIED, "learner": "sparse_adam", **CLIPPED}),
 ]

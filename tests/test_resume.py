@@ -24,6 +24,7 @@ CASES = {
     "dropout": ("CpSASRec", {"softmax": "tree"}),
     "negatives": ("CpGRU4Rec", {"loss_type": "BPR", "training": "last_position"}),
     "sampled": ("CpSASRec", {"eval_args": SAMPLED}),
+    "softmax": ("CpGRU4Rec", {"negatives": 9, "learner": "sparse_adam"}),
 }
 
 
@@ -87,6 +88,7 @@ def assert_ends_alike(one: Path, other: Path) -> None:
         ("dropout", "evaluate 2"),
         ("negatives", "_step 6"),
         ("sampled", "evaluate 3"),
+        ("softmax", "_step 5"),
     ],
 )
 def test_it_ends_where_it_would_have_ended(world, whole, tmp_path, monkeypatch, case, death):

@@ -27,7 +27,12 @@ from cprec_recbole.results import Recovery
 
 ALL, UNCOMPRESSED, COMPRESSED, STOCK = "all", "uncompressed", "compressed", "RecBole's own"
 STOCK_KIND = "recbole"
-SHARED_OPTIONS = ("training", "loss_memory")  # of a CompressionConfig: the same for all contenders
+SHARED_OPTIONS = (
+    "training",
+    "loss_memory",
+    "negatives",
+    "negatives_power",
+)  # of a CompressionConfig: the same for all contenders
 INT8_BYTES = Unit("bytes in int8", entry=1, row=BYTES_PER_SCALE, other=BYTES_PER_FLOAT)
 _PLAIN = CompressionConfig.uncompressed()
 _WIDTHS = ("embedding_size", "hidden_size", "inner_size")  # RecBole's names of a model's widths
@@ -37,7 +42,7 @@ _WIDTHS = ("embedding_size", "hidden_size", "inner_size")  # RecBole's names of 
 class Recipe:
     """How a contender is made."""
 
-    # `train`: a Cp model; `hashing`, `recjpq-random`, `recjpq-svd`: one on that item table;
+    # `train`: a Cp model; `hashing`, `recjpq-...`: one on that item table;
     # `recbole`: RecBole's own model; `compress`: made of the trained uncompressed model; `recover`:
     # that, then trained on
     kind: str
@@ -197,6 +202,7 @@ CONTENDERS: dict[str, Callable[[Setting], Recipe | None]] = {
     "tree": partial(_changed, softmax="tree"),
     "full": partial(_changed, softmax="full"),
     "recjpq-svd": partial(_recjpq, "recjpq-svd"),  # codes out of an SVD of the interactions
+    "recjpq-hc": partial(_recjpq, "recjpq-hc"),  # codes and centroids that quantise a larger one
     "blocks-only": partial(_changed, sharing="none"),  # as large as that makes it
     "sharing-only": lambda setting: _plain("train", setting, sharing=setting.compression.sharing),
     "untied": partial(_changed, tied=False),  # the softmax with factors of its own; larger

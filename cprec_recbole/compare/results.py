@@ -28,7 +28,7 @@ OURS = (COMPRESSED, "recovered", "recovered-int8")
 ORDER = (
     *(UNCOMPRESSED, *OURS, "uncompressed-recovered"),
     *("tree", "untied", "blocks-only", "sharing-only", "narrower", "narrower-int8", "one-rank"),
-    *("recjpq-svd", "recjpq-random", "hashing", "uniform-svd", "int8"),
+    *("recjpq-hc", "recjpq-svd", "recjpq-random", "hashing", "uniform-svd", "int8"),
 )
 _MACHINE = ("processor", "gpu", "torch_threads")  # of an environment: what times depend on
 _AT_A_TIME = 2**22  # numbers drawn at a time: 32 MiB

@@ -222,7 +222,8 @@ def _planned(
             plan = plan_cell(spec, cell, new, data_path, before["rows"] if is_same else None)
             plans[str(cell)] = {**plan, "asked": asked, "contenders": known | plan["contenders"]}
         for name, options in spec.settings.items():
-            plans[str(cell)]["contenders"][name] = asdict(Recipe("train", options))
+            kind = "recjpq-hc" if "recjpq_codes" in options else "train"
+            plans[str(cell)]["contenders"][name] = asdict(Recipe(kind, options))
     whole = {"command": command, "spec": asdict(spec), "cells": plans}
     write_text(file, json.dumps(whole, indent=1, default=str) + "\n")
     return Study(spec, plans, command)

@@ -380,7 +380,14 @@ def _setting(name: Any, options: Any) -> dict[str, Any]:
     dtype = options.pop("dtype", None)
     if dtype not in (None, "int8"):
         raise _error(f"the setting {name} to have `dtype` int8 or none", dtype)
+    if "recjpq_codes" in options:
+        if options.keys() - {"recjpq_codes", "negatives"} or dtype:
+            raise _error(f"the setting {name} to have `recjpq_codes` alone", options)
+        check_whole("recjpq_codes", options["recjpq_codes"])
+        return contenders.own_options(CompressionConfig.uncompressed()) | options
     own = contenders.own_options(CompressionConfig.from_options(options))
+    # how a contender is trained may differ, what it is trained for may not
+    own |= {n: options[n] for n in ("negatives", "negatives_power") if n in options}
     for shared in options.keys() - own.keys():
         expected = f"the setting {name} to leave `{shared}` to the study's `options`"
         raise _error(f"{expected}, as it is the same for all contenders", options[shared])

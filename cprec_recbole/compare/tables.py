@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from scipy.sparse import csr_matrix
 from scipy.sparse.linalg import svds
+from sklearn.cluster import KMeans
 from torch import Tensor, nn
 
 from cprec_recbole.costs import BYTES_PER_FLOAT, saved_bytes
@@ -26,6 +27,7 @@ from cprec_recbole.partition import PADDING, Partition
 
 CENTROIDS = 256  # of each split: a code is a byte
 _FEWEST_CODES, _USUAL_CODES, _MOST_CODES = 4, 8, 32  # the paper's are 4 to 16; more where they fit
+_SAMPLE, _ROUNDS = 2**16, 25  # items and rounds of k-means that centroids are found with
 _NOISE = 1e-5  # against ties, as in the paper; the values are from 0 to 1
 
 
@@ -103,16 +105,18 @@ class CodedTable(ItemTable):
     """RecJPQ (Petrov and Macdonald, WSDM 2024): item x has the vector
     `[centroids[0, code_0(x)], ..., centroids[m-1, code_m-1(x)]]`, `[d]`, whose entries have the
     spread `std` at first. The codes, `[n_items, m]` from 0 to 255, are fixed before training; the
-    centroids are learnt."""
+    centroids are learnt, from those given, `[m, 256, d / m]`, or from random ones."""
 
     codes: Tensor
 
-    def __init__(self, codes: Tensor, dim: int, std: float) -> None:
+    def __init__(
+        self, codes: Tensor, dim: int, std: float, centroids: Tensor | None = None
+    ) -> None:
         super().__init__(len(codes), dim)
         self.register_buffer("codes", codes)
         m = codes.shape[1]
-        self.centroids = nn.Parameter(torch.empty(m, CENTROIDS, dim // m))
-        nn.init.normal_(self.centroids, std=std)
+        random = torch.randn(m, CENTROIDS, dim // m)
+        self.centroids = nn.Parameter(std * (random if centroids is None else centroids))
 
     def _vectors(self, items: Tensor) -> Tensor:
         splits = torch.arange(len(self.centroids), device=items.device)
@@ -131,8 +135,9 @@ def model_on_table(
     kind: str, options: Mapping[str, Any], config: Any, dataset: Any
 ) -> CompressedRecommender:
     """A fresh model as RecBole would build it from the config of a Cp model and the training split,
-    on another item table: `hashing` with the option `hashing_divisor`, `recjpq-random` or
-    `recjpq-svd` with `recjpq_codes`. It is there to be measured, and cannot be saved."""
+    on another item table: `hashing` with the option `hashing_divisor`, `recjpq-random`,
+    `recjpq-svd` or `recjpq-hc` with `recjpq_codes`. It is there to be measured, and cannot be
+    saved."""
     spec, compression = config.model_class.spec, compression_of(config)
     n_items, dim = int(dataset.item_num), spec.dim(int(config[spec.size_option]))
     with torch.random.fork_rng(devices=[]):
@@ -141,11 +146,15 @@ def model_on_table(
         table: ItemTable = HashedTable(n_items, dim, int(options["hashing_divisor"]), std)
     else:
         m, generator = int(options["recjpq_codes"]), np.random.default_rng(int(config["seed"]))
+        centroids = None
         if kind == "recjpq-random":
             codes = binned(generator.random((n_items, m)))
-        else:
+        elif kind == "recjpq-svd":
             codes = svd_codes(user_item_matrix(dataset), m, generator)
-        table = CodedTable(torch.from_numpy(codes), dim, std)
+        else:
+            codes, started = quantised_codes(user_item_matrix(dataset), dim, m, generator)
+            centroids = torch.from_numpy(started).float()
+        table = CodedTable(torch.from_numpy(codes), dim, std, centroids)
     inner = spec.build_inner(config, dataset)
     inner.n_items = n_items
     blocks = cast(BlockEmbedding, table)
@@ -196,15 +205,46 @@ def svd_codes(matrix: csr_matrix, m: int, generator: np.random.Generator) -> np.
     """Codes out of the m strongest right singular vectors, `[users, n_items] -> [n_items, m]`: each
     is brought to values from 0 to 1, a little noise is added against ties, and the items are cut
     into 256 bins of equal count. Directions that the matrix does not have are random."""
-    n_items = matrix.shape[1]
-    rank = min(m, min(matrix.shape) - 1)
-    start = generator.standard_normal(min(matrix.shape))
-    _, strengths, directions = svds(matrix.astype(np.float64), k=rank, v0=start)
-    values = directions[np.argsort(-strengths)].T  # [n_items, rank]
+    n_items, values = matrix.shape[1], _directions(matrix, m, generator)
+    rank = values.shape[1]
     low, high = values.min(0), values.max(0)
     values = (values - low) / np.where(high > low, high - low, 1.0)
     values = values + generator.normal(0.0, _NOISE, values.shape)
     return binned(np.hstack([values, generator.random((n_items, m - rank))]))
+
+
+def quantised_codes(
+    matrix: csr_matrix, dim: int, m: int, generator: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Codes of RecJPQ-HC and the centroids that it starts from, `[users, n_items] -> [n_items, m],
+    [m, 256, d / m]`: product quantisation of the d strongest right singular vectors, each with a
+    spread of one. Directions that the matrix does not have, and centroids that no item needs, are
+    random."""
+    n_items, values = matrix.shape[1], _directions(matrix, dim, generator)
+    values = np.hstack([values, generator.standard_normal((n_items, dim - values.shape[1]))])[1:]
+    spread = values.std(0)
+    values = (values - values.mean(0)) / np.where(spread > 0, spread, 1.0)
+    codes = np.zeros((n_items, m), dtype=np.uint8)
+    centroids = generator.standard_normal((m, CENTROIDS, dim // m))
+    sample = generator.permutation(len(values))[:_SAMPLE]
+    for j, part in enumerate(np.split(values.astype(np.float32), m, axis=1)):
+        means = KMeans(
+            n_clusters=min(CENTROIDS, len(np.unique(part[sample], axis=0))),
+            max_iter=_ROUNDS,
+            random_state=int(generator.integers(2**31)),
+        ).fit(part[sample])
+        codes[1:, j] = means.predict(part)
+        centroids[j, : means.n_clusters] = means.cluster_centers_
+    return codes, centroids
+
+
+def _directions(matrix: csr_matrix, rank: int, generator: np.random.Generator) -> np.ndarray:
+    """The strongest right singular vectors, strongest first, `[users, n_items] -> [n_items, rank]`,
+    or as many as there are."""
+    rank = min(rank, min(matrix.shape) - 1)
+    start = generator.standard_normal(min(matrix.shape))
+    _, strengths, directions = svds(matrix.astype(np.float64), k=rank, v0=start)
+    return directions[np.argsort(-strengths)].T
 
 
 def binned(values: np.ndarray) -> np.ndarray:

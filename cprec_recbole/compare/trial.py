@@ -104,6 +104,7 @@ def config_of(
         given = {k: v for k, v in given.items() if k not in CompressionConfig.option_names()}
         return library.recbole_config(cell.model, cell.dataset, given, [str(SETTINGS)])
     own = UNCOMPRESSED_RECIPE.options if recipe.is_derived else recipe.options
+    given |= {"negatives": 0} if own["softmax"] == "tree" else {}  # it reads few items as it is
     given |= {name: value for name, value in own.items() if name != "dtype"}
     return library.recbole_config(f"Cp{cell.model}", cell.dataset, given, [str(SETTINGS)])
 

@@ -244,21 +244,22 @@ def _loss(
     their targets `[B]`, `[]`."""
     device = small.table.partition.item_at.device
     items, targets = items.to(device), targets.to(device)
-    hidden, target = _hidden(small.encoder, items, targets), targets[targets != PADDING]
+    hidden, target = _hidden(small.encoder, items, targets)
     if teacher is None:
         loss = small.position_loss(hidden, target)
     else:
         with torch.no_grad():
-            taught = _hidden(teacher.original.encoder, items, targets)
+            taught, _ = _hidden(teacher.original.encoder, items, targets)
         loss = teacher.loss(hidden, taught, target)
     return loss if small.spec.penalty is None else loss + small.spec.penalty(small.inner)
 
 
-def _hidden(encoder: Encoder, items: Tensor, targets: Tensor) -> Tensor:
-    """Hidden states that have targets, `[B, L], [B, L] or [B] -> [N, d]`."""
+def _hidden(encoder: Encoder, items: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states that have targets, and these, `[B, L], [B, L] or [B] -> [N, d], [N]`."""
     if targets.ndim == 1:
-        return encoder.last_state(items, (items != PADDING).sum(1))
-    return encoder.every_position(items)[targets != PADDING]
+        return encoder.last_state(items, (items != PADDING).sum(1)), targets
+    hidden, targets = encoder.at_targets(items, targets)
+    return hidden[targets != PADDING], targets[targets != PADDING]
 
 
 def _diverged(what_came: str, learning_rate: float, epoch: int) -> CompressionError:

@@ -28,6 +28,16 @@ def parts_of_config(spec: ModelSpec, config: Any, dataset: Any) -> Parts:
         )
     counts = item_counts(dataset)
     n_items = len(counts)
+    if compression.negatives >= n_items:
+        raise CompressionError(
+            f"Expected `negatives` to be at most the {n_items - 1} items of the catalogue, but got "
+            f"{compression.negatives}; 0 is the softmax over all of them."
+        )
+    if compression.negatives and config["loss_type"] == "BPR":
+        raise CompressionError(
+            "Expected `negatives` to be 0 with `loss_type: BPR`, which has one negative for each "
+            f"target, but got {compression.negatives}; use `loss_type: CE`."
+        )
     if config["loss_type"] == "BPR":
         _check_negatives(compression, config["train_neg_sample_args"], n_items)
     plan = compression.plan(spec.dim(config[spec.size_option]), n_items)
@@ -39,7 +49,8 @@ def parts_of_config(spec: ModelSpec, config: Any, dataset: Any) -> Parts:
         tables.append(BlockEmbedding(partition, plan.ranks, plan.dim))
         tables[-1].reset_parameters(spec.table_std(inner, n_items))
     if _steps_sparsely(spec, compression, config):
-        tables[0].look_up_sparsely()
+        for table in tables if compression.negatives else tables[:1]:
+            table.look_up_sparsely()
     last_column = spec.reads_last_column and compression.training == "last_position"
     return Parts(inner, tables[0], tables[-1], compression, last_column, counts)
 
@@ -66,11 +77,12 @@ def _check_negatives(compression: CompressionConfig, wanted: Any, n_items: int) 
 
 def _steps_sparsely(spec: ModelSpec, compression: CompressionConfig, config: Any) -> bool:
     """Whether the item table gets sparse gradients under RecBole's options: nothing but look-ups
-    may read it, neither a softmax over all items nor a penalty or decay of all weights."""
+    may read it, as with sampled negatives: neither a softmax over all items nor a penalty or decay
+    of all weights."""
     # with `sgd` or `adagrad` the result is that of dense gradients; `sparse_adam` asks for a row's
     # averages to move only when the row is looked up
     learner = str(config["learner"]).lower()
-    looked_up = not compression.tied or config["loss_type"] == "BPR"
+    looked_up = not compression.tied or compression.negatives or config["loss_type"] == "BPR"
     if not looked_up or spec.penalty is not None or config["weight_decay"]:
         return False
     on_several_gpus = config["single_spec"] is False and config["device"].type == "cuda"

@@ -29,6 +29,7 @@ from cprec_recbole.models.saving import name_in_model, save_model
 from cprec_recbole.models.spec import Encoder, ModelSpec, Parts, renamed
 from cprec_recbole.models.vocabulary import Vocabulary, as_vocabulary
 from cprec_recbole.partition import Partition
+from cprec_recbole.sampling import NegativeSampler
 from cprec_recbole.search.topk import TopK
 from cprec_recbole.sharing import share, sharing_plan
 from cprec_recbole.softmax import FullSoftmax, Softmax, build_softmax
@@ -152,8 +153,8 @@ class CompressedRecommender(SequentialRecommender):
             raise not_trained()
         item_seq, lengths = interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN]
         if NEXT_ITEMS in interaction:
-            hidden = self.hidden_states(item_seq).flatten(0, 1)  # [B * L, d]
-            loss = self.position_loss(hidden, interaction[NEXT_ITEMS].flatten())
+            hidden, target = self.encoder.at_targets(item_seq, interaction[NEXT_ITEMS])
+            loss = self.position_loss(hidden, target)
         elif self.spec.training_states is not None:
             hidden, target, negative = self.spec.training_states(self.inner, interaction)
             # where RecBole's masks hid nothing, there is nothing to learn, and no loss that is NaN
@@ -175,7 +176,13 @@ class CompressedRecommender(SequentialRecommender):
         if self.loss_type == "BPR" and isinstance(self.softmax, FullSoftmax):
             drawn = self._negatives(target) if negative is None else negative
             return self.softmax.pairwise_loss(hidden, target, drawn)
-        return self.softmax.loss(hidden, target)
+        options, softmax = self.compression, self.softmax
+        if options.negatives and isinstance(softmax, FullSoftmax) and softmax.sampler is None:
+            counts = self.train_item_counts
+            counts = np.ones(self.n_items) if counts is None else counts
+            given = torch.as_tensor(counts), options.negatives, options.negatives_power
+            softmax.sampler = NegativeSampler(*given).to(hidden.device)
+        return softmax.loss(hidden, target)
 
     def _negatives(self, target: Tensor) -> Tensor:
         """One item for each target, uniform over all others, as RecBole's sampler draws them."""

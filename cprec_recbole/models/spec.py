@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     from recbole.data.interaction import Interaction
 
 
+# Of rows that are read together on a CPU: the share of real items from which that is so without
+# sorting, how many groups are made otherwise, and how many rows each has at least
+_MOSTLY_REAL, _GROUPS, _FEWEST_ROWS = 0.8, 8, 16
+
+
 def pick(states: Tensor, lengths: Tensor) -> Tensor:
     """The states of the last items, `[B, L, ...], [B] -> [B, ...]`."""
     rows = torch.arange(states.shape[0], device=states.device) * states.shape[1] + lengths - 1
@@ -152,6 +157,22 @@ class Encoder:
                 "has one for a whole history."
             )
         return self.spec.hidden_states(self.model, item_seq)
+
+    def at_targets(self, item_seq: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states and the targets of every position, `[B, L], [B, L] -> [N, d], [N]`, in some
+        order; where the target is padding, the state is any. On a CPU rows of about one length are
+        read together, so that little of what is read is padding."""
+        parts = [(item_seq, targets)]
+        if item_seq.device.type == "cpu":  # on a GPU starting operations costs more
+            lengths, order = (item_seq != PADDING).sum(1).sort()
+            if int(lengths.sum()) < _MOSTLY_REAL * item_seq.numel():
+                groups = order.tensor_split(max(1, min(_GROUPS, len(order) // _FEWEST_ROWS)))
+                widths = [max(1, int(part[-1])) for part in lengths.tensor_split(len(groups))]
+                pairs = list(zip(groups, widths))
+                parts = [(item_seq[rows, :width], targets[rows, :width]) for rows, width in pairs]
+        states = [self.every_position(items).flatten(0, 1) for items, _ in parts]
+        wanted = [target.flatten() for _, target in parts]
+        return (states[0], wanted[0]) if len(parts) == 1 else (torch.cat(states), torch.cat(wanted))
 
     def last_state(self, item_seq: Tensor, lengths: Tensor) -> Tensor:
         """Hidden state that predicts the next item, `[B, L], [B] -> [B, d]`."""
