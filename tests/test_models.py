@@ -127,8 +127,12 @@ def test_states_at_targets_are_those_of_every_position(world, host_name, lengths
     states, found = model.encoder.at_targets(items, targets)
     found, order = found[found != 0].sort(), found.nonzero().squeeze(1)
     assert torch.equal(found.values, targets[targets != 0])  # each once
-    expected = model.hidden_states(items)[targets != 0]
-    torch.testing.assert_close(states[order][found.indices], expected)
+    every = model.hidden_states(items)
+    torch.testing.assert_close(states[order][found.indices], every[targets != 0])
+    items[:, 0] = 1  # a history has an item
+    ends = torch.tensor(lengths).clamp(min=1)
+    every = model.hidden_states(items)
+    torch.testing.assert_close(model(items, ends), every[torch.arange(len(ends)), ends - 1])
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -163,13 +163,9 @@ class Encoder:
         order; where the target is padding, the state is any. On a CPU rows of about one length are
         read together, so that little of what is read is padding."""
         parts = [(item_seq, targets)]
-        if item_seq.device.type == "cpu":  # on a GPU starting operations costs more
-            lengths, order = (item_seq != PADDING).sum(1).sort()
-            if int(lengths.sum()) < _MOSTLY_REAL * item_seq.numel():
-                groups = order.tensor_split(max(1, min(_GROUPS, len(order) // _FEWEST_ROWS)))
-                widths = [max(1, int(part[-1])) for part in lengths.tensor_split(len(groups))]
-                pairs = list(zip(groups, widths))
-                parts = [(item_seq[rows, :width], targets[rows, :width]) for rows, width in pairs]
+        groups = _of_like_lengths((item_seq != PADDING).sum(1), item_seq)
+        if groups:
+            parts = [(item_seq[rows, :width], targets[rows, :width]) for rows, width in groups]
         states = [self.every_position(items).flatten(0, 1) for items, _ in parts]
         wanted = [target.flatten() for _, target in parts]
         return (states[0], wanted[0]) if len(parts) == 1 else (torch.cat(states), torch.cat(wanted))
@@ -182,6 +178,10 @@ class Encoder:
             lengths = torch.full_like(lengths, item_seq.shape[1])
         else:
             item_seq = item_seq[:, : int(lengths.max())]  # what follows is padding: nobody sees it
+            groups = _of_like_lengths(lengths, item_seq)
+            if groups:
+                parts = [self.state_of(item_seq[i, :width], lengths[i]) for i, width in groups]
+                return torch.cat(parts)[torch.cat([i for i, _ in groups]).argsort()]
         return self.state_of(item_seq, lengths)
 
     def state_of(self, item_seq: Tensor, lengths: Tensor) -> Tensor:
@@ -200,6 +200,19 @@ class Encoder:
             return self.last_state(item_seq, real.sum(1))
         states = self.every_position(item_seq)
         return states.flatten(0, 1) if self.reads_last_column else states[real]
+
+
+def _of_like_lengths(lengths: Tensor, item_seq: Tensor) -> list[tuple[Tensor, int]]:
+    """Rows of `[B, L]` that are better read apart, by rising length, and how wide each group is;
+    empty where that saves nothing."""
+    n_groups = min(_GROUPS, len(lengths) // _FEWEST_ROWS)
+    if n_groups < 2 or item_seq.device.type != "cpu":  # on a GPU starting operations costs more
+        return []
+    if int(lengths.sum()) >= _MOSTLY_REAL * item_seq.numel():
+        return []
+    lengths, order = lengths.sort()
+    widths = [max(1, int(part[-1])) for part in lengths.tensor_split(n_groups)]
+    return list(zip(order.tensor_split(n_groups), widths))
 
 
 @dataclass(frozen=True)
