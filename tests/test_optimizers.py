@@ -47,17 +47,6 @@ def test_a_learner_moves_as_torchs_own(learner):
     assert_equal_parameters(one, other)
 
 
-def test_projections_are_stepped_at_a_share_of_the_rate():
-    one, other = tables()
-    before = copy.deepcopy(one)
-    slow = [b.projection for b in one.blocks if b.projection is not None]
-    rows = [b.weight for b in one.blocks]
-    steps(one, PLAIN["adam"]([{"params": rows}, {"params": slow, "lr": 0.02}], lr=0.1))
-    steps(other, build_optimizer(other, "adam", 0.1, 0.0, projection_rate=0.2))
-    assert_equal_parameters(one, other)
-    assert not torch.equal(before.blocks[1].projection, other.blocks[1].projection)
-
-
 @pytest.mark.parametrize("learner", PLAIN)
 def test_a_search_sees_a_step_that_moves_a_single_item(learner):
     head = FullSoftmax(block_embedding((200, 800), (8, 8), 8))

@@ -52,6 +52,9 @@ def save_model(model: Any, folder: str | os.PathLike[str], vocabulary: Vocabular
     out, table, weights = as_path("folder", folder), model.table, _kept_weights(model)
     is_rounded = "scales" in weights
     plan = {"ranks": list(table.ranks), "cutoffs": list(table.partition.cutoffs)}
+    options = model.compression.as_dict() | plan
+    if not model.compression.negatives:  # the folder is one that version 0.1 reads
+        del options["negatives"], options["negatives_power"]
     header = {
         "format": FORMAT,
         "format_version": 3 if is_rounded else 2 if table.is_int8 else 1,
@@ -61,7 +64,7 @@ def save_model(model: Any, folder: str | os.PathLike[str], vocabulary: Vocabular
         **({"rows": "int8"} if table.is_int8 else {}),
         **({"matrices": "int8"} if is_rounded else {}),
         "reads_last_column": model.reads_last_column,
-        "compression": model.compression.as_dict() | plan,
+        "compression": options,
         "architecture": model.spec.architecture_of(model.inner),
     }
     try:

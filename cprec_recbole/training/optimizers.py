@@ -20,9 +20,6 @@ _DENSE: dict[str, type[Optimizer]] = {
     "rmsprop": RMSprop,
     "sparse_adam": Adam,  # for parameters whose gradient is dense, which SparseAdam refuses
 }
-# Of a projection, a step moves the vectors of a whole block: at the rate of its rows, training of
-# large catalogues went to and fro, and with sampled negatives fell apart (docs/training.md)
-PROJECTION_RATE = 0.1
 _SPARSE: dict[str, type[Optimizer]] = {"sgd": SGD, "adagrad": Adagrad, "sparse_adam": SparseAdam}
 
 
@@ -32,22 +29,11 @@ def sparse_parameters(model: nn.Module) -> list[nn.Parameter]:
     return list({id(block.weight): block.weight for block in blocks if block.sparse}.values())
 
 
-def _projections(model: nn.Module) -> list[nn.Parameter]:
-    blocks = (module.projection for module in model.modules() if isinstance(module, Block))
-    unique = {id(each): each for each in blocks if each is not None and each.requires_grad}
-    return list(unique.values())
-
-
 def build_optimizer(
-    model: nn.Module,
-    learner: str,
-    learning_rate: float,
-    weight_decay: float,
-    projection_rate: float = 1.0,
+    model: nn.Module, learner: str, learning_rate: float, weight_decay: float
 ) -> Optimizer:
     """The optimizer that RecBole's options name; blocks that are marked `sparse` are stepped
-    sparsely, and projections at so much of the learning rate. A CompressionError where it is none,
-    or `sparse_adam` with weight decay."""
+    sparsely. A CompressionError where it is none, or `sparse_adam` with weight decay."""
     name = learner.lower()
     check_choice("learner", name, tuple(_DENSE))
     if name == "sparse_adam" and weight_decay:
@@ -55,17 +41,15 @@ def build_optimizer(
             f"Expected `weight_decay` to be 0 with `learner: sparse_adam`, but got {weight_decay}; "
             "it moves every row."
         )
-    sparse, projections = sparse_parameters(model), _projections(model)
-    known = {id(parameter) for parameter in (*sparse, *projections)}
+    sparse = sparse_parameters(model)
+    known = {id(parameter) for parameter in sparse}
     dense = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
-    slow = {"params": projections, "lr": projection_rate * learning_rate}
-    groups: Any = [{"params": dense}, slow] if projections else dense
     options: dict[str, Any] = {"lr": learning_rate, "weight_decay": weight_decay}
     # fused: one pass over parameters, moments and gradients instead of a dozen
     devices = {"adagrad": ("cpu",), "rmsprop": ()}.get(name, ("cpu", "cuda"))
-    if all(p.is_floating_point() and p.device.type in devices for p in (*dense, *projections)):
+    if all(p.is_floating_point() and p.device.type in devices for p in dense):
         options["fused"] = True
-    main = _DENSE[name](groups, **options)
+    main = _DENSE[name](dense, **options)
     if not sparse:
         return main
     return Both(main, _SPARSE[name](sparse, lr=learning_rate))  # type: ignore[call-arg]

@@ -24,12 +24,7 @@ from cprec_recbole.host.numbering import check_numbering
 from cprec_recbole.models.recommender import HIDDEN_AT, CompressedRecommender
 from cprec_recbole.parallel import group
 from cprec_recbole.training.evaluation import TopKCollector
-from cprec_recbole.training.optimizers import (
-    PROJECTION_RATE,
-    build_optimizer,
-    clip_gradients,
-    sparse_parameters,
-)
+from cprec_recbole.training.optimizers import build_optimizer, clip_gradients, sparse_parameters
 from cprec_recbole.training.state import Journal, Progress, restore, set_random_state, state_of
 
 
@@ -60,8 +55,7 @@ class CompressedTrainer(Trainer):
     def _build_optimizer(self) -> Optimizer:
         """The optimizer of RecBole's options, in its quickest form."""
         decay = self.weight_decay or 0.0
-        slowly = 1.0 if self.learner.lower() == "sgd" else PROJECTION_RATE
-        return build_optimizer(self.model, self.learner, self.learning_rate, decay, slowly)
+        return build_optimizer(self.model, self.learner, self.learning_rate, decay)
 
     def fit(
         self, train_data: Any, valid_data: Any = None, *args: Any, **kwargs: Any
