@@ -79,6 +79,17 @@ def test_sparse_steps_are_the_dense_ones(learner):
     assert_equal_parameters(one, other)
 
 
+def test_sparse_adam_steps_projections_at_a_tenth_of_the_rate():
+    one, other = tables()
+    other.look_up_sparsely(1)
+    slow = [block.projection for block in one.blocks[1:]]
+    rows = [block.weight for block in one.blocks]
+    whole = torch.optim.Adam([{"params": slow, "lr": 0.01}, {"params": rows, "lr": 0.1}])
+    steps(one, whole, n=1)  # after which rows go other ways
+    steps(other, build_optimizer(other, "sparse_adam", 0.1, 0.0), n=1)
+    assert_equal_parameters(one, other)
+
+
 def test_sparse_adam_leaves_rows_alone_that_are_not_looked_up():
     table, before = tables()
     table.look_up_sparsely(50)

@@ -20,6 +20,9 @@ _DENSE: dict[str, type[Optimizer]] = {
     "rmsprop": RMSprop,
     "sparse_adam": Adam,  # for parameters whose gradient is dense, which SparseAdam refuses
 }
+# The share of the learning rate at which `sparse_adam` steps projections: every step moves them,
+# and with them the vectors of rare items, whose rows wait for long (docs/training.md)
+PROJECTION_RATE = 0.1
 _SPARSE: dict[str, type[Optimizer]] = {"sgd": SGD, "adagrad": Adagrad, "sparse_adam": SparseAdam}
 
 
@@ -29,11 +32,17 @@ def sparse_parameters(model: nn.Module) -> list[nn.Parameter]:
     return list({id(block.weight): block.weight for block in blocks if block.sparse}.values())
 
 
+def _projections(model: nn.Module) -> list[nn.Parameter]:
+    blocks = (module.projection for module in model.modules() if isinstance(module, Block))
+    return list({id(each): each for each in blocks if each is not None}.values())
+
+
 def build_optimizer(
     model: nn.Module, learner: str, learning_rate: float, weight_decay: float
 ) -> Optimizer:
     """The optimizer that RecBole's options name; blocks that are marked `sparse` are stepped
-    sparsely. A CompressionError where it is none, or `sparse_adam` with weight decay."""
+    sparsely; `sparse_adam` then steps projections at a tenth of the rate. A CompressionError where
+    it is none, or `sparse_adam` with weight decay."""
     name = learner.lower()
     check_choice("learner", name, tuple(_DENSE))
     if name == "sparse_adam" and weight_decay:
@@ -42,14 +51,17 @@ def build_optimizer(
             "it moves every row."
         )
     sparse = sparse_parameters(model)
-    known = {id(parameter) for parameter in sparse}
+    slow = _projections(model) if sparse and name == "sparse_adam" else []
+    known = {id(parameter) for parameter in (*sparse, *slow)}
     dense = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
     options: dict[str, Any] = {"lr": learning_rate, "weight_decay": weight_decay}
     # fused: one pass over parameters, moments and gradients instead of a dozen
     devices = {"adagrad": ("cpu",), "rmsprop": ()}.get(name, ("cpu", "cuda"))
-    if all(p.is_floating_point() and p.device.type in devices for p in dense):
+    if all(p.is_floating_point() and p.device.type in devices for p in (*dense, *slow)):
         options["fused"] = True
-    main = _DENSE[name](dense, **options)
+    slowly = {"params": slow, "lr": PROJECTION_RATE * learning_rate}
+    groups: Any = [{"params": dense}, slowly] if slow else dense
+    main = _DENSE[name](groups, **options)
     if not sparse:
         return main
     return Both(main, _SPARSE[name](sparse, lr=learning_rate))  # type: ignore[call-arg]
