@@ -92,6 +92,17 @@ def test_an_epoch_is_recboles_bit_by_bit(world, name, options):
     assert all(torch.equal(value, theirs[0][key]) for key, value in ours[0].items())
 
 
+@pytest.mark.parametrize(("learner", "says"), [("adam", True), ("sparse_adam", False)])
+def test_adam_with_sampled_negatives_of_a_large_catalogue_is_advised_against(
+    world, caplog, monkeypatch, learner, says
+):
+    monkeypatch.setattr("cprec_recbole.training.trainer.SPARSE_ROWS", 10)
+    config = world.config("CpGRU4Rec", negatives=5, learner=learner)
+    train, _, _ = world.loaders(config)
+    CompressedTrainer(config, get_model("CpGRU4Rec")(config, train._dataset))
+    assert ("`sparse_adam` is faster" in caplog.text) == says
+
+
 def test_a_loss_that_is_no_number_ends_the_training_in_its_epoch(world):
     config = world.config("CpGRU4Rec", epochs=9)
     train, _, _ = world.loaders(config)

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from cprec_recbole.data import NEXT_ITEMS
+from cprec_recbole.embedding import SPARSE_ROWS
 from cprec_recbole.files import write_whole
 from cprec_recbole.host.checkpoint import read_checkpoint
 from cprec_recbole.host.numbering import check_numbering
@@ -55,6 +56,12 @@ class CompressedTrainer(Trainer):
     def _build_optimizer(self) -> Optimizer:
         """The optimizer of RecBole's options, in its quickest form."""
         decay = self.weight_decay or 0.0
+        is_sampled = self.model.compression.negatives and self.model.n_items > SPARSE_ROWS
+        if is_sampled and self.learner.lower() == "adam":
+            self.logger.warning(
+                "`learner: adam` moves every item's row in every step. With `negatives` "
+                "`sparse_adam` is faster and steadier (docs/training.md)."
+            )
         return build_optimizer(self.model, self.learner, self.learning_rate, decay)
 
     def fit(
