@@ -5,7 +5,8 @@
     python benchmarks/training.py --device cuda [...]
 
 A step is SASRec's (RecBole's defaults, d 64, windows of 50) on 2,048 targets: look-ups, layers,
-loss, gradients and Adam (PyTorch's fused one for all, several times quicker than RecBole's choice).
+loss, gradients and Adam (PyTorch's fused one, several times quicker than RecBole's choice, but with
+`sparse_adam`, which steps the rows in use).
 Its PyTorch operations are counted as they are dispatched, views too, without the optimizer's.
 The items of the made-up catalogues occur by Zipf's law with exponent 1; `--datasets` takes windows
 of real ones. Times are the processor's, so set OMP_NUM_THREADS=1; on a GPU the clock's. Every
@@ -58,8 +59,10 @@ ADAPTIVE = "torch's adaptive softmax"
 TREE, FULL = "ours, tree", "ours, full softmax"
 DEFAULT = "ours, tree, default blocks"
 PLAIN_SAMPLED, SAMPLED = "uncompressed, sampled softmax", "ours, sampled softmax"
-CONTENDERS = (PLAIN, PIECES, OURS_PLAIN, PLAIN_SAMPLED, ADAPTIVE, TREE, FULL, SAMPLED, DEFAULT)
-UNCOMPRESSED = (PLAIN, PIECES, OURS_PLAIN, PLAIN_SAMPLED)
+PLAIN_SPARSE, SPARSE = f"{PLAIN_SAMPLED}, sparse_adam", f"{SAMPLED}, sparse_adam"
+IN_SAMPLES = (PLAIN_SAMPLED, PLAIN_SPARSE, SAMPLED, SPARSE)
+UNCOMPRESSED = (PLAIN, PIECES, OURS_PLAIN, PLAIN_SAMPLED, PLAIN_SPARSE)
+CONTENDERS = (*UNCOMPRESSED, ADAPTIVE, TREE, FULL, SAMPLED, SPARSE, DEFAULT)
 NEGATIVES = 2048  # of the sampled ones, but at most half of the items
 
 Batch = tuple[Tensor, Tensor]  # items and the next item at each position, [B, L] each
@@ -171,13 +174,13 @@ Objective = Callable[[Batch], Tensor]
 def contender(name: str, counts: np.ndarray, table: BlockEmbedding) -> tuple[nn.Module, Objective]:
     """A model, and its mean loss of a batch."""
     n_items, layers = len(counts), host()
-    if name in (OURS_PLAIN, PLAIN_SAMPLED, TREE, FULL, SAMPLED, DEFAULT):
+    if name in (OURS_PLAIN, TREE, FULL, DEFAULT, *IN_SAMPLES):
         options = CompressionConfig(
             ranks=table.ranks,
             cutoffs=table.partition.cutoffs,
             sharing="none",
             softmax="tree" if name in (TREE, DEFAULT) else "full",
-            negatives=min(NEGATIVES, n_items // 2) if name in (PLAIN_SAMPLED, SAMPLED) else 0,
+            negatives=min(NEGATIVES, n_items // 2) if name in IN_SAMPLES else 0,
         )
         parts = Parts(layers, table, table, options, reads_last_column=False, item_counts=counts)
         model = CpSASRec(parts=parts)
@@ -253,7 +256,11 @@ def measure(name: str, counts: np.ndarray, batches: Iterator[Batch], device: str
     table.reset_parameters(std=0.02)  # SASRec's
     model, objective = contender(name, counts, table)
     model.to(device)
-    optimizer = build_optimizer(model, "adam", 1e-3, 0.0)
+    learner = "adam"
+    if name in (PLAIN_SPARSE, SPARSE):
+        learner = "sparse_adam"
+        table.look_up_sparsely()
+    optimizer = build_optimizer(model, learner, 1e-3, 0.0)
     parts = 1
     if name == PLAIN:  # logits, their softmax and their gradient, [N, n_items] each
         available = memory.available() - 16 * n_items * DIM
@@ -472,7 +479,9 @@ def plot(results: dict[str, Any], target: Path) -> None:
         PLAIN_SAMPLED: ("#E69F00", "o:"),
         ADAPTIVE: ("#CC79A7", "v-"),
         FULL: ("#0072B2", "s-"),
+        PLAIN_SPARSE: ("#E69F00", "x:"),
         SAMPLED: ("#F0E442", "s:"),
+        SPARSE: ("#F0E442", "x:"),
         TREE: ("#009E73", "D-"),
         DEFAULT: ("#D55E00", "^--"),
     }

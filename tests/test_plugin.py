@@ -150,3 +150,18 @@ def test_the_process_outside_recbole_is_left_as_it_was(tmp_path):
     command = [sys.executable, "-W", "ignore", "-c", OUTSIDE]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout.strip() == "clean", done.stderr
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "from cprec_recbole import load_data_and_model",
+        "import cprec_recbole, recbole.quick_start",
+        "import cprec_recbole, recbole.data",
+    ],
+)
+def test_recbole_reads_files_as_quickly_whatever_is_imported_first(first, tmp_path):
+    asks = "from recbole.data.dataset import dataset; print(dataset.pd.read_csv.__module__)"
+    command = [sys.executable, "-W", "ignore", "-c", f"{first}\n{asks}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.strip() == "cprec_recbole.host.data", done.stderr

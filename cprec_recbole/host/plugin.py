@@ -261,10 +261,10 @@ def prepare() -> None:
     generators = view(np.random, RandomState=np.random.default_rng)
     hyper_tuning.np = view(_LIBRARIES["np"][1], random=generators)
     _LIBRARIES["pd"] = pd, view(pd, read_csv=data.read_csv)
-    _adapt_libraries()
     for message in _WARNINGS:
         warnings.filterwarnings("ignore", message=message, module=r"recbole\.")
     replace_all()
+    _adapt_libraries()  # also of the modules that `replace_all` has imported
     if "training" not in dataset_arguments:  # a saved dataset is reused only where these agree
         dataset_arguments += ["training", "eval_args", "data_path"]
         training_arguments.append("checkpoint_steps")
