@@ -18,8 +18,8 @@ OBJECTIVES = ("all_positions", "last_position")
 DEFAULT_BLOCKS = 3  # CpRec, section 3.2: three to five blocks are enough
 # d/2, d/4, d/8 from head to tail, and d/8 for further blocks: on validation above the authors' d,
 # d/4, d/16 in tables of the same size, on amazon-beauty above one rank too (docs/defaults.md). In a
-# large catalogue (below) the authors' stay: a head without a projection trains steadily with sampled
-# negatives (docs/training.md), and the tail costs.
+# large catalogue (below) the authors' stay: a head without a projection trains steadily with
+# sampled negatives (docs/training.md), and the tail costs.
 RANK_PARTS = (2, 4, 8)
 LARGE_RANK_PARTS = (1, 4, 16)
 # The head: a tenth of the items, since a small head is what compresses; but not below 400 items,
