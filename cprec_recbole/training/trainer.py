@@ -56,7 +56,8 @@ class CompressedTrainer(Trainer):
     def _build_optimizer(self) -> Optimizer:
         """The optimizer of RecBole's options, in its quickest form."""
         decay = self.weight_decay or 0.0
-        is_sampled = self.model.compression.negatives and self.model.n_items > SPARSE_ROWS
+        own = getattr(self.model, "compression", None)  # a study trains RecBole's own models, too
+        is_sampled = own is not None and own.negatives and self.model.n_items > SPARSE_ROWS
         if is_sampled and self.learner.lower() == "adam":
             self.logger.warning(
                 "`learner: adam` moves every item's row in every step. With `negatives` "
