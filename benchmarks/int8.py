@@ -27,7 +27,7 @@ from cprec_recbole.costs import saved_bytes
 from cprec_recbole.environment import environment
 from cprec_recbole.files import write_text
 from cprec_recbole.host.library import recbole_config
-from cprec_recbole.int8 import Int8Rows, quantized_rows
+from cprec_recbole.integers import Int8Rows, quantized_rows
 
 MODELS = ("NextItNet", "SASRec", "GRU4Rec")
 N_ROWS, RANKS, BATCHES, LOOK_UPS = 200_000, (4, 16, 64), (1, 32), (50, 3200)

@@ -14,6 +14,7 @@ from typing import Any, TypeGuard
 SHARING_SCHEMES = ("none", "cross_layer", "cross_block", "adjacent_layer", "adjacent_block")
 SOFTMAXES = ("full", "tree")
 OBJECTIVES = ("all_positions", "last_position")
+ROUNDINGS = ("int8", "int4")
 
 DEFAULT_BLOCKS = 3  # CpRec, section 3.2: three to five blocks are enough
 # d/2, d/4, d/8 from head to tail, and d/8 for further blocks: on validation above the authors' d,
@@ -101,6 +102,9 @@ class CompressionConfig:
         negatives: how many items a training step draws as negatives for all its targets: a sampled
             softmax, corrected for how often each is drawn. 0: the softmax over all items.
         negatives_power: they are drawn by popularity to this power, from 0 to 1.
+        rounding: `int8` or `int4`: training steps, and evaluation in between, see the weights as
+            `quantize` would round them (straight-through estimation), so that little is lost when
+            it does. None: training is in float; int8 loses nothing so either.
         loss_memory: bytes that the logits of a training step may take at a time, a number or text
             such as `"256MiB"`, 1 MiB or more. The loss and its gradient do not depend on it.
 
@@ -118,6 +122,7 @@ class CompressionConfig:
     loss_memory: int | str = LOSS_MEMORY
     negatives: int = 0
     negatives_power: float = 1.0
+    rounding: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ranks", _checked_ranks(self.ranks))
@@ -127,6 +132,8 @@ class CompressionConfig:
         check_choice("training", self.training, OBJECTIVES)
         if not isinstance(self.tied, bool):
             raise CompressionError(f"Expected `tied` to be True or False, but got {self.tied!r}.")
+        if self.rounding is not None:
+            check_choice("rounding", self.rounding, ROUNDINGS)
         check_whole("negatives", self.negatives, 0)
         check_number("negatives_power", self.negatives_power, "a number from 0 to 1", 0, 1)
         if self.negatives and self.softmax == "tree":

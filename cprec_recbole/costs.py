@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from cprec_recbole.config import BlockPlan, CompressionConfig
-from cprec_recbole.embedding import Int8Block
-from cprec_recbole.int8 import BYTES_PER_SCALE, whole_numbers
+from cprec_recbole.embedding import QuantizedBlock
+from cprec_recbole.integers import BYTES_PER_SCALE, whole_numbers
 from cprec_recbole.models import spec_of
 from cprec_recbole.models.recommender import CompressedRecommender
 from cprec_recbole.models.spec import ModelSpec
@@ -24,10 +25,25 @@ class Unit(NamedTuple):
     entry: int  # what an entry of a matrix costs
     row: int  # what each row of a matrix costs besides
     other: int  # what a parameter costs that is in no matrix
+    dtype: str | None = None  # int4: two entries cost what one is said to, and columns have `row`
+
+    @classmethod
+    def bytes_in(cls, dtype: str, other: int) -> Unit:
+        """Bytes of a model in int8 or int4, whose other parameters take so many each."""
+        return cls("bytes", 1, BYTES_PER_SCALE, other, dtype)
 
     def matrix(self, n_rows: Any, n_columns: Any) -> Any:
         """What a matrix costs; or matrices, for arrays of sizes."""
-        return n_rows * (self.entry * n_columns + self.row)
+        return n_rows * (self._entries(n_columns) + self.row)
+
+    def rows(self, size: Any, rank: Any) -> Any:
+        """What the rows of a block cost; or of blocks, for arrays."""
+        if self.dtype == "int4":
+            return size * self._entries(rank) + self.row * rank
+        return self.matrix(size, rank)
+
+    def _entries(self, n: Any) -> Any:
+        return self.entry * (-(-n // 2) if self.dtype == "int4" else n)
 
     def parameter(self, parameter: Tensor) -> int:
         """What a parameter costs."""
@@ -56,7 +72,7 @@ class TableCost(NamedTuple):
     def block(self, size: Any, rank: Any) -> Any:
         """What the rows and the projection of a block cost; or of blocks, for arrays."""
         projection = (rank != self.dim) * self.unit.matrix(rank, self.dim)
-        return self.copies * (self.unit.matrix(size, rank) + projection)
+        return self.copies * (self.unit.rows(size, rank) + projection)
 
     def of(self, plan: BlockPlan) -> int:
         """What table and softmax cost with the ranks and cutoffs of a plan."""
@@ -83,15 +99,16 @@ class PartSizes:
 
 
 def part_sizes(model: nn.Module) -> PartSizes:
-    """Parameters by part of a compressed model or of RecBole's own, without scales of int8 rows."""
+    """Parameters by part of a compressed model or of RecBole's own, without scales of rows."""
     if isinstance(model, CompressedRecommender):
         table, softmax = list(model.table.parameters()), list(model.softmax.parameters())
     else:
         table, softmax = spec_of(model).table.parameters(model), []
-    counted = _scales(model)
-    sizes = []
+    counted, sizes = _scales(model), []
+    blocks = (module for module in model.modules() if isinstance(module, QuantizedBlock))
+    entries = {id(block.weight): len(block.weight) * block.rank for block in blocks}  # also packed
     for part in (table, softmax, list(model.parameters())):
-        new = {id(p): p.numel() for p in part if id(p) not in counted}
+        new = {id(p): entries.get(id(p), p.numel()) for p in part if id(p) not in counted}
         counted |= set(new)
         sizes.append(sum(new.values()))
     return PartSizes(table=sizes[0], layers=sizes[2], softmax=sizes[1])
@@ -100,20 +117,24 @@ def part_sizes(model: nn.Module) -> PartSizes:
 def saved_bytes(model: nn.Module) -> int:
     """Bytes of a model's weights as a folder keeps them, each parameter once."""
     scales = _scales(model)
-    rounded = model.int8_scales if isinstance(model, CompressedRecommender) else {}
+    rounded: Mapping[str, Tensor] = {}
+    dtype = None
+    if isinstance(model, CompressedRecommender):
+        rounded, dtype = model.matrix_scales, model.table.quantized
     total = 0
     for name, p in model.named_parameters():
         if id(p) in scales:
             total += BYTES_PER_SCALE * p.numel()
-        elif whole_numbers(p, rounded.get(name)) is not None:
-            total += p.numel() + BYTES_PER_SCALE * len(p)
-        else:
-            total += p.numel() * p.element_size()
+            continue
+        numbers = whole_numbers(p, rounded.get(name), dtype)
+        if numbers is not None:
+            total += BYTES_PER_SCALE * len(p)
+        total += (p if numbers is None else numbers).nbytes
     return total
 
 
 def _scales(model: nn.Module) -> set[int]:
-    return {id(m.scale) for m in model.modules() if isinstance(m, Int8Block)}
+    return {id(m.scale) for m in model.modules() if isinstance(m, QuantizedBlock)}
 
 
 def shared_layers(model: CompressedRecommender) -> str:

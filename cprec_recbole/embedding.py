@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cprec_recbole.config import CompressionError
-from cprec_recbole.int8 import ROWS_AT_A_TIME, Int8Rows, not_trained, quantized_rows
+from cprec_recbole.integers import ROWS_AT_A_TIME, Int8Rows, not_trained
 from cprec_recbole.losses import LogitBlock
 from cprec_recbole.partition import PADDING, Partition
 from cprec_recbole.versions import Version
@@ -42,6 +42,11 @@ class Block(nn.Module):
         self.sparse = False
         self.weight = nn.Parameter(torch.empty(size, rank))
         self.projection = nn.Parameter(torch.empty(rank, dim)) if rank != dim else None
+
+    @property
+    def rank(self) -> int:
+        """Rank `r` of the block."""
+        return self.weight.shape[1]
 
     def rows(self) -> Tensor | Int8Rows:
         """The rows without a gradient, as a search reads them, `[k, r]`."""
@@ -87,32 +92,49 @@ class Block(nn.Module):
 
     def logit_block(self, hidden: Tensor) -> LogitBlock:
         """The block's part of a softmax, as a loss reads it, of hidden states `[N, d]`; a
-        CompressionError for rows in int8, which cannot be trained."""
+        CompressionError for quantized rows, which cannot be trained."""
         return LogitBlock(self.into_rank(hidden), self.weight)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
-        size, rank = self.weight.shape
-        return f"{size}, rank={rank}" + ("" if self.weight.is_floating_point() else ", int8")
+        return f"{len(self.weight)}, rank={self.rank}"
 
 
-class Int8Block(Block):
-    """A block whose rows are in int8, `weight [k, r]` times `scale [k]`; its projection stays in
-    float. It holds no gradient: whole numbers cannot take an optimizer's small steps."""
+class QuantizedBlock(Block):
+    """A block whose rows are whole numbers, `weight`, times `scale`; its projection stays in float.
+    It holds no gradient: whole numbers cannot take an optimizer's small steps.
 
-    def __init__(self, size: int, rank: int, dim: int) -> None:
-        super().__init__(0, rank, dim)
+    Args:
+        rows: in int8 or int4.
+        projection: of the block, `[r, d]`; None where `r == d`.
+    """
+
+    def __init__(self, rows: Int8Rows, projection: nn.Parameter | None) -> None:
+        super().__init__(0, 0, 0)
+        self.projection = projection
+        self.put(rows)
         self.requires_grad_(False)
-        self.put(torch.zeros(size, rank, dtype=torch.int8), torch.ones(size))
 
-    def put(self, values: Tensor, scales: Tensor) -> None:
-        """Replace the rows, `[k, r]` int8 and `[k]`."""
-        self.weight = nn.Parameter(values, requires_grad=False)
-        self.scale = nn.Parameter(scales.detach(), requires_grad=False)
+    @classmethod
+    def empty(cls, rows_type: type[Int8Rows], size: int, rank: int, dim: int) -> QuantizedBlock:
+        """A block of zeros, to be filled."""
+        zeros = rows_type.of(torch.zeros(size, rank))
+        return cls(zeros, nn.Parameter(torch.zeros(rank, dim)) if rank != dim else None)
+
+    def put(self, rows: Int8Rows) -> None:
+        """Replace the rows."""
+        self._rows_type = type(rows)
+        self.weight = nn.Parameter(rows.values, requires_grad=False)
+        self.scale = nn.Parameter(rows.scales.detach(), requires_grad=False)
+
+    @property
+    def rank(self) -> int:
+        """See Block.rank."""
+        return self.rows().shape[1]
 
     def rows(self) -> Int8Rows:
         """See Block.rows."""
-        return Int8Rows(self.weight.detach(), self.scale.detach())
+        return self._rows_type(self.weight.detach(), self.scale.detach())
 
     def whole(self) -> Tensor:
         """See Block.whole: a copy in float."""
@@ -120,8 +142,7 @@ class Int8Block(Block):
 
     def extend(self, rows: Tensor) -> None:
         """See Block.extend; the rows that are there keep their numbers."""
-        values, scales = quantized_rows(rows.to(self.scale.dtype))
-        self.put(torch.cat([self.weight.detach(), values]), torch.cat([self.scale, scales]))
+        self.put(self.rows().with_more(rows))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See Block.logits; rows become float a piece at a time."""
@@ -130,10 +151,14 @@ class Int8Block(Block):
 
     def logit_block(self, hidden: Tensor) -> LogitBlock:
         """See Block.logit_block; always an error."""
-        raise not_trained()
+        raise not_trained(self._rows_type.dtype_name)
 
     def _embed(self, rows: Tensor, padding: int | None) -> Tensor:
         return self.rows()[rows]
+
+    def extra_repr(self) -> str:
+        """See Block.extra_repr."""
+        return f"{super().extra_repr()}, {self._rows_type.dtype_name}"
 
 
 class BlockEmbedding(nn.Module):
@@ -182,14 +207,15 @@ class BlockEmbedding(nn.Module):
         return self.blocks[0].rows().dtype
 
     @property
-    def is_int8(self) -> bool:
-        """Whether the rows are in int8."""
-        return not self.blocks[0].weight.is_floating_point()
+    def quantized(self) -> str | None:
+        """In which dtype of whole numbers the rows are, `int8` or `int4`; None for float."""
+        rows = self.blocks[0].rows()
+        return rows.dtype_name if isinstance(rows, Int8Rows) else None
 
     @property
     def ranks(self) -> tuple[int, ...]:
         """Rank of each block, `[n_blocks]`."""
-        return tuple(block.weight.shape[1] for block in self.blocks)
+        return tuple(block.rank for block in self.blocks)
 
     def look_up_sparsely(self, fewest_rows: int = SPARSE_ROWS) -> None:
         """Give look-ups of the larger blocks sparse gradients. For tables that nothing but look-ups
@@ -200,11 +226,11 @@ class BlockEmbedding(nn.Module):
     @torch.no_grad()
     def reset_parameters(self, std: float) -> None:
         """Draw factors whose products have entries of standard deviation `std`, as the rows have
-        themselves; rows in int8, which are made of others, stay."""
+        themselves; quantized rows, which are made of others, stay."""
         # projections get orthogonal rows of length sqrt(d / r). So a block of any rank starts with
         # vectors as long as a full table's, and an optimizer that moves every parameter equally
         # (Adam) moves them equally fast
-        if self.is_int8:
+        if self.quantized:
             return
         for block in self.blocks:
             block.weight.normal_(0.0, std)
@@ -235,7 +261,7 @@ class BlockEmbedding(nn.Module):
             block.weight.copy_(rows)
 
     def _gain(self, block: Block) -> float:
-        return math.sqrt(self.dim / block.weight.shape[1])
+        return math.sqrt(self.dim / block.rank)
 
     def forward(self, items: Tensor) -> Tensor:
         """Vectors of item ids, `[...] -> [..., d]`."""

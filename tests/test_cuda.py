@@ -61,7 +61,7 @@ def test_scores_loss_and_gradients_are_those_of_the_cpu(world, host_name, softma
         )
 
 
-@pytest.mark.parametrize("dtype", [None, "int8"])
+@pytest.mark.parametrize("dtype", [None, "int8", "int4"])
 @pytest.mark.parametrize("softmax", ["full", "tree"])
 def test_a_model_there_is_compressed_recovered_kept_and_recommends(
     world, trained, host_name, softmax, dtype, tmp_path

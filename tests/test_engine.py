@@ -52,7 +52,7 @@ def test_every_model_answers_the_same_in_either_engine(world, name, tmp_path):
 
 
 @pytest.mark.parametrize("few", [0, engines.FEW_ITEMS])
-@pytest.mark.parametrize("dtype", [None, "int8"])
+@pytest.mark.parametrize("dtype", [None, "int8", "int4"])
 @pytest.mark.parametrize("name", [*HOSTS, "BERT4Rec"])
 def test_blocks_are_looked_up_in_the_graph(world, name, dtype, few, tmp_path, monkeypatch):
     monkeypatch.setattr("cprec_recbole.embedding.FEW_ITEMS", few)

@@ -24,6 +24,7 @@ K = 10
 GRID = [
     ("NextItNet", "tree", "cross_block", True, "int8"),
     ("SASRec", "full", "cross_layer", False, "int8"),
+    ("GRU4Rec", "full", "none", True, "int4"),
     ("GRU4Rec", "tree", "adjacent_layer", False, None),
 ]
 
@@ -136,9 +137,11 @@ def large():
         return catalogue_model(CpNextItNet, 20_000)
 
 
-@pytest.mark.parametrize(("dtype", "to"), [("float", "onnx"), ("int8", "onnx"), ("int8", "torch")])
+@pytest.mark.parametrize(
+    ("dtype", "to"), [("float", "onnx"), ("int8", "onnx"), ("int8", "torch"), ("int4", "onnx")]
+)
 def test_the_file_is_as_small_as_the_folder(large, dtype, to, tmp_path):
-    small = large if dtype == "float" else quantize(large)
+    small = large if dtype == "float" else quantize(large, dtype)
     folder = small.save_pretrained(tmp_path / "small")
     file = export(small, tmp_path / "small.bin", to)
     whole = sum(path.stat().st_size for path in folder.iterdir())
@@ -161,7 +164,7 @@ def test_torch_export_gives_what_recommend_gives(trained, row, tmp_path):
     check_same(small, lists[:1], exclude[:1, :1], *graph(history[:1], exclude[:1, :1]))
 
 
-@pytest.mark.parametrize("dtype", [None, "int8"])
+@pytest.mark.parametrize("dtype", [None, "int8", "int4"])
 def test_equal_scores_come_by_lower_id_from_either_graph(trained, dtype, tmp_path):
     small = compress(trained["GRU4Rec"], **OPTIONS, dtype=dtype)
     small.add_items([f"new-{i}" for i in range(60)])  # all at the mean of the last block

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from cprec_recbole.config import (
     OBJECTIVES,
+    ROUNDINGS,
     SHARING_SCHEMES,
     SOFTMAXES,
     CompressionConfig,
@@ -46,6 +47,7 @@ def add_compression(parser: argparse.ArgumentParser, *, training: bool = True) -
     group.add_argument("--tied", type=value, metavar="{true,false}")
     if training:
         group.add_argument("--training", metavar="{" + ",".join(OBJECTIVES) + "}")
+        group.add_argument("--rounding", metavar="{" + ",".join(ROUNDINGS) + "}")
         parser.add_argument(
             "--config", action="append", default=[], metavar="FILE", help="a RecBole YAML file"
         )

@@ -20,7 +20,6 @@ from cprec_recbole.compression.recover import recover
 from cprec_recbole.config import CompressionConfig, CompressionError, check_choice
 from cprec_recbole.costs import BYTES_PER_FLOAT, PARAMETERS, PartSizes, Unit, estimate
 from cprec_recbole.host.library import recbole_model
-from cprec_recbole.int8 import BYTES_PER_SCALE
 from cprec_recbole.models.recommender import CompressedRecommender
 from cprec_recbole.models.spec import ModelSpec
 from cprec_recbole.results import Recovery
@@ -33,7 +32,7 @@ SHARED_OPTIONS = (
     "negatives",
     "negatives_power",
 )  # of a CompressionConfig: the same for all contenders
-INT8_BYTES = Unit("bytes in int8", entry=1, row=BYTES_PER_SCALE, other=BYTES_PER_FLOAT)
+INT8_BYTES = Unit.bytes_in("int8", BYTES_PER_FLOAT)
 _PLAIN = CompressionConfig.uncompressed()
 _WIDTHS = ("embedding_size", "hidden_size", "inner_size")  # RecBole's names of a model's widths
 
@@ -46,8 +45,8 @@ class Recipe:
     # `recbole`: RecBole's own model; `compress`: made of the trained uncompressed model; `recover`:
     # that, then trained on
     kind: str
-    # that only it has, as JSON has them: RecBole's, and `dtype: int8` puts the matrices of the
-    # trained model in int8; or arguments of `compress`, where `one_rank: true` asks for one block
+    # that only it has, as JSON has them: RecBole's, and `dtype` puts the matrices of the trained
+    # model in int8 or int4; or arguments of `compress`, where `one_rank: true` asks for one block
     # in those bytes
     options: dict[str, Any]
 
@@ -93,7 +92,10 @@ def sizes(of: Setting | Original, options: CompressionConfig, unit: Unit = PARAM
 
 def own_options(compression: CompressionConfig) -> dict[str, Any]:
     """The compression options in which contenders may differ, as JSON has them."""
-    return {k: v for k, v in compression.as_dict().items() if k not in SHARED_OPTIONS}
+    found = {k: v for k, v in compression.as_dict().items() if k not in SHARED_OPTIONS}
+    if not compression.rounding:  # runs from before there was any keep their names
+        del found["rounding"]
+    return found
 
 
 def _plain(kind: str, setting: Setting, **more: Any) -> Recipe:
@@ -242,8 +244,9 @@ def build(recipe: Recipe, config: Any, dataset: Any) -> torch.nn.Module:
 
 
 def finished(recipe: Recipe, model: Any) -> Any:
-    """What is measured of a trained model: itself, or a copy in int8."""
-    return quantize(model) if recipe.options.get("dtype") == "int8" else model
+    """What is measured of a trained model: itself, or a quantized copy."""
+    dtype = recipe.options.get("dtype")
+    return quantize(model, dtype) if dtype else model
 
 
 def derive(

@@ -15,6 +15,7 @@ from cprec_recbole.compare import contenders
 from cprec_recbole.compare.contenders import ALL, COMPRESSED, STOCK, UNCOMPRESSED, Recipe
 from cprec_recbole.compression.budget import checked_ratio
 from cprec_recbole.config import (
+    ROUNDINGS,
     SHARING_SCHEMES,
     CompressionConfig,
     CompressionError,
@@ -378,8 +379,8 @@ def _setting(name: Any, options: Any) -> dict[str, Any]:
         raise _error(f"the setting {name} to hold options such as {{ranks: [64, 16, 4]}}", options)
     options = dict(options or {})
     dtype = options.pop("dtype", None)
-    if dtype not in (None, "int8"):
-        raise _error(f"the setting {name} to have `dtype` int8 or none", dtype)
+    if dtype not in (None, *ROUNDINGS):
+        raise _error(f"the setting {name} to have `dtype` int8, int4 or none", dtype)
     if "recjpq_codes" in options:
         if options.keys() - {"recjpq_codes", "negatives"} or dtype:
             raise _error(f"the setting {name} to have `recjpq_codes` alone", options)

@@ -36,7 +36,7 @@ class ItemTable(nn.Module, ABC):
     id order. Stands where a BlockEmbedding stands, as the only block of itself. The padding item's
     vector is zero."""
 
-    is_int8 = False
+    quantized = None
     projection = None
 
     def __init__(self, n_items: int, dim: int) -> None:

@@ -266,8 +266,8 @@ def _measured(model: nn.Module, plain: nn.Module, data: Data, config: Config) ->
     users, targets, places = rank_targets(model, data.test)
     return found | {
         "sharing": shared_layers(model),
-        # layers are in int8 in a folder, and nowhere else
-        "weight_bytes": None if model.table.is_int8 else _pickled_bytes(model),
+        # layers are quantized in a folder, and nowhere else
+        "weight_bytes": None if model.table.quantized else _pickled_bytes(model),
         "popularity": by_popularity(targets, places, item_counts(data.train._dataset)),
         "users": pack_users(by_user(users, places)),
     }

@@ -120,7 +120,7 @@ class OptionSearch:
         while high - low > 1:
             middle = (low + high) // 2
             small = self.within(max(self.smallest, int(self.whole / ratios[middle])))
-            measured = small if self.unit is PARAMETERS else quantize(small)
+            measured = quantize(small, self.unit.dtype) if self.unit.dtype else small
             score = evaluate(measured, valid_data)[metric]
             tried.append(f"ratio {ratios[middle]:.2f}: {metric} {score:.4f}, {score / whole:.1%}")
             if score >= (1 - max_loss) * whole:

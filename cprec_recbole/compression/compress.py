@@ -18,10 +18,15 @@ from cprec_recbole.compression.histories import dataset_of, drawn_histories, his
 from cprec_recbole.compression.original import Original
 from cprec_recbole.compression.quantize import check_precision, quantize
 from cprec_recbole.compression.warm_start import FIT_HISTORIES
-from cprec_recbole.config import CompressionConfig, CompressionError, check_choice, reject_unknown
+from cprec_recbole.config import (
+    ROUNDINGS,
+    CompressionConfig,
+    CompressionError,
+    check_choice,
+    reject_unknown,
+)
 from cprec_recbole.costs import PARAMETERS, Unit
 from cprec_recbole.host.numbering import check_numbering
-from cprec_recbole.int8 import BYTES_PER_SCALE
 from cprec_recbole.models.eval_mode import can_be_trained
 from cprec_recbole.models.recommender import CompressedRecommender
 from cprec_recbole.training.evaluation import check_validation_data
@@ -71,8 +76,8 @@ def compress(
         max_loss: a budget: the smallest model that loses at most this share of the model's
             validation metric before any fine-tuning, e.g. 0.01.
         valid_data: RecBole's validation data; with `max_loss`.
-        dtype: `"int8"` keeps all matrices in int8, as `quantize` does; a budget then counts bytes
-            of the weights. Of training only `recover` is possible.
+        dtype: `"int8"` or `"int4"` quantizes all matrices, as `quantize` does; a budget then counts
+            bytes of the weights. Of training only `recover` is possible.
         verbose: whether to print what was chosen for a budget.
 
     Returns:
@@ -91,9 +96,9 @@ def compress(
     original = Original.of(model).in_float()
     unit = PARAMETERS
     if dtype is not None:
-        check_choice("dtype", dtype, ("int8",))
+        check_choice("dtype", dtype, ROUNDINGS)
         check_precision("model", original.dtype)
-        unit = Unit("bytes", 1, BYTES_PER_SCALE, original.dtype.itemsize)
+        unit = Unit.bytes_in(dtype, original.dtype.itemsize)
     original.spec.check_loss(base, str(original.inner.loss_type))
     base.plan(original.dim, original.n_items)
     for given, name in ((data, "data"), (item_counts, "item_counts"), (valid_data, "valid_data")):
@@ -118,7 +123,7 @@ def compress(
     if verbose and small.choice is not None:
         print(small.choice)
     small.to(original.dtype).train(model.training)
-    return small if dtype is None else quantize(small)
+    return small if dtype is None else quantize(small, dtype)
 
 
 def _check_budget(base: CompressionConfig, budgets: dict[str, Any], valid_data: Any) -> None:

@@ -49,8 +49,9 @@ class Original:
             options = model.compression
             layers, sets = model.spec.sharing(model.inner, options.sharing)
             is_whole = set(model.table.ranks) == {model.table.dim} and len(sets) == len(layers)
-            if not is_whole or options.softmax != "full" or not options.tied or model.table.is_int8:
-                how = "in int8" if model.table.is_int8 else "compressed"
+            dtype = model.table.quantized
+            if not is_whole or options.softmax != "full" or not options.tied or dtype:
+                how = f"in {dtype}" if dtype else "compressed"
                 raise CompressionError(
                     f"Expected `model` to be uncompressed, but got {type(model).__name__}, which "
                     f"is {how}; compress the original model with the new options."

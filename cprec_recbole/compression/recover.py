@@ -15,7 +15,7 @@ from tqdm import tqdm
 from cprec_recbole.compression.distillation import Teacher
 from cprec_recbole.compression.histories import Histories, histories_of
 from cprec_recbole.compression.original import Original
-from cprec_recbole.compression.quantize import in_float, to_int8
+from cprec_recbole.compression.quantize import in_float, quantized
 from cprec_recbole.compression.warm_start import fill
 from cprec_recbole.config import CompressionError, check_number, check_whole
 from cprec_recbole.host.numbering import check_numbering
@@ -57,7 +57,8 @@ def recover(
     target's own block. Adam, its rate rising over the first twentieth of the steps, then falling
     evenly. What counts is the average of the weights over the latest steps.
     With validation data the best epoch's average is kept, which may be the start.
-    A model in int8 is trained in float, measured in int8 and in int8 again afterwards.
+    A quantized model is trained in float, with the rounding of int4 in each step, measured as it
+    will be kept, and quantized again afterwards.
 
     Args:
         small: what `compress()` made; it is changed.
@@ -106,7 +107,8 @@ def recover(
         for model in (small, teacher):
             check_numbering(model, given, name)
     histories = histories_of(data, small.n_items, small.max_seq_length)
-    learner = in_float(small) if small.table.is_int8 else small
+    dtype = small.table.quantized
+    learner = in_float(small) if dtype else small
     as_teacher = None
     if original is not None and distillation > 0:
         as_teacher = Teacher(learner, original, float(distillation))
@@ -116,7 +118,7 @@ def recover(
     say = tqdm.write if progress else lambda line: None
 
     def measured() -> dict[str, float]:
-        as_kept = learner if learner is small else to_int8(copied(learner), small)
+        as_kept = quantized(copied(learner), dtype, small) if dtype else learner
         return evaluate(as_kept, valid_data)
 
     with (
@@ -136,7 +138,8 @@ def recover(
                 result.original = evaluate(original.model, valid_data)
             result.start = measured()
             say(f"recover: {result.scores_before()}")
-        options = (epochs, batch_size, learning_rate, seed, progress)
+        rounding = dtype if dtype == "int4" else small.compression.rounding  # int8 needs none
+        options = (epochs, batch_size, learning_rate, seed, progress, rounding)
         try:
             with closing(_train(learner, as_teacher, histories, *options)) as mean_losses:
                 for epoch, mean_loss in enumerate(mean_losses, start=1):
@@ -150,10 +153,10 @@ def recover(
             learner.load_state_dict(best)
             learner.zero_grad(set_to_none=True)
             learner.train(was_training)
-            if learner is not small and result.kept:
-                kept = to_int8(learner, small)
+            if dtype and result.kept:
+                kept = quantized(learner, dtype, small)
                 small.load_state_dict(kept.state_dict())
-                small.int8_scales = kept.int8_scales
+                small.matrix_scales = kept.matrix_scales
     return result
 
 
@@ -166,6 +169,7 @@ def _train(
     learning_rate: float,
     seed: int,
     progress: bool,
+    rounding: str | None,
 ) -> Generator[float, None, None]:
     """Train, giving the mean loss of each epoch while the parameters are their averages."""
     # a model with one state for a history is asked for each target by itself
@@ -202,11 +206,12 @@ def _train(
             small.train()
             total = 0.0
             for batch in _batches(items, targets, size, generator):
-                loss = _loss(small, teacher, *batch)
-                if not torch.isfinite(loss):
-                    raise _diverged(f"it became {loss.item()}", learning_rate, epoch)
                 optimizer.zero_grad()
-                loss.backward()
+                with small.rounded(rounding):
+                    loss = _loss(small, teacher, *batch)
+                    if not torch.isfinite(loss):
+                        raise _diverged(f"it became {loss.item()}", learning_rate, epoch)
+                    loss.backward()
                 optimizer.step()
                 step += 1
                 # Polynomial-decay averaging (Shamir and Zhang, Stochastic gradient descent for

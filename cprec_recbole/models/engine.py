@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from cprec_recbole.embedding import FEW_ITEMS, BlockEmbedding
 from cprec_recbole.files import remove_leftovers, write_whole
-from cprec_recbole.int8 import Int8Rows
+from cprec_recbole.integers import Int4Rows, Int8Rows
 from cprec_recbole.models.eval_mode import in_eval_mode
 from cprec_recbole.models.spec import Encoder
 from cprec_recbole.partition import PADDING
@@ -163,8 +163,8 @@ def _check(model: Any) -> None:
     for parameter in model.parameters():
         if parameter.device.type != "cpu":
             raise NoGraph(f"the model is on {parameter.device.type}, and not on the CPU")
-        if parameter.dtype not in (torch.float32, torch.int8):
-            raise NoGraph(f"the model is in {parameter.dtype}, and not in float32 or int8")
+        if parameter.dtype not in (torch.float32, torch.int8, torch.uint8):
+            raise NoGraph(f"the model is in {parameter.dtype}, and not in float32, int8 or int4")
 
 
 def _histories(
@@ -196,6 +196,7 @@ class _GraphTable(nn.Module):
         super().__init__()
         self.partition = SimpleNamespace(n_items=table.partition.n_items)
         self._places = list(zip(table.partition.starts, table.partition.cutoffs))
+        self._ranks, self._is_int4 = table.ranks, table.quantized == Int4Rows.dtype_name
         projections = (block.projection for block in table.blocks)
         self._projections = [None if p is None else p.detach().clone() for p in projections]
 
@@ -208,11 +209,20 @@ class _GraphTable(nn.Module):
         for j, ((start, end), projection) in enumerate(zip(self._places, self._projections)):
             rows = (positions - start).clamp(0, end - start - 1)
             here = ((positions >= start) & (positions < end)).to(torch.float32).unsqueeze(-1)
-            if f"scales_{j}" in self.given:
-                here = here * self.given[f"scales_{j}"][rows].unsqueeze(-1)
-            codes = self.given[f"rows_{j}"][rows].to(torch.float32) * here
+            codes = self._codes(j, rows) * here
             parts.append(codes if projection is None else codes @ projection)
         return sum(parts[1:], parts[0])
+
+    def _codes(self, j: int, rows: Tensor) -> Tensor:
+        codes = self.given[f"rows_{j}"][rows].to(torch.float32)
+        scales = self.given.get(f"scales_{j}")
+        if scales is None:
+            return codes
+        if not self._is_int4:
+            return codes * scales[rows].unsqueeze(-1)
+        upper = (codes / 16).floor()  # of each byte, in operations that every runtime has
+        halves = torch.stack([codes - 16 * upper, upper], -1).flatten(-2)
+        return (halves[..., : self._ranks[j]] - 8) * scales
 
 
 class _Graph(nn.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -19,7 +20,7 @@ from cprec_recbole.data import NEXT_ITEMS
 from cprec_recbole.embedding import BlockEmbedding
 from cprec_recbole.host.numbering import check_numbering, remember
 from cprec_recbole.host.provider import importing_models
-from cprec_recbole.int8 import not_trained
+from cprec_recbole.integers import not_trained, rounded
 from cprec_recbole.models.engine import ENGINES, GraphLayers, NoGraph
 from cprec_recbole.models.eval_mode import can_be_trained, in_eval_mode
 from cprec_recbole.models.from_config import parts_of_config
@@ -77,7 +78,7 @@ class CompressedRecommender(SequentialRecommender):
     vocabulary: Vocabulary | None = None  # the same, once it was asked for
     choice: ChosenOptions | None = None  # where compress() was given a budget
     warm_start: WarmStart | None = None  # where compress() was given a trained model
-    int8_scales: Mapping[str, Tensor] = MappingProxyType({})  # of matrices that quantize() rounded
+    matrix_scales: Mapping[str, Tensor] = MappingProxyType({})  # of those that quantize() rounded
     graph_file: Path | None = None  # where a folder keeps its layers as a graph
     _engine = "torch"
     _graph: GraphLayers | None = None
@@ -100,6 +101,14 @@ class CompressedRecommender(SequentialRecommender):
         self.softmax: Softmax = build_softmax(compression.softmax, parts.softmax_table, memory)
         if hasattr(dataset, "inter_feat"):
             remember(self, config, dataset)
+
+    def rounded(self, dtype: str | None) -> AbstractContextManager[None]:
+        """Within: the weights are as `quantize` would round them, `int8` or `int4`; afterwards they
+        are as before. None changes nothing."""
+        if dtype is None:
+            return nullcontext()
+        tables = {id(block.weight) for table in self.tables for block in table.blocks}
+        return rounded(self, dtype, tables)
 
     head = renamed("head", "softmax")
     backbone = renamed("backbone", "inner")
@@ -148,9 +157,9 @@ class CompressedRecommender(SequentialRecommender):
 
     def calculate_loss(self, interaction: Interaction) -> Tensor:
         """Training loss of a batch, `[]`: every position of a window, or the last of a prefix. A
-        CompressionError for a model in int8, which cannot be trained."""
-        if self.table.is_int8:
-            raise not_trained()
+        CompressionError for a quantized model, which cannot be trained."""
+        if self.table.quantized:
+            raise not_trained(self.table.quantized)
         item_seq, lengths = interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN]
         if NEXT_ITEMS in interaction:
             hidden, target = self.encoder.at_targets(item_seq, interaction[NEXT_ITEMS])
@@ -196,7 +205,7 @@ class CompressedRecommender(SequentialRecommender):
 
         Raises:
             CompressionError: places that share a parameter here hold different values there, rows
-                that are in int8 on one side alone, or `assign=True`, which would replace the
+                that are quantized on one side alone, or `assign=True`, which would replace the
                 shared parameter in each place.
         """
         if assign:
@@ -209,7 +218,7 @@ class CompressedRecommender(SequentialRecommender):
             given = state_dict.get(name)
             if not isinstance(given, Tensor):
                 continue
-            if given.is_floating_point() != parameter.is_floating_point():
+            if _kind(given) != _kind(parameter):
                 raise CompressionError(
                     f"Expected `state_dict` to have {name} in {parameter.dtype}, but got "
                     f"{given.dtype}; make the model with `quantize` or `dtype` as the state's was."
@@ -232,8 +241,8 @@ class CompressedRecommender(SequentialRecommender):
     def engine(self) -> str:
         """What computes hidden states in `recommend`: `torch`, or `onnx` for onnxruntime, which
         follows the layers anew after each change of weights. Set it to either, or to `auto`:
-        onnxruntime where it is installed and runs the layers in float32 or int8 on the CPU, until
-        weights change.
+        onnxruntime where it is installed and runs the layers in float32, int8 or int4 on the CPU,
+        until weights change.
 
         Raises:
             CompressionError: another name, or `onnx` where onnxruntime is missing or cannot run
@@ -485,3 +494,7 @@ def copied(model: CompressedRecommender) -> CompressedRecommender:
     """A copy that shares tokens and counts."""
     known = (model.vocabulary, model.item_tokens, model.train_item_counts)
     return copy.deepcopy(model, {id(each): each for each in known if each is not None})
+
+
+def _kind(values: Tensor) -> torch.dtype | None:
+    return None if values.is_floating_point() else values.dtype

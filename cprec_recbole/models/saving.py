@@ -27,17 +27,17 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from cprec_recbole.config import CompressionConfig, CompressionError
-from cprec_recbole.embedding import Block, BlockEmbedding, Int8Block
+from cprec_recbole.embedding import Block, BlockEmbedding, QuantizedBlock
 from cprec_recbole.files import flush, held, write_whole
-from cprec_recbole.int8 import SCALE_DTYPE, fill_from_int8, float_matrices, whole_numbers
+from cprec_recbole.integers import ROWS_OF, SCALE_DTYPE, fill, float_matrices, whole_numbers
 from cprec_recbole.models.engine import graph_file
 from cprec_recbole.models.spec import Parts
 from cprec_recbole.models.vocabulary import Vocabulary
 from cprec_recbole.partition import Partition
 
 FORMAT = "cprec_recbole"
-# 2: rows in int8, 3: other matrices too; what has neither is written as 1, as older readers know it
-FORMAT_VERSION = 3
+# 2: rows in int8, 3: other matrices too, 4: int4; what has none is written as 1, for older readers
+FORMAT_VERSION = 4
 _CONFIG = "config.json"
 _BETWEEN = re.compile(rb'[^\\]","')  # two tokens: quotation marks within one are escaped
 _OURS = re.compile(
@@ -55,14 +55,16 @@ def save_model(model: Any, folder: str | os.PathLike[str], vocabulary: Vocabular
     options = model.compression.as_dict() | plan
     if not model.compression.negatives:  # the folder is one that version 0.1 reads
         del options["negatives"], options["negatives_power"]
+    if not model.compression.rounding:
+        del options["rounding"]
     header = {
         "format": FORMAT,
-        "format_version": 3 if is_rounded else 2 if table.is_int8 else 1,
+        "format_version": _format_version(table.quantized, is_rounded),
         "model": type(model).__name__,
         "n_items": model.n_items,
         "dtype": str(table.dtype).removeprefix("torch."),
-        **({"rows": "int8"} if table.is_int8 else {}),
-        **({"matrices": "int8"} if is_rounded else {}),
+        **({"rows": table.quantized} if table.quantized else {}),
+        **({"matrices": table.quantized} if is_rounded else {}),
         "reads_last_column": model.reads_last_column,
         "compression": options,
         "architecture": model.spec.architecture_of(model.inner),
@@ -80,6 +82,12 @@ def save_model(model: Any, folder: str | os.PathLike[str], vocabulary: Vocabular
             f"{getattr(error, 'strerror', None) or error}."
         ) from error
     return out
+
+
+def _format_version(quantized: str | None, is_rounded: bool) -> int:
+    if quantized == "int4":
+        return 4
+    return 3 if is_rounded else 2 if quantized else 1
 
 
 def check_finite(name: str, model: nn.Module) -> None:
@@ -100,14 +108,14 @@ def _kept_weights(model: Any) -> dict[str, Tensor]:
         for block, items in zip(table.blocks, partition.item_at.split(partition.sizes)):
             order = torch.argsort(items)
             instead[id(block.weight)] = block.weight[order]
-            if isinstance(block, Int8Block):  # scales have no more bits than that
-                instead[id(block.scale)] = block.scale[order].to(SCALE_DTYPE)
+            if isinstance(block, QuantizedBlock):  # scales have no more bits than that
+                instead[id(block.scale)] = block.rows().pick(order).scales.to(SCALE_DTYPE)
     scales = []
     for name, matrix in float_matrices(model):
-        values = whole_numbers(matrix, model.int8_scales.get(name))
+        values = whole_numbers(matrix, model.matrix_scales.get(name), table.quantized)
         if values is not None:
             instead[id(matrix)] = values
-            scales.append(model.int8_scales[name])
+            scales.append(model.matrix_scales[name])
     member = partition.blocks(partition.position_of).cpu().numpy()
     weights = {name: instead.get(id(place), place) for name, place in _places(model).items()}
     weights["blocks"] = packed_blocks(member, len(partition.sizes))
@@ -268,7 +276,8 @@ def _built(
     if sizes != list(plan.sizes):
         raise ValueError(f"the options have blocks of {list(plan.sizes)}, the weights of {sizes}")
     item_at = torch.from_numpy(np.argsort(member, kind="stable").astype(np.int32))
-    make_block = {None: Block, "int8": Int8Block}[header.get("rows")]
+    kind = header.get("rows")
+    make_block = partial(QuantizedBlock.empty, ROWS_OF[kind]) if kind else Block
     with torch.random.fork_rng(devices=[]):  # fresh weights are drawn, and written over
         partition = Partition(item_at, plan.cutoffs)
         n_tables = 1 if compression.tied else 2
@@ -299,21 +308,25 @@ def _fill(model: Any, weights: dict[str, Tensor]) -> None:
             for names in (places.keys() - weights.keys(), weights.keys() - places.keys())
         )
         raise ValueError(f"the weights lack {missing} and have {strange} besides")
-    rounded = {n: len(p) for n, p in float_matrices(model) if weights[n].dtype == torch.int8}
+    whole = torch.int8, torch.uint8
+    rounded = {n: len(p) for n, p in float_matrices(model) if weights[n].dtype in whole}
     of_matrix = dict(zip(rounded, scales.split(list(rounded.values()))))
     for name, place in places.items():
         value = weights[name]
         is_float = name in of_matrix or value.is_floating_point()
-        if place.shape != value.shape or place.is_floating_point() != is_float:
+        shape = place.shape
+        if value.dtype == torch.uint8 and name in of_matrix:  # packed
+            shape = torch.Size([len(place), -(-place[0].numel() // 2)])
+        if shape != value.shape or place.is_floating_point() != is_float:
             raise ValueError(
                 f"by the options the weight {name} is {place.dtype} of {list(place.shape)}, but it "
                 f"is {value.dtype} of {list(value.shape)}"
             )
         if name in of_matrix:
-            of_matrix[name] = fill_from_int8(place, value, of_matrix[name])
+            of_matrix[name] = fill(place, value, of_matrix[name])
         else:
             place.copy_(value)
-    model.int8_scales = of_matrix
+    model.matrix_scales = of_matrix
 
 
 # -- files -----------------------------------------------------------------------------------------

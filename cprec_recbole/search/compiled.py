@@ -1,4 +1,5 @@
-"""The search by compiled loops: of weights on a CPU, in float32 or int8, where numba is installed.
+"""The search by compiled loops where numba is installed: of weights on a CPU, in float32, int8 or
+int4.
 
 Of a large catalogue most rows need not be read: those of the tail blocks are sorted into groups of
 near ones, with bounds on their logits.
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cprec_recbole.int8 import Int8Rows, quantized_rows
+from cprec_recbole.integers import Int4Rows, Int8Rows
 from cprec_recbole.search.table import Rows, SearchTable
 from cprec_recbole.search.topk import Found, Limits, TopK, not_finite
 
@@ -79,7 +80,7 @@ class CompiledSearch:
         self.item_at = table.partition.item_at.numpy()
         ends = np.cumsum(table.ranks).tolist()
         self.blocks = tuple(
-            self.loops.Block(*_numbers(rows.values), rows.start, j, end - rank, 0)
+            self.loops.Block(*_numbers(rows.values), rank, rows.start, j, end - rank, 0)
             for j, (rows, rank, end) in enumerate(zip(table.blocks, table.ranks, ends))
         )
         # what brings hidden states into the spaces of all blocks, [d, sum r]; a tree's clusters too
@@ -87,14 +88,14 @@ class CompiledSearch:
         basis = torch.cat([*(block.basis for block in table.blocks), *clusters], 1)
         self.basis = basis.numpy()
         self.is_indexed, self.n_searched, self._building = False, 0, threading.Lock()
-        none = _no_tiles(self.blocks[0].values.dtype)
+        none = _no_tiles(_numbers(table.blocks[0].values, for_tiles=True)[0].dtype)
         self.index = _Index(self.blocks, (none,) * len(self.blocks), basis[:, :0].numpy())
         # for thin batches, a large head of a flat softmax in int8 too: a quarter of the memory
         self.rough_head = self.blocks[0]
         self.roundings = self.thin_roundings = np.full(len(self.blocks), table.rounding)
         head = table.blocks[0].values
         if table.clusters is None and isinstance(head, Tensor) and len(head) >= _LARGE_HEAD:
-            rough = Int8Rows(*quantized_rows(head))
+            rough = Int8Rows.of(head)
             self.rough_head = self.blocks[0]._replace(
                 values=rough.values.numpy(), scales=rough.scales.numpy()
             )
@@ -322,11 +323,17 @@ class _Part:
         self.tail_rows += sum(part.result() or 0 for part in parts)
 
 
-def _numbers(values: Tensor | Int8Rows) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and scales as the loops read them."""
+def _numbers(
+    values: Tensor | Int8Rows, *, for_tiles: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and scales as the loops read them; those in int4, whose scales are in the queries, are
+    packed but in tiles."""
+    none = np.empty(0, dtype=np.float32)
+    if isinstance(values, Int4Rows):
+        return (values.numbers(slice(None)) if for_tiles else values.values).numpy(), none
     if isinstance(values, Int8Rows):
         return values.values.numpy(), values.scales.numpy()
-    return values.detach().numpy(), np.empty(0, dtype=np.float32)
+    return values.detach().numpy(), none
 
 
 # -- the index -----------------------------------------------------------------------------------
@@ -358,7 +365,7 @@ def _sorted_into_tiles(rows: Rows) -> tuple[np.ndarray, Any]:
     bounds, counts = _bounds(moved[order], size)
     branch_bounds, branch_counts = _bounds(moved[order], size * loops_.FAN)
     order = torch.cat([order, order[-1:].expand(-len(order) % size)])
-    values, scales = (torch.from_numpy(each) for each in _numbers(rows.values))
+    values, scales = map(torch.from_numpy, _numbers(rows.values, for_tiles=True))
     values = values[order].view(len(counts), size, -1).transpose(1, 2).contiguous()
     scales = scales[order] if len(scales) else scales
     own = values.numpy(), scales.numpy(), order.int().numpy()

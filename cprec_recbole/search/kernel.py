@@ -13,7 +13,8 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
+from numba import njit, types
+from numba.extending import overload
 
 FAN = 64  # groups whose bounds are looked at together: a branch
 _LOG2_E = np.float32(math.log2(math.e))
@@ -29,8 +30,9 @@ Span = tuple[int, int]
 class Block(NamedTuple):
     """The rows of a block but the padding row."""
 
-    values: Array  # [n, r], float32 or int8
-    scales: Array  # of rows in int8, [n]; empty for float32
+    values: Array  # [n, r], float32 or int8; in int4 two to a byte, [n, ceil(r / 2)], uint8
+    scales: Array  # of rows in int8, [n]; empty for others
+    rank: int
     start: int  # place of the first row
     number: int  # which block it is
     column: int  # of its first number in queries
@@ -110,32 +112,55 @@ def prepare(
     return exact, exact.astype(np.float32), moved, slack, lengths
 
 
+def _rows(values: Array, start: int, end: int, rank: int) -> Array:
+    """Some rows of a block with a number to each entry, `[m, r]`."""
+    raise NotImplementedError  # outside of compiled loops
+
+
+@overload(_rows, inline="always")
+def _rows_compiled(values: Any, start: Any, end: Any, rank: Any) -> Any:
+    def as_they_are(values: Any, start: Any, end: Any, rank: Any) -> Any:
+        return values[start:end]
+
+    def unpacked(values: Any, start: Any, end: Any, rank: Any) -> Any:
+        rows = np.empty((end - start, rank), dtype=np.int8)
+        for g in range(end - start):
+            for a in range(rank // 2):
+                rows[g, 2 * a] = np.int8(values[start + g, a] & 15) - 8
+                rows[g, 2 * a + 1] = np.int8(values[start + g, a] >> 4) - 8
+            if rank % 2:
+                rows[g, rank - 1] = np.int8(values[start + g, rank // 2] & 15) - 8
+        return rows
+
+    return unpacked if values.dtype == types.uint8 else as_they_are
+
+
 @_in_any_order
-def _multiply(block: Block, start: int, queries: Queries, i: int, out: Array) -> None:
-    """Logits of rows from `start` on, `[m]`."""
-    query = queries.rough[i, block.column :]
+def _multiply(rows: Array, scales: Array, query: Array, out: Array) -> None:
+    """Logits of rows, `[m]`."""
     for g in range(len(out)):
         logit = np.float32(0)
-        for a in range(block.values.shape[1]):
-            logit += np.float32(block.values[start + g, a]) * query[a]
+        for a in range(rows.shape[1]):
+            logit += np.float32(rows[g, a]) * query[a]
         out[g] = logit
-    if len(block.scales):
+    if len(scales):
         for g in range(len(out)):
-            out[g] *= block.scales[start + g]
+            out[g] *= scales[g]
 
 
 @_in_order
 def _exact_logit(block: Block, row: int, queries: Queries, i: int) -> float:
-    query, rank = queries.exact[i, block.column :], block.values.shape[1]
+    query, rank = queries.exact[i, block.column :], block.rank
+    values = _rows(block.values, row, row + 1, rank)[0]
     scale = np.float64(block.scales[row]) if len(block.scales) else 1.0
     one = two = three = four = 0.0  # sums beside each other, which do not wait for another
     for a in range(0, rank - 3, 4):
-        one += np.float64(block.values[row, a]) * scale * query[a]
-        two += np.float64(block.values[row, a + 1]) * scale * query[a + 1]
-        three += np.float64(block.values[row, a + 2]) * scale * query[a + 2]
-        four += np.float64(block.values[row, a + 3]) * scale * query[a + 3]
+        one += np.float64(values[a]) * scale * query[a]
+        two += np.float64(values[a + 1]) * scale * query[a + 1]
+        three += np.float64(values[a + 2]) * scale * query[a + 2]
+        four += np.float64(values[a + 3]) * scale * query[a + 3]
     for a in range(rank - rank % 4, rank):
-        one += np.float64(block.values[row, a]) * scale * query[a]
+        one += np.float64(values[a]) * scale * query[a]
     return (one + two) + (three + four)
 
 
@@ -264,10 +289,11 @@ def read_rows(
     """Offer all rows of a block, of which `rough` has the logits within the slack; and add the
     exponentials of their logits to `sums`, peaks and totals, `[B, 2]`, unless that is empty."""
     logits = np.empty(min(_PIECE, len(block.values)), dtype=np.float32)
-    for i in range(some[0], some[1]):
-        for start in range(0, len(block.values), _PIECE):
-            part = logits[: min(_PIECE, len(block.values) - start)]
-            _multiply(rough, start, queries, i, part)
+    for start in range(0, len(block.values), _PIECE):
+        end = min(start + _PIECE, len(block.values))
+        rows, part = _rows(rough.values, start, end, rough.rank), logits[: end - start]
+        for i in range(some[0], some[1]):
+            _multiply(rows, rough.scales[start:end], queries.rough[i, rough.column :], part)
             if len(sums):
                 _add_powers(sums, i, part)
             _take(best, block, start, part, queries, i)
@@ -308,7 +334,7 @@ def _reaching(
     """Whether any group may reach the floor; then `out` has numbers that no logit of a group
     exceeds, `[3 r + 1, FAN] -> [FAN]`: the smaller of `z . centre + |z| radius` and of the same for
     the box, with the absolute values of z."""
-    rank = block.values.shape[1]
+    rank = block.rank
     query = queries.moved[i, block.moved_column : block.moved_column + rank]
     length = np.float32(0)
     for a in range(rank):
@@ -460,7 +486,7 @@ def find_open(
     """For which rows of a tree's batch a block has to be read, into `is_open`, `[B]`: those where,
     for all that bounds say of its normaliser, an item may do. Offsets are cluster logits here."""
     memory = np.empty((2, FAN), dtype=np.float32)
-    n_groups, size, rank = len(tiles.counts), tiles.values.shape[2], block.values.shape[1]
+    n_groups, size, rank = len(tiles.counts), tiles.values.shape[2], block.rank
     for i in range(some[0], some[1]):
         moved = queries.moved[i, block.moved_column : block.moved_column + rank]
         floor = _floor(best, i, block, queries)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cprec_recbole.config import CompressionError
-from cprec_recbole.int8 import Int8Rows
+from cprec_recbole.integers import Int4Rows, Int8Rows
 from cprec_recbole.partition import PADDING, Partition
 from cprec_recbole.versions import Version
 
@@ -32,6 +32,7 @@ class Rows:
     basis: Tensor  # brings a hidden state into their space, [d, r], float64
     longest: float  # no item vector is longer
     start: int  # position of the block's first item
+    is_plain: bool  # whether that is the space of hidden states
     places: Tensor | None = None  # positions of a copy of some of the rows, rising
 
     @classmethod
@@ -40,14 +41,15 @@ class Rows:
     ) -> Rows:
         """All rows of a block but the padding row, not copied (but for half precision)."""
         skip = 1 if start == PADDING else 0
-        if isinstance(values, Int8Rows):
-            values = Int8Rows(values.values[skip:], values.scales[skip:].to(dtype))
-        else:
-            values = values[skip:].to(dtype)
+        own = slice(skip, None)
+        values = (values.pick(own) if isinstance(values, Int8Rows) else values[own]).to(dtype)
         size = values.shape[1]
         basis = torch.eye(size, dtype=torch.float64, device=values.device)
         if projection is not None:
             basis = projection.detach().T.double().contiguous()
+        if isinstance(values, Int4Rows):  # the scales of columns are those of queries as well
+            basis = basis * values.scales.double()
+            values = Int4Rows(values.values, torch.ones_like(values.scales))
         parts = values.split(max(1, _FEW_NUMBERS // size))
         norms = (torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in parts)
         longest = float(torch.stack([norm.max() for norm in norms]).max())
@@ -63,12 +65,13 @@ class Rows:
                 "diverged."
             )
         longest *= float(torch.linalg.matrix_norm(basis, 2))
-        return cls(values, basis, longest, start + skip)
+        is_plain = projection is None and not isinstance(values, Int4Rows)
+        return cls(values, basis, longest, start + skip, is_plain)
 
     def exact_query(self, hidden: Tensor) -> Tensor:
         """Hidden states in the space of the rows, `[B, d] -> [B, r]`, in float64. No product of
         matrices, in which a result's last digit depends on how many there are."""
-        if self.basis.shape[0] == self.basis.shape[1]:  # no projection
+        if self.is_plain:
             return hidden
         parts = hidden.split(max(1, _NUMBERS // self.basis.numel()))
         return torch.cat([(self.basis * part.unsqueeze(2)).sum(1) for part in parts])

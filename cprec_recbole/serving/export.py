@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from cprec_recbole.config import CompressionError, check_choice
 from cprec_recbole.costs import part_sizes, saved_bytes
-from cprec_recbole.embedding import Int8Block
+from cprec_recbole.embedding import QuantizedBlock
 from cprec_recbole.files import write_whole
-from cprec_recbole.int8 import SCALE_DTYPE, Int8Rows
+from cprec_recbole.integers import SCALE_DTYPE, Int4Rows, Int8Rows
 from cprec_recbole.models.engine import OPSET, quietly
 from cprec_recbole.models.recommender import CompressedRecommender, copied
 from cprec_recbole.models.saving import as_path, write_tokens
@@ -37,13 +37,13 @@ def export(
     `max_seq_length`: of longer histories the newest items; and `exclude [B, M]`, ids that must not
     be returned, 0 for none. Its outputs are `items [B, k]` and `scores [B, k]`, those of
     `recommend`: the graph scores every item and sorts. B and M, 1 or more, may differ from call to
-    call. Ids are int64. Rows in int8 stay in int8.
+    call. Ids are int64. Quantized rows stay so.
 
     The tokens of the items, where the model knows them, are written beside as a JSON list, with id
     1 first. Returns the file.
 
     Args:
-        small: a compressed model, its numbers in float32, its rows in float32 or int8.
+        small: a compressed model, its numbers in float32, its rows in float32, int8 or int4.
         path: the file; its folder exists.
         to: `onnx` (opset 18; needs the extra `export`) or `torch` (a `.pt2` for
             `torch.export.load`).
@@ -138,7 +138,7 @@ class _Exported(nn.Module):
             # of `item_at`, its inverse, an entry is left so that it is not written
             table.partition.item_at = table.partition.item_at[:1].clone()
             for j, block in enumerate(table.blocks):
-                if isinstance(block, Int8Block):
+                if isinstance(block, QuantizedBlock):
                     table.factors[j] = _ExportedBlock(block, to_onnx)
 
     def forward(self, history: Tensor, exclude: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,22 +162,21 @@ class _Exported(nn.Module):
         return items[:, : self.k], best[:, : self.k]
 
 
-class _ExportedBlock(Int8Block):
-    """A block in int8 in plain operations: all of its rows become float at once, for a moment. Its
-    scales are kept in bfloat16."""
+class _ExportedBlock(QuantizedBlock):
+    """A quantized block in plain operations: all of its rows become float at once, for a moment.
+    Its scales are kept in bfloat16."""
 
-    def __init__(self, block: Int8Block, to_onnx: bool) -> None:
-        super().__init__(0, 0, 0)
-        self.put(block.weight.detach(), block.scale.to(SCALE_DTYPE))
-        self.projection, self.to_onnx = block.projection, to_onnx
+    def __init__(self, block: QuantizedBlock, to_onnx: bool) -> None:
+        super().__init__(block.rows().to(SCALE_DTYPE), block.projection)
+        self.to_onnx = to_onnx
 
     def rows(self) -> Int8Rows:
         """See Block.rows."""
-        return Int8Rows(self.weight, self.scale.to(torch.float32))
+        return self._rows_type(self.weight, self.scale.to(torch.float32))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See Block.logits."""
-        if not self.to_onnx:
+        if not self.to_onnx or self._rows_type is Int4Rows:
             return F.linear(self.into_rank(hidden), self.whole())
         scales, shape = self.rows().scales, self.weight.shape
         inputs = self.weight, scales, torch.zeros_like(scales, dtype=torch.int8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -50,6 +51,8 @@ class CompressedTrainer(Trainer):
         self.valid_data: Any = None
         self._resumed: Progress | None = None
         self._is_resumed = False
+        own = getattr(model, "compression", None)  # a study trains RecBole's own models, too
+        self._rounding = own and own.rounding
         self._is_alone = bool(config["single_spec"])
         self._loss: Any = model.calculate_loss if self._is_alone else _distributed(model)
 
@@ -146,10 +149,11 @@ class CompressedTrainer(Trainer):
         """One step of the optimizer; returns this process's part of the loss, `[]`."""
         self.optimizer.zero_grad()
         weight = self._weight(batch)
-        with torch.autocast(device_type=self.device.type, enabled=self.enable_amp):
-            loss = self._loss(batch.to(self.device)) * weight
-        # DistributedDataParallel takes the mean over processes where we need the sum
-        scaler.scale(loss * group.size()).backward()
+        with self._rounded():
+            with torch.autocast(device_type=self.device.type, enabled=self.enable_amp):
+                loss = self._loss(batch.to(self.device)) * weight
+            # DistributedDataParallel takes the mean over processes where we need the sum
+            scaler.scale(loss * group.size()).backward()
         if not self._is_alone:
             for parameter in sparse_parameters(self.model):
                 _add_up_rows(parameter)
@@ -193,12 +197,17 @@ class CompressedTrainer(Trainer):
         its items otherwise than the model does."""
         if eval_data is not self.valid_data:  # which `fit` has compared
             check_numbering(self.model, eval_data, "eval_data")
-        if load_best_model and self._is_resumed and eval_data:
-            # what lies in the folder of an earlier run is read without running it
+        if load_best_model and eval_data and (self._is_resumed or self._rounding):
+            # what lies in the folder of an earlier run is read without running it, and weights that
+            # are rounded while they are evaluated are loaded before
             found = read_checkpoint(model_file or self.saved_model_file)
             self.model.load_state_dict(found.state)
             load_best_model = False
-        return super().evaluate(eval_data, load_best_model, model_file, show_progress)
+        with self._rounded():
+            return super().evaluate(eval_data, load_best_model, model_file, show_progress)
+
+    def _rounded(self) -> AbstractContextManager[None]:
+        return self.model.rounded(self._rounding) if self._rounding else nullcontext()
 
     def _full_sort_batch_eval(self, batched_data: tuple) -> tuple:
         interaction, history, positive_u, positive_i = batched_data

@@ -1,8 +1,9 @@
-"""Matrices in int8: how far off they may be, and that what is exact about a model stays so."""
+"""Matrices in int8 and int4: how far off they may be, and that what is exact stays so."""
 
 import copy
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,18 +21,23 @@ from cprec_recbole import (
     recover,
 )
 from cprec_recbole.commands.cli import main
-from cprec_recbole.compression.quantize import int8_block
+from cprec_recbole.compression.quantize import in_float, quantized_block
 from cprec_recbole.costs import saved_bytes
-from cprec_recbole.int8 import (
-    fill_from_int8,
+from cprec_recbole.integers import (
+    fill,
     float_matrices,
+    int4_scales,
+    of_int4,
+    packed,
     quantized_rows,
-    round_to_int8,
+    round_matrix,
+    unpacked,
     whole_numbers,
 )
 from cprec_recbole.models import saving
 from cprec_recbole.models.saving import read_folder
 from cprec_recbole.softmax import build_softmax
+from cprec_recbole.training.trainer import CompressedTrainer
 from tests.builders import HOSTS, block_embedding, train_a_step
 from tests.oracles import best_by_sort
 from tests.test_pretrained import rewritten
@@ -41,14 +47,19 @@ MEASURED = {"metrics": ["NDCG"], "topk": [10], "valid_metric": "NDCG@10"}
 HISTORIES = [[1, 2, 3], [4], list(range(1, 12))]
 
 
-def quantized_table(table):
+@pytest.fixture(params=["int8", "int4"])
+def dtype(request):
+    return request.param
+
+
+def quantized_table(table, dtype):
     for j, block in enumerate(table.blocks):
-        table.factors[j] = int8_block(block)
+        table.factors[j] = quantized_block(block, dtype)
     return table
 
 
-def head_in_int8(kind, sizes=(5, 9, 30), ranks=(8, 4, 2), dim=8):
-    return build_softmax(kind, quantized_table(block_embedding(sizes, ranks, dim))).eval()
+def softmax_in(dtype, kind, sizes=(5, 9, 30), ranks=(8, 5, 2), dim=8):
+    return build_softmax(kind, quantized_table(block_embedding(sizes, ranks, dim), dtype)).eval()
 
 
 # -- rows ------------------------------------------------------------------------------------------
@@ -80,20 +91,47 @@ def test_a_rounded_matrix_is_its_whole_numbers_times_its_scales(matrix):
     matrix = torch.from_numpy(matrix)[:, None, :]  # as a kernel has it
     values, scales = quantized_rows(matrix.flatten(1))
     rounded = matrix.clone()
-    assert torch.equal(round_to_int8(rounded), scales)
-    assert torch.equal(whole_numbers(rounded, scales), values.view(matrix.shape))
+    assert torch.equal(round_matrix(rounded, "int8"), scales)
+    assert torch.equal(whole_numbers(rounded, scales, "int8"), values.view(matrix.shape))
     again = torch.empty_like(matrix)
-    assert torch.equal(fill_from_int8(again, values, scales.bfloat16()), scales)
+    assert torch.equal(fill(again, values, scales.bfloat16()), scales)
     assert torch.equal(again, rounded)
-    assert torch.equal(whole_numbers(rounded.double(), scales), values.view(matrix.shape))
+    assert torch.equal(whole_numbers(rounded.double(), scales, "int8"), values.view(matrix.shape))
+
+
+@given(matrices, st.sampled_from([0, 1]))
+@settings(max_examples=100, deadline=None)
+def test_int4_scales_have_the_least_error_of_those_that_are_tried(matrix, dim):
+    matrix = torch.from_numpy(matrix).clamp(-1e18, 1e18)  # whose squares are numbers
+    scales = int4_scales(matrix, dim)
+    assert torch.equal(scales, scales.bfloat16().float())
+
+    def error(each):
+        numbers = of_int4(matrix, each)
+        assert torch.equal(numbers, numbers.round())
+        assert (numbers.abs() <= 7).all()
+        return (numbers * each - matrix).square().sum(dim)
+
+    whole = matrix.abs().amax(dim, keepdim=True) / 7
+    for share in (1.0, 0.7, 0.4):
+        tried = (whole * share).clamp(min=2.0**-126).bfloat16().float()
+        assert (error(scales) <= error(tried) * (1 + 1e-6)).all()
+
+
+@given(arrays.arrays("int8", shapes, elements=st.integers(-7, 7)))
+def test_what_is_packed_comes_back(numbers):
+    numbers = torch.from_numpy(numbers)
+    halves = packed(numbers)
+    assert halves.shape == (len(numbers), (numbers.shape[1] + 1) // 2)
+    assert torch.equal(unpacked(halves, numbers.shape[1]), numbers)
 
 
 # -- the block behind its seam ---------------------------------------------------------------------
 
 
-def test_look_ups_and_logits_are_those_of_the_float_block_with_the_same_rows():
-    table = block_embedding((5, 9, 30), (8, 4, 2), 8)
-    small = quantized_table(copy.deepcopy(table))
+def test_look_ups_and_logits_are_those_of_the_float_block_with_the_same_rows(dtype):
+    table = block_embedding((5, 9, 30), (8, 5, 2), 8)
+    small = quantized_table(copy.deepcopy(table), dtype)
     for block, whole in zip(small.blocks, table.blocks):
         whole.weight.data = block.rows()[:]
     items = torch.randint(44, (3, 7))
@@ -108,9 +146,9 @@ def test_look_ups_and_logits_are_those_of_the_float_block_with_the_same_rows():
 
 @pytest.mark.parametrize("kind", ["full", "tree"])
 @pytest.mark.parametrize(("n_rows", "indexed"), [(1, True), (3, False), (40, True)])
-def test_top_k_is_that_of_a_sort_of_its_own_scores(kind, n_rows, indexed, monkeypatch):
+def test_top_k_is_that_of_a_sort_of_its_own_scores(dtype, kind, n_rows, indexed, monkeypatch):
     monkeypatch.setattr("cprec_recbole.search.compiled._MIN_ROWS", 64)
-    head = head_in_int8(kind, (20, 300, 2000))
+    head = softmax_in(dtype, kind, (20, 300, 2000))
     hidden = torch.randn(n_rows, 8)
     exclude = torch.randint(1, 2320, (n_rows, 5))
     if indexed:
@@ -124,8 +162,8 @@ def test_top_k_is_that_of_a_sort_of_its_own_scores(kind, n_rows, indexed, monkey
 
 
 @pytest.mark.parametrize("kind", ["full", "tree"])
-def test_equal_rows_come_by_lower_id(kind):
-    head = head_in_int8(kind, (5, 60), (8, 2))
+def test_equal_rows_come_by_lower_id(dtype, kind):
+    head = softmax_in(dtype, kind, (5, 60), (8, 2))
     tail = head.table.blocks[1]
     tail.weight.data[:] = tail.weight.data[0]
     tail.scale.data[:] = tail.scale.data[0]
@@ -134,8 +172,8 @@ def test_equal_rows_come_by_lower_id(kind):
         assert torch.equal(head.topk(hidden, k).items, best_by_sort(head, hidden, k)[0])
 
 
-def test_a_search_sees_a_scale_that_changed():
-    head = head_in_int8("full")
+def test_a_search_sees_a_scale_that_changed(dtype):
+    head = softmax_in(dtype, "full")
     hidden = torch.randn(2, 8)
     head.build_index()
     with torch.no_grad():
@@ -145,8 +183,8 @@ def test_a_search_sees_a_scale_that_changed():
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf])
-def test_a_scale_that_is_no_number_is_refused(number):
-    head = head_in_int8("full", (5, 70_000), (8, 2))  # in the first of several pieces
+def test_a_scale_that_is_no_number_is_refused(dtype, number):
+    head = softmax_in(dtype, "full", (5, 70_000), (8, 2))  # in the first of several pieces
     head.table.blocks[1].scale.data[0] = number
     with pytest.raises(CompressionError, match="to be finite numbers"):
         head.topk(torch.randn(1, 8), 3)
@@ -167,14 +205,13 @@ def valid(world):
 
 
 @pytest.mark.parametrize(("softmax", "tied"), [("full", True), ("tree", False)])
-def test_loaded_is_saved(trained, host_name, softmax, tied, tmp_path):
-    small = quantize(compress(trained[host_name], **OPTIONS, softmax=softmax, tied=tied))
+def test_loaded_is_saved(trained, host_name, softmax, tied, dtype, tmp_path):
+    small = quantize(compress(trained[host_name], **OPTIONS, softmax=softmax, tied=tied), dtype)
     assert (small.softmax.table is small.table) == tied
     loaded = load_pretrained(small.save_pretrained(tmp_path))
     assert not loaded.training
     for one, other in ((small.table, loaded.table), (small.softmax.table, loaded.softmax.table)):
-        assert one.is_int8
-        assert other.is_int8
+        assert one.quantized == other.quantized == dtype
         assert torch.equal(one.dense(), other.dense())
     found, again = small.recommend(HISTORIES, 9), loaded.recommend(HISTORIES, 9)
     assert torch.equal(found.items, again.items)
@@ -183,12 +220,13 @@ def test_loaded_is_saved(trained, host_name, softmax, tied, tmp_path):
     torch.testing.assert_close(dense.gather(1, found.items), found.scores)
     _, weights, _ = read_folder(tmp_path)
     kinds = [w.dtype for n, w in weights.items() if n.endswith("weight") and "factors" in n]
-    assert kinds == [torch.int8] * (3 if tied else 6)
-    assert {w.dtype for n, w in weights.items() if w.ndim > 1 and n != "blocks"} == {torch.int8}
+    kept_as = {"int8": torch.int8, "int4": torch.uint8}[dtype]
+    assert kinds == [kept_as] * (3 if tied else 6)
+    assert {w.dtype for n, w in weights.items() if w.ndim > 1 and n != "blocks"} == {kept_as}
     ours, theirs = dict(float_matrices(small)), dict(float_matrices(loaded))
-    assert ours.keys() == theirs.keys() == small.int8_scales.keys() == loaded.int8_scales.keys()
+    assert ours.keys() == theirs.keys() == small.matrix_scales.keys() == loaded.matrix_scales.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert all(torch.equal(small.int8_scales[name], loaded.int8_scales[name]) for name in ours)
+    assert all(torch.equal(small.matrix_scales[name], loaded.matrix_scales[name]) for name in ours)
     assert loaded.save_pretrained(tmp_path / "again").joinpath("config.json").read_bytes() == (
         (tmp_path / "config.json").read_bytes()
     )
@@ -202,25 +240,28 @@ def histories(model):
     return item_seq, (item_seq != 0).sum(1)
 
 
-def test_a_model_in_float64_is_one_in_int8_too(world, tmp_path):
-    small = quantize(compress(world.model("GRU4Rec").double().eval(), **OPTIONS))
+def test_a_model_in_float64_is_quantized_too(world, dtype, tmp_path):
+    small = quantize(compress(world.model("GRU4Rec").double().eval(), **OPTIONS), dtype)
     loaded = load_pretrained(small.save_pretrained(tmp_path))
     assert loaded.table.dtype == torch.float64
     assert loaded.recommend(HISTORIES, 5).scores.dtype == torch.float64
     assert torch.equal(loaded.recommend(HISTORIES, 5).items, small.recommend(HISTORIES, 5).items)
 
 
-def test_the_original_is_left_as_it_was_and_the_layers_are_rounded_copies(small):
+def test_the_original_is_left_as_it_was_and_the_layers_are_rounded_copies(small, dtype):
     before = copy.deepcopy(small.state_dict())
-    result = quantize(small)
+    result = quantize(small, dtype)
     assert all(torch.equal(value, before[name]) for name, value in small.state_dict().items())
     theirs = dict(small.named_parameters())
     for name, value in result.named_parameters():
-        if name.endswith("scale") or value.dtype == torch.int8:
+        if name.endswith("scale") or not value.is_floating_point():
             continue
         if value.ndim > 1:
-            half = result.int8_scales[name].unsqueeze(1) / 2
-            assert ((value - theirs[name]).flatten(1).abs() <= half).all()
+            scales = result.matrix_scales[name].unsqueeze(1)
+            largest = scales * {"int8": 127, "int4": 7}[dtype]
+            within = theirs[name].flatten(1).clamp(-largest, largest)  # int4 cuts what is beyond
+            off = (value.flatten(1) - within).abs()
+            assert (off <= scales / 2 * (1 + 1e-5)).all()
             assert not torch.equal(value, theirs[name])
         else:
             assert torch.equal(value, theirs[name])
@@ -230,12 +271,12 @@ def test_the_original_is_left_as_it_was_and_the_layers_are_rounded_copies(small)
     assert not result.training
 
 
-def test_new_items_leave_every_other_row_as_it_is(small, tmp_path):
-    result = quantize(small)
+def test_new_items_leave_every_other_row_as_it_is(small, dtype, tmp_path):
+    result = quantize(small, dtype)
     before = result.table.dense()
     assert result.add_items(["a", "b", "c"], like=[["i0", "i9"], None, "i30"]) == [41, 42, 43]
     assert torch.equal(result.table.dense()[:41], before)
-    assert result.table.is_int8
+    assert result.table.quantized == dtype
     loaded = load_pretrained(result.save_pretrained(tmp_path))
     tokens = [loaded.recommend_tokens(["i1"], 43).tokens[0]]
     assert {"a", "b", "c"} <= set(tokens[0])
@@ -251,71 +292,89 @@ def test_a_matrix_that_was_changed_since_is_kept_in_float(small, tmp_path):
     assert saved_bytes(result) == rounded + 3 * matrix.numel() - 2 * len(matrix)
     loaded = load_pretrained(result.save_pretrained(tmp_path))
     assert torch.equal(dict(loaded.named_parameters())[name], matrix)
-    assert name not in loaded.int8_scales
+    assert name not in loaded.matrix_scales
     assert torch.equal(loaded.recommend(HISTORIES, 9).items, result.recommend(HISTORIES, 9).items)
 
 
-def test_only_a_recovery_trains_it(world, small):
-    result, hidden, items = quantize(small), torch.randn(2, 16), torch.tensor([1, 30])
-    tree = quantize(compress(world.model("SASRec"), **OPTIONS, softmax="tree"))
+def test_only_a_recovery_trains_it(world, small, dtype):
+    result, hidden, items = quantize(small, dtype), torch.randn(2, 16), torch.tensor([1, 30])
+    tree = quantize(compress(world.model("SASRec"), **OPTIONS, softmax="tree"), dtype)
     for call in (
         lambda: train_a_step(result, world.batch("CpNextItNet")),
         lambda: result.softmax.loss(hidden, items),
         lambda: tree.softmax.loss(hidden, items),
     ):
-        with pytest.raises(CompressionError, match=r"rows are in int8.*recover\(\) trains"):
+        with pytest.raises(CompressionError, match=rf"rows are in {dtype}.*recover\(\) trains"):
             call()
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_recovery_trains_its_rows_in_float_and_brings_them_back(trained, valid, tied):
+def test_a_recovery_trains_its_rows_in_float_and_brings_them_back(trained, valid, tied, dtype):
     teacher = trained["NextItNet"]
-    in_float = compress(teacher, **OPTIONS, tied=tied)
-    result = quantize(in_float)
+    in_float_ = compress(teacher, **OPTIONS, tied=tied)
+    result = quantize(in_float_, dtype)
     options = {"batch_size": 8, "progress": False}
     found = recover(result, teacher, HISTORIES * 8, 3, valid_data=valid, **options)
     assert all(
-        whole_numbers(p, result.int8_scales[name]) is not None for name, p in float_matrices(result)
+        whole_numbers(p, result.matrix_scales[name], dtype) is not None
+        for name, p in float_matrices(result)
     )
-    assert found.start == evaluate(quantize(in_float), valid)
-    assert result.table.is_int8
-    assert result.softmax.table.is_int8
+    assert found.start == evaluate(quantize(in_float_, dtype), valid)
+    assert result.table.quantized == result.softmax.table.quantized == dtype
     assert found.losses[-1] < found.losses[0]
     best = found.start if found.kept == 0 else found.epochs[found.kept - 1]
     assert evaluate(result, valid) == best  # as it is in int8
     # as if its very numbers had been in float all the time
-    twin, plain = quantize(in_float), copy.deepcopy(in_float)
-    plain.load_state_dict(values_of(twin))
+    twin = quantize(in_float_, dtype)
+    plain = in_float(twin)
+    plain.compression = replace(plain.compression, rounding="int4" if dtype == "int4" else None)
     for each in (twin, plain):
         recover(each, teacher, HISTORIES * 8, 3, **options)
-    expected = quantize(plain).state_dict()
+    plain.matrix_scales = {}
+    expected = quantize(plain, dtype).state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in twin.state_dict().items())
 
 
-def values_of(model):
-    """The state of the model in float whose numbers are those of a model in int8."""
-    state = model.state_dict()
-    for name in [name for name in state if name.endswith(".scale")]:
-        rows = name.removesuffix("scale") + "weight"
-        state[rows] = state[rows].to(state[name].dtype) * state.pop(name).unsqueeze(1)
-    return state
+def test_rounding_in_training_is_that_of_quantize(small, dtype):
+    model = copy.deepcopy(small)
+    before = copy.deepcopy(model.state_dict())
+    item_seq, lengths = histories(model)
+    with model.rounded(dtype), torch.no_grad():
+        found = model.softmax.scores(model(item_seq, lengths))
+    other = quantize(model, dtype)
+    torch.testing.assert_close(found, other.softmax.scores(other(item_seq, lengths)))
+    assert not torch.equal(found, model.softmax.scores(model(item_seq, lengths)))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_a_recovery_that_fails_leaves_its_very_numbers(small):
-    result = quantize(small)
-    scales = dict(result.int8_scales)
+def test_a_training_with_rounding_is_measured_as_the_quantized_model_is(world, dtype):
+    options = {**MEASURED, "rounding": dtype, "epochs": 2, "learning_rate": 0.01}
+    config = world.config("CpSASRec", **options)
+    train, valid, _ = world.loaders(config)
+    model = world.model("CpSASRec", **options)
+    trainer = CompressedTrainer(config, model)
+    trainer.fit(train, valid, saved=True, verbose=False)
+    model.load_state_dict(torch.load(trainer.saved_model_file, weights_only=False)["state_dict"])
+    assert trainer.best_valid_result == evaluate(quantize(model, dtype), valid)
+    assert trainer.evaluate(valid) == evaluate(quantize(model, dtype), valid)
+
+
+def test_a_recovery_that_fails_leaves_its_very_numbers(small, dtype):
+    result = quantize(small, dtype)
+    scales = dict(result.matrix_scales)
     before = copy.deepcopy(result.state_dict())
     with pytest.raises(CompressionError, match="`learning_rate` to let the loss fall"):
         recover(result, None, HISTORIES * 8, 3, learning_rate=1e30, batch_size=8, progress=False)
     after = result.state_dict()
-    assert result.int8_scales == scales
+    assert result.matrix_scales == scales
     assert after.keys() == before.keys()
     assert all(torch.equal(before[name], value) for name, value in after.items())
 
 
-def test_a_state_of_float_rows_does_not_fit(small):
-    result = quantize(small)
-    for model, other in ((result, small), (small, result)):
+def test_a_state_of_other_rows_does_not_fit(small):
+    result, in_int4 = quantize(small), quantize(small, "int4")
+    pairs = ((result, small), (small, result), (result, in_int4), (in_int4, result))
+    for model, other in pairs:
         before = copy.deepcopy(model.state_dict())
         for strict in (True, False):
             with pytest.raises(CompressionError, match=r"`state_dict` to have .*weight in torch\."):
@@ -339,8 +398,14 @@ def test_what_cannot_be_quantized_is_refused(world, trained, small):
     whole = compress(world.model("SASRec"), CompressionConfig.uncompressed(), dtype="int8")
     with pytest.raises(CompressionError, match=r"`model` to be uncompressed, .* which is in int8"):
         compress(whole, **OPTIONS)
-    with pytest.raises(CompressionError, match="`dtype` to be one of int8, but got 'int4'"):
-        compress(trained["SASRec"], **OPTIONS, dtype="int4")
+    for call in (
+        lambda: compress(trained["SASRec"], dtype="int2"),
+        lambda: quantize(small, "int2"),
+    ):
+        with pytest.raises(
+            CompressionError, match="`dtype` to be one of int8, int4, but got 'int2"
+        ):
+            call()
     with pytest.raises(CompressionError, match=r"`model` .*float32 or float64.*got torch.bfloat16"):
         compress(world.model("SASRec").bfloat16(), **OPTIONS, dtype="int8")
 
@@ -348,13 +413,16 @@ def test_what_cannot_be_quantized_is_refused(world, trained, small):
 @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     name=st.sampled_from(HOSTS),
+    dtype=st.sampled_from(["int8", "int4"]),
     ratio=st.floats(1, 40),
     softmax=st.sampled_from(["full", "tree"]),
     tied=st.booleans(),
 )
-def test_a_budget_counts_the_bytes_of_the_int8_model(trained, name, ratio, softmax, tied):
+def test_a_budget_counts_the_bytes_of_the_quantized_model(
+    trained, name, dtype, ratio, softmax, tied
+):
     model = trained[name]
-    options = {"dtype": "int8", "softmax": softmax, "tied": tied, "verbose": False}
+    options = {"dtype": dtype, "softmax": softmax, "tied": tied, "verbose": False}
     whole = saved_bytes(model)
     try:
         small = compress(model, ratio=ratio, **options)
@@ -383,7 +451,7 @@ def test_rows_of_another_kind_are_refused(trained, folder):
     config = folder / "config.json"
     before = config.read_bytes()
     assert json.loads(before)["format_version"] == 3
-    for rows, match in (("int4", "belong together.*'int4'"), (None, "have .*scale")):
+    for rows, match in (("int2", "belong together.*'int2'"), (None, "have .*scale")):
         config.write_bytes(rewritten(rows=rows)(before))
         with pytest.raises(CompressionError, match=match):
             load_pretrained(folder)
@@ -407,14 +475,14 @@ def test_a_folder_of_rows_in_int8_and_layers_in_float_is_still_read(
     trained, small, valid, tmp_path
 ):
     small = quantize(small)
-    small.int8_scales = {}  # as it was before matrices were rounded
+    small.matrix_scales = {}  # as it was before matrices were rounded
     for block in small.table.blocks[1:]:
         block.projection.data += torch.randn_like(block.projection)  # and are no whole numbers
     small.save_pretrained(tmp_path)
     header = json.loads((tmp_path / "config.json").read_bytes())
     assert header["format_version"] == 2
     loaded = load_pretrained(tmp_path)
-    assert loaded.int8_scales == {}
+    assert loaded.matrix_scales == {}
     assert torch.equal(loaded.recommend(HISTORIES, 9).items, small.recommend(HISTORIES, 9).items)
     whole = evaluate(loaded, valid)
     before = copy.deepcopy(loaded.state_dict())
