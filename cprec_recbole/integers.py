@@ -76,9 +76,10 @@ def packed(numbers: Tensor) -> Tensor:
 
 
 def unpacked(bytes_: Tensor, size: int) -> Tensor:
-    """What was packed, `[..., ceil(r / 2)] uint8 -> [..., r] int8`, of rows of that size."""
-    halves = torch.stack([bytes_ & 15, bytes_ >> 4], -1).flatten(-2)
-    return halves[..., :size].to(torch.int8) - 8
+    """What was packed, of rows of that size, `[..., ceil(r / 2)] uint8 -> [..., r] float32`."""
+    whole = bytes_.to(torch.float32)
+    upper = (whole / 16).floor()  # exporters know too little of shifts
+    return torch.stack([whole - 16 * upper, upper], -1).flatten(-2)[..., :size] - 8
 
 
 class Int8Rows:
@@ -114,7 +115,7 @@ class Int8Rows:
         return self.numbers(rows).to(self.dtype).mul_(self.scales_of(rows))
 
     def numbers(self, rows: Tensor | slice) -> Tensor:
-        """The whole numbers of some rows, in int8."""
+        """The whole numbers of some rows."""
         return self.values[rows]
 
     def scales_of(self, rows: Tensor | slice) -> Tensor:
@@ -205,7 +206,7 @@ def fill(matrix: Tensor, values: Tensor, scales: Tensor) -> Tensor:
     """Give a matrix what was kept of one, whole numbers in int8 or packed; gives the scales as
     `round_matrix` does."""
     if values.dtype == torch.uint8:
-        values = unpacked(values, matrix[0].numel())
+        values = unpacked(values, matrix[0].numel()).to(torch.int8)
     rows = Int8Rows(values.flatten(1), scales.to(matrix.dtype))
     matrix.copy_(rows[:].view(matrix.shape))
     return rows.scales

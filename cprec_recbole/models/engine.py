@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from cprec_recbole.embedding import FEW_ITEMS, BlockEmbedding
 from cprec_recbole.files import remove_leftovers, write_whole
-from cprec_recbole.integers import Int4Rows, Int8Rows
+from cprec_recbole.integers import Int4Rows, Int8Rows, unpacked
 from cprec_recbole.models.eval_mode import in_eval_mode
 from cprec_recbole.models.spec import Encoder
 from cprec_recbole.partition import PADDING
@@ -214,15 +214,12 @@ class _GraphTable(nn.Module):
         return sum(parts[1:], parts[0])
 
     def _codes(self, j: int, rows: Tensor) -> Tensor:
-        codes = self.given[f"rows_{j}"][rows].to(torch.float32)
-        scales = self.given.get(f"scales_{j}")
+        codes, scales = self.given[f"rows_{j}"][rows], self.given.get(f"scales_{j}")
         if scales is None:
             return codes
-        if not self._is_int4:
-            return codes * scales[rows].unsqueeze(-1)
-        upper = (codes / 16).floor()  # of each byte, in operations that every runtime has
-        halves = torch.stack([codes - 16 * upper, upper], -1).flatten(-2)
-        return (halves[..., : self._ranks[j]] - 8) * scales
+        if self._is_int4:
+            return unpacked(codes, self._ranks[j]) * scales
+        return codes.to(torch.float32) * scales[rows].unsqueeze(-1)
 
 
 class _Graph(nn.Module):

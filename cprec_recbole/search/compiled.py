@@ -330,7 +330,8 @@ def _numbers(
     packed but in tiles."""
     none = np.empty(0, dtype=np.float32)
     if isinstance(values, Int4Rows):
-        return (values.numbers(slice(None)) if for_tiles else values.values).numpy(), none
+        whole = values.numbers(slice(None)).to(torch.int8) if for_tiles else values.values
+        return whole.numpy(), none
     if isinstance(values, Int8Rows):
         return values.values.numpy(), values.scales.numpy()
     return values.detach().numpy(), none
