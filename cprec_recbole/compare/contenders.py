@@ -17,7 +17,7 @@ from cprec_recbole.compression.compress import compress
 from cprec_recbole.compression.original import Original
 from cprec_recbole.compression.quantize import quantize
 from cprec_recbole.compression.recover import recover
-from cprec_recbole.config import CompressionConfig, CompressionError, check_choice
+from cprec_recbole.config import ROUNDINGS, CompressionConfig, CompressionError, check_choice
 from cprec_recbole.costs import BYTES_PER_FLOAT, PARAMETERS, PartSizes, Unit, estimate
 from cprec_recbole.host.library import recbole_model
 from cprec_recbole.models.recommender import CompressedRecommender
@@ -32,7 +32,7 @@ SHARED_OPTIONS = (
     "negatives",
     "negatives_power",
 )  # of a CompressionConfig: the same for all contenders
-INT8_BYTES = Unit.bytes_in("int8", BYTES_PER_FLOAT)
+INT8_BYTES, INT4_BYTES = (Unit.bytes_in(dtype, BYTES_PER_FLOAT) for dtype in ROUNDINGS)
 _PLAIN = CompressionConfig.uncompressed()
 _WIDTHS = ("embedding_size", "hidden_size", "inner_size")  # RecBole's names of a model's widths
 
@@ -214,12 +214,14 @@ CONTENDERS: dict[str, Callable[[Setting], Recipe | None]] = {
     "uniform-svd-recovered-int8": partial(_recovered_int8, one_rank=True),  # in the same bytes
     "int8": partial(_plain, "compress", dtype="int8"),  # the trained uncompressed model
     "narrower-int8": partial(_narrower, unit=INT8_BYTES, dtype="int8"),  # about as many bytes
+    "narrower-int4": partial(_narrower, unit=INT4_BYTES, dtype="int4", rounding="int4"),
     "hashing": _hashing,  # an item's vector is the product of two shared rows
 }
 UNCOMPRESSED_RECIPE = Recipe("train", own_options(_PLAIN))
 CONTROLS = tuple(CONTENDERS)[3:]
 # they follow from a size alone: they are there where the compressed model cannot be that small
 BY_SIZE = ("recovered-int8", "narrower", "uniform-svd-recovered-int8", "narrower-int8")
+BY_SIZE += ("narrower-int4",)
 
 
 def find_controls(names: Sequence[str]) -> list[str]:

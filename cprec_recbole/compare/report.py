@@ -68,7 +68,7 @@ def _csv_row(run: Run, metrics: Sequence[str]) -> dict[str, Any]:
     for part in PARTS:
         found = record.get("popularity", {}).get(part, {})
         row |= {f"{part}_{name}": found.get(name) for name in (QUALITY, "hit@20", "cases")}
-    return {**row, "error": record.get("error")}
+    return {**row, "coverage": record.get("coverage"), "error": record.get("error")}
 
 
 def as_markdown(findings: Findings) -> str:
@@ -265,7 +265,9 @@ def _notes(findings: Findings) -> list[str]:
         f"{results.RESAMPLES:,} bootstrap samples of users. *Verdict*: `worse` or `better` where "
         "the interval to uncompressed leaves zero out, else `not told apart`: the interval says "
         "how large a difference may still be. Intervals are of these trainings; others would "
-        "differ, as seeds do. One in twenty misses by chance.",
+        "differ, as seeds do. One in twenty misses by chance. *Head, middle, tail*: test cases by "
+        "the item that came next, a third of the training interactions each, from popular to "
+        "rare. *Coverage*: how many distinct items are among the first 20 of all test cases.",
         "",
         *(["Learning rates were not searched alike for all:", ""] if unequal else []),
         *[f"- {sentence}" for sentence in unequal],
@@ -282,6 +284,14 @@ def _machine(environment: dict[str, Any]) -> str:
     return f"{hardware}, one thread a run; {versions}"
 
 
+def _by_part(point: Point, name: str, digits: int) -> str:
+    """A point's figures of head, middle and tail."""
+    found = [point.figure(f"{name}: {part}") for part in PARTS]
+    if not any(found):
+        return ""
+    return " / ".join("–" if each is None else f"{each.mean:.{digits}f}" for each in found)
+
+
 def _heading(table: Table) -> str:
     return f"{table.cell.label} ({_users(table)} test users)"
 
@@ -296,11 +306,17 @@ def _rows(findings: Findings, table: Table) -> list[list[str]]:
     to_subject = f"to {findings.subject}" if findings.subject else ""
     rows = [["contender", "ratio", "seeds", "parameters", "smaller", "NDCG@20 test"]]
     rows[0] += ["to uncompressed", "verdict", to_subject]
+    rows[0] += [f"{name}, {' / '.join(PARTS)}" for name in ("NDCG@20", "HR@20")] + ["coverage"]
     for point in _sorted(table):
         ratio = "" if point.ratio is None else f"{point.ratio:g}"
         smaller = f"{table.reference.size / point.size:.2f}" if table.reference else ""
         verdict = point.interval.verdict if point.interval else ""
         row = [point.contender, ratio, str(len(point.runs)), f"{point.parameters:,.0f}", smaller]
         row += [f"{point.quality:.4f}", str(point.interval or ""), verdict]
-        rows.append([*row, str(point.to_subject or "")])
+        row += [str(point.to_subject or "")]
+        row += [
+            _by_part(point, name, digits) for name, digits in (("popularity", 4), ("hit@20", 3))
+        ]
+        coverage = point.figure("coverage")
+        rows.append([*row, f"{coverage.mean:,.0f}" if coverage else ""])
     return rows

@@ -27,7 +27,8 @@ OURS = (COMPRESSED, "recovered", "recovered-int8")
 # contenders in the order in which legends and tables show them; others follow by name
 ORDER = (
     *(UNCOMPRESSED, *OURS, "uncompressed-recovered"),
-    *("tree", "untied", "blocks-only", "sharing-only", "narrower", "narrower-int8", "one-rank"),
+    *("tree", "untied", "blocks-only", "sharing-only", "narrower", "narrower-int8"),
+    *("narrower-int4", "one-rank"),
     *("recjpq-hc", "recjpq-svd", "recjpq-random", "hashing", "uniform-svd", "int8"),
 )
 _MACHINE = ("processor", "gpu", "torch_threads")  # of an environment: what times depend on
@@ -86,16 +87,17 @@ class Run:
 
     @property
     def figures(self) -> dict[str, float | None]:
-        """What points have means of: metrics on the test set, costs, and NDCG@20 of each group of
-        items by popularity; None: not measured, or no such case."""
+        """What points have means of: metrics on the test set, costs, NDCG@20 and HR@20 of each
+        group of items by popularity, and coverage; None: not measured, or no such case."""
         record, parts = self.record, self.record["parameters"]
         seconds = None if self.is_elsewhere else record.get("epoch_seconds")
-        names = ("bytes", "weight_bytes", "checkpoint_bytes", "best_epoch")
+        names = ("bytes", "weight_bytes", "checkpoint_bytes", "best_epoch", "coverage")
         groups, total = record.get("popularity") or {}, sum(parts.values())
         return {
             **record["test"],
             **{f"parameters: {part}": count for part, count in parts.items()},
             **{f"popularity: {group}": found.get(QUALITY) for group, found in groups.items()},
+            **{f"hit@20: {group}": found.get("hit@20") for group, found in groups.items()},
             **{name: record.get(name) for name in names},
             "parameters": total,
             "size": record.get("bytes") or 4 * total,  # of float32 where a study does not tell

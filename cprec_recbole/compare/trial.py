@@ -263,12 +263,13 @@ def _measured(model: nn.Module, plain: nn.Module, data: Data, config: Config) ->
     if isinstance(table, BlockEmbedding):
         blocks = {"items": list(table.partition.sizes), "ranks": list(table.ranks)}
         found["blocks"] = blocks  # as a budget may have chosen them
-    users, targets, places = rank_targets(model, data.test)
+    users, targets, places, coverage = rank_targets(model, data.test)
     return found | {
         "sharing": shared_layers(model),
         # layers are quantized in a folder, and nowhere else
         "weight_bytes": None if model.table.quantized else _pickled_bytes(model),
         "popularity": by_popularity(targets, places, item_counts(data.train._dataset)),
+        "coverage": coverage,
         "users": pack_users(by_user(users, places)),
     }
 

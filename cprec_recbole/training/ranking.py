@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,16 +16,23 @@ PARTS = ("head", "middle", "tail")  # of the catalogue, by popularity
 _K = 20
 
 
+class Ranking(NamedTuple):
+    """What a model ranks first for the cases of evaluation data."""
+
+    users: np.ndarray  # of each case, rising, [cases]
+    targets: np.ndarray  # the item that came next, [cases]
+    places: np.ndarray  # its place from 0, or 20 where it is not among the best 20, [cases]
+    coverage: int  # how many distinct items are among the best 20 of all cases
+
+
 @torch.no_grad()
-def rank_targets(
-    model: CompressedRecommender, data: Any
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """User of each case of RecBole's validation or test data, rising; the item that came next; its
-    place from 0, or 20 where it is not among the best 20; each `[cases]`. A CompressionError for
-    data of another kind, or one that takes seen items out."""
+def rank_targets(model: CompressedRecommender, data: Any) -> Ranking:
+    """The ranking of RecBole's validation or test data. A CompressionError for data of another
+    kind, or one that takes seen items out."""
     check_evaluation_data(data, "data")
     device = next(model.parameters()).device
     found: list[list[torch.Tensor]] = []
+    is_shown = torch.zeros(model.n_items, dtype=torch.bool)
     with in_eval_mode(model):
         for batch, history, _, _ in data:
             if history is not None:
@@ -37,12 +44,13 @@ def rank_targets(
                 rows = batch[start : start + ROWS]
                 k = min(_K, model.n_items - 1)
                 best = model.softmax.topk(model.last_hidden(rows.to(device)), k).items.cpu()
+                is_shown[best] = True
                 is_target = best == rows[model.ITEM_ID].unsqueeze(1)
                 place = torch.where(is_target.any(1), is_target.int().argmax(1), _K)
                 found.append([rows[model.USER_ID], rows[model.ITEM_ID], place])
     users, targets, places = (torch.cat(part).numpy() for part in zip(*found))
     order = np.argsort(users, kind="stable")
-    return users[order], targets[order], places[order]
+    return Ranking(users[order], targets[order], places[order], int(is_shown.sum()))
 
 
 def gains(places: np.ndarray) -> np.ndarray:
