@@ -220,8 +220,10 @@ CONTENDERS: dict[str, Callable[[Setting], Recipe | None]] = {
 UNCOMPRESSED_RECIPE = Recipe("train", own_options(_PLAIN))
 CONTROLS = tuple(CONTENDERS)[3:]
 # they follow from a size alone: they are there where the compressed model cannot be that small
-BY_SIZE = ("recovered-int8", "narrower", "uniform-svd-recovered-int8", "narrower-int8")
-BY_SIZE += ("narrower-int4",)
+BY_SIZE = (
+    *("recovered-int8", "narrower", "uniform-svd-recovered-int8", "narrower-int8"),
+    "narrower-int4",
+)
 
 
 def find_controls(names: Sequence[str]) -> list[str]:
