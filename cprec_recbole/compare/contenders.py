@@ -167,12 +167,12 @@ def _recovered(setting: Setting) -> Recipe:
     return Recipe("recover", {"ratio": setting.ratio, **setting.base})  # chosen once it is trained
 
 
-def _recovered_int8(setting: Setting, **more: Any) -> Recipe:
+def _recovered_in(dtype: str, setting: Setting, **more: Any) -> Recipe:
     options: dict[str, Any] = {"ratio": setting.ratio, **setting.base}
     if setting.ratio is None:
         given = {"softmax": setting.compression.softmax, "tied": setting.compression.tied}
         options = {"size": BYTES_PER_FLOAT * setting.compressed.total, **given}
-    return Recipe("recover", {**options, "dtype": "int8", **more})
+    return Recipe("recover", {**options, "dtype": dtype, **more})
 
 
 def _hashing(setting: Setting) -> Recipe:
@@ -196,7 +196,8 @@ CONTENDERS: dict[str, Callable[[Setting], Recipe | None]] = {
     COMPRESSED: lambda setting: Recipe("train", own_options(setting.compression)),
     STOCK: lambda setting: Recipe(STOCK_KIND, {}),
     "recovered": _recovered,  # the trained model compressed, then recover() for a quarter as long
-    "recovered-int8": _recovered_int8,  # the same in int8, in the bytes of the compressed one
+    "recovered-int8": partial(_recovered_in, "int8"),  # in int8, in the bytes of the compressed one
+    "recovered-int4": partial(_recovered_in, "int4"),
     "uncompressed-recovered": partial(_plain, "recover"),  # not compressed, recover() alike
     "narrower": _narrower,  # an uncompressed model of fewer dimensions, about as many parameters
     "recjpq-random": partial(_recjpq, "recjpq-random"),  # random codes: m bytes an item
@@ -211,8 +212,11 @@ CONTENDERS: dict[str, Callable[[Setting], Recipe | None]] = {
     "tied": partial(_changed, tied=True),
     "uniform-svd": partial(_in_one_rank, "compress"),  # a truncated SVD of the trained table
     "uniform-svd-recovered": partial(_in_one_rank, "recover"),
-    "uniform-svd-recovered-int8": partial(_recovered_int8, one_rank=True),  # in the same bytes
+    "uniform-svd-recovered-int8": partial(
+        _recovered_in, "int8", one_rank=True
+    ),  # in the same bytes
     "int8": partial(_plain, "compress", dtype="int8"),  # the trained uncompressed model
+    "int4": partial(_plain, "compress", dtype="int4"),
     "narrower-int8": partial(_narrower, unit=INT8_BYTES, dtype="int8"),  # about as many bytes
     "narrower-int4": partial(_narrower, unit=INT4_BYTES, dtype="int4", rounding="int4"),
     "hashing": _hashing,  # an item's vector is the product of two shared rows
@@ -221,8 +225,8 @@ UNCOMPRESSED_RECIPE = Recipe("train", own_options(_PLAIN))
 CONTROLS = tuple(CONTENDERS)[3:]
 # they follow from a size alone: they are there where the compressed model cannot be that small
 BY_SIZE = (
-    *("recovered-int8", "narrower", "uniform-svd-recovered-int8", "narrower-int8"),
-    "narrower-int4",
+    *("recovered-int8", "recovered-int4", "narrower", "uniform-svd-recovered-int8"),
+    *("narrower-int8", "narrower-int4"),
 )
 
 

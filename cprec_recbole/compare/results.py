@@ -23,13 +23,13 @@ from cprec_recbole.config import CompressionError
 
 STUDY, TRIALS, PACKED = "study.json", "trials", "trials.zip"  # in the folder of a study
 RESAMPLES, LEVEL = 10_000, 0.95
-OURS = (COMPRESSED, "recovered", "recovered-int8")
+OURS = (COMPRESSED, "recovered", "recovered-int8", "recovered-int4")
 # contenders in the order in which legends and tables show them; others follow by name
 ORDER = (
     *(UNCOMPRESSED, *OURS, "uncompressed-recovered"),
     *("tree", "untied", "blocks-only", "sharing-only", "narrower", "narrower-int8"),
     *("narrower-int4", "one-rank"),
-    *("recjpq-hc", "recjpq-svd", "recjpq-random", "hashing", "uniform-svd", "int8"),
+    *("recjpq-hc", "recjpq-svd", "recjpq-random", "hashing", "uniform-svd", "int8", "int4"),
 )
 _MACHINE = ("processor", "gpu", "torch_threads")  # of an environment: what times depend on
 _AT_A_TIME = 2**22  # numbers drawn at a time: 32 MiB

@@ -30,7 +30,7 @@ from cprec_recbole.models import MODELS
 
 SETTINGS = Path(__file__).with_name("settings.yaml")  # what RecBole is asked unless told otherwise
 QUALITY = "ndcg@20"  # what contenders are judged by
-_WITHOUT_RATIO = (UNCOMPRESSED, "int8", "uncompressed-recovered", STOCK)
+_WITHOUT_RATIO = (UNCOMPRESSED, "int8", "int4", "uncompressed-recovered", STOCK)
 _OWN_OPTIONS = ("seed", "learning_rate", "MAX_ITEM_LIST_LENGTH", "data_path")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*")
 _NAMES = "names of letters, digits, `-` and `.`"
