@@ -77,9 +77,9 @@ def test_scores_are_those_of_a_dense_table_and_sizes_as_planned(world, made, hos
         assert found == best_items(row, 5, set(out))
     torch.testing.assert_close(best.scores, scores.gather(1, best.items))
     setting, parts = setting_of(world, host_name), part_sizes(model)
-    if name in {"uncompressed", "uncompressed-recovered", "int8"}:
+    if name in {"uncompressed", "uncompressed-recovered", "int8", "int4"}:
         assert parts == sizes(setting, PLAIN)
-    elif name.endswith("int8"):  # and two bits an item for its block
+    elif name.endswith(("int8", "int4")):  # and two bits an item for its block
         assert served_bytes(model) <= 4 * setting.compressed.total + 2 * -(-model.n_items // 8)
     elif not name.startswith("recjpq"):  # which 256 centroids make larger here
         assert (parts.total > setting.compressed.total) == (name in LARGER)
@@ -90,9 +90,10 @@ def test_scores_are_those_of_a_dense_table_and_sizes_as_planned(world, made, hos
         assert parts.layers == setting.compressed.layers
 
 
-@pytest.mark.parametrize("name", ["narrower", "narrower-int8"])
+@pytest.mark.parametrize("name", ["narrower", "narrower-int8", "narrower-int4"])
 def test_a_narrower_model_is_as_wide_as_fits(world, host_name, name):
-    unit = contenders.INT8_BYTES if name.endswith("int8") else PARAMETERS
+    units = {"int8": contenders.INT8_BYTES, "int4": contenders.INT4_BYTES}
+    unit = units.get(name[-4:], PARAMETERS)
     setting = setting_of(world, host_name)
     option, step = setting.spec.size_option, 2 if host_name == "SASRec" else 1  # heads
 
@@ -114,7 +115,7 @@ def test_a_recovery_takes_a_quarter_of_the_epochs_and_leaves_the_original(world,
     original, setting = originals["GRU4Rec"], setting_of(world, "GRU4Rec")
     before = copy.deepcopy(original.state_dict())
     rows, valid, _ = world.loaders(setting.config)
-    for name, epochs in (("recovered-int8", 2), ("uniform-svd-recovered", 11), ("int8", 4)):
+    for name, epochs in (("recovered-int4", 2), ("uniform-svd-recovered", 11), ("int8", 4)):
         recipe = recipe_of(name, setting)
         _, recovery = derive(recipe, original, rows, valid, epochs, 0, 1e-3, "1MiB")
         assert (recovery is not None) == recipe.has_rate
