@@ -306,7 +306,12 @@ class _Part:
         for start in range(0, n, width):
             end = min(start + width, n)
             logits = memory[: self.n_rows * (end - start)].view(self.n_rows, -1)
-            torch.mm(torch.from_numpy(rough), rows[start:end].T, out=logits)
+            if isinstance(rows, Int4Rows):  # which torch unpacks in several passes
+                whole = self.loops.in_float(block.values, start, end)[:, : block.rank]
+                part = torch.from_numpy(whole)
+            else:
+                part = rows[start:end]
+            torch.mm(torch.from_numpy(rough), part.T, out=logits)
             own = best, block, start, logits.numpy(), sums, queries
             self._on_threads(self.loops.take_rows, *own)
 

@@ -112,27 +112,32 @@ def prepare(
     return exact, exact.astype(np.float32), moved, slack, lengths
 
 
-def _rows(values: Array, start: int, end: int, rank: int) -> Array:
-    """Some rows of a block with a number to each entry, `[m, r]`."""
+def _rows(values: Array, start: int, end: int) -> Array:
+    """Some rows of a block with a number to each entry, `[m, r]`; of an odd rank in int4 one more,
+    which is zero."""
     raise NotImplementedError  # outside of compiled loops
 
 
 @overload(_rows, inline="always")
-def _rows_compiled(values: Any, start: Any, end: Any, rank: Any) -> Any:
-    def as_they_are(values: Any, start: Any, end: Any, rank: Any) -> Any:
+def _rows_compiled(values: Any, start: Any, end: Any) -> Any:
+    def as_they_are(values: Any, start: Any, end: Any) -> Any:
         return values[start:end]
 
-    def unpacked(values: Any, start: Any, end: Any, rank: Any) -> Any:
-        rows = np.empty((end - start, rank), dtype=np.int8)
-        for g in range(end - start):
-            for a in range(rank // 2):
-                rows[g, 2 * a] = np.int8(values[start + g, a] & 15) - 8
-                rows[g, 2 * a + 1] = np.int8(values[start + g, a] >> 4) - 8
-            if rank % 2:
-                rows[g, rank - 1] = np.int8(values[start + g, rank // 2] & 15) - 8
-        return rows
+    def unpacked(values: Any, start: Any, end: Any) -> Any:
+        halves = values[start:end].reshape(-1)
+        numbers = np.empty(2 * len(halves), dtype=np.int8)
+        for i in range(len(halves)):
+            numbers[2 * i] = np.int8(halves[i] & np.uint8(15)) - np.int8(8)
+            numbers[2 * i + 1] = np.int8(halves[i] >> np.uint8(4)) - np.int8(8)
+        return numbers.reshape(end - start, -1)
 
     return unpacked if values.dtype == types.uint8 else as_they_are
+
+
+@_in_order
+def in_float(values: Array, start: int, end: int) -> Array:
+    """Some rows of a block in int4 as float32, `[m, r]`; of an odd rank as in `_rows`."""
+    return _rows(values, start, end).astype(np.float32)
 
 
 @_in_any_order
@@ -140,7 +145,7 @@ def _multiply(rows: Array, scales: Array, query: Array, out: Array) -> None:
     """Logits of rows, `[m]`."""
     for g in range(len(out)):
         logit = np.float32(0)
-        for a in range(rows.shape[1]):
+        for a in range(len(query)):
             logit += np.float32(rows[g, a]) * query[a]
         out[g] = logit
     if len(scales):
@@ -151,7 +156,7 @@ def _multiply(rows: Array, scales: Array, query: Array, out: Array) -> None:
 @_in_order
 def _exact_logit(block: Block, row: int, queries: Queries, i: int) -> float:
     query, rank = queries.exact[i, block.column :], block.rank
-    values = _rows(block.values, row, row + 1, rank)[0]
+    values = _rows(block.values, row, row + 1)[0]
     scale = np.float64(block.scales[row]) if len(block.scales) else 1.0
     one = two = three = four = 0.0  # sums beside each other, which do not wait for another
     for a in range(0, rank - 3, 4):
@@ -291,9 +296,10 @@ def read_rows(
     logits = np.empty(min(_PIECE, len(block.values)), dtype=np.float32)
     for start in range(0, len(block.values), _PIECE):
         end = min(start + _PIECE, len(block.values))
-        rows, part = _rows(rough.values, start, end, rough.rank), logits[: end - start]
+        rows, part = _rows(rough.values, start, end), logits[: end - start]
         for i in range(some[0], some[1]):
-            _multiply(rows, rough.scales[start:end], queries.rough[i, rough.column :], part)
+            query = queries.rough[i, rough.column : rough.column + rough.rank]
+            _multiply(rows, rough.scales[start:end], query, part)
             if len(sums):
                 _add_powers(sums, i, part)
             _take(best, block, start, part, queries, i)
