@@ -1,6 +1,7 @@
 """Matrices in int8: what they cost in quality, and why PyTorch's own kernels do not compute rows.
 
     python benchmarks/int8.py [--epochs N] [--models NAME ...] [--out FOLDER]
+    python benchmarks/int8.py --search  # by rows in float, int8 and int4
 
 Quality: each model is trained on MovieLens-100K with its default options, then its matrices are in
 int8; nothing is trained afterwards. Kernels: milliseconds for logits of some hidden states and for
@@ -11,11 +12,14 @@ that blocks have.
 from __future__ import annotations
 
 import argparse
+import copy
 import tempfile
 import warnings
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
-from time import perf_counter
+from statistics import median
+from time import perf_counter, process_time
 from typing import Any
 
 import torch
@@ -23,16 +27,22 @@ from recbole.data import create_dataset, data_preparation
 from recbole.utils import get_model, get_trainer, init_seed
 
 from cprec_recbole import CompressedRecommender, quantize
+from cprec_recbole.compression.quantize import quantized_block
+from cprec_recbole.config import ROUNDINGS
 from cprec_recbole.costs import saved_bytes
+from cprec_recbole.embedding import BlockEmbedding
 from cprec_recbole.environment import environment
 from cprec_recbole.files import write_text
 from cprec_recbole.host.library import recbole_config
 from cprec_recbole.integers import Int8Rows, quantized_rows
+from cprec_recbole.partition import Partition
+from cprec_recbole.softmax import build_softmax
 
 MODELS = ("NextItNet", "SASRec", "GRU4Rec")
 N_ROWS, RANKS, BATCHES, LOOK_UPS = 200_000, (4, 16, 64), (1, 32), (50, 3200)
 PIECE = 2**15  # rows that are turned into float at a time
 ROUNDS = 7
+SEARCHED = (20_001, 62_066, 104_146, 146_225), (64, 16, 4, 4)
 
 
 def quality(name: str, softmax: str, epochs: int) -> str:
@@ -144,12 +154,52 @@ def look_up_row(rank: int, n: int) -> str:
     return f"| {rank} | {n} | {times[0]:.4f} | {' | '.join(ratios)} | {sizes} |"
 
 
+def search_rows() -> list[str]:
+    """A row for each batch: the search by rows in float, int8 and int4, in turns, no index."""
+    sizes, ranks = SEARCHED
+    counts = torch.rand(sum(sizes)).numpy()  # the padding row comes first in any case
+    partition = Partition.from_counts(counts, tuple(accumulate(sizes)))
+    table = BlockEmbedding(partition, ranks, ranks[0])
+    softmaxes = [build_softmax("full", table)]
+    for dtype in ROUNDINGS:
+        other = copy.deepcopy(table)
+        for j, block in enumerate(table.blocks):
+            other.factors[j] = quantized_block(copy.deepcopy(block), dtype)
+        softmaxes.append(build_softmax("full", other))
+    lines = []
+    for batch in BATCHES:
+        hidden, times = torch.randn(batch, ranks[0]), [[] for _ in softmaxes]
+        for _ in range(max(10, 200 // batch)):  # below the rows after which it makes an index
+            for softmax, own in zip(softmaxes, times):
+                start = process_time()
+                softmax.topk(hidden, 20)
+                own.append(1000 * (process_time() - start))
+        medians = [median(own[2:]) for own in times]
+        ratios = " | ".join(f"{each / medians[0]:.2f}" for each in medians[1:])
+        lines.append(f"| {batch} | {medians[0]:.2f} | {ratios} |")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--search", action="store_true")
     arguments = parser.parse_args()
+    if arguments.search:
+        lines = [
+            *("# The search by quantized rows", "", "`python benchmarks/int8.py --search`", ""),
+            *(", ".join(f"{name} {value}" for name, value in environment().items() if value), ""),
+            "The best 20 of 332,437 items, made up, in the default blocks of ranks 64, 16, 4 and "
+            "4: milliseconds of the processor with rows in float, medians of turns, and times as "
+            "long in int8 and int4.",
+            *("", "| hidden states | float, ms | int8 | int4 |", "|--:|--:|--:|--:|"),
+            *search_rows(),
+        ]
+        print("\n".join(lines))
+        write_text(arguments.out / "quantized-search.md", "\n".join(lines) + "\n")
+        return
     lines = [
         "# Matrices in int8",
         "",
