@@ -28,7 +28,6 @@ from recbole.utils import get_model, get_trainer, init_seed
 
 from cprec_recbole import CompressedRecommender, quantize
 from cprec_recbole.compression.quantize import quantized_block
-from cprec_recbole.config import ROUNDINGS
 from cprec_recbole.costs import saved_bytes
 from cprec_recbole.embedding import BlockEmbedding
 from cprec_recbole.environment import environment
@@ -161,7 +160,7 @@ def search_rows() -> list[str]:
     partition = Partition.from_counts(counts, tuple(accumulate(sizes)))
     table = BlockEmbedding(partition, ranks, ranks[0])
     softmaxes = [build_softmax("full", table)]
-    for dtype in ROUNDINGS:
+    for dtype in ("int8", "int4"):
         other = copy.deepcopy(table)
         for j, block in enumerate(table.blocks):
             other.factors[j] = quantized_block(copy.deepcopy(block), dtype)

@@ -14,15 +14,17 @@ from typing import Any, TypeGuard
 SHARING_SCHEMES = ("none", "cross_layer", "cross_block", "adjacent_layer", "adjacent_block")
 SOFTMAXES = ("full", "tree")
 OBJECTIVES = ("all_positions", "last_position")
-ROUNDINGS = ("int8", "int4")
+ROUNDINGS = ("int8", "mixed", "int4")
 
 DEFAULT_BLOCKS = 3  # CpRec, section 3.2: three to five blocks are enough
 # d/2, d/4, d/8 from head to tail, and d/8 for further blocks: on validation above the authors' d,
 # d/4, d/16 in tables of the same size, on amazon-beauty above one rank too (docs/defaults.md). In a
 # large catalogue (below) the authors' stay: a head without a projection trains steadily with
 # sampled negatives (docs/training.md), and the tail costs.
-RANK_PARTS = (2, 4, 8)
-LARGE_RANK_PARTS = (1, 4, 16)
+RANK_SHARES = (1 / 2, 1 / 4, 1 / 8)
+LARGE_RANK_SHARES = (1, 1 / 4, 1 / 16)
+# In int4 about the bytes of the above in int8, with which rare items come back (docs/defaults.md)
+INT4_RANK_SHARES = (1, 1 / 2, 3 / 8)
 # The head: a tenth of the items, since a small head is what compresses; but not below 400 items,
 # which seems to cost quality where there is little to save, nor above a quarter. The figures, and
 # how far they carry, are in docs/method.md, "Where to cut".
@@ -83,8 +85,8 @@ class CompressionConfig:
 
     Args:
         ranks: rank of each block from head to tail, e.g. `(64, 16, 4)`; at most the embedding size
-            and never rising. None: `d/2, d/4, d/8`, and d/8 for further blocks; above 200,000 items
-            `d, d/4, d/16`, and d/16. One block has d.
+            and never rising. None: `d/2, d/4, d/8`, and d/8 for further blocks, with a `rounding` to
+            int4 `d, d/2, 3d/8`; above 200,000 items `d, d/4, d/16`. One block has d.
         cutoffs: where the blocks end when items are ordered by falling popularity: rows
             (`(400, 900)`, the padding row counted) or shares of the items (`(0.1, 0.3)`). The end
             of the catalogue may be left out. None: a head of 10% of the items (at least 400 items,
@@ -102,9 +104,9 @@ class CompressionConfig:
         negatives: how many items a training step draws as negatives for all its targets: a sampled
             softmax, corrected for how often each is drawn. 0: the softmax over all items.
         negatives_power: they are drawn by popularity to this power, from 0 to 1.
-        rounding: `int8` or `int4`: training steps, and evaluation in between, see the weights as
-            `quantize` would round them (straight-through estimation), so that little is lost when
-            it does. None: training is in float; int8 loses nothing so either.
+        rounding: `int8`, `mixed` or `int4`: training steps, and evaluation in between, see the
+            weights as `quantize` would round them (straight-through estimation), so that little is
+            lost when it does. None: training is in float; int8 loses nothing so either.
         loss_memory: bytes that the logits of a training step may take at a time, a number or text
             such as `"256MiB"`, 1 MiB or more. The loss and its gradient do not depend on it.
 
@@ -196,7 +198,8 @@ class CompressionConfig:
             n_blocks = len(_inner_cutoffs(self.cutoffs, n_items)) + 1
         else:
             n_blocks = _default_blocks(n_items)
-        ranks = self.ranks or _default_ranks(dim, n_blocks, n_items)
+        is_int4 = self.rounding in ("mixed", "int4")
+        ranks = self.ranks or _default_ranks(dim, n_blocks, n_items, is_int4)
         if ranks[0] > dim:
             raise CompressionError(
                 f"Expected `ranks` to be at most the embedding size {dim}, but got {list(ranks)}."
@@ -225,11 +228,13 @@ def _default_blocks(n_items: int) -> int:
     return max(1, min(DEFAULT_BLOCKS + more, n_items - 1))
 
 
-def _default_ranks(dim: int, n_blocks: int, n_items: int) -> tuple[int, ...]:
+def _default_ranks(dim: int, n_blocks: int, n_items: int, is_int4: bool) -> tuple[int, ...]:
     if n_blocks == 1:
         return (dim,)  # no blocks: nothing is factorised
-    parts = LARGE_RANK_PARTS if n_items - 1 > LARGE_CATALOGUE else RANK_PARTS
-    return tuple(max(1, dim // parts[min(j, len(parts) - 1)]) for j in range(n_blocks))
+    shares = INT4_RANK_SHARES if is_int4 else RANK_SHARES
+    if n_items - 1 > LARGE_CATALOGUE:
+        shares = LARGE_RANK_SHARES
+    return tuple(max(1, int(dim * shares[min(j, len(shares) - 1)])) for j in range(n_blocks))
 
 
 def _default_shares(n_blocks: int, n_items: int) -> list[float]:

@@ -25,25 +25,23 @@ class Unit(NamedTuple):
     entry: int  # what an entry of a matrix costs
     row: int  # what each row of a matrix costs besides
     other: int  # what a parameter costs that is in no matrix
-    dtype: str | None = None  # int4: two entries cost what one is said to, and columns have `row`
+    dtype: str | None = None  # in int4 two entries cost what one is said to, and columns have `row`
 
     @classmethod
     def bytes_in(cls, dtype: str, other: int) -> Unit:
-        """Bytes of a model in int8 or int4, whose other parameters take so many each."""
+        """Bytes of a quantized model, whose other parameters take so many each."""
         return cls("bytes", 1, BYTES_PER_SCALE, other, dtype)
 
     def matrix(self, n_rows: Any, n_columns: Any) -> Any:
         """What a matrix costs; or matrices, for arrays of sizes."""
-        return n_rows * (self._entries(n_columns) + self.row)
+        entries = -(-n_columns // 2) if self.dtype == "int4" else n_columns
+        return n_rows * (self.entry * entries + self.row)
 
     def rows(self, size: Any, rank: Any) -> Any:
         """What the rows of a block cost; or of blocks, for arrays."""
-        if self.dtype == "int4":
-            return size * self._entries(rank) + self.row * rank
+        if self.dtype in ("int4", "mixed"):
+            return size * self.entry * -(-rank // 2) + self.row * rank
         return self.matrix(size, rank)
-
-    def _entries(self, n: Any) -> Any:
-        return self.entry * (-(-n // 2) if self.dtype == "int4" else n)
 
     def parameter(self, parameter: Tensor) -> int:
         """What a parameter costs."""
@@ -120,7 +118,7 @@ def saved_bytes(model: nn.Module) -> int:
     rounded: Mapping[str, Tensor] = {}
     dtype = None
     if isinstance(model, CompressedRecommender):
-        rounded, dtype = model.matrix_scales, model.table.quantized
+        rounded, dtype = model.matrix_scales, model.quantized
     total = 0
     for name, p in model.named_parameters():
         if id(p) in scales:

@@ -1,4 +1,5 @@
-"""Rows and matrices of whole numbers, in int8 or int4, times scales.
+"""Rows and matrices of whole numbers, in int8 or int4, times scales; `mixed` is rows in int4 and
+other matrices in int8.
 
 In int8 each row has a scale of its own. In int4 numbers are from -7 to 7, two to a byte, and a
 block has a scale for each *column*: one for each row would take as much as four numbers. Matrices
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cprec_recbole.config import ROUNDINGS, CompressionError
+from cprec_recbole.config import CompressionError
 
 LARGEST = 127  # symmetric: -128 is not used
 LARGEST_OF_INT4 = 7
@@ -181,7 +182,12 @@ class Int4Rows(Int8Rows):
         return Int4Rows(torch.cat([self.values, *more]), self.scales)
 
 
-ROWS_OF: dict[str, type[Int8Rows]] = dict(zip(ROUNDINGS, (Int8Rows, Int4Rows)))
+ROWS_OF: dict[str, type[Int8Rows]] = {"int8": Int8Rows, "int4": Int4Rows}
+
+
+def dtypes_of(dtype: str) -> tuple[str, str]:
+    """In which dtype rows of blocks are, and other matrices."""
+    return ("int4", "int8") if dtype == "mixed" else (dtype, dtype)
 
 
 def float_matrices(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -231,15 +237,16 @@ def whole_numbers(matrix: Tensor, scales: Tensor | None, dtype: str | None) -> T
 
 @contextmanager
 def rounded(model: nn.Module, dtype: str, tables: set[int]) -> Iterator[None]:
-    """Within: the matrices of a model in float are rounded as in int8 or int4, those whose `id` is
+    """Within: the matrices of a model in float are rounded as `quantize` does, those whose `id` is
     in `tables` as rows of a block; afterwards they are as before. A gradient that is computed
     within is the straight-through estimate (Bengio et al., arXiv 1308.3432, section 3)."""
     before = [(matrix, matrix.detach().clone()) for _, matrix in float_matrices(model)]
     try:
         with torch.no_grad():
+            of_rows, of_others = dtypes_of(dtype)
             for matrix, _ in before:
-                if dtype == "int8":
-                    round_matrix(matrix, dtype)
+                if (of_rows if id(matrix) in tables else of_others) == "int8":
+                    round_matrix(matrix, "int8")
                 else:
                     rows = matrix.flatten(1)
                     scales = int4_scales(rows, 0 if id(matrix) in tables else 1)

@@ -24,6 +24,7 @@ from cprec_recbole.commands.cli import main
 from cprec_recbole.compression.quantize import in_float, quantized_block
 from cprec_recbole.costs import saved_bytes
 from cprec_recbole.integers import (
+    dtypes_of,
     fill,
     float_matrices,
     int4_scales,
@@ -47,8 +48,13 @@ MEASURED = {"metrics": ["NDCG"], "topk": [10], "valid_metric": "NDCG@10"}
 HISTORIES = [[1, 2, 3], [4], list(range(1, 12))]
 
 
-@pytest.fixture(params=["int8", "int4"])
+@pytest.fixture(params=["int8", "mixed", "int4"])
 def dtype(request):
+    return request.param
+
+
+@pytest.fixture(params=["int8", "int4"])
+def of_rows(request):
     return request.param
 
 
@@ -129,9 +135,9 @@ def test_what_is_packed_comes_back(numbers):
 # -- the block behind its seam ---------------------------------------------------------------------
 
 
-def test_look_ups_and_logits_are_those_of_the_float_block_with_the_same_rows(dtype):
+def test_look_ups_and_logits_are_those_of_the_float_block_with_the_same_rows(of_rows):
     table = block_embedding((5, 9, 30), (8, 5, 2), 8)
-    small = quantized_table(copy.deepcopy(table), dtype)
+    small = quantized_table(copy.deepcopy(table), of_rows)
     for block, whole in zip(small.blocks, table.blocks):
         whole.weight.data = block.rows()[:]
     items = torch.randint(44, (3, 7))
@@ -146,9 +152,9 @@ def test_look_ups_and_logits_are_those_of_the_float_block_with_the_same_rows(dty
 
 @pytest.mark.parametrize("kind", ["full", "tree"])
 @pytest.mark.parametrize(("n_rows", "indexed"), [(1, True), (3, False), (40, True)])
-def test_top_k_is_that_of_a_sort_of_its_own_scores(dtype, kind, n_rows, indexed, monkeypatch):
+def test_top_k_is_that_of_a_sort_of_its_own_scores(of_rows, kind, n_rows, indexed, monkeypatch):
     monkeypatch.setattr("cprec_recbole.search.compiled._MIN_ROWS", 64)
-    head = softmax_in(dtype, kind, (20, 300, 2000))
+    head = softmax_in(of_rows, kind, (20, 300, 2000))
     hidden = torch.randn(n_rows, 8)
     exclude = torch.randint(1, 2320, (n_rows, 5))
     if indexed:
@@ -162,8 +168,8 @@ def test_top_k_is_that_of_a_sort_of_its_own_scores(dtype, kind, n_rows, indexed,
 
 
 @pytest.mark.parametrize("kind", ["full", "tree"])
-def test_equal_rows_come_by_lower_id(dtype, kind):
-    head = softmax_in(dtype, kind, (5, 60), (8, 2))
+def test_equal_rows_come_by_lower_id(of_rows, kind):
+    head = softmax_in(of_rows, kind, (5, 60), (8, 2))
     tail = head.table.blocks[1]
     tail.weight.data[:] = tail.weight.data[0]
     tail.scale.data[:] = tail.scale.data[0]
@@ -172,8 +178,8 @@ def test_equal_rows_come_by_lower_id(dtype, kind):
         assert torch.equal(head.topk(hidden, k).items, best_by_sort(head, hidden, k)[0])
 
 
-def test_a_search_sees_a_scale_that_changed(dtype):
-    head = softmax_in(dtype, "full")
+def test_a_search_sees_a_scale_that_changed(of_rows):
+    head = softmax_in(of_rows, "full")
     hidden = torch.randn(2, 8)
     head.build_index()
     with torch.no_grad():
@@ -183,8 +189,8 @@ def test_a_search_sees_a_scale_that_changed(dtype):
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf])
-def test_a_scale_that_is_no_number_is_refused(dtype, number):
-    head = softmax_in(dtype, "full", (5, 70_000), (8, 2))  # in the first of several pieces
+def test_a_scale_that_is_no_number_is_refused(of_rows, number):
+    head = softmax_in(of_rows, "full", (5, 70_000), (8, 2))  # in the first of several pieces
     head.table.blocks[1].scale.data[0] = number
     with pytest.raises(CompressionError, match="to be finite numbers"):
         head.topk(torch.randn(1, 8), 3)
@@ -211,7 +217,7 @@ def test_loaded_is_saved(trained, host_name, softmax, tied, dtype, tmp_path):
     loaded = load_pretrained(small.save_pretrained(tmp_path))
     assert not loaded.training
     for one, other in ((small.table, loaded.table), (small.softmax.table, loaded.softmax.table)):
-        assert one.quantized == other.quantized == dtype
+        assert one.quantized == other.quantized == dtypes_of(dtype)[0]
         assert torch.equal(one.dense(), other.dense())
     found, again = small.recommend(HISTORIES, 9), loaded.recommend(HISTORIES, 9)
     assert torch.equal(found.items, again.items)
@@ -220,9 +226,12 @@ def test_loaded_is_saved(trained, host_name, softmax, tied, dtype, tmp_path):
     torch.testing.assert_close(dense.gather(1, found.items), found.scores)
     _, weights, _ = read_folder(tmp_path)
     kinds = [w.dtype for n, w in weights.items() if n.endswith("weight") and "factors" in n]
-    kept_as = {"int8": torch.int8, "int4": torch.uint8}[dtype]
-    assert kinds == [kept_as] * (3 if tied else 6)
-    assert {w.dtype for n, w in weights.items() if w.ndim > 1 and n != "blocks"} == {kept_as}
+    assert small.quantized == loaded.quantized == dtype
+    kept_as = {"int8": torch.int8, "int4": torch.uint8}
+    of_rows, of_others = (kept_as[each] for each in dtypes_of(dtype))
+    assert kinds == [of_rows] * (3 if tied else 6)
+    others = {n for n, w in weights.items() if w.ndim > 1 and "factors" not in n} - {"blocks"}
+    assert {weights[n].dtype for n in others} == {of_others}
     ours, theirs = dict(float_matrices(small)), dict(float_matrices(loaded))
     assert ours.keys() == theirs.keys() == small.matrix_scales.keys() == loaded.matrix_scales.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -258,7 +267,7 @@ def test_the_original_is_left_as_it_was_and_the_layers_are_rounded_copies(small,
             continue
         if value.ndim > 1:
             scales = result.matrix_scales[name].unsqueeze(1)
-            largest = scales * {"int8": 127, "int4": 7}[dtype]
+            largest = scales * {"int8": 127, "int4": 7}[dtypes_of(dtype)[1]]
             within = theirs[name].flatten(1).clamp(-largest, largest)  # int4 cuts what is beyond
             off = (value.flatten(1) - within).abs()
             assert (off <= scales / 2 * (1 + 1e-5)).all()
@@ -276,7 +285,7 @@ def test_new_items_leave_every_other_row_as_it_is(small, dtype, tmp_path):
     before = result.table.dense()
     assert result.add_items(["a", "b", "c"], like=[["i0", "i9"], None, "i30"]) == [41, 42, 43]
     assert torch.equal(result.table.dense()[:41], before)
-    assert result.table.quantized == dtype
+    assert result.quantized == dtype
     loaded = load_pretrained(result.save_pretrained(tmp_path))
     tokens = [loaded.recommend_tokens(["i1"], 43).tokens[0]]
     assert {"a", "b", "c"} <= set(tokens[0])
@@ -304,7 +313,9 @@ def test_only_a_recovery_trains_it(world, small, dtype):
         lambda: result.softmax.loss(hidden, items),
         lambda: tree.softmax.loss(hidden, items),
     ):
-        with pytest.raises(CompressionError, match=rf"rows are in {dtype}.*recover\(\) trains"):
+        with pytest.raises(
+            CompressionError, match=rf"rows are in {dtypes_of(dtype)[0]}.*recover\(\) trains"
+        ):
             call()
 
 
@@ -320,14 +331,15 @@ def test_a_recovery_trains_its_rows_in_float_and_brings_them_back(trained, valid
         for name, p in float_matrices(result)
     )
     assert found.start == evaluate(quantize(in_float_, dtype), valid)
-    assert result.table.quantized == result.softmax.table.quantized == dtype
+    assert result.quantized == dtype
+    assert result.softmax.table.quantized == dtypes_of(dtype)[0]
     assert found.losses[-1] < found.losses[0]
     best = found.start if found.kept == 0 else found.epochs[found.kept - 1]
     assert evaluate(result, valid) == best  # as it is in int8
     # as if its very numbers had been in float all the time
     twin = quantize(in_float_, dtype)
     plain = in_float(twin)
-    plain.compression = replace(plain.compression, rounding="int4" if dtype == "int4" else None)
+    plain.compression = replace(plain.compression, rounding=None if dtype == "int8" else dtype)
     for each in (twin, plain):
         recover(each, teacher, HISTORIES * 8, 3, **options)
     plain.matrix_scales = {}
@@ -403,7 +415,7 @@ def test_what_cannot_be_quantized_is_refused(world, trained, small):
         lambda: quantize(small, "int2"),
     ):
         with pytest.raises(
-            CompressionError, match="`dtype` to be one of int8, int4, but got 'int2"
+            CompressionError, match="`dtype` to be one of int8, mixed, int4, but got 'int2"
         ):
             call()
     with pytest.raises(CompressionError, match=r"`model` .*float32 or float64.*got torch.bfloat16"):
@@ -413,7 +425,7 @@ def test_what_cannot_be_quantized_is_refused(world, trained, small):
 @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     name=st.sampled_from(HOSTS),
-    dtype=st.sampled_from(["int8", "int4"]),
+    dtype=st.sampled_from(["int8", "mixed", "int4"]),
     ratio=st.floats(1, 40),
     softmax=st.sampled_from(["full", "tree"]),
     tied=st.booleans(),

@@ -428,7 +428,10 @@ def test_a_file_says_what_to_run(tmp_path):
         ("datasets: 5", "`datasets` to be names"),
         ("settings: {tree: {softmax: tree}}", "`settings` to have names"),
         ("settings: {mine: {rank: 3}}", "did you mean `ranks`"),
-        ("settings: {mine: {dtype: int2}}", "setting mine to have `dtype` int8, int4 or.*'int2'"),
+        (
+            "settings: {mine: {dtype: int2}}",
+            "setting mine to have `dtype` int8, mixed, int4 or.*'int2'",
+        ),
         ("settings: [1]", "`settings` to hold names and values"),
         ("compression: {ranks: [4]}", "Expected an option out of softmax, tied, sharing"),
         ("compression: {softmax: flat}", "`softmax` to be one of"),

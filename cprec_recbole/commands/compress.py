@@ -45,7 +45,9 @@ def add_parser(commands: Any) -> None:
         "--recover", type=int, default=0, metavar="EPOCHS", help="fine-tune for some epochs"
     )
     parser.add_argument(
-        "--dtype", metavar="{int8,int4}", help="quantize all matrices; a budget then counts bytes"
+        "--dtype",
+        metavar="{int8,mixed,int4}",
+        help="quantize all matrices; a budget then counts bytes",
     )
     add_compression(parser, training=False)
 

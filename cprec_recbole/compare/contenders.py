@@ -17,7 +17,7 @@ from cprec_recbole.compression.compress import compress
 from cprec_recbole.compression.original import Original
 from cprec_recbole.compression.quantize import quantize
 from cprec_recbole.compression.recover import recover
-from cprec_recbole.config import ROUNDINGS, CompressionConfig, CompressionError, check_choice
+from cprec_recbole.config import CompressionConfig, CompressionError, check_choice
 from cprec_recbole.costs import BYTES_PER_FLOAT, PARAMETERS, PartSizes, Unit, estimate
 from cprec_recbole.host.library import recbole_model
 from cprec_recbole.models.recommender import CompressedRecommender
@@ -32,7 +32,7 @@ SHARED_OPTIONS = (
     "negatives",
     "negatives_power",
 )  # of a CompressionConfig: the same for all contenders
-INT8_BYTES, INT4_BYTES = (Unit.bytes_in(dtype, BYTES_PER_FLOAT) for dtype in ROUNDINGS)
+INT8_BYTES, INT4_BYTES = (Unit.bytes_in(each, BYTES_PER_FLOAT) for each in ("int8", "int4"))
 _PLAIN = CompressionConfig.uncompressed()
 _WIDTHS = ("embedding_size", "hidden_size", "inner_size")  # RecBole's names of a model's widths
 

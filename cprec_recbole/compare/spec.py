@@ -380,7 +380,7 @@ def _setting(name: Any, options: Any) -> dict[str, Any]:
     options = dict(options or {})
     dtype = options.pop("dtype", None)
     if dtype not in (None, *ROUNDINGS):
-        raise _error(f"the setting {name} to have `dtype` int8, int4 or none", dtype)
+        raise _error(f"the setting {name} to have `dtype` {', '.join(ROUNDINGS)} or none", dtype)
     if "recjpq_codes" in options:
         if options.keys() - {"recjpq_codes", "negatives"} or dtype:
             raise _error(f"the setting {name} to have `recjpq_codes` alone", options)

@@ -1,4 +1,4 @@
-"""quantize(): a compressed model with its matrices in int8 or int4."""
+"""quantize(): a compressed model with its matrices in int8, int4 or both."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from cprec_recbole.config import ROUNDINGS, CompressionError, check_choice
 from cprec_recbole.embedding import Block, QuantizedBlock
-from cprec_recbole.integers import ROWS_OF, float_matrices, round_matrix
+from cprec_recbole.integers import ROWS_OF, dtypes_of, float_matrices, round_matrix
 from cprec_recbole.models.eval_mode import can_be_trained
 from cprec_recbole.models.recommender import CompressedRecommender, copied
 from cprec_recbole.models.saving import check_finite
@@ -18,7 +18,8 @@ from cprec_recbole.models.saving import check_finite
 
 @can_be_trained
 def quantize(small: nn.Module, dtype: str = "int8") -> CompressedRecommender:
-    """A copy of a compressed model with all matrices in int8 or int4.
+    """A copy of a compressed model with all matrices in int8 or int4, or, `mixed`, with the rows of
+    the blocks in int4 and all others in int8.
 
     The rows of the blocks are so in memory, other matrices in the folder that `save_pretrained`
     writes, biases and norms nowhere. In int8 each row has a scale: an entry is off by at most half
@@ -38,7 +39,7 @@ def quantize(small: nn.Module, dtype: str = "int8") -> CompressedRecommender:
             f'compress(model, ..., dtype="{dtype}"), or compress(model, '
             f'CompressionConfig.uncompressed(), dtype="{dtype}") for {dtype} and nothing else.'
         )
-    if small.table.quantized:
+    if small.quantized:
         raise CompressionError(
             f"Expected `small` to have float rows, but its rows are in {small.table.quantized} "
             "already; quantize the model that it was made from."
@@ -51,22 +52,25 @@ def quantize(small: nn.Module, dtype: str = "int8") -> CompressedRecommender:
 def quantized(
     model: CompressedRecommender, dtype: str, before: CompressedRecommender | None = None
 ) -> CompressedRecommender:
-    """Put a model's rows in int8 or int4 and round its other matrices, in place; what is still as
-    in the model `before` keeps the very numbers that it has there."""
+    """Quantize a model in place; what is still as in the model `before` keeps the very numbers that
+    it has there."""
+    of_rows, of_others = dtypes_of(dtype)
+    model.quantized = dtype
     olds = [] if before is None else [block for each in before.tables for block in each.blocks]
     places = [(table.factors, j) for table in model.tables for j in range(len(table.factors))]
     for (factors, j), old in zip_longest(places, olds):
-        factors[j] = quantized_block(cast(Block, factors[j]), dtype, cast(Any, old))
+        factors[j] = quantized_block(cast(Block, factors[j]), of_rows, cast(Any, old))
     matrices = {} if before is None else dict(float_matrices(before))
     for name, matrix in float_matrices(model):
         if name not in matrices or not torch.equal(matrix, matrices[name]):
-            model.matrix_scales = {**model.matrix_scales, name: round_matrix(matrix, dtype)}
+            model.matrix_scales = {**model.matrix_scales, name: round_matrix(matrix, of_others)}
     return model
 
 
 def in_float(small: CompressedRecommender) -> CompressedRecommender:
     """A copy of a quantized model whose rows are in float, to be trained."""
     model = copied(small)
+    model.quantized = None
     for table in model.tables:
         for j, block in enumerate(table.blocks):
             result = Block(0, 0, 0)

@@ -107,7 +107,7 @@ def recover(
         for model in (small, teacher):
             check_numbering(model, given, name)
     histories = histories_of(data, small.n_items, small.max_seq_length)
-    dtype = small.table.quantized
+    dtype = small.quantized
     learner = in_float(small) if dtype else small
     as_teacher = None
     if original is not None and distillation > 0:
@@ -138,7 +138,7 @@ def recover(
                 result.original = evaluate(original.model, valid_data)
             result.start = measured()
             say(f"recover: {result.scores_before()}")
-        rounding = dtype if dtype == "int4" else small.compression.rounding  # int8 needs none
+        rounding = small.compression.rounding if dtype in (None, "int8") else dtype
         options = (epochs, batch_size, learning_rate, seed, progress, rounding)
         try:
             with closing(_train(learner, as_teacher, histories, *options)) as mean_losses:

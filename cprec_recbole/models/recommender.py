@@ -78,6 +78,7 @@ class CompressedRecommender(SequentialRecommender):
     vocabulary: Vocabulary | None = None  # the same, once it was asked for
     choice: ChosenOptions | None = None  # where compress() was given a budget
     warm_start: WarmStart | None = None  # where compress() was given a trained model
+    quantized: str | None = None  # as `quantize` was asked: int8, mixed or int4
     matrix_scales: Mapping[str, Tensor] = MappingProxyType({})  # of those that quantize() rounded
     graph_file: Path | None = None  # where a folder keeps its layers as a graph
     _engine = "torch"
@@ -103,8 +104,8 @@ class CompressedRecommender(SequentialRecommender):
             remember(self, config, dataset)
 
     def rounded(self, dtype: str | None) -> AbstractContextManager[None]:
-        """Within: the weights are as `quantize` would round them, `int8` or `int4`; afterwards they
-        are as before. None changes nothing."""
+        """Within: the weights are as `quantize` would round them; afterwards they are as before.
+        None changes nothing."""
         if dtype is None:
             return nullcontext()
         tables = {id(block.weight) for table in self.tables for block in table.blocks}

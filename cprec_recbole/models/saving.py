@@ -29,7 +29,14 @@ from torch import Tensor, nn
 from cprec_recbole.config import CompressionConfig, CompressionError
 from cprec_recbole.embedding import Block, BlockEmbedding, QuantizedBlock
 from cprec_recbole.files import flush, held, write_whole
-from cprec_recbole.integers import ROWS_OF, SCALE_DTYPE, fill, float_matrices, whole_numbers
+from cprec_recbole.integers import (
+    ROWS_OF,
+    SCALE_DTYPE,
+    dtypes_of,
+    fill,
+    float_matrices,
+    whole_numbers,
+)
 from cprec_recbole.models.engine import graph_file
 from cprec_recbole.models.spec import Parts
 from cprec_recbole.models.vocabulary import Vocabulary
@@ -64,7 +71,7 @@ def save_model(model: Any, folder: str | os.PathLike[str], vocabulary: Vocabular
         "n_items": model.n_items,
         "dtype": str(table.dtype).removeprefix("torch."),
         **({"rows": table.quantized} if table.quantized else {}),
-        **({"matrices": table.quantized} if is_rounded else {}),
+        **({"matrices": dtypes_of(model.quantized)[1]} if is_rounded else {}),
         "reads_last_column": model.reads_last_column,
         "compression": options,
         "architecture": model.spec.architecture_of(model.inner),
@@ -112,7 +119,7 @@ def _kept_weights(model: Any) -> dict[str, Tensor]:
                 instead[id(block.scale)] = block.rows().pick(order).scales.to(SCALE_DTYPE)
     scales = []
     for name, matrix in float_matrices(model):
-        values = whole_numbers(matrix, model.matrix_scales.get(name), table.quantized)
+        values = whole_numbers(matrix, model.matrix_scales.get(name), model.quantized)
         if values is not None:
             instead[id(matrix)] = values
             scales.append(model.matrix_scales[name])
@@ -288,6 +295,8 @@ def _built(
         inner.n_items = n_items
         parts = Parts(inner, tables[0], tables[-1], compression, bool(header["reads_last_column"]))
         model = model_class(parts=parts)
+    is_mixed = (kind, header.get("matrices")) == ("int4", "int8")
+    model.quantized = "mixed" if is_mixed else kind
     return model.to(getattr(torch, header["dtype"]))
 
 
