@@ -85,8 +85,8 @@ class CompressionConfig:
 
     Args:
         ranks: rank of each block from head to tail, e.g. `(64, 16, 4)`; at most the embedding size
-            and never rising. None: `d/2, d/4, d/8`, and d/8 for further blocks, with a `rounding` to
-            int4 `d, d/2, 3d/8`; above 200,000 items `d, d/4, d/16`. One block has d.
+            and never rising. None: `d/2, d/4, d/8`; with a `rounding` to int4 `d, d/2, 3d/8`; above
+            200,000 items `d, d/4, d/16`. Further blocks have the last of these, one block has d.
         cutoffs: where the blocks end when items are ordered by falling popularity: rows
             (`(400, 900)`, the padding row counted) or shares of the items (`(0.1, 0.3)`). The end
             of the catalogue may be left out. None: a head of 10% of the items (at least 400 items,

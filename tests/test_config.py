@@ -75,6 +75,17 @@ def test_defaults_are_falling_ranks_and_a_small_head():
     assert CompressionConfig().plan(1, 100).ranks == (1, 1, 1)
 
 
+@pytest.mark.parametrize(
+    ("rounding", "ranks"),
+    [(None, (32, 16, 8)), ("int8", (32, 16, 8)), ("mixed", (64, 32, 24)), ("int4", (64, 32, 24))],
+)
+def test_default_ranks_are_higher_where_rows_are_trained_for_int4(rounding, ranks):
+    assert CompressionConfig(rounding=rounding).plan(64, 10_000).ranks == ranks
+    assert CompressionConfig(rounding=rounding).plan(64, 300_000).ranks[-1] == 4
+    with pytest.raises(CompressionError, match="`rounding` to be one of int8, mixed, int4"):
+        CompressionConfig(rounding="int2")
+
+
 def test_above_200_000_items_the_default_ranks_are_the_papers():
     for n_items, ranks in ((200_001, (32, 16, 8)), (200_002, (64, 16, 4))):
         assert CompressionConfig().plan(64, n_items).ranks == ranks

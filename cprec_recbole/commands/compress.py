@@ -47,7 +47,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--dtype",
         metavar="{int8,mixed,int4}",
-        help="quantize all matrices; a budget then counts bytes",
+        help="quantize; a budget then counts bytes",
     )
     add_compression(parser, training=False)
 

@@ -76,8 +76,8 @@ def compress(
         max_loss: a budget: the smallest model that loses at most this share of the model's
             validation metric before any fine-tuning, e.g. 0.01.
         valid_data: RecBole's validation data; with `max_loss`.
-        dtype: `"int8"` or `"int4"` quantizes all matrices, as `quantize` does; a budget then counts
-            bytes of the weights. Of training only `recover` is possible.
+        dtype: `"int8"`, `"mixed"` or `"int4"`: the result is quantized, as `quantize` does; a
+            budget then counts bytes of the weights. Of training only `recover` is possible.
         verbose: whether to print what was chosen for a budget.
 
     Returns:
