@@ -139,7 +139,7 @@ def ours(cell: Cell, ratio: float, **options: Any) -> dict[str, Any]:
     small = compress(cell.original, data=cell.train, ratio=ratio, verbose=False, **options)
     told = {} if small.choice is None else {"reasons": small.choice.reasons}
     found = {**_described(small), **told}
-    if small.table.quantized:  # a budget then counts bytes
+    if small.quantized:  # a budget then counts bytes
         found["parameters"] = saved_bytes(small) / 4
     return {**found, **cell.recovered(small)}
 

@@ -64,7 +64,7 @@ def test_rows_in_int8_are_recovered_and_kept_in_int8(checkpoint, tmp_path, capsy
     printed = capsys.readouterr().out
     assert "compressed, int8" in printed
     assert "recovered" in printed
-    assert load_pretrained(out).table.quantized
+    assert load_pretrained(out).quantized == "int8"
 
 
 REQUESTS = [  # a line, and its history, k and exclude_seen, or what is wrong with it

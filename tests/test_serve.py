@@ -519,7 +519,7 @@ def test_prepare_writes_what_is_served(tmp_path, capsys):
     prepare.main(["--out", str(tmp_path), "--ratio", "1.5", *few])
     assert "python -m examples.serve " in capsys.readouterr().out
     whole, small = (load_pretrained(tmp_path / name) for name in ("uncompressed", "compressed"))
-    assert (whole.table.quantized, small.table.quantized) == (False, True)
+    assert (whole.quantized, small.quantized) == (None, "int8")
     assert whole.table.ranks == (16,)
     films = json.loads((tmp_path / "titles.json").read_text(encoding="utf-8"))
     by_token = {film["token"]: film for film in films}

@@ -51,7 +51,7 @@ class Served:
         """What there is to say about it, as JSON."""
         return {
             "kind": type(self.model).__name__.removeprefix("Cp"),
-            "rows": "int8" if self.model.table.quantized else "float",
+            "rows": self.model.table.quantized or "float",
             "items": self.n_items,
             "parameters": self.parameters,
             "bytes": self.bytes,
