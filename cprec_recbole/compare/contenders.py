@@ -212,9 +212,7 @@ CONTENDERS: dict[str, Callable[[Setting], Recipe | None]] = {
     "tied": partial(_changed, tied=True),
     "uniform-svd": partial(_in_one_rank, "compress"),  # a truncated SVD of the trained table
     "uniform-svd-recovered": partial(_in_one_rank, "recover"),
-    "uniform-svd-recovered-int8": partial(
-        _recovered_in, "int8", one_rank=True
-    ),  # in the same bytes
+    "uniform-svd-recovered-int8": partial(_recovered_in, "int8", one_rank=True),  # of equal bytes
     "int8": partial(_plain, "compress", dtype="int8"),  # the trained uncompressed model
     "int4": partial(_plain, "compress", dtype="int4"),
     "narrower-int8": partial(_narrower, unit=INT8_BYTES, dtype="int8"),  # about as many bytes
